@@ -1,0 +1,37 @@
+# Two commands: `make study` runs the whole study, `make test` the tests. Needs Python >= 3.11, make and pip, nothing else.
+#   make study ARGS="--profile smoke"       options of `casa-mech run`
+#   make test ARGS="-k gate"                options of pytest
+#   PYTHON=python3.12                       another interpreter for the virtual environment
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu   take torch from another index (a CPU-only build, say)
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+PIP_INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+
+.PHONY: study test lint clean
+.DELETE_ON_ERROR:
+
+study: $(STAMP)
+	$(BIN)/casa-mech run $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "casa-mech needs Python 3.11 or newer, and '$(PYTHON)' is not: run 'make $(MAKECMDGOALS) PYTHON=python3.12', say" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_INDEX) --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
