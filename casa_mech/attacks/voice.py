@@ -1,7 +1,7 @@
 """Speech: one small `Voice` interface, and espeak-ng behind it.
 
-espeak-ng is GPL-3.0. It is never part of this package: `EspeakVoice` opens the shared library that the `espeakng-loader`
-wheel installed, through ctypes, the first time something is spoken. Another synthesiser takes its place by having
+espeak-ng is GPL-3.0. It is never part of this package: `EspeakVoice` opens the shared library that the
+`espeakng-loader` wheel installed, through ctypes, the first time something is spoken. Another synthesiser takes its place by having
 `names` and `synthesise`; everything else here (spelling, noise, the cache) works on arrays.
 """
 
@@ -118,7 +118,7 @@ def trim(clip: np.ndarray) -> np.ndarray:
 
 
 class EspeakVoice:
-    """espeak-ng, loaded when first used. Clips are kept on disk by what they say and in the process by the last 8,192."""
+    """espeak-ng, loaded when first used; clips are kept on disk, and the last 8,192 in the process too."""
 
     names: tuple[str, ...] = VOICE_NAMES
 
