@@ -1,0 +1,156 @@
+"""`OmniBatch`: queries as one left-padded batch, with masks that say what each position is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+
+from casa_mech.omni.chat import PROMPT_ROLES, ROLES, MediaRuns, Piece, chat_pieces, media_parts
+from casa_mech.omni.media import load_audio, load_image
+from casa_mech.omni.processor import OmniProcessor
+from casa_mech.queries import ImagePart, Query
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class OmniBatch:
+    """What `model(**batch.inputs)` takes, and what the positions mean. Every row is padded on the left.
+
+    inputs: `input_ids`, `attention_mask` [batch, position]; where there are media `pixel_values`, `image_grid_thw`,
+        `input_features`, `feature_attention_mask`. Position ids are left to the model, which computes its own M-RoPE.
+    prompt_mask: bool [batch, position]; what safety attention may read: content of user turns and the assistant header.
+    modality: for "text", "image", "audio" a bool [batch, position] within the user's turns.
+    gate_position: long [batch]; the assistant header's last token, whose logits predict the turn's first token.
+    last_position: long [batch]; the last position before targets (equals gate_position unless there is a prefill).
+    labels: long [batch, position], -100 where there is no target; None without targets.
+    """
+
+    inputs: dict[str, Tensor]
+    prompt_mask: BoolTensor
+    modality: dict[str, BoolTensor]
+    gate_position: LongTensor
+    last_position: LongTensor
+    labels: LongTensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of queries."""
+        return self.inputs["input_ids"].shape[0]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> OmniBatch:
+        """The batch on `device`; with `dtype`, the pictures' and clips' features in it."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype) if dtype is not None and tensor.is_floating_point() else tensor.to(device)
+
+        return replace(
+            self,
+            inputs={key: move(value) for key, value in self.inputs.items()},
+            prompt_mask=self.prompt_mask.to(device),
+            modality={key: value.to(device) for key, value in self.modality.items()},
+            gate_position=self.gate_position.to(device),
+            last_position=self.last_position.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+        )
+
+
+def encode(
+    processor: OmniProcessor,
+    queries: Sequence[Query],
+    targets: Sequence[Sequence[int]] | None = None,
+    prefill: bool = True,
+) -> OmniBatch:
+    """`queries` as one batch; `targets` are token ids appended to each prompt and set as labels.
+
+    Raises:
+        InputError: an empty prompt, or a picture or clip that cannot be read (the message names the query).
+    """
+    media, runs = _encode_media(processor, queries)
+    special = processor.tokenizer.all_special_tokens
+    pieces = [chat_pieces(query, runs, special, prefill) for query in queries]
+    rows = _tokenise(processor, pieces)
+    tails = [list(target) for target in targets] if targets is not None else [[] for _ in rows]
+    return _pad(processor, rows, tails, media, targets is not None)
+
+
+def _encode_media(processor: OmniProcessor, queries: Sequence[Query]) -> tuple[dict[str, Tensor], MediaRuns]:
+    images, clips = [], []
+    for query in queries:
+        for part in media_parts(query):
+            if isinstance(part, ImagePart):
+                images.append(load_image(part, f"query {query.id}"))
+            else:
+                clips.append(load_audio(part, f"query {query.id}"))
+    inputs: dict[str, Tensor] = {}
+    image_runs: list[str] = []
+    audio_runs: list[str] = []
+    if images:
+        features, image_runs = processor.images(images)
+        inputs |= features
+    if clips:
+        features, audio_runs = processor.audio(clips)
+        inputs |= features
+    return inputs, MediaRuns(image_runs, audio_runs)
+
+
+def _tokenise(processor: OmniProcessor, prompts: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
+    """For each prompt its token ids and, for each token, the index in `ROLES` of the piece it starts in."""
+    encoding = processor.tokenizer(
+        ["".join(piece.text for piece in pieces) for pieces in prompts],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+    )
+    rows = []
+    for pieces, ids, offsets in zip(prompts, encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        ends, total = [], 0
+        for piece in pieces:
+            total += len(piece.text)
+            ends.append(total)
+        roles, at = [], 0
+        for start, _ in offsets:
+            while at < len(ends) - 1 and start >= ends[at]:
+                at += 1
+            roles.append(ROLES.index(pieces[at].role))
+        rows.append((ids, roles))
+    return rows
+
+
+def _pad(
+    processor: OmniProcessor,
+    rows: list[tuple[list[int], list[int]]],
+    tails: list[list[int]],
+    media: dict[str, Tensor],
+    with_labels: bool,
+) -> OmniBatch:
+    length = max(len(ids) + len(tail) for (ids, _), tail in zip(rows, tails, strict=True))
+    size = len(rows)
+    pad = processor.tokenizer.pad_token_id or 0
+    input_ids = torch.full((size, length), pad, dtype=torch.long)
+    roles = torch.full((size, length), -1, dtype=torch.long)
+    attention_mask = torch.zeros((size, length), dtype=torch.long)
+    labels = torch.full((size, length), IGNORE, dtype=torch.long)
+    last = torch.empty(size, dtype=torch.long)
+    for row, ((ids, kinds), tail) in enumerate(zip(rows, tails, strict=True)):
+        start, end = length - len(ids) - len(tail), length - len(tail)
+        input_ids[row, start:] = torch.tensor(ids + tail)
+        attention_mask[row, start:] = 1
+        roles[row, start:end] = torch.tensor(kinds)
+        if tail:
+            labels[row, end:] = torch.tensor(tail)
+        last[row] = end - 1
+    header = roles == ROLES.index("header")
+    gate = (header * torch.arange(length)).argmax(dim=1)
+    prompt = torch.isin(roles, torch.tensor([ROLES.index(role) for role in PROMPT_ROLES]))
+    return OmniBatch(
+        inputs={"input_ids": input_ids, "attention_mask": attention_mask, **media},
+        prompt_mask=prompt,
+        modality={kind: roles == ROLES.index(kind) for kind in ("text", "image", "audio")},
+        gate_position=gate,
+        last_position=last,
+        labels=labels if with_labels else None,
+    )

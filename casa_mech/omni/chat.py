@@ -1,0 +1,93 @@
+"""Qwen2.5-Omni's chat format, as pieces that remember what they are.
+
+A prompt is built as a list of pieces (control tokens, the user's text, a picture's run of placeholders, the assistant's
+header, a prefill). Their characters are tokenised together, exactly as the joined string would be, and every token is
+then given the role of the piece it starts in. That is how masks over "the user's turn" or "the image" come about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from casa_mech.errors import InputError
+from casa_mech.queries import AudioPart, ImagePart, Part, Query, TextPart
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("control", "system", "text", "image", "audio", "assistant", "header", "prefill")
+PROMPT_ROLES = ("text", "image", "audio", "header")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of the prompt's characters and its role, one of `ROLES`."""
+
+    text: str
+    role: str
+
+
+class MediaRuns:
+    """Hands out, in reading order, the placeholder run of each picture and clip."""
+
+    def __init__(self, images: list[str], audio: list[str]) -> None:
+        self._images, self._audio = iter(images), iter(audio)
+
+    def next(self, part: ImagePart | AudioPart) -> str:
+        """The run of the next picture or clip, by the kind of `part`."""
+        return next(self._images) if isinstance(part, ImagePart) else next(self._audio)
+
+
+def media_parts(query: Query) -> Iterator[ImagePart | AudioPart]:
+    """All pictures and clips of `query`, those of earlier turns first."""
+    for parts in [turn.parts for turn in query.history] + [query.parts]:
+        for part in parts:
+            if not isinstance(part, TextPart):
+                yield part
+
+
+def chat_pieces(query: Query, runs: MediaRuns, special_tokens: list[str], prefill: bool = True) -> list[Piece]:
+    """The pieces of `query` up to and including the assistant's header and, if asked for, the prefill.
+
+    A special token's string inside text the user wrote is broken up, so that no prompt can forge a turn, a picture or
+    a safety token.
+
+    Raises:
+        InputError: the last user turn has no content.
+    """
+    if not any(not isinstance(part, TextPart) or part.text.strip() for part in query.parts):
+        raise InputError(f"query {query.id}: the prompt is empty; give it text, an image or audio")
+    pieces: list[Piece] = []
+    system = DEFAULT_SYSTEM if query.system is None else query.system
+    if system:
+        pieces += [Piece("<|im_start|>system\n", "control"), Piece(system, "system"), Piece("<|im_end|>\n", "control")]
+    for turn in query.history:
+        role = "assistant" if turn.role == "assistant" else None
+        pieces += _turn(turn.role, turn.parts, runs, special_tokens, role)
+    pieces += _turn("user", query.parts, runs, special_tokens)
+    pieces.append(Piece("<|im_start|>assistant\n", "header"))
+    if prefill and query.prefill:
+        pieces.append(Piece(_break_up(query.prefill, special_tokens), "prefill"))
+    return pieces
+
+
+def _turn(
+    name: str, parts: tuple[Part, ...], runs: MediaRuns, special_tokens: list[str], role: str | None = None
+) -> list[Piece]:
+    pieces = [Piece(f"<|im_start|>{name}\n", "control")]
+    for part in parts:
+        if isinstance(part, TextPart):
+            pieces.append(Piece(_break_up(part.text, special_tokens), role or "text"))
+        else:
+            begin, end = (
+                ("<|vision_bos|>", "<|vision_eos|>") if part.kind == "image" else ("<|audio_bos|>", "<|audio_eos|>")
+            )
+            pieces += [Piece(begin, "control"), Piece(runs.next(part), part.kind), Piece(end, "control")]
+    pieces.append(Piece("<|im_end|>\n", "control"))
+    return pieces
+
+
+def _break_up(text: str, special_tokens: list[str]) -> str:
+    for token in special_tokens:
+        if token in text:
+            text = text.replace(token, token[:1] + " " + token[1:])
+    return text

@@ -1,0 +1,178 @@
+"""`load_omni`: the thinker of Qwen2.5-Omni from the hub, a directory, or the organisms shipped with the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from casa_mech.errors import ModelError
+from casa_mech.omni.model import Omni
+from casa_mech.omni.processor import load_processor
+
+ORGANISMS = ("organism", "organism-split")
+WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def load_omni(
+    source: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
+) -> Omni:
+    """Load the model under study; only the thinker is read, whichever layout the checkpoint has.
+
+    Args:
+        source: "organism" or "organism-split" (shipped), a hub id such as "Qwen/Qwen2.5-Omni-3B", or a directory.
+        device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is.
+        dtype: "float32", "bfloat16", "float16"; "auto" is the checkpoint's own on an accelerator, float32 on the CPU.
+        adapter: directory of a peft adapter to merge into the weights (not a CASA gate: see `Casa.from_pretrained`).
+
+    Raises:
+        ModelError: unknown source, missing or corrupt files, another architecture, or an unknown device or dtype.
+    """
+    directory = find_checkpoint(source)
+    target = _device(device)
+    config, stored = _thinker_config(directory)
+    kind = _dtype(dtype, target, stored)
+    state = _thinker_weights(directory)
+    model, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state, dtype=kind, output_loading_info=True
+    )
+    wrong = sorted(info["missing_keys"]) or sorted(str(row) for row in info.get("mismatched_keys", ()))
+    if wrong:
+        raise ModelError(
+            f"{directory}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}; download it again"
+        )
+    if adapter is not None:
+        model = _merge_adapter(model, Path(adapter))
+    return Omni(model.to(target), load_processor(directory), str(source))
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The directory that holds `source`; a hub id is downloaded, without the shards that hold no thinker weights.
+
+    Raises:
+        ModelError: neither a shipped organism, nor a directory with a config.json, nor a hub id that can be reached.
+    """
+    if str(source) in ORGANISMS:
+        directory = WEIGHTS / str(source)
+        if not (directory / "config.json").is_file():
+            raise ModelError(f"{source} is not in this installation; make it with: casa-mech organism build {source}")
+        return directory
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise ModelError(
+                f"{source} has no config.json; give a checkpoint directory, a hub id or one of {ORGANISMS}"
+            )
+        return Path(source)
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise ModelError(f"unknown model {source!r}; give one of {ORGANISMS}, a directory, or a hub id like owner/name")
+    return _download(str(source))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.jinja"]))
+        wanted = sorted(set(_shards(directory).values())) if (directory / INDEX).is_file() else [SINGLE]
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.jinja", *wanted]))
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot download {hub_id} ({first}); check the name and network, or give a directory"
+        ) from None
+
+
+def _thinker_config(directory: Path) -> tuple[Qwen2_5OmniThinkerConfig, str | None]:
+    """The thinker's config and the dtype the checkpoint names."""
+    try:
+        raw: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"{directory}/config.json cannot be read ({error}); download the checkpoint again") from None
+    kind = raw.get("model_type")
+    if kind not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
+        raise ModelError(f"{directory} holds a {kind!r} model; casa-mech studies Qwen2.5-Omni (qwen2_5_omni)")
+    thinker = raw.get("thinker_config", raw)
+    dtype = thinker.get("dtype") or thinker.get("torch_dtype") or raw.get("dtype") or raw.get("torch_dtype")
+    return Qwen2_5OmniThinkerConfig.from_dict(thinker), dtype
+
+
+def _shards(directory: Path) -> dict[str, str]:
+    """For each thinker weight named in the index, the shard that holds it."""
+    index = json.loads((directory / INDEX).read_text())["weight_map"]
+    return {key: index[key] for key in _thinker_keys(index)}
+
+
+def _thinker_keys(keys: Iterable[str]) -> list[str]:
+    keys = list(keys)
+    full = any(key.startswith("thinker.") for key in keys)
+    return [key for key in keys if not full or key.startswith("thinker.")]
+
+
+def _thinker_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The thinker's tensors by their name without the `thinker.` prefix; no other tensor is read."""
+    if (directory / INDEX).is_file():
+        where = _shards(directory)
+    elif (directory / SINGLE).is_file():
+        where = dict.fromkeys(_thinker_keys(_read_shard(directory / SINGLE, None)), SINGLE)
+    else:
+        raise ModelError(f"{directory} has no {SINGLE} or {INDEX}; only safetensors checkpoints are read")
+    state: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(where.values())):
+        keys = [key for key, name in where.items() if name == shard]
+        state |= {key.removeprefix("thinker."): value for key, value in _read_shard(directory / shard, keys).items()}
+    return state
+
+
+def _read_shard(path: Path, keys: list[str] | None) -> dict[str, Any]:
+    """Tensors `keys` of one file; with None, the file's keys alone."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return dict.fromkeys(shard.keys()) if keys is None else {key: shard.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is missing or corrupt ({error}); download the checkpoint again") from None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"device {name!r} cannot be used ({first}); try cpu, cuda, mps or auto") from None
+    return device
+
+
+def _dtype(name: str, device: torch.device, stored: str | None) -> torch.dtype:
+    if name == "auto":
+        name = (stored or "bfloat16") if device.type == "cuda" else "float32"
+    kind = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ModelError(f"unknown dtype {name!r}; give float32, bfloat16, float16 or auto")
+    return kind
+
+
+def _merge_adapter(
+    model: Qwen2_5OmniThinkerForConditionalGeneration, adapter: Path
+) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise ModelError(f"{adapter} has no adapter_config.json; give the directory of a peft adapter")
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{adapter} does not fit this model ({first}); load it on the base it was trained on"
+        ) from None

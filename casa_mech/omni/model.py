@@ -1,0 +1,217 @@
+"""`Omni`: the model under study with its processor: queries in, batches, replies out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
+
+from casa_mech.omni.batch import OmniBatch, encode
+from casa_mech.omni.media import SAMPLE_RATE
+from casa_mech.omni.processor import OmniProcessor
+from casa_mech.queries import ImagePart, Query, Reply, TextPart
+
+if TYPE_CHECKING:
+    import nnsight
+
+END_OF_TURN = "<|im_end|>"
+
+
+class GenerationSettings(BaseModel):
+    """How replies are generated. Greedy unless `do_sample`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int = Field(64, ge=1, description="upper bound on the tokens of a reply")
+    do_sample: bool = Field(False, description="sample instead of taking the most likely token")
+    temperature: float = Field(1.0, gt=0, description="softmax temperature when sampling")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass when sampling")
+    batch_size: int = Field(16, ge=1, description="queries in one forward")
+    seed: int = Field(0, description="seed of the sampler")
+    system: str | None = Field(None, description="system prompt for queries that bring none")
+
+    def kwargs(self) -> dict[str, object]:
+        """The keyword arguments of `model.generate` that these settings stand for."""
+        kwargs: dict[str, object] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.do_sample}
+        if self.do_sample:
+            kwargs |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return kwargs
+
+
+class Omni:
+    """A Qwen2.5-Omni thinker and its processor.
+
+    model: the thinker, in evaluation mode. source: where it came from, for records.
+    """
+
+    def __init__(
+        self, model: Qwen2_5OmniThinkerForConditionalGeneration, processor: OmniProcessor, source: str
+    ) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.source = source
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"
+        self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
+        self.model.generation_config = GenerationConfig(eos_token_id=self.end_id, pad_token_id=pad)
+        self._fingerprint = _fingerprint(model)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The text tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The text transformer, with `.embed_tokens`, `.layers` and `.norm`."""
+        return self.model.model.language_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return self.model.dtype
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return self.model.config.text_config.num_hidden_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the unembedding."""
+        return self.model.lm_head.weight.shape[0]
+
+    @cached_property
+    def nnsight(self) -> nnsight.NNsight:
+        """The model wrapped once for tracing; only `casa_mech.trace` opens traces on it."""
+        from nnsight import NNsight
+
+        return NNsight(self.model)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and a sample of values of the weights as they were loaded."""
+        return self._fingerprint
+
+    def encode(
+        self, queries: Sequence[Query], targets: Sequence[Sequence[int]] | None = None, prefill: bool = True
+    ) -> OmniBatch:
+        """`queries` as one left-padded batch on the model's device (see `OmniBatch`).
+
+        Args:
+            queries: any mixture of text, image and audio.
+            targets: token ids appended to each prompt and set as labels, for teacher forcing.
+            prefill: whether the queries' assistant prefill is part of the prompt.
+
+        Raises:
+            InputError: an empty prompt or unreadable media; the message names the query.
+        """
+        return encode(self.processor, queries, targets, prefill).to(self.device, self.dtype)
+
+    def batches(self, queries: Sequence[Query], batch_size: int) -> Iterator[list[int]]:
+        """Indices of `queries` in groups of at most `batch_size` of similar length, each index once."""
+        order = sorted(range(len(queries)), key=lambda index: _estimated_length(queries[index]))
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        queries: Sequence[Query],
+        settings: GenerationSettings = GenerationSettings(),  # noqa: B008  (frozen)
+        progress: bool = False,
+    ) -> list[Reply]:
+        """Ordinary generation, without any defence; replies in the order of the queries.
+
+        `Reply.text` holds what the model wrote after the prefill, not the prefill itself.
+        """
+        from tqdm import tqdm
+
+        queries = with_system(queries, settings.system)
+        replies: list[Reply | None] = [None] * len(queries)
+        with (
+            torch.random.fork_rng(),
+            tqdm(total=len(queries), disable=not progress, desc="generate", unit="query") as bar,
+        ):
+            torch.manual_seed(settings.seed)
+            for group in self.batches(queries, settings.batch_size):
+                began = time.perf_counter()
+                batch = self.encode([queries[index] for index in group])
+                ids = self.model.generate(**batch.inputs, **settings.kwargs())
+                new = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
+                seconds = (time.perf_counter() - began) / len(group)
+                for index, row in zip(group, new, strict=True):
+                    row = self.until_end(row)
+                    replies[index] = Reply(
+                        query_id=queries[index].id, text=self.decode(row), tokens=len(row), seconds=seconds
+                    )
+                bar.update(len(group))
+        return [reply for reply in replies if reply is not None]
+
+    def reply_ids(self, text: str) -> list[int]:
+        """Token ids of a reply and the end-of-turn token."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
+
+    def until_end(self, ids: Sequence[int]) -> list[int]:
+        """`ids` up to, without, the first end-of-turn token."""
+        ids = list(ids)
+        return ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """Share of words in `texts` that the tokenizer maps to its unknown token (0 where it has none)."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return 0.0
+        ids = [token for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in row]
+        return sum(token == unknown for token in ids) / len(ids) if ids else 0.0
+
+
+def with_system(queries: Sequence[Query], system: str | None) -> list[Query]:
+    """`queries`, with `system` as the system prompt of those that bring none."""
+    if system is None:
+        return list(queries)
+    return [query if query.system is not None else query.model_copy(update={"system": system}) for query in queries]
+
+
+def _estimated_length(query: Query) -> tuple[int, int]:
+    """A cheap ordering key: media first by kind, then by what is known of the length without opening a file."""
+    kinds = sum({"text": 0, "image": 1, "audio": 2}[kind] for kind in query.modalities)
+    length = len(query.prefill) + sum(len(turn.parts) * 64 for turn in query.history)
+    for part in query.parts:
+        if isinstance(part, TextPart):
+            length += len(part.text)
+        elif not isinstance(part, ImagePart) and hasattr(part.audio, "shape"):
+            length += part.audio.shape[0] * 100 // (part.rate or SAMPLE_RATE)
+        elif isinstance(part, ImagePart) and hasattr(part.image, "width"):
+            length += part.image.width * part.image.height // 200
+    return kinds, length
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
+        digest.update(f"{name} {list(value.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()
