@@ -1,0 +1,110 @@
+"""Writing files whole or not at all: a temporary name beside the target, then a rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from casa_mech.errors import RunError
+
+TEMPORARY = ".writing-"
+"""Prefix of what is being written; a killed process may leave such names behind, and readers pass over them."""
+
+
+def storage_error(error: OSError, path: Path | str) -> RunError:
+    """`error` as one line that names the path and the way out."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"no space left on the disk of {path}: free some and give the same command again, it continues")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RunError(f"cannot write {path} ({error.strerror}): choose a folder that you may write to")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return RunError(f"cannot write {path}: a file of that name, or of a folder's name on the way, is there already")
+    return RunError(f"cannot write {path}: {error.strerror or error}")
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed to `path` when the block ends well and removed when it does not.
+
+    Raises:
+        RunError: the disk is full, or the place cannot be written to.
+    """
+    path = Path(path)
+    with _translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix is kept: savers such as matplotlib's choose the format by it.
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.name, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            temporary.chmod(0o666 & ~_umask())
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(path: Path | str) -> Iterator[Path]:
+    """Like `writing`, for a folder. What stands at `path` is replaced only when the block ends well.
+
+    Raises:
+        RunError: the disk is full, or the place cannot be written to.
+    """
+    path = Path(path)
+    with _translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix=path.name, dir=path.parent))
+        try:
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text whole or not at all.
+
+    Raises:
+        RunError: the disk is full, or the place cannot be written to.
+    """
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path | str) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename and not _near(Path(error.filename), path)):
+            raise
+        raise storage_error(error, path) from error
+
+
+def _near(other: Path, path: Path) -> bool:
+    """Whether an error's file is the target, inside it, or on the way to it (not, say, an input that is missing)."""
+    folder = path.parent.absolute()
+    other = other.absolute()
+    return folder in (other, *other.parents) or other in folder.parents
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

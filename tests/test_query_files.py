@@ -1,0 +1,111 @@
+"""Reading queries from a researcher's files, and the one-line errors that bad ones give."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+from PIL import Image
+
+from casa_mech.errors import InputError, RunError
+from casa_mech.files import TEMPORARY, writing, writing_folder
+from casa_mech.queries.files import QuerySource, read_queries
+
+ROWS = [{"goal": "how do i bake a cake", "n": 1}, {"goal": "wie backt man Küchlein, bitte", "n": 2}]
+
+
+def _write(path: Path, rows: list[dict]) -> Path:
+    if path.suffix == ".csv":
+        pd.DataFrame(rows).to_csv(path, index=False, encoding="utf-8-sig")
+    elif path.suffix == ".tsv":
+        pd.DataFrame(rows).to_csv(path, index=False, sep="\t")
+    elif path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    else:
+        path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_every_table_type_gives_the_same_queries(tmp_path: Path, suffix: str) -> None:
+    path = _write(tmp_path / f"prompts{suffix}", ROWS)
+    queries = read_queries(QuerySource(path=path, column="goal", label="benign"))
+    assert [query.text for query in queries] == [row["goal"] for row in ROWS]
+    assert [query.id for query in queries] == [f"prompts{suffix}:1", f"prompts{suffix}:2"]
+    assert {query.label for query in queries} == {"benign"}
+
+
+def test_media_columns_and_folders(tmp_path: Path) -> None:
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    soundfile.write(tmp_path / "b.wav", np.ones(1600, dtype=np.float32) * 0.1, 16_000)
+    table = _write(tmp_path / "t.csv", [{"goal": "look", "picture": "a.png", "clip": "b.wav"}])
+    source = QuerySource(path=table, column="goal", image_column="picture", audio_column="clip")
+    assert read_queries(source)[0].modalities == {"text", "image", "audio"}
+    folder = read_queries(QuerySource(path=tmp_path, label="harmful", text="say it"))
+    assert [query.modalities for query in folder] == [{"image", "text"}, {"audio", "text"}]
+    assert read_queries(QuerySource(path=tmp_path / "a.png"))[0].modalities == {"image"}
+
+
+def test_limit_takes_from_the_start(tmp_path: Path) -> None:
+    path = _write(tmp_path / "t.csv", ROWS)
+    assert len(read_queries(QuerySource(path=path, column="goal", limit=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "source", "message"),
+    [
+        (lambda d: None, {"path": "gone.csv", "column": "goal"}, "no file or folder"),
+        (lambda d: _write(d / "t.csv", ROWS), {"path": "t.csv", "column": "prompt"}, "it has goal, n"),
+        (lambda d: _write(d / "t.csv", ROWS), {"path": "t.csv"}, "it has goal, n"),
+        (lambda d: _write(d / "t.csv", [*ROWS, {"goal": " ", "n": 3}]), {"path": "t.csv", "column": "goal"}, "row 3"),
+        (lambda d: _write(d / "t.json", [{"goal": None}]), {"path": "t.json", "column": "goal"}, "row 1: empty prompt"),
+        (lambda d: (d / "t.json").write_text("{"), {"path": "t.json", "column": "goal"}, "not a readable json"),
+        (lambda d: (d / "t.json").write_text("[1]"), {"path": "t.json", "column": "goal"}, "list of objects"),
+        (lambda d: (d / "t.csv").write_text(""), {"path": "t.csv", "column": "goal"}, "not a readable csv"),
+        (lambda d: (d / "t.csv").write_text("goal\n"), {"path": "t.csv", "column": "goal"}, "holds no rows"),
+        (lambda d: (d / "t.csv").write_bytes(b"goal\n\xff\xfe"), {"path": "t.csv", "column": "goal"}, "not a readable"),
+        (lambda d: (d / "t.parquet").write_text("x"), {"path": "t.parquet", "column": "goal"}, "not a readable"),
+        (lambda d: (d / "t.pdf").write_text("x"), {"path": "t.pdf"}, "are not read"),
+        (lambda d: (d / "e").mkdir(), {"path": "e"}, "no pictures or clips"),
+        (lambda d: _write(d / "t.csv", [{"i": "x.png"}]), {"path": "t.csv", "image_column": "i"}, "no file"),
+        (lambda d: _write(d / "t.csv", [{"i": "t.csv"}]), {"path": "t.csv", "image_column": "i"}, "t.csv is none of"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path: Path, make, source: dict, message: str) -> None:
+    make(tmp_path)
+    fields = {**source, "path": tmp_path / source["path"]}
+    with pytest.raises(InputError, match=message) as caught:
+        read_queries(QuerySource(**fields))
+    assert "\n" not in str(caught.value)
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a.txt"
+    with writing(target) as temporary:
+        temporary.write_text("one")
+    with pytest.raises(ZeroDivisionError), writing(target) as temporary:
+        temporary.write_text("two")
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), writing_folder(tmp_path / "folder") as temporary:
+        (temporary / "half").write_text("half")
+        raise ZeroDivisionError
+    assert target.read_text() == "one"
+    assert not (tmp_path / "folder").exists()
+    assert not list(tmp_path.rglob(f"{TEMPORARY}*"))
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no space left") as caught, writing(tmp_path / "a.txt"):
+        raise OSError(28, "No space left on device")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(RunError, match="is there already"), writing(tmp_path / "run" / "a.txt") as temporary:
+        temporary.write_text("x")
