@@ -1,8 +1,8 @@
 """Speech: one small `Voice` interface, and espeak-ng behind it.
 
 espeak-ng is GPL-3.0. It is never part of this package: `EspeakVoice` opens the shared library that the
-`espeakng-loader` wheel installed, through ctypes, the first time something is spoken. Another synthesiser takes its place by having
-`names` and `synthesise`; everything else here (spelling, noise, the cache) works on arrays.
+`espeakng-loader` wheel installed, through ctypes, the first time something is spoken. Another synthesiser takes its
+place by having `names` and `synthesise`; everything else here (spelling, noise, the cache) works on arrays.
 """
 
 from __future__ import annotations
