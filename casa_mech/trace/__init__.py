@@ -1,0 +1,19 @@
+"""Every nnsight trace of the project: capture, edits, the gated forwards. Trace blocks are re-read from source by
+nnsight, so they live in these importable modules and nowhere else."""
+
+from casa_mech.trace.capture import Positions, capture
+from casa_mech.trace.edit import edited_logits
+from casa_mech.trace.gate import GatedPrompt, GatedTargets, GateReading, gated_prompt, gated_targets
+from casa_mech.trace.sites import Site
+
+__all__ = [
+    "GateReading",
+    "GatedPrompt",
+    "GatedTargets",
+    "Positions",
+    "Site",
+    "capture",
+    "edited_logits",
+    "gated_prompt",
+    "gated_targets",
+]

@@ -1,0 +1,116 @@
+"""Safety attention: one cross-attention from a class query to the prompt's hidden states, giving v_s in [0, 1].
+
+The forms R1, R2 and R3 are those of the method notes §1.2 (conflict B). Why none of them is an average of softmax
+weights alone: those sum to 1 over the prompt, so their mean is 1/T whatever the prompt says.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import BoolTensor, Tensor, nn
+from torch.nn import functional
+
+from casa_mech.casa.config import CasaConfig
+from casa_mech.errors import InputError
+
+SAFE, UNSAFE = 0, 1
+"""Index of each class in class embeddings, logit pairs and token ids."""
+
+
+class SafetyAttention(nn.Module):
+    """Queries from two class embeddings, keys and values from prompt states; prompt states are detached (§1.2).
+
+    Parameters stay in float32 whatever the model's dtype is.
+
+    Args:
+        config: form, width, top-k, query source and layer are read from it.
+        embeddings: class embeddings [2, d_model] (safe, unsafe); a buffer, or the start of a parameter for
+            `learned_free`.
+    """
+
+    def __init__(self, config: CasaConfig, embeddings: Tensor) -> None:
+        super().__init__()
+        self.form, self.top_k = config.form, config.top_k
+        d_model = embeddings.shape[1]
+        self.width = min(config.width, d_model)
+        # The sources differ in scale by orders of magnitude; unit RMS lets all of them start alike.
+        embeddings = functional.rms_norm(embeddings.detach().to(torch.float32), (d_model,))
+        if config.query_source == "learned_free":
+            self.class_embeddings = nn.Parameter(embeddings)
+        else:
+            self.register_buffer("class_embeddings", embeddings)
+        # Blocks hand over a residual stream that no norm has touched, with huge outlier dimensions.
+        self.normalise = config.layer != "norm"
+        self.w_q = nn.Linear(d_model, self.width, bias=False)
+        self.w_k = nn.Linear(d_model, self.width, bias=False)
+        if self.form == "R2":
+            self.w_v = nn.Linear(d_model, self.width, bias=False)
+            self.readout = nn.Linear(self.width, 1)
+
+    def forward(self, states: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
+        """Prompt states [batch, position, d_model], mask [batch, position] → v_s [batch], attention [batch, position].
+
+        Attention is zero off the mask: σ of the scores for R1, softmax weights for R2, the positions' weights for R3.
+
+        Raises:
+            InputError: a row without any position to read.
+        """
+        check_mask(mask)
+        # One class sends no gradient into the prompt's representation: only the gate learns from v_s.
+        # Padding may hold anything, even NaN, which a weight of zero would let through.
+        states = states.detach().to(torch.float32).masked_fill(~mask.unsqueeze(-1), 0.0)
+        if self.normalise:
+            states = functional.rms_norm(states, (states.shape[-1],))
+        scores = self._scores(states)
+        if self.form == "R3":
+            return self._compete(scores, mask)
+        unsafe = scores[..., UNSAFE]
+        return self._pool(unsafe, states, mask) if self.form == "R2" else self._average(unsafe, mask)
+
+    def _scores(self, states: Tensor) -> Tensor:
+        """a[batch, position, class] = q_class · k_position / sqrt(width)."""
+        queries = self.w_q(self.class_embeddings)
+        return self.w_k(states) @ queries.T / math.sqrt(self.width)
+
+    def _average(self, scores: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
+        """R1: v_s = mean of σ(a) over the prompt, or over its k highest."""
+        weights = torch.sigmoid(scores) * mask
+        count = mask.sum(dim=1)
+        if self.form == "R1-mean":
+            return weights.sum(dim=1) / count, weights
+        k = min(self.top_k, mask.shape[1])
+        # Sigmoids are positive, so the zeros off the mask are the last to be picked.
+        return weights.topk(k, dim=1).values.sum(dim=1) / count.clamp(max=k), weights
+
+    def _pool(self, scores: Tensor, states: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
+        """R2: c = Σ softmax(a) W_v h; v_s = σ(u·c / sqrt(width) + b)."""
+        weights = _masked_softmax(scores, mask)
+        context = self.w_v(torch.einsum("bp,bpd->bd", weights, states))
+        logit = context @ self.readout.weight[0] / math.sqrt(self.width) + self.readout.bias[0]
+        return torch.sigmoid(logit), weights
+
+    def _compete(self, scores: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
+        """R3: p = softmax over the classes at each position; v_s = Σ ω p with ω = softmax of their log-sum-exp."""
+        unsafe = torch.softmax(scores, dim=-1)[..., UNSAFE]
+        weights = _masked_softmax(torch.logsumexp(scores, dim=-1), mask)
+        return (weights * unsafe).sum(dim=1), weights
+
+
+def check_mask(mask: Tensor) -> None:
+    """Refuse a mask [batch, position] with an empty row.
+
+    Raises:
+        InputError: naming the first such row.
+    """
+    filled = mask.any(dim=1)
+    if not bool(filled.all()):
+        row = int((~filled).nonzero()[0])
+        raise InputError(
+            f"row {row} of the batch: the prompt has no position that safety attention may read; it is empty"
+        )
+
+
+def _masked_softmax(scores: Tensor, mask: BoolTensor) -> Tensor:
+    return torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=1)

@@ -1,0 +1,256 @@
+"""`Casa`: the method on one model: attach, train, generate, look at the gate, save, load, take off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from casa_mech.casa.adapter import WEIGHTS, Adapter
+from casa_mech.casa.attention import SafetyAttention
+from casa_mech.casa.config import CasaConfig, TrainSettings
+from casa_mech.casa.gate import SafetyGate, class_embeddings
+from casa_mech.casa.generation import Behaviour, Order, gate_readings, gated_replies
+from casa_mech.casa.storage import (
+    ATTENTION,
+    CARD,
+    CONFIG,
+    ROWS,
+    Base,
+    Stored,
+    Training,
+    check_base,
+    dump,
+    fill,
+    model_card,
+    read_stored,
+    read_tensors,
+)
+from casa_mech.casa.tokens import SafetyTokens
+from casa_mech.casa.trainer import Parts, Row, Trainer
+from casa_mech.errors import InputError, ModelError
+from casa_mech.files import writing_folder
+from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.queries import Example, Query, Reply
+from casa_mech.trace.sites import check_sites
+
+REFUSAL = "Sorry, I can not help with that."
+
+
+class Casa:
+    """Classification augmented with safety attention (CASA, arXiv 2604.00310) on one model.
+
+    Make one with `attach` or `from_pretrained`. While attached, the model carries LoRA layers and the safety tokens'
+    rows; `detach` gives it back exactly as it was, `disabled` does so for the length of a block.
+    """
+
+    def __init__(self, parts: Parts, training: Training | None = None) -> None:
+        self._parts = parts
+        self._training = training
+        self._active = True
+
+    @classmethod
+    def attach(cls, omni: Omni, config: CasaConfig = CasaConfig(), seed: int = 0) -> Casa:
+        """Put safety tokens, LoRA and safety attention on `omni`; `seed` is that of their initial values.
+
+        Raises:
+            InputError: a layer that the model does not have, or safety tokens that its tokenizer uses for text.
+            ModelError: the model has an adapter in it already.
+        """
+        check_sites([config.layer], omni.n_layers)
+        if hasattr(omni.model, "peft_config"):
+            raise ModelError("the model has an adapter in it already; detach it first, or load the model again")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            attention = SafetyAttention(config, class_embeddings(omni, config)).to(omni.device)
+            tokens = SafetyTokens(omni, (config.safe_token, config.unsafe_token), config.class_words)
+            adapter = Adapter(omni, config)
+        return cls(Parts(omni, config, adapter, SafetyGate(config, attention, tokens.ids), tokens))
+
+    @property
+    def omni(self) -> Omni:
+        """The model the gate is on."""
+        return self._parts.omni
+
+    @property
+    def config(self) -> CasaConfig:
+        """What the method is."""
+        return self._parts.config
+
+    @property
+    def attention(self) -> SafetyAttention:
+        """Safety attention, a module of its own."""
+        return self._parts.gate.attention
+
+    @property
+    def safety_gate(self) -> SafetyGate:
+        """The gate that the traces of `casa_mech.trace.gate` take."""
+        return self._parts.gate
+
+    @property
+    def token_ids(self) -> tuple[int, int]:
+        """Ids of the safe and the unsafe token."""
+        safe, unsafe = self._parts.tokens.ids.tolist()
+        return safe, unsafe
+
+    @property
+    def training(self) -> Training | None:
+        """How the gate was trained, if it was."""
+        return self._training
+
+    def train(
+        self,
+        examples: Sequence[Example],
+        settings: TrainSettings = TrainSettings(),
+        out: Path | str | None = None,
+        resume: bool = False,
+        progress: bool = True,
+    ) -> list[Row]:
+        """Train on text alone (method notes §1.4, §1.5).
+
+        Args:
+            examples: labelled text queries with the replies they should get; refusals for harmful ones.
+            settings: of the run.
+            out: folder for `metrics.jsonl` (a line each step) and `checkpoint.safetensors`.
+            resume: go on from the checkpoint in `out`, if there is one; exactly as if it had not stopped.
+            progress: show a bar.
+
+        Returns:
+            A row of metrics for each step: `step`, `loss`, `token_*` and `reply_*` (loss parts), `v_*` (mean v_s) for
+            harmful and benign, `token_accuracy`, `lr`, `grad_norm`, `seconds`, and now and then `validation_*`.
+
+        Raises:
+            InputError: media or missing labels in the examples.
+            RunError: `out` holds a run already, or another one, or cannot be written.
+        """
+        self._need_active()
+        folder = Path(out) if out is not None else None
+        trainer = Trainer(self._parts, examples, settings, folder)
+        try:
+            log = trainer.run(resume, progress)
+        finally:
+            self._parts.tokens.write()
+        harmful = sum(example.query.label == "harmful" for example in examples)
+        metrics = {key: value for key, value in log[-1].items() if key != "seconds"}
+        self._training = Training(
+            settings=settings,
+            n_harmful=harmful,
+            n_benign=len(examples) - harmful,
+            steps=len(log),
+            metrics=metrics,
+        )
+        return log
+
+    def generate(
+        self,
+        queries: Sequence[Query],
+        settings: GenerationSettings = GenerationSettings(),
+        *,
+        order: Order = "A",
+        hard: bool = False,
+        refusal: str = REFUSAL,
+        attention: bool = False,
+        progress: bool = False,
+    ) -> list[Reply]:
+        """Replies behind the gate, in the order of the queries. The gate decides once, on the last assistant turn.
+
+        Args:
+            queries: any mixture of text, image and audio.
+            settings: as for `Omni.generate`; the safety token is chosen greedily or sampled as they say.
+            order: "A" gate, then prefill; "B" prefill, then gate.
+            hard: answer unsafe queries with `refusal` instead of generating.
+            refusal: the hard gate's text.
+            attention: put safety attention's weight at each of the prompt's tokens (padding left out) into the replies.
+            progress: show a bar.
+
+        Raises:
+            InputError: an empty prompt or unreadable media.
+        """
+        self._need_active()
+        behaviour = Behaviour(order, refusal if hard else None, attention)
+        return gated_replies(self.omni, self._parts.gate, queries, settings, behaviour, progress)
+
+    def gate(
+        self,
+        queries: Sequence[Query],
+        settings: GenerationSettings = GenerationSettings(),
+        *,
+        order: Order = "A",
+        attention: bool = False,
+        progress: bool = False,
+    ) -> list[Reply]:
+        """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`)."""
+        self._need_active()
+        behaviour = Behaviour(order, None, attention)
+        return gate_readings(self.omni, self._parts.gate, queries, settings, behaviour, progress)
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Write adapter, safety attention, token rows, config and model card into `directory`, all or nothing.
+
+        Raises:
+            RunError: the place cannot be written.
+        """
+        self._need_active()
+        stored = Stored(config=self.config, base=Base.of(self.omni), training=self._training)
+        with writing_folder(directory) as folder:
+            self._parts.adapter.save(folder)
+            dump(self.attention, folder / ATTENTION)
+            dump(self._parts.tokens.rows, folder / ROWS)
+            (folder / CONFIG).write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (folder / CARD).write_text(model_card(stored), encoding="utf-8")
+            # safetensors makes its files readable by their owner alone; a gate is there to be shared.
+            for file in folder.iterdir():
+                file.chmod((folder / CARD).stat().st_mode)
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str, omni: Omni) -> Casa:
+        """Attach a saved gate to `omni`; warns when it was trained on other weights of the same shape.
+
+        Raises:
+            ModelError: files are missing, truncated or of another schema, or the shapes do not fit.
+        """
+        directory = Path(directory)
+        stored = read_stored(directory)
+        warning = check_base(stored, Base.of(omni), directory)
+        lora = read_tensors(directory / WEIGHTS)
+        casa = cls.attach(omni, stored.config)
+        try:
+            casa._parts.adapter.load(lora, directory / WEIGHTS)
+            fill(casa.attention, directory / ATTENTION)
+            fill(casa._parts.tokens.rows, directory / ROWS)
+        except ModelError:
+            casa.detach()
+            raise
+        casa._parts.tokens.write()
+        casa._training = stored.training
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+        return casa
+
+    def detach(self) -> None:
+        """Take everything off; the model is the base again and this object can no longer be used."""
+        self._need_active()
+        self._parts.adapter.remove()
+        self._parts.tokens.remove()
+        self._active = False
+
+    @contextmanager
+    def disabled(self) -> Iterator[Omni]:
+        """The base model, without LoRA, token rows and gate, for the length of a block."""
+        self._need_active()
+        self._parts.adapter.enable(False)
+        self._parts.tokens.remove()
+        self._active = False
+        try:
+            yield self.omni
+        finally:
+            self._parts.adapter.enable(True)
+            self._parts.tokens.write()
+            self._active = True
+
+    def _need_active(self) -> None:
+        if not self._active:
+            raise InputError("this gate is detached or disabled; attach it again first")

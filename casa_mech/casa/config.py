@@ -1,0 +1,139 @@
+"""What the method is (`CasaConfig`) and how it is trained (`TrainSettings`).
+
+CASA is arXiv 2604.00310. Its equations are not public, so several readings are offered; "§1.2" and the like point into
+the project's method notes, which give the evidence for each.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from casa_mech.errors import InputError
+
+Form = Literal["R1-mean", "R1-topk", "R2", "R3"]
+Rule = Literal["S1", "S2", "S3", "S4"]
+QuerySource = Literal["pooled_text_hidden", "input_embedding_rows", "lm_head_rows", "learned_free"]
+PromptPositions = Literal["user+header", "user", "header", "all"]
+
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CasaConfig(_Settings):
+    """The method: form of safety attention, what it reads, how it changes the logits, the objective and the adapter."""
+
+    form: Form = "R2"
+    """R1 averages sigmoid scores (all, or the `k` highest); R2 pools values with a softmax and reads the result out;
+    R3 lets the safe and the unsafe query compete at each position (§1.2)."""
+    k: int | None = Field(default=None, ge=1)
+    """R1-topk only: how many positions are averaged (8 when not given)."""
+    query_source: QuerySource = "pooled_text_hidden"
+    """Where the class embeddings come from: pooled states of `class_phrases` in the frozen base model, its embedding or
+    head rows of `class_words`, or free parameters."""
+    class_words: tuple[str, str] = ("safe", "unsafe")
+    """Words for the two classes, safe first; their pieces' rows also initialise the safety tokens."""
+    class_phrases: tuple[str, str] = ("a harmless request", "a harmful request")
+    """Phrases that name the two classes, safe first; read by `pooled_text_hidden`."""
+    layer: Literal["norm"] | int = "norm"
+    """Which states are read: after the final norm, or the output of block 0, 1, ... """
+    positions: PromptPositions = "user+header"
+    """Which positions count as the prompt: user turns with their media and the assistant header, either of them alone,
+    or all real positions up to the gate (system prompt and control tokens included)."""
+    width: int = Field(default=256, ge=1)
+    """Size of queries, keys and values; no more than the model's own width is used."""
+    rule: Rule = "S3"
+    """How v_s changes the two logits: S1 scales them (the paper), S2 replaces them, S3 adds log v_s, S4 scales them
+    above the smallest logit (§1.2, conflict C)."""
+    safe_token: str = "<|safe|>"
+    unsafe_token: str = "<|unsafe|>"
+    lora_r: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    lora_targets: tuple[str, ...] = LORA_MODULES
+    """Linear layers of the language model's blocks that get a LoRA."""
+    beta: float = Field(default=0.5, ge=0, le=1)
+    """Weight of harmful sequences in the loss; benign ones get 1 - beta (§1.4)."""
+    lambda_tok: float = Field(default=1.0, gt=0)
+    """Weight of the safety token's loss beside the mean loss of the reply's tokens."""
+    ce_support: Literal["full", "two_way"] = "full"
+    """Softmax of the safety token's loss: over the whole vocabulary, or over the two tokens."""
+
+    @classmethod
+    def paper(cls, **changes: object) -> CasaConfig:
+        """The reading closest to the paper: softmax-pooled attention (R2) and scaled logits (S1)."""
+        return cls.model_validate({"form": "R2", "rule": "S1", **changes})
+
+    @property
+    def top_k(self) -> int:
+        """How many positions R1-topk averages."""
+        return self.k or 8
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> CasaConfig:
+        if self.k is not None and self.form != "R1-topk":
+            raise InputError(
+                f"k={self.k} is read by form R1-topk only, not {self.form}: leave k out or change the form"
+            )
+        if self.rule == "S2" and self.ce_support == "full":
+            raise InputError(
+                "rule S2 replaces the two logits by v_s and 1 - v_s, which mean nothing beside the other logits: "
+                "use ce_support='two_way'"
+            )
+        if self.safe_token == self.unsafe_token or not self.safe_token.strip() or not self.unsafe_token.strip():
+            raise InputError("safe_token and unsafe_token must be two different, non-empty strings")
+        if isinstance(self.layer, int) and self.layer < 0:
+            raise InputError(f"layer={self.layer}: blocks are counted from 0; use 'norm' for the final states")
+        unknown = set(self.lora_targets) - set(LORA_MODULES)
+        if unknown or not self.lora_targets:
+            raise InputError(
+                f"lora_targets must be some of {', '.join(LORA_MODULES)}; got {', '.join(unknown) or 'none'}"
+            )
+        return self
+
+
+class TrainSettings(_Settings):
+    """One training run. The defaults for the learning rates and the batch depend on the model's size."""
+
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the larger class; ignored when `max_steps` is given."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Number of optimiser steps."""
+    batch_size: int = Field(default=64, ge=2)
+    """Examples a step, half of them harmful."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Examples a forward; the gradients of a batch's parts are summed."""
+    lr_lora: float | None = Field(default=None, gt=0)
+    """Learning rate of LoRA and of the token rows; by default 1e-4 from d_model 1024 on, else 1e-3."""
+    lr_attention: float | None = Field(default=None, gt=0)
+    """Learning rate of safety attention; by default 5e-4 from d_model 1024 on, else 2e-3."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises; after them it falls along a cosine."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    max_reply_tokens: int = Field(default=256, ge=1)
+    """Replies are cut to this many tokens."""
+    seed: int = Field(default=0, ge=0)
+    validation: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the examples of each class held out for validation; 0 turns validation off."""
+    validate_every: int = Field(default=50, ge=1)
+    """Steps between validations."""
+    patience: int | None = Field(default=5, ge=1)
+    """Stop after this many validations without a lower loss, and keep the best weights; None never stops early."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between checkpoints (only with an output folder)."""
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> TrainSettings:
+        if self.batch_size % 2:
+            raise InputError(f"batch_size={self.batch_size}: batches are half harmful, half benign, so it must be even")
+        return self
+
+    def learning_rates(self, d_model: int) -> tuple[float, float]:
+        """Learning rates (LoRA and token rows, safety attention) for a model of width `d_model`."""
+        large = d_model >= 1024
+        return self.lr_lora or (1e-4 if large else 1e-3), self.lr_attention or (5e-4 if large else 2e-3)

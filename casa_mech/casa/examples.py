@@ -1,0 +1,89 @@
+"""The training set: checked, split for validation, and served in class-balanced batches that depend on the step alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from casa_mech.errors import InputError
+from casa_mech.queries import Example
+
+CLASSES = ("benign", "harmful")
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Refuse what CASA is not trained on.
+
+    Raises:
+        InputError: media in a query (CASA learns from text only), a missing label, or a class without examples.
+    """
+    for example in examples:
+        query = example.query
+        if query.modalities - {"text"} or any(part.kind != "text" for turn in query.history for part in turn.parts):
+            raise InputError(
+                f"query {query.id}: CASA is trained on text only; leave images and audio to the evaluation"
+            )
+        if query.label is None:
+            raise InputError(f"query {query.id}: a training example needs a label, harmful or benign")
+    for label in CLASSES:
+        if not any(example.query.label == label for example in examples):
+            raise InputError(f"no {label} example among {len(examples)}; training needs both classes")
+
+
+def examples_digest(examples: Sequence[Example]) -> str:
+    """SHA-256 over the examples in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        query = example.query
+        turns = [[turn.role, *(getattr(part, "text", "") for part in turn.parts)] for turn in query.history]
+        digest.update(repr((query.text, query.label, query.system, turns, example.reply)).encode())
+    return digest.hexdigest()
+
+
+def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples: `share` of each class is held out, at least one of each if share > 0."""
+    held: set[int] = set()
+    for number, label in enumerate(CLASSES):
+        of_class = [index for index, example in enumerate(examples) if example.query.label == label]
+        order = np.random.default_rng([seed, number]).permutation(of_class)
+        count = max(1, round(share * len(of_class))) if share > 0 and len(of_class) > 1 else 0
+        held.update(int(index) for index in order[:count])
+    train = [example for index, example in enumerate(examples) if index not in held]
+    return train, [examples[index] for index in sorted(held)]
+
+
+class BalancedBatches:
+    """Batches of which half are harmful; each class goes through its own shuffled passes, the smaller one more often.
+
+    The batch of a step is a function of the seed and the step, so that a resumed run sees what it would have seen.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
+        self._examples = examples
+        self._half = batch_size // 2
+        self._seed = seed
+        self._members = [
+            [index for index, example in enumerate(examples) if example.query.label == label] for label in CLASSES
+        ]
+        self._order = lru_cache(maxsize=8)(self._shuffled)
+
+    def steps(self, epochs: float) -> int:
+        """Steps in `epochs` passes over the larger class."""
+        return max(1, round(epochs * max(len(members) for members in self._members) / self._half))
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of `step` (from 0), the classes alternating."""
+        rows = [list(self._stream(number, step)) for number in range(len(CLASSES))]
+        return [self._examples[index] for pair in zip(*rows, strict=True) for index in pair]
+
+    def _stream(self, number: int, step: int) -> Iterator[int]:
+        size = len(self._members[number])
+        for position in range(step * self._half, (step + 1) * self._half):
+            yield self._members[number][self._order(number, position // size)[position % size]]
+
+    def _shuffled(self, number: int, epoch: int) -> list[int]:
+        rng = np.random.default_rng([self._seed, number, epoch])
+        return [int(index) for index in rng.permutation(len(self._members[number]))]

@@ -1,0 +1,83 @@
+"""The gate: which states are read, safety attention over them, and the logit rule; what `casa_mech.trace` puts in."""
+
+from __future__ import annotations
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+
+from casa_mech.casa.attention import SafetyAttention, check_mask
+from casa_mech.casa.config import CasaConfig
+from casa_mech.casa.rules import rewrite
+from casa_mech.casa.tokens import word_rows
+from casa_mech.errors import InputError
+from casa_mech.omni import Omni, OmniBatch
+from casa_mech.queries import Query
+from casa_mech.trace.capture import capture
+from casa_mech.trace.gate import GateReading
+from casa_mech.trace.sites import Site
+
+
+class SafetyGate:
+    """Safety attention with its positions, layer and logit rule. `token_ids`: long [2] (safe, unsafe)."""
+
+    def __init__(self, config: CasaConfig, attention: SafetyAttention, token_ids: LongTensor) -> None:
+        self.layer: Site = config.layer
+        self.attention = attention
+        self.token_ids = token_ids
+        self._config = config
+
+    def mask(self, batch: OmniBatch) -> BoolTensor:
+        """Positions [batch, position] that safety attention reads.
+
+        Raises:
+            InputError: a prompt that has none.
+        """
+        mask = prompt_positions(self._config, batch)
+        check_mask(mask)
+        return mask
+
+    def __call__(self, states: Tensor, mask: BoolTensor, logits: Tensor) -> tuple[Tensor, GateReading]:
+        """States [batch, position, d_model], mask [batch, position], logits [batch, vocab] → new logits, reading."""
+        v_s, attention = self.attention(states, mask)
+        logits, raw, pair = rewrite(self._config.rule, logits, self.token_ids, v_s)
+        return logits, GateReading(v_s, pair, raw, attention)
+
+
+def prompt_positions(config: CasaConfig, batch: OmniBatch) -> BoolTensor:
+    """The positions [batch, position] that `config.positions` names."""
+    user = torch.stack(list(batch.modality.values())).any(dim=0)
+    if config.positions == "user+header":
+        mask = batch.prompt_mask
+    elif config.positions == "user":
+        mask = user
+    elif config.positions == "header":
+        mask = batch.prompt_mask & ~user
+    else:
+        index = torch.arange(user.shape[1], device=user.device)
+        mask = batch.inputs["attention_mask"].bool() & (index[None] <= batch.gate_position[:, None])
+    return mask  # type: ignore[return-value]
+
+
+def class_embeddings(omni: Omni, config: CasaConfig) -> Tensor:
+    """Class embeddings [2, d_model] (safe, unsafe), computed once from the untouched base model (§1.2, conflict A).
+
+    Raises:
+        InputError: form R3 with a source that cannot tell the two classes apart on this tokenizer.
+    """
+    if config.query_source == "learned_free":
+        return torch.randn(2, omni.d_model, device=omni.device)
+    if config.query_source == "pooled_text_hidden":
+        # No system prompt: nothing but the phrase itself should be in its states.
+        queries = [Query.from_text(phrase, id=phrase, system="") for phrase in config.class_phrases]
+        found = capture(omni, omni.encode(queries), [config.layer], "mean:text")[config.layer]
+        named = config.class_phrases
+    else:
+        head = config.query_source == "lm_head_rows"
+        weight = omni.model.lm_head.weight if head else omni.language_model.embed_tokens.weight
+        found = word_rows(omni, config.class_words, weight)
+        named = config.class_words
+    if config.form == "R3" and torch.equal(found[0], found[1]):
+        raise InputError(
+            f"{named[0]!r} and {named[1]!r} are the same to this tokenizer; name the classes by other words"
+        )
+    return found

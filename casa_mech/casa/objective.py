@@ -1,0 +1,53 @@
+"""CASA's training objective (method notes §1.4): safety token and reply, balanced between the two classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import BoolTensor, Tensor
+from torch.nn import functional
+
+from casa_mech.casa.attention import SAFE, UNSAFE
+from casa_mech.casa.config import CasaConfig
+from casa_mech.trace.gate import GatedTargets
+
+
+@dataclass(frozen=True)
+class SequenceLosses:
+    """Each [batch]: loss of the safety token, mean loss of the reply's tokens, whether the token is right."""
+
+    token: Tensor
+    reply: Tensor
+    correct: Tensor
+
+
+def sequence_losses(config: CasaConfig, targets: GatedTargets, harmful: BoolTensor) -> SequenceLosses:
+    """Losses of each sequence of a teacher-forced, gated forward; `harmful` [batch] is the true class.
+
+    The reply's loss is a mean over its tokens, apart from the safety token's: neither a long reply nor a short one
+    drowns the decision. The token's softmax runs over the vocabulary or over the pair (`config.ce_support`).
+    """
+    losses = functional.cross_entropy(targets.logits, targets.tokens, reduction="none")
+    truth = torch.where(harmful, UNSAFE, SAFE)
+    if config.ce_support == "two_way":
+        token = functional.cross_entropy(targets.reading.pair, truth, reduction="none")
+    else:
+        token = losses[targets.first]
+    is_reply = torch.ones_like(losses).index_fill(0, targets.first, 0.0)
+    count = torch.zeros_like(token).index_add(0, targets.row, is_reply)
+    total = torch.zeros_like(token).index_add(0, targets.row, losses * is_reply)
+    correct = targets.reading.pair.detach().argmax(dim=1) == truth
+    return SequenceLosses(token, total / count.clamp(min=1), correct)
+
+
+def class_weights(harmful: BoolTensor, beta: float) -> Tensor:
+    """Weight of each sequence [batch]: beta shared by the harmful ones, 1 - beta by the benign ones."""
+    n_harmful = harmful.sum().clamp(min=1)
+    n_benign = (~harmful).sum().clamp(min=1)
+    return torch.where(harmful, beta / n_harmful, (1 - beta) / n_benign)
+
+
+def objective(losses: SequenceLosses, weights: Tensor, lambda_tok: float) -> Tensor:
+    """L = Σ_i w_i (λ_tok · token_i + reply_i), with `weights` [batch] from `class_weights`; a scalar."""
+    return (weights * (lambda_tok * losses.token + losses.reply)).sum()

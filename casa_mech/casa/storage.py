@@ -1,0 +1,175 @@
+"""A gate on disk: peft adapter, safety attention, token rows, config and model card; written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from casa_mech.casa import adapter as adapter_files
+from casa_mech.casa.config import CasaConfig, TrainSettings
+from casa_mech.errors import ModelError
+from casa_mech.omni import Omni
+
+SCHEMA = 1
+CONFIG, ATTENTION, ROWS, CARD = (
+    "casa_config.json",
+    "safety_attention.safetensors",
+    "token_rows.safetensors",
+    "README.md",
+)
+
+
+class Base(BaseModel):
+    """The model a gate was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    fingerprint: str
+    d_model: int
+    n_layers: int
+    tied: bool
+
+    @classmethod
+    def of(cls, omni: Omni) -> Base:
+        """The facts about `omni` that a gate depends on."""
+        return cls(
+            source=omni.source,
+            fingerprint=omni.fingerprint(),
+            d_model=omni.d_model,
+            n_layers=omni.n_layers,
+            tied=omni.model.lm_head.weight is omni.language_model.embed_tokens.weight,
+        )
+
+
+class Training(BaseModel):
+    """How a gate was trained: the settings, how many examples of each class, and the last row of metrics."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: TrainSettings
+    n_harmful: int
+    n_benign: int
+    steps: int
+    metrics: dict[str, float]
+
+
+class Stored(BaseModel):
+    """What `casa_config.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA
+    config: CasaConfig
+    base: Base
+    training: Training | None = None
+
+
+def read_stored(directory: Path) -> Stored:
+    """The gate's description in `directory`.
+
+    Raises:
+        ModelError: no gate there, or its description is corrupt or of another schema version.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise ModelError(
+            f"{directory} has no {CONFIG}: it holds no gate; give a folder that Casa.save_pretrained wrote"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw.get("schema_version")
+        if version != SCHEMA:
+            raise ModelError(f"{path} has schema version {version}; this release of casa-mech reads {SCHEMA}")
+        return Stored.model_validate(raw)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, ValidationError) as error:
+        raise ModelError(f"{path} is corrupt ({str(error).splitlines()[0]}); save the gate again") from None
+
+
+def check_base(stored: Stored, base: Base, directory: Path) -> str | None:
+    """A warning when the gate was trained on other weights of the same shape, else None.
+
+    Raises:
+        ModelError: the shapes differ.
+    """
+    trained = stored.base
+    for what in ("d_model", "n_layers", "tied"):
+        theirs, ours = getattr(trained, what), getattr(base, what)
+        if theirs != ours:
+            raise ModelError(
+                f"{directory} was trained on {trained.source} with {what} {theirs}, and does not fit {base.source} "
+                f"with {what} {ours}; load it on {trained.source}"
+            )
+    if trained.fingerprint != base.fingerprint:
+        return (
+            f"{directory} was trained on {trained.source}, not on these weights of {base.source}: the gate may not hold"
+        )
+    return None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of one safetensors file.
+
+    Raises:
+        ModelError: the file is missing or truncated; the message names it.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is missing or corrupt ({error}); save the gate again") from None
+
+
+def fill(module: nn.Module, path: Path) -> None:
+    """Load a module's state from `path`.
+
+    Raises:
+        ModelError: the file is missing, truncated, or of another shape.
+    """
+    try:
+        module.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[-1].strip()
+        raise ModelError(f"{path} does not fit its own {CONFIG} or this model: {line}") from None
+
+
+def dump(module: nn.Module, path: Path) -> None:
+    """Write a module's state as safetensors."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, path)
+
+
+def model_card(stored: Stored) -> str:
+    """The README of a gate's folder, from the numbers of its run."""
+    config, base = stored.config, stored.base
+    lines = [
+        f"# CASA gate for {base.source}",
+        "",
+        "A safety gate after CASA (arXiv 2604.00310), trained with casa-mech: before the first word the model chooses",
+        f"between `{config.safe_token}` and `{config.unsafe_token}`, guided by safety attention over the prompt.",
+        "",
+        f"Load it with `Casa.from_pretrained(directory, load_omni({base.source!r}))`. `{adapter_files.WEIGHTS}` is a",
+        f"plain peft adapter; `{ATTENTION}` and `{ROWS}` hold safety attention and the two tokens' rows.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {base.source} (d_model {base.d_model}, {base.n_layers} blocks, fingerprint `{base.fingerprint[:16]}`) |",
+        f"| safety attention | {config.form}, queries from {config.query_source}, layer {config.layer}, {config.positions} |",
+        f"| logit rule | {config.rule} |",
+        f"| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} |",
+        f"| objective | beta {config.beta}, lambda {config.lambda_tok}, softmax {config.ce_support} |",
+    ]
+    training = stored.training
+    if training is None:
+        return "\n".join([*lines, "", "Not trained.", ""])
+    lines += [
+        f"| examples | {training.n_harmful} harmful, {training.n_benign} benign, text only |",
+        f"| steps | {training.steps} of {training.settings.batch_size}, seed {training.settings.seed} |",
+    ]
+    lines += ["", "## Last step", "", "| measure | value |", "|---|---|"]
+    lines += [f"| {name} | {value:.4g} |" for name, value in sorted(training.metrics.items())]
+    return "\n".join([*lines, ""])

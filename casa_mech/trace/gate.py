@@ -1,0 +1,144 @@
+"""The forwards in which the gate acts: one over a prompt (inference), one teacher-forced (training).
+
+What the gate computes belongs to `casa_mech/casa`; here is only how it is put into the model. `lm_head` is given
+nothing but the positions that are needed, so its full [batch, position, vocab] output never exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+
+from casa_mech.omni import Omni, OmniBatch
+from casa_mech.trace.sites import Site, site_module
+
+
+@dataclass(frozen=True)
+class GateReading:
+    """What the gate saw and did. `v_s` [batch]; `pair` [batch, 2], the rewritten logits (safe, unsafe); `raw_pair`
+    [batch, 2], the language model's own; `attention` [batch, position]."""
+
+    v_s: Tensor
+    pair: Tensor
+    raw_pair: Tensor
+    attention: Tensor
+
+
+class Gate(Protocol):
+    """Reads prompt states, rewrites the two safety logits."""
+
+    layer: Site
+
+    def mask(self, batch: OmniBatch) -> BoolTensor:
+        """Positions [batch, position] that may be read."""
+
+    def __call__(self, states: Tensor, mask: BoolTensor, logits: Tensor) -> tuple[Tensor, GateReading]:
+        """States [batch, position, d_model], mask [batch, position], logits [batch, vocab] → new logits, reading."""
+
+
+class TokenRows(Protocol):
+    """The safety tokens' trainable rows, which stand in for those of the embedding and of the head."""
+
+    def embed(self, embeddings: Tensor, input_ids: LongTensor) -> Tensor:
+        """Embeddings [batch, position, d_model] with the two tokens' rows put in."""
+
+    def score(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [row, vocab] with the two tokens' columns computed from `hidden` [row, d_model]."""
+
+
+@dataclass(frozen=True)
+class GatedPrompt:
+    """A prompt's forward with the gate in it. `logits` [batch, vocab]: at the gate's position, rewritten; `cache`: keys
+    and values of the whole prompt, for decoding on."""
+
+    reading: GateReading
+    logits: Tensor
+    cache: Any
+
+
+def gated_prompt(omni: Omni, batch: OmniBatch, gate: Gate, position: LongTensor, use_cache: bool = True) -> GatedPrompt:
+    """One forward over `batch`'s prompts with the gate acting on the logits at `position` [batch].
+
+    Raises:
+        InputError: a prompt without a position that the gate may read.
+    """
+    batch, position = batch.to(omni.device), position.to(omni.device)
+    mask = gate.mask(batch)
+    with torch.no_grad():
+        return _gated_prompt(omni, batch, gate, mask, position, use_cache)
+
+
+def _gated_prompt(
+    omni: Omni, batch: OmniBatch, gate: Gate, mask: BoolTensor, position: LongTensor, use_cache: bool
+) -> GatedPrompt:
+    model, norm = omni.nnsight, omni.nnsight.model.language_model.norm
+    site, _ = site_module(omni, gate.layer)
+    rows = torch.arange(batch.size, device=omni.device)
+    with model.trace(**batch.inputs, use_cache=use_cache):
+        states = site.output
+        hidden = states if gate.layer == "norm" else norm.output
+        model.lm_head.input = hidden[rows, position].unsqueeze(1)
+        logits, reading = gate(states, mask, model.lm_head.output[:, 0])
+        model.lm_head.output = logits.unsqueeze(1)
+        logits = logits.save()
+        reading = reading.save()
+        cache = model.output.past_key_values.save()
+    return GatedPrompt(reading, logits, cache)
+
+
+@dataclass(frozen=True)
+class GatedTargets:
+    """A teacher-forced forward with the gate in it. With `target` the supervised tokens of the whole batch, row by row:
+    `logits` [target, vocab], `tokens` [target], `row` [target] (the query each belongs to), `first` [batch] (index of
+    each query's safety token in them)."""
+
+    reading: GateReading
+    logits: Tensor
+    tokens: LongTensor
+    row: LongTensor
+    first: LongTensor
+
+
+def gated_targets(omni: Omni, batch: OmniBatch, gate: Gate, rows: TokenRows) -> GatedTargets:
+    """Teacher-forced forward over `batch`, whose targets begin with the true safety token; keeps the autograd graph.
+
+    The gate acts where the first target is predicted; prompt states reach safety attention detached (methods §1.2).
+    `batch.labels` must be set.
+    """
+    batch = batch.to(omni.device)
+    mask = gate.mask(batch)
+    assert batch.labels is not None
+    predicted = batch.labels[:, 1:] != -100
+    row = predicted.nonzero()[:, 0]
+    first = torch.searchsorted(row, torch.arange(batch.size, device=row.device))
+    reading, logits = _gated_targets(omni, batch, gate, rows, mask, predicted, first)
+    return GatedTargets(reading, logits, batch.labels[:, 1:][predicted], row, first)  # type: ignore[arg-type]
+
+
+def _gated_targets(
+    omni: Omni,
+    batch: OmniBatch,
+    gate: Gate,
+    rows: TokenRows,
+    mask: BoolTensor,
+    predicted: Tensor,
+    first: LongTensor,
+) -> tuple[GateReading, Tensor]:
+    model, language_model = omni.nnsight, omni.nnsight.model.language_model
+    site, _ = site_module(omni, gate.layer)
+    with model.trace(**batch.inputs, use_cache=False):
+        language_model.embed_tokens.output = rows.embed(language_model.embed_tokens.output, batch.inputs["input_ids"])
+        states = site.output
+        hidden = states if gate.layer == "norm" else language_model.norm.output
+        hidden = hidden[:, :-1][predicted]
+        model.lm_head.input = hidden
+        logits = rows.score(model.lm_head.output, hidden)
+        gated, reading = gate(states, mask, logits[first])
+        logits = logits.index_copy(0, first, gated.to(logits.dtype))
+        model.lm_head.output = logits
+        logits = logits.save()
+        reading = reading.save()
+    return reading, logits

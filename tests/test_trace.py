@@ -1,0 +1,74 @@
+"""What is read and written through nnsight is what Hugging Face and plain hooks see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from casa_mech.casa import Casa
+from casa_mech.errors import InputError
+from casa_mech.omni import Omni
+from casa_mech.queries import Query
+from casa_mech.trace import capture, edited_logits
+
+
+def hidden_states(omni: Omni, batch: object) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return omni.model(**batch.inputs, output_hidden_states=True).hidden_states  # type: ignore[attr-defined]
+
+
+def test_capture_equals_output_hidden_states(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    batch = tiny_omni.encode(mixed_queries)
+    expected = hidden_states(tiny_omni, batch)
+    found = capture(tiny_omni, batch, ["norm", 0, "embeddings"], "all")
+    assert torch.equal(found["embeddings"], expected[0])
+    assert torch.equal(found[0], expected[1])
+    assert torch.equal(found["norm"], expected[-1])
+
+
+def test_positions_are_cut_as_named(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    batch = tiny_omni.encode(mixed_queries)
+    full = capture(tiny_omni, batch, [1, "norm"], "all")
+    last = capture(tiny_omni, batch, [1, "norm"], "last")
+    mean = capture(tiny_omni, batch, [1], "mean")[1]
+    image = capture(tiny_omni, batch, [1], "mean:image")[1]
+    for row in range(batch.size):
+        for site in (1, "norm"):
+            assert torch.equal(last[site][row], full[site][row, batch.gate_position[row]])  # type: ignore[index]
+        torch.testing.assert_close(mean[row], full[1][row, batch.prompt_mask[row]].mean(dim=0))
+    torch.testing.assert_close(image[1], full[1][1, batch.modality["image"][1]].mean(dim=0))
+    assert not image[0].any()
+
+
+def test_unknown_places_are_named(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    batch = tiny_omni.encode(mixed_queries[:1])
+    with pytest.raises(InputError, match="no site 9"):
+        capture(tiny_omni, batch, [9])
+    with pytest.raises(InputError, match="mean:video"):
+        capture(tiny_omni, batch, [0], "mean:video")  # type: ignore[arg-type]
+    assert capture(tiny_omni, batch, []) == {}
+
+
+@pytest.mark.parametrize("site", ["embeddings", 0, "norm"])
+def test_identity_edits_change_nothing_and_others_do(tiny_omni: Omni, mixed_queries: list[Query], site: object) -> None:
+    batch = tiny_omni.encode(mixed_queries)
+    with torch.no_grad():
+        expected = tiny_omni.model(**batch.inputs).logits
+    assert torch.equal(edited_logits(tiny_omni, batch, site, lambda states: states), expected)  # type: ignore[arg-type]
+    assert torch.equal(edited_logits(tiny_omni, batch, site, lambda states: states.clone()), expected)  # type: ignore[arg-type]
+    changed = edited_logits(tiny_omni, batch, site, lambda states: states * 0.5)  # type: ignore[arg-type]
+    assert not torch.allclose(changed[:, -1], expected[:, -1])
+
+
+def test_capture_follows_adapters_in_and_out(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    batch = tiny_omni.encode(mixed_queries)
+    before = capture(tiny_omni, batch, [0], "all")[0]
+    casa = Casa.attach(tiny_omni)
+    with torch.no_grad():
+        for parameter in casa._parts.adapter.parameters().values():
+            parameter.add_(0.1)
+    during = capture(tiny_omni, batch, [0], "all")[0]
+    assert torch.equal(during, hidden_states(tiny_omni, batch)[1])
+    assert not torch.allclose(during, before)
+    casa.detach()
+    assert torch.equal(capture(tiny_omni, batch, [0], "all")[0], before)
