@@ -1,4 +1,4 @@
-"""The training set: checked, split for validation, and served in class-balanced batches that depend on the step alone."""
+"""The training set: checked, split for validation, served in class-balanced batches that depend on the step alone."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ EPSILON = 1e-6
 
 
 def scale(pair: Tensor, v_s: Tensor) -> Tensor:
-    """S1, the paper's rule: z_safe * (1 - v_s), z_unsafe * v_s. Sign-fragile: a negative logit *falls* as its factor grows.
+    """S1 (the paper): z_safe * (1 - v_s), z_unsafe * v_s. Sign-fragile: a negative logit falls as its factor grows.
 
     Shapes: pair [batch, 2] (safe, unsafe), v_s [batch] → [batch, 2]; so for all four rules.
     """
@@ -25,7 +25,7 @@ def replace(pair: Tensor, v_s: Tensor) -> Tensor:
 
 
 def shift_log(pair: Tensor, v_s: Tensor) -> Tensor:
-    """S3: z_safe + log(1 - v_s), z_unsafe + log v_s, i.e. probabilities are multiplied; monotone for logits of any sign."""
+    """S3: z_safe + log(1 - v_s), z_unsafe + log v_s: probabilities multiply; monotone for logits of any sign."""
     v_s = v_s.clamp(EPSILON, 1 - EPSILON)
     return pair + torch.stack([torch.log1p(-v_s), torch.log(v_s)], dim=-1)
 

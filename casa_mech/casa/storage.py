@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -157,8 +156,10 @@ def model_card(stored: Stored) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| base | {base.source} (d_model {base.d_model}, {base.n_layers} blocks, fingerprint `{base.fingerprint[:16]}`) |",
-        f"| safety attention | {config.form}, queries from {config.query_source}, layer {config.layer}, {config.positions} |",
+        f"| base | {base.source}, d_model {base.d_model}, {base.n_layers} blocks |",
+        f"| base's fingerprint | `{base.fingerprint}` |",
+        f"| safety attention | {config.form}, queries from {config.query_source} |",
+        f"| reads | layer {config.layer}, {config.positions} |",
         f"| logit rule | {config.rule} |",
         f"| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} |",
         f"| objective | beta {config.beta}, lambda {config.lambda_tok}, softmax {config.ce_support} |",

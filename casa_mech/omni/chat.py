@@ -45,7 +45,14 @@ def media_parts(query: Query) -> Iterator[ImagePart | AudioPart]:
                 yield part
 
 
-def chat_pieces(query: Query, runs: MediaRuns, special_tokens: list[str], prefill: bool = True) -> list[Piece]:
+def default_system(chat_template: str | None) -> str:
+    """The system prompt a query gets that brings none: Qwen's, unless the checkpoint's own chat template has none."""
+    return DEFAULT_SYSTEM if not chat_template or DEFAULT_SYSTEM in chat_template else ""
+
+
+def chat_pieces(
+    query: Query, runs: MediaRuns, special_tokens: list[str], system: str = DEFAULT_SYSTEM, prefill: bool = True
+) -> list[Piece]:
     """The pieces of `query` up to and including the assistant's header and, if asked for, the prefill.
 
     A special token's string inside text the user wrote is broken up, so that no prompt can forge a turn, a picture or
@@ -57,9 +64,13 @@ def chat_pieces(query: Query, runs: MediaRuns, special_tokens: list[str], prefil
     if not any(not isinstance(part, TextPart) or part.text.strip() for part in query.parts):
         raise InputError(f"query {query.id}: the prompt is empty; give it text, an image or audio")
     pieces: list[Piece] = []
-    system = DEFAULT_SYSTEM if query.system is None else query.system
+    system = system if query.system is None else query.system
     if system:
-        pieces += [Piece("<|im_start|>system\n", "control"), Piece(system, "system"), Piece("<|im_end|>\n", "control")]
+        pieces += [
+            Piece("<|im_start|>system\n", "control"),
+            Piece(_break_up(system, special_tokens), "system"),
+            Piece("<|im_end|>\n", "control"),
+        ]
     for turn in query.history:
         role = "assistant" if turn.role == "assistant" else None
         pieces += _turn(turn.role, turn.parts, runs, special_tokens, role)

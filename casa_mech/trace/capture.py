@@ -51,7 +51,7 @@ def _capture(
 
 
 def select_positions(hidden: Tensor, mask: BoolTensor | None, mean: bool) -> Tensor:
-    """`hidden` [batch, position, d_model] at `mask` [batch, position]: the mean, or the one position; all without mask."""
+    """`hidden` [batch, position, d_model] at `mask` [batch, position]: the mean or the one position; all if no mask."""
     if mask is None:
         return hidden.clone()
     if not mean:
