@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import BoolTensor, LongTensor, Tensor
 
-from casa_mech.omni.chat import PROMPT_ROLES, ROLES, MediaRuns, Piece, chat_pieces, media_parts
+from casa_mech.omni.chat import PROMPT_ROLES, ROLES, MediaRuns, Piece, chat_pieces, default_system, media_parts
 from casa_mech.omni.media import load_audio, load_image
 from casa_mech.omni.processor import OmniProcessor
 from casa_mech.queries import ImagePart, Query
@@ -71,7 +71,8 @@ def encode(
     """
     media, runs = _encode_media(processor, queries)
     special = processor.tokenizer.all_special_tokens
-    pieces = [chat_pieces(query, runs, special, prefill) for query in queries]
+    system = default_system(processor.chat_template)
+    pieces = [chat_pieces(query, runs, special, system, prefill) for query in queries]
     rows = _tokenise(processor, pieces)
     tails = [list(target) for target in targets] if targets is not None else [[] for _ in rows]
     return _pad(processor, rows, tails, media, targets is not None)

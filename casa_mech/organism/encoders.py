@@ -1,0 +1,103 @@
+"""Encoders learn letters first, as the encoders of real omni models come trained on pictures and speech.
+
+Each tower reads random letter strings through a linear head that is thrown away afterwards: one letter per image token,
+and connectionist temporal classification (Graves et al. 2006) over the audio tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from casa_mech.attacks.audio import SNR_DB
+from casa_mech.attacks.render import render_word
+from casa_mech.attacks.voice import add_noise, draw_settings, spell_clip
+from casa_mech.omni import Omni
+
+LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+
+
+def train_image_letters(
+    omni: Omni, steps: int, rng: np.random.Generator, progress: bool = True, batch_size: int = 48
+) -> float:
+    """Teach the vision tower to tell letters apart; returns the last step's share of letters read."""
+    tower = omni.model.model.visual
+    head = nn.Linear(omni.d_model, len(LETTERS))
+
+    def step() -> tuple[torch.Tensor, float]:
+        words = _words(rng, batch_size)
+        inputs, _ = omni.processor.images([render_word(word, rng) for word in words])
+        scores = head(tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output)
+        wanted = _codes(words)
+        read = (scores.argmax(-1) == wanted).float().mean().item()
+        return nn.functional.cross_entropy(scores, wanted), read
+
+    return _fit(step, (tower, head), steps, "letters in images", progress)
+
+
+def train_audio_letters(
+    omni: Omni, steps: int, rng: np.random.Generator, progress: bool = True, batch_size: int = 32
+) -> float:
+    """Teach the audio tower to hear letters; returns the last step's share of spellings heard without an error."""
+    head = nn.Linear(omni.d_model, 1 + len(LETTERS))
+
+    def step() -> tuple[torch.Tensor, float]:
+        words = _words(rng, batch_size)
+        clips = [add_noise(spell_clip(word, draw_settings(rng), rng), rng.uniform(*SNR_DB), rng) for word in words]
+        inputs, runs = omni.processor.audio(clips)
+        features = omni.model.model.get_audio_features(
+            inputs["input_features"], inputs["feature_attention_mask"], return_dict=True
+        ).last_hidden_state
+        lengths = [len(run) // len(omni.processor.audio_token) for run in runs]
+        scores = nn.utils.rnn.pad_sequence(head(features).split(lengths)).log_softmax(-1)
+        counts = torch.tensor([len(word) for word in words])
+        loss = nn.functional.ctc_loss(scores, _codes(words) + 1, torch.tensor(lengths), counts, zero_infinity=True)
+        return loss, _heard(scores.argmax(-1).T, lengths, words)
+
+    return _fit(step, (omni.model.model.audio_tower, head), steps, "letters in speech", progress)
+
+
+def _fit(
+    step: Callable[[], tuple[torch.Tensor, float]],
+    modules: Iterable[nn.Module],
+    steps: int,
+    name: str,
+    progress: bool,
+    learning_rate: float = 2e-3,
+) -> float:
+    learning = [parameter for module in modules for parameter in module.train().parameters()]
+    optimizer = torch.optim.AdamW(learning, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    share = 0.0
+    with tqdm(total=steps, desc=name, unit="step", disable=not progress) as bar:
+        for _ in range(steps):
+            loss, share = step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(learning, 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}", read=f"{share:.2f}")
+    return share
+
+
+def _words(rng: np.random.Generator, count: int) -> list[str]:
+    return ["".join(rng.choice(LETTERS, int(rng.integers(3, 9)))) for _ in range(count)]
+
+
+def _codes(words: list[str]) -> torch.Tensor:
+    return torch.tensor([ord(letter) - ord("a") for word in words for letter in word])
+
+
+def _heard(best: torch.Tensor, lengths: list[int], words: list[str]) -> float:
+    """Share of words whose greedy decoding (repeats merged, blanks dropped) is right."""
+    right = 0
+    for row, length, word in zip(best, lengths, words, strict=True):
+        merged = torch.unique_consecutive(row[:length]).tolist()
+        right += "".join(LETTERS[code - 1] for code in merged if code) == word
+    return right / len(words)
