@@ -1,4 +1,4 @@
-"""Queries from a researcher's own files: tables (CSV, TSV, JSON, JSONL, parquet), folders of media, single media files."""
+"""Queries from a researcher's own files: tables (CSV, TSV, JSON, JSONL, parquet), folders of media, single media."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from pydantic import BaseModel, ConfigDict
 
 from casa_mech.errors import InputError
-from casa_mech.queries.query import AudioPart, ImagePart, Label, Part, Query, TextPart
+from casa_mech.queries.query import AudioPart, Example, ImagePart, Label, Part, Query, TextPart
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,11 +47,11 @@ class QuerySource(BaseModel):
 
 
 def read_queries(source: QuerySource) -> list[Query]:
-    """The source's queries, in its order; ids are `<file name>:<row>` (rows from 1, headings not counted) or file names.
+    """The source's queries, in order; ids are `<file name>:<row>` (rows from 1, headings not counted) or file names.
 
     Raises:
-        InputError: no such file, a type that is not read, a broken table, a missing column (the message lists those that
-            are there), an empty prompt (it names the row), a missing media file, or no query at all.
+        InputError: no such file, a type that is not read, a broken table, a missing column (the message lists those
+            there are), an empty prompt (it names the row), a missing media file, or no query at all.
     """
     path = source.path
     if not path.exists():
@@ -76,7 +76,7 @@ def _from_folder(source: QuerySource) -> list[Query]:
     suffixes = IMAGE_SUFFIXES + AUDIO_SUFFIXES
     files = sorted(file for file in source.path.iterdir() if file.is_file() and file.suffix.lower() in suffixes)
     if not files:
-        raise InputError(f"{source.path}: no pictures or clips in this folder; give one with {', '.join(suffixes)} files")
+        raise InputError(f"{source.path}: no pictures or clips in this folder; it may hold {', '.join(suffixes)}")
     return [_from_media(file, source, f"{source.path.name}/{file.name}") for file in files]
 
 
@@ -161,3 +161,24 @@ def _records_table(content: object, path: Path) -> pd.DataFrame:
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise InputError(f"{path}: expected a list of objects, one for each query")
     return pd.DataFrame(cast("list[dict[str, object]]", content))
+
+
+def read_examples(path: Path, column: str, reply_column: str, label_column: str) -> list[Example]:
+    """A training set from a table: prompts, the replies wanted, and labels (harmful or benign), text only.
+
+    Raises:
+        InputError: as `read_queries`; also an empty reply, or a label that is neither; the message names the row.
+    """
+    queries = read_queries(QuerySource(path=path, column=column))
+    table = _read_table(path)
+    for name in (reply_column, label_column):
+        if name not in table.columns:
+            raise InputError(f"{path}: no column '{name}'; it has {', '.join(map(str, table.columns))}")
+    examples = []
+    pairs = zip(queries, table[reply_column], table[label_column], strict=True)
+    for number, (query, reply, label) in enumerate(pairs, start=1):
+        if label not in ("harmful", "benign"):
+            raise InputError(f"{path} row {number}: label {label!r} in column '{label_column}'; use harmful or benign")
+        text = _cell_text(reply, f"{path} row {number}", reply_column)
+        examples.append(Example(query=query.model_copy(update={"label": label}), reply=text))
+    return examples

@@ -1,0 +1,282 @@
+"""`Study`: what the notebooks share. Each piece is made once in the run folder and found there by whoever asks next."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from casa_mech.attacks import ATTACKS, apply_attack
+from casa_mech.casa import Casa, CasaConfig, TrainSettings
+from casa_mech.casa.generation import Order
+from casa_mech.errors import InputError
+from casa_mech.files import write_text
+from casa_mech.judging import KeywordJudge, MicroWorldJudge, published_rates, write_table
+from casa_mech.judging.verdict import Judge
+from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.organism.world import default_world
+from casa_mech.queries import Label, Query
+from casa_mech.study.evaluate import CASA, PRETRAINED, evaluate, result_rows
+from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.manifest import data_hashes
+from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
+from probes.activations import Activations, collect
+from probes.plots import save_figure
+
+PREFILL_FIRST = "CASA, prefill first"
+"""CASA with the attacker's tokens before the gate (order B). Plain `CASA` decides right after the header (order A)."""
+SURFACES = {"text": "plain", "spelled": "spelled", "image": "image", "audio": "audio"}
+BENIGN_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
+LABELS: tuple[Label, ...] = ("harmful", "benign")
+Moment = Literal["before", "after"]
+# Draws for training, evaluation and probing never share a seed.
+_TRAIN, _EVAL, _PROBE = 1_000, 2_000, 3_000
+
+
+class Study:
+    """One study on one run folder. Make it with `Study.open`."""
+
+    def __init__(self, settings: StudySettings, sizes: Profile, folder: RunFolder, progress: bool) -> None:
+        self.settings, self.sizes, self.folder, self.progress = settings, sizes, folder, progress
+        self._omnis: dict[str, Omni] = {}
+        self._gates: dict[str, Casa] = {}
+
+    @classmethod
+    def open(
+        cls, out: str | Path = "", *, progress: bool = True, sizes: dict[str, int] | None = None, **settings: object
+    ) -> Study:
+        """Open or begin a study.
+
+        Args:
+            out: the run folder; empty: `runs/<model>-<profile>-seed<seed>` under the working directory.
+            progress: whether to draw bars.
+            sizes: numbers that take the place of the profile's (see `Profile`); zeros are passed over.
+            settings: fields of `StudySettings`.
+
+        Raises:
+            InputError: a setting or size that does not fit. RunError: a run folder that cannot be used.
+        """
+        chosen = settings_of(**settings)
+        given = {name: value for name, value in (sizes or {}).items() if value}
+        bad = [name for name, value in given.items() if name not in Profile.model_fields or value < 1]
+        if bad:
+            raise InputError(f"{bad[0]}={given[bad[0]]}: sizes are {', '.join(Profile.model_fields)}, each at least 1")
+        folder = RunFolder.open(out or chosen.default_folder, chosen)
+        return cls(chosen, chosen.sizes.model_copy(update=given), folder, progress)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of the attack table; the first is the one under study."""
+        return self.settings.models
+
+    def omni(self, model: str = "") -> Omni:
+        """The model (default: the one under study), loaded once and written down for the manifest."""
+        model = model or self.settings.model
+        if model not in self._omnis:
+            omni = load_omni(model, device=self.settings.device, dtype=self.settings.dtype)
+            record = {
+                "source": model,
+                "fingerprint": omni.fingerprint(),
+                "parameters": sum(weight.numel() for weight in omni.model.parameters()),
+                "d_model": omni.d_model,
+                "n_layers": omni.n_layers,
+                "device": str(omni.device),
+                "dtype": str(omni.dtype).removeprefix("torch."),
+            }
+            write_text(self.folder.path("models", f"{slug(model)}.json"), json.dumps(record, indent=2) + "\n")
+            self._omnis[model] = omni
+        return self._omnis[model]
+
+    def judge(self, model: str = "") -> Judge:
+        """The exact judge for a model of the micro-world, the keyword judge (an upper bound) for any other."""
+        tokenizer_knows = self.omni(model).unknown_share(["this sentence would be quite ordinary elsewhere"]) > 0
+        return MicroWorldJudge() if tokenizer_knows else KeywordJudge()
+
+    def queries(self, attack: str, label: Label, n: int = 0, seed: int = _EVAL) -> list[Query]:
+        """Requests in held-out phrasings, on seen and held-out topics, under `attack`."""
+        seed += self.settings.seed
+        requests = default_world().requests(n or self.sizes.n_eval, seed, label, templates="held_out")
+        return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer)
+
+    def activations(self, model: str = "") -> Activations:
+        """Hidden states before CASA, mean over the prompt, for harmful and benign requests on text, image and audio."""
+        name = slug(model or self.settings.model)
+        key = {**self._model_key(model), "n": self.sizes.n_probe}
+
+        def build(folder: Path) -> None:
+            surfaces = [attack for surface, attack in SURFACES.items() if surface != "spelled"]
+            queries = [
+                query
+                for attack in surfaces
+                for label in LABELS
+                for query in self.queries(attack, label, self.sizes.n_probe, _PROBE)
+            ]
+            with self._base(model) as omni:
+                collect(omni, queries, batch_size=self.sizes.batch_size, progress=self.progress).save(folder / "states")
+
+        return Activations.load(self.folder.artifact("activations", name, key, build) / "states")
+
+    def gate(self, model: str = "") -> Casa:
+        """CASA trained on plain text, attached to the model; trained on the first call, continued if it was stopped."""
+        model = model or self.settings.model
+        if model not in self._gates:
+            key = self._gate_key(model)
+            folder = self.folder.artifact("gates", slug(model), key, lambda new: self._train(model, new))
+            if model not in self._gates:
+                self._gates[model] = Casa.from_pretrained(folder, self.omni(model))
+        return self._gates[model]
+
+    def training_log(self, model: str = "") -> pd.DataFrame:
+        """Metrics of every training step: `step, loss, v_harmful, v_benign, token_accuracy`, and loss parts."""
+        model = model or self.settings.model
+        self.gate(model)
+        return pd.read_json(self.folder.path("gates", slug(model), "metrics.jsonl"), lines=True)
+
+    def readings(self, model: str = "") -> pd.DataFrame:
+        """v_s of every probing request, before and after training: `moment, surface, label, split, topic, v_s, ...`."""
+        model = model or self.settings.model
+        parts = [self._reading(model, moment) for moment in ("before", "after")]
+        return pd.concat(parts, ignore_index=True)
+
+    def replies(self, model: str, defense: str, attack: str, label: Label) -> pd.DataFrame:
+        """Replies to one cell of the attack table (columns: `evaluate.REPLY_COLUMNS`)."""
+        parts = [slug(model), defense.lower().replace(", ", "-").replace(" ", "-"), attack, label]
+        key = {**self._model_key(model), "n": self.sizes.n_eval, "tokens": self.sizes.max_new_tokens}
+        if defense != PRETRAINED:
+            key["gate"] = key_digest(self._gate_key(model))
+
+        def build(folder: Path) -> None:
+            queries = self.queries(attack, label)
+            settings = GenerationSettings(max_new_tokens=self.sizes.max_new_tokens, batch_size=self.sizes.batch_size)
+            shared: dict[str, Any] = {"judge": self.judge(model), "defense": defense, "settings": settings}
+            if defense == PRETRAINED:
+                with self._base(model) as omni:
+                    found = evaluate(omni, None, queries, **shared)
+            else:
+                order: Order = "B" if defense == PREFILL_FIRST else "A"
+                found = evaluate(self.omni(model), self.gate(model), queries, order=order, **shared)
+            found.replies.to_parquet(folder / "replies.parquet")
+
+        return pd.read_parquet(self.folder.artifact("replies", "/".join(parts), key, build) / "replies.parquet")
+
+    def cells(self) -> list[tuple[str, str, str, Label]]:
+        """The attack table's cells: (model, defense, attack, label)."""
+        cells: list[tuple[str, str, str, Label]] = []
+        for model in self.models:
+            for defense in (PRETRAINED, CASA):
+                cells += [(model, defense, attack, "harmful") for attack in ATTACKS]
+                cells += [(model, defense, attack, "benign") for attack in BENIGN_ATTACKS]
+            cells += [(model, PREFILL_FIRST, attack, "harmful") for attack in ATTACKS if attack.startswith("prefill")]
+        return cells
+
+    def attack_results(self) -> pd.DataFrame:
+        """The attack × model table in the result schema, from the replies to every cell."""
+        from tqdm import tqdm
+
+        cells = tqdm(self.cells(), desc="attack table", unit="cell", disable=not self.progress)
+        replies = pd.concat([self.replies(*cell) for cell in cells], ignore_index=True)
+        return pd.DataFrame(result_rows(replies, self.settings.seed))
+
+    def save_figure(self, name: str, figure: Figure, data: pd.DataFrame) -> Figure:
+        """Save a figure as `figures/<name>` .png, .svg and .csv, and return it to be shown."""
+        save_figure(figure, data, self.folder.path("figures", name))
+        return figure
+
+    def save_table(self, name: str, rows: Sequence[Any] | pd.DataFrame) -> Path:
+        """Write result rows to `tables/<name>.parquet`."""
+        return write_table(rows, self.folder.path("tables", f"{name}.parquet"))
+
+    def _train(self, model: str, new: Path) -> None:
+        work = self.folder.path("gates", f"training-{slug(model)}-{key_digest(self._gate_key(model))}")
+        work.mkdir(parents=True, exist_ok=True)
+        casa = Casa.attach(self.omni(model), CasaConfig())
+        examples = default_world().training_examples(self.sizes.train_examples, _TRAIN + self.settings.seed)
+        casa.train(examples, self._train_settings, out=work, resume=True, progress=self.progress)
+        casa.save_pretrained(new)
+        shutil.copy(work / "metrics.jsonl", new / "metrics.jsonl")
+        shutil.rmtree(work)
+        self._gates[model] = casa
+
+    @cached_property
+    def _train_settings(self) -> TrainSettings:
+        return TrainSettings(
+            max_steps=self.sizes.train_steps,
+            batch_size=self.sizes.train_batch,
+            micro_batch_size=min(32, self.sizes.train_batch),
+            seed=self.settings.seed,
+        )
+
+    def _reading(self, model: str, moment: Moment) -> pd.DataFrame:
+        key = {**self._model_key(model), "n": self.sizes.n_probe, "gate": key_digest(self._gate_key(model))}
+
+        def build(folder: Path) -> None:
+            with self._gate_at(model, moment) as casa:
+                tables = [self._read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
+            table = pd.concat(tables, ignore_index=True).assign(moment=moment)
+            table.to_parquet(folder / "readings.parquet")
+
+        folder = self.folder.artifact("readings", f"{slug(model)}-{moment}", key, build)
+        return pd.read_parquet(folder / "readings.parquet")
+
+    def _read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
+        queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, _PROBE)
+        replies = casa.gate(queries)
+        return pd.DataFrame(
+            {
+                "surface": surface,
+                "label": label,
+                "topic": [query.meta["topic"] for query in queries],
+                "split": [query.meta["split"] for query in queries],
+                "query_id": [query.id for query in queries],
+                "safety_token": [reply.safety_token for reply in replies],
+                "v_s": [reply.v_s for reply in replies],
+            }
+        )
+
+    @contextmanager
+    def _gate_at(self, model: str, moment: Moment) -> Iterator[Casa]:
+        """The trained gate, or a freshly attached one on a model of its own."""
+        if moment == "after":
+            yield self.gate(model)
+            return
+        fresh = load_omni(model, device=self.settings.device, dtype=self.settings.dtype)
+        casa = Casa.attach(fresh, CasaConfig())
+        yield casa
+        casa.detach()
+
+    @contextmanager
+    def _base(self, model: str = "") -> Iterator[Omni]:
+        """The model without its gate, whether or not one is attached."""
+        model = model or self.settings.model
+        casa = self._gates.get(model)
+        with casa.disabled() if casa else nullcontext():
+            yield self.omni(model)
+
+    def _model_key(self, model: str = "") -> dict[str, Any]:
+        return {"model": self.omni(model).fingerprint(), "seed": self.settings.seed, "data": key_digest(data_hashes())}
+
+    def _gate_key(self, model: str) -> dict[str, Any]:
+        training = {"examples": self.sizes.train_examples, "train": self._train_settings.model_dump(mode="json")}
+        return {**self._model_key(model), **training, "casa": CasaConfig().model_dump(mode="json")}
+
+
+def published_frame() -> pd.DataFrame:
+    """The paper's own attack success rates (main table): `model, defense, attack, value`. Not measured here."""
+    rows = [
+        {
+            "model": f"Qwen2.5-Omni-{rate.model_size}",
+            "defense": rate.model + (" + safety prompt" if rate.safety_prompt else ""),
+            "attack": rate.benchmark,
+            "value": rate.value,
+        }
+        for rate in published_rates()
+        if rate.table == "main"
+    ]
+    return pd.DataFrame(rows)

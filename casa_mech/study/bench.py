@@ -1,0 +1,118 @@
+"""`casa-mech bench`: the speed ratios, each measured in one process with the two sides taking turns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+from casa_mech.casa import Casa, CasaConfig, TrainSettings
+from casa_mech.casa.trainer import batch_objective
+from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.organism.world import default_world
+from casa_mech.queries import Example, Query
+
+BATCH = 16
+REPLY_TOKENS = 24
+
+
+def measure(model: str = "organism", repeats: int = 5, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+    """Median seconds and ratios: `--help`; gated against plain generation; a CASA step against a plain peft step.
+
+    Both sides of a ratio do the same work: generation of exactly `REPLY_TOKENS` tokens for the same 16 requests (the
+    gated side makes its safety token besides), and forward, backward and AdamW on the same 16 examples with the same
+    LoRA in training mode (the plain side with the ordinary language-model loss).
+    """
+    omni = load_omni(model, device=device, dtype=dtype)
+    world = default_world()
+    return {
+        "model": model,
+        "device": str(omni.device),
+        "torch_threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "help_seconds": round(min(_seconds(_help) for _ in range(3)), 3),
+        "generation": _ratio("gated", "plain", _generation(omni, world.requests(BATCH, seed=1)), repeats, omni, 1.25),
+        "training_step": _ratio("casa", "peft", _steps(omni, world.training_examples(BATCH, 1)), repeats, omni, 1.3),
+    }
+
+
+def _help() -> None:
+    subprocess.run([sys.executable, "-m", "casa_mech.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+
+
+def _generation(omni: Omni, queries: list[Query]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(gated, plain) generation of as many tokens, whatever the model would say."""
+    casa = Casa.attach(omni, CasaConfig())
+    settings = GenerationSettings(max_new_tokens=REPLY_TOKENS, batch_size=BATCH)
+
+    def endless(call: Callable[[], object]) -> Callable[[], object]:
+        def timed() -> object:
+            config, end = omni.model.generation_config, omni.model.generation_config.eos_token_id
+            config.eos_token_id = None
+            try:
+                return call()
+            finally:
+                config.eos_token_id = end
+
+        return timed
+
+    # The plain side is the same model with the same LoRA in it: the ratio is that of the gate alone.
+    return endless(lambda: casa.generate(queries, settings)), endless(lambda: omni.generate(queries, settings))
+
+
+def _steps(omni: Omni, examples: list[Example]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(CASA, plain peft) training steps on one batch."""
+    casa = Casa.attach(load_omni(omni.source, device=str(omni.device)), CasaConfig())
+    parts, model = casa._parts, casa.omni.model
+    weights = [weight for group in parts.groups() for weight in group.values()]
+    adapter = list(parts.adapter.parameters().values())
+    batch_weights = torch.full((len(examples),), 1 / len(examples))
+    limit = TrainSettings().max_reply_tokens
+    targets = [casa.omni.reply_ids(example.reply)[:limit] for example in examples]
+    ours, theirs = torch.optim.AdamW(weights, lr=1e-4), torch.optim.AdamW(adapter, lr=1e-4)
+
+    def gated() -> None:
+        model.train()
+        ours.zero_grad()
+        loss, _ = batch_objective(parts, examples, batch_weights, limit)
+        loss.backward()
+        ours.step()
+
+    def plain() -> None:
+        model.train()
+        theirs.zero_grad()
+        batch = casa.omni.encode([example.query for example in examples], targets, prefill=False)
+        model(**batch.inputs, labels=batch.labels, use_cache=False).loss.backward()
+        theirs.step()
+
+    return gated, plain
+
+
+def _ratio(
+    first: str,
+    second: str,
+    sides: tuple[Callable[[], object], Callable[[], object]],
+    repeats: int,
+    omni: Omni,
+    allowed: float,
+) -> dict[str, float]:
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats + 1):
+        for side, record in zip(sides, times, strict=True):
+            record.append(_seconds(side, omni.device))
+    one, other = (median(record[1:]) for record in times)  # the first round warms up
+    measured = {f"{first}_seconds": round(one, 4), f"{second}_seconds": round(other, 4)}
+    return {**measured, "ratio": round(one / other, 3), "allowed": allowed}
+
+
+def _seconds(call: Callable[[], object], device: torch.device | None = None) -> float:
+    began = time.perf_counter()
+    call()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

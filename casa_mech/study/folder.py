@@ -1,0 +1,143 @@
+"""The run folder: bound to one study's settings, safe to stop at any moment, readable without this package.
+
+What costs time is kept as an artifact: a folder that appears under its name only when it is complete, with `done.json`
+saying what it was made from and the hash of each of its files. A run that was stopped finds the finished ones and makes
+the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from casa_mech.errors import RunError
+from casa_mech.files import TEMPORARY, file_sha256, storage_error, write_text, writing_folder
+from casa_mech.study.settings import StudySettings
+
+SCHEMA_VERSION = 1
+_MARKER, _DONE, _LOCK = "run.json", "done.json", ".lock"
+
+
+class RunFolder:
+    """A folder that holds one study. Make it with `RunFolder.open`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def open(cls, path: Path | str, settings: StudySettings) -> RunFolder:
+        """The run folder at `path`: a new one, or one that an earlier run of the same settings left.
+
+        Raises:
+            RunError: the folder cannot be written to, holds something else, was made with other settings, or its marker
+                is unreadable.
+        """
+        root = Path(path).absolute()
+        marker = root / _MARKER
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            strangers = [entry.name for entry in root.iterdir() if not _ours(entry.name)]
+        except OSError as error:
+            raise storage_error(error, root) from None
+        if not marker.exists():
+            if strangers:
+                raise RunError(
+                    f"{root} holds other files ({strangers[0]}, …) and no {_MARKER}: choose a new or empty --out"
+                )
+            content = {"schema_version": SCHEMA_VERSION, "settings": settings.identity}
+            write_text(marker, json.dumps(content, indent=2) + "\n")
+        _check_marker(marker, settings)
+        return cls(root)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second runner, and clear what a killed one left half-written.
+
+        Raises:
+            RunError: another process is running this study.
+        """
+        lock = FileLock(self.root / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{self.root} is in use by another run: wait for it, or choose another --out") from None
+        except OSError as error:
+            raise storage_error(error, self.root) from None
+        try:
+            for left in self.root.rglob(f"{TEMPORARY}*"):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder."""
+        return self.root.joinpath(*parts)
+
+    def artifact(self, kind: str, name: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+        """The folder `kind/name`, built by `build(folder)` unless a complete one with the same `key` is there.
+
+        Args:
+            kind: group, such as `gates`.
+            name: name in the group.
+            key: all that the content depends on, as JSON values.
+            build: writes the content into the (temporary) folder that it is given.
+        """
+        folder = self.root / kind / name
+        if not is_complete(folder, key):
+            with writing_folder(folder) as temporary:
+                build(temporary)
+                done = {"key": dict(key), "files": _hashes(temporary)}
+                (temporary / _DONE).write_text(json.dumps(done, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return folder
+
+
+def is_complete(folder: Path, key: Mapping[str, Any]) -> bool:
+    """Whether `folder` is a finished artifact of this key whose files are unchanged."""
+    try:
+        done = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+        same_key = done["key"] == json.loads(json.dumps(dict(key)))
+        return same_key and all(file_sha256(folder / name) == digest for name, digest in done["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def key_digest(key: Mapping[str, Any]) -> str:
+    """A short digest of a key, for records."""
+    return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def _ours(name: str) -> bool:
+    return name.startswith(TEMPORARY) or name in (_MARKER, _LOCK)
+
+
+def _check_marker(marker: Path, settings: StudySettings) -> None:
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        found, version = dict(content["settings"]), content["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{marker} is unreadable ({type(error).__name__}): delete the folder or choose another with --out"
+        ) from None
+    if version != SCHEMA_VERSION:
+        raise RunError(f"{marker} has schema version {version}, this release writes {SCHEMA_VERSION}: change --out")
+    wanted = settings.identity
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if differing:
+        name = differing[0]
+        raise RunError(
+            f"{marker.parent} holds a run with {name}={found.get(name)!r}, not {wanted[name]!r}: "
+            f"give the same settings to continue it, or choose another --out"
+        )

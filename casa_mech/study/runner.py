@@ -1,0 +1,134 @@
+"""Runs the notebooks with papermill in a run folder, and writes their pages and the manifest."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from casa_mech.errors import CasaMechError, RunError
+from casa_mech.files import writing
+from casa_mech.study import manifest as records
+from casa_mech.study.folder import RunFolder
+from casa_mech.study.notebooks import Notebook, check_parameters, find_notebooks
+from casa_mech.study.settings import StudySettings
+
+
+def run_study(
+    settings: StudySettings,
+    out: Path | str | None = None,
+    only: Sequence[str] = (),
+    parameters: Mapping[str, object] | None = None,
+    arguments: Sequence[str] = (),
+    notebooks_folder: Path | None = None,
+) -> Path:
+    """Execute the suite and return the run folder. A folder that a stopped run left is continued.
+
+    Args:
+        settings: the study.
+        out: the run folder; default `settings.default_folder`.
+        only: names of the notebooks to run; default all.
+        parameters: further notebook parameters, such as `n_eval`.
+        arguments: the command line, for the manifest.
+        notebooks_folder: where the notebooks are; default beside the package.
+
+    Raises:
+        InputError: an unknown notebook or parameter; nothing has been started then.
+        RunError: an unusable run folder, or a notebook that failed; the message names the cell's error.
+    """
+    notebooks = find_notebooks(only, notebooks_folder)
+    given = check_parameters(notebooks, parameters or {})
+    folder = RunFolder.open(out or settings.default_folder, settings)
+    started, began = records.now(), time.perf_counter()
+    timings: dict[str, float] = {}
+    with folder.locked():
+        for number, notebook in enumerate(notebooks, start=1):
+            print(f"[{number}/{len(notebooks)}] {notebook.name}", file=sys.stderr, flush=True)
+            at = time.perf_counter()
+            values = {**_settings_parameters(settings, folder), **given[notebook.name]}
+            _execute(notebook, {name: values[name] for name in values if name in notebook.parameters}, folder)
+            timings[notebook.name] = round(time.perf_counter() - at, 2)
+        timings["total"] = round(time.perf_counter() - began, 2)
+        timings["peak_memory_bytes"] = records.peak_memory()
+        _write_manifest(folder, settings, given, arguments, timings, started)
+    return folder.root
+
+
+def _settings_parameters(settings: StudySettings, folder: RunFolder) -> dict[str, Any]:
+    return {**settings.model_dump(mode="json"), "out": str(folder.root)}
+
+
+def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> None:
+    """Run one notebook; its executed copy and its page appear only when it ended well."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    # The kernel must be this interpreter's, also where a user has others installed under the same name.
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    os.environ.setdefault("TQDM_MININTERVAL", "1")
+    target, failed = folder.path("notebooks", f"{notebook.name}.ipynb"), folder.path("failed", f"{notebook.name}.ipynb")
+    with writing(target) as temporary:
+        try:
+            papermill.execute_notebook(
+                str(notebook.path),
+                str(temporary),
+                parameters=values,
+                kernel_name="python3",
+                progress_bar=False,
+                stderr_file=sys.stderr,
+                cwd=str(folder.root),
+                coalesce_streams=True,
+            )
+        except PapermillExecutionError as error:
+            failed.parent.mkdir(exist_ok=True)
+            os.replace(temporary, failed)
+            temporary.touch()
+            raise _cell_error(notebook, error, failed) from None
+        _write_page(temporary, folder.path("html", f"{notebook.name}.html"), notebook.name)
+    failed.unlink(missing_ok=True)
+
+
+def _cell_error(notebook: Notebook, error: Any, failed: Path) -> CasaMechError:
+    first = str(error.evalue).strip().splitlines()[0] if str(error.evalue).strip() else error.ename
+    if error.ename in {"CasaMechError", "InputError", "ModelError", "RunError"}:
+        return RunError(f"{notebook.name}: {first}")
+    return RunError(f"{notebook.name}: cell {error.exec_count} failed with {error.ename}: {first}; see {failed}")
+
+
+def _write_page(executed: Path, page: Path, title: str) -> None:
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(executed, as_version=4)
+    body, _ = HTMLExporter(template_name="lab").from_notebook_node(content, resources={"metadata": {"name": title}})
+    with writing(page) as temporary:
+        temporary.write_text(body, encoding="utf-8")
+
+
+def _write_manifest(
+    folder: RunFolder,
+    settings: StudySettings,
+    given: Mapping[str, dict[str, Any]],
+    arguments: Sequence[str],
+    timings: dict[str, float],
+    started: str,
+) -> None:
+    manifest = records.Manifest(
+        settings={**settings.model_dump(mode="json"), "sizes": settings.sizes.model_dump()},
+        parameters={name: values for name, values in given.items() if values},
+        arguments=list(arguments),
+        versions=records.versions(),
+        git=records.git_state(),
+        models=records.models_seen(folder.root),
+        data=records.data_hashes(),
+        outputs=records.output_hashes(folder.root),
+        timings=timings,
+        started=started,
+        finished=records.now(),
+    )
+    manifest.write(folder.path("manifest.json"))
+
+

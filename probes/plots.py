@@ -1,0 +1,237 @@
+"""Figures that are readable alone: a claim as title, units, n and intervals drawn, colours for colour-blind eyes too.
+
+Every figure is saved as PNG and SVG together with the plotted numbers as CSV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from casa_mech.files import writing
+
+# Okabe and Ito's palette: distinct under every common colour blindness and, in this order, in grey print.
+HARMFUL, BENIGN = "#D55E00", "#0072B2"
+SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+_STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "casa-mech",  # the same numbers give the same bytes
+    "svg.fonttype": "none",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The project's matplotlib style, for the time of a block."""
+    with plt.rc_context(_STYLE):
+        yield
+
+
+def save_figure(figure: Figure, data: pd.DataFrame, path: Path | str) -> Path:
+    """Write `path` with the suffixes .png, .svg and .csv (the plotted numbers), each whole or not at all.
+
+    Returns:
+        The PNG's path.
+
+    Raises:
+        RunError: the place cannot be written to.
+    """
+    path = Path(path)
+    with style():
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            with writing(path.with_suffix(suffix)) as temporary:
+                figure.savefig(temporary, bbox_inches="tight", metadata=metadata)
+    with writing(path.with_suffix(".csv")) as temporary:
+        data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    return path.with_suffix(".png")
+
+
+def plot_planes(data: pd.DataFrame, title: str) -> Figure:
+    """One panel a surface, harmful and benign queries in the shared PCA plane.
+
+    Args:
+        data: columns `surface, label, x, y, explained_x, explained_y, silhouette`, one row a query.
+        title: the claim.
+    """
+    surfaces = list(dict.fromkeys(data["surface"]))
+    with style():
+        figure, axes = plt.subplots(
+            1, len(surfaces), figsize=(3.4 * len(surfaces), 3.4), sharex=True, sharey=True, squeeze=False
+        )
+        for axis, surface in zip(axes[0], surfaces, strict=True):
+            part = data[data["surface"] == surface]
+            for label, colour, marker in (("harmful", HARMFUL, "^"), ("benign", BENIGN, "o")):
+                chosen = part[part["label"] == label]
+                axis.scatter(
+                    chosen["x"], chosen["y"], s=14, c=colour, marker=marker, alpha=0.6, linewidths=0,
+                    label=f"{label} (n = {len(chosen)})",
+                )  # fmt: skip
+            axis.set_title(f"{surface}: silhouette {part['silhouette'].iloc[0]:.2f}")
+            axis.set_xlabel(f"PC 1 ({data['explained_x'].iloc[0]:.0%} of variance)")
+            axis.legend(loc="best", fontsize=8)
+        axes[0][0].set_ylabel(f"PC 2 ({data['explained_y'].iloc[0]:.0%} of variance)")
+        return _titled(figure, title)
+
+
+def plot_probes(data: pd.DataFrame, title: str) -> Figure:
+    """Probe AUROC by layer: one line a surface in its own panel of measures, 95 % intervals, chance drawn.
+
+    Args:
+        data: columns `site, surface, measure, auroc, low, high, n` (see `probes.separability.separability_table`).
+        title: the claim.
+    """
+    sites = list(dict.fromkeys(data["site"]))
+    panels = {"probe": "fitted on the same surface", "transfer": "fitted on text, judged on another surface"}
+    baseline = data[data["measure"] == "permuted"].set_index("site").reindex(sites)
+    with style():
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+        for axis, (measure, name) in zip(axes, panels.items(), strict=True):
+            part = data[data["measure"] == measure]
+            for number, surface in enumerate(dict.fromkeys(part["surface"])):
+                rows = part[part["surface"] == surface].set_index("site").reindex(sites)
+                _line(axis, rows, f"{surface} (n = {int(rows['n'].iloc[0])})", number)
+            x = np.arange(len(sites))
+            axis.fill_between(x, baseline["low"], baseline["high"], color="grey", alpha=0.3, label="labels permuted")
+            axis.axhline(0.5, color="grey", linewidth=0.8)
+            axis.set_title(f"probe {name}")
+            axis.set_xlabel("layer (norm: after the final norm)")
+            axis.set_xticks(x, sites)
+            axis.legend(loc="lower right", fontsize=8)
+        axes[0].set_ylabel("AUROC, unseen topics (95 % interval)")
+        return _titled(figure, title)
+
+
+def plot_training(data: pd.DataFrame, title: str) -> Figure:
+    """Loss and mean v_s of both classes over training.
+
+    Args:
+        data: columns `step, loss, v_s_harmful, v_s_benign`.
+        title: the claim.
+    """
+    with style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+        left.plot(data["step"], data["loss"], color=SERIES[5], linewidth=1)
+        left.set(xlabel="step", ylabel="training loss (nats a token)", title="loss")
+        left.set_yscale("log")
+        for column, colour, dash in (("v_s_harmful", HARMFUL, "-"), ("v_s_benign", BENIGN, "--")):
+            right.plot(data["step"], data[column], color=colour, linestyle=dash, label=column.removeprefix("v_s_"))
+        right.set(xlabel="step", ylabel="mean v_s of the batch", title="safety attention", ylim=(-0.03, 1.03))
+        right.legend(loc="center right")
+        return _titled(figure, title)
+
+
+def plot_gate(data: pd.DataFrame, title: str) -> Figure:
+    """Distribution of v_s by surface, harmful beside benign: median, middle half, and the middle 90 %.
+
+    Args:
+        data: columns `surface, label, v_s`, one row a query, and optionally `moment` (before or after training).
+        title: the claim.
+    """
+    moments = list(dict.fromkeys(data["moment"])) if "moment" in data else [None]
+    surfaces = list(dict.fromkeys(data["surface"]))
+    with style():
+        figure, axes = plt.subplots(1, len(moments), figsize=(4.6 * len(moments), 3.6), sharey=True, squeeze=False)
+        for axis, moment in zip(axes[0], moments, strict=True):
+            part = data if moment is None else data[data["moment"] == moment]
+            for shift, (label, colour) in zip((-0.18, 0.18), (("harmful", HARMFUL), ("benign", BENIGN)), strict=True):
+                groups = [part[(part["surface"] == s) & (part["label"] == label)]["v_s"].to_numpy() for s in surfaces]
+                _boxes(axis, groups, np.arange(len(surfaces)) + shift, colour, f"{label} (n = {len(groups[0])} each)")
+            axis.set_xticks(np.arange(len(surfaces)), surfaces)
+            axis.set(xlabel="surface of the request", ylim=(-0.03, 1.03), title=moment or "")
+            axis.legend(loc="center right", fontsize=8)
+        axes[0][0].set_ylabel("v_s (1: unsafe)")
+        return _titled(figure, title)
+
+
+def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]) -> Figure:
+    """Rates with Wilson intervals: a row an attack, a column a model and metric, pretrained beside CASA.
+
+    Args:
+        data: the result schema (`model, defense, attack, metric, n, value, low, high`).
+        title: the claim.
+        panels: (metric, axis label), drawn in this order for each model.
+    """
+    models, defenses = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["defense"]))
+    columns = [(model, metric, name) for metric, name in panels for model in models]
+    attacks = {metric: list(dict.fromkeys(data[data["metric"] == metric]["attack"])) for metric, _ in panels}
+    height = 1.4 + 0.38 * max(len(names) for names in attacks.values())
+    with style():
+        figure, axes = plt.subplots(1, len(columns), figsize=(3.3 * len(columns), height), sharex=True, squeeze=False)
+        for axis, (model, metric, name) in zip(axes[0], columns, strict=True):
+            part = data[(data["model"] == model) & (data["metric"] == metric)]
+            for number, defense in enumerate(defenses):
+                rows = part[part["defense"] == defense].set_index("attack").reindex(attacks[metric])
+                y = np.arange(len(rows)) + 0.16 * (2 * number - len(defenses) + 1)
+                error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None) * 100
+                axis.errorbar(
+                    100 * rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2,
+                    markersize=4.5, label=defense,
+                )  # fmt: skip
+            smallest = int(part["n"].min()) if len(part) else 0
+            axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{model} (n ≥ {smallest} a cell)")
+            axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
+            axis.invert_yaxis()
+        axes[0][0].legend(loc="best", fontsize=8)
+        return _titled(figure, title)
+
+
+def plot_published(data: pd.DataFrame, title: str) -> Figure:
+    """The paper's own numbers, one panel a model: a row a benchmark, a marker a defence. No intervals were published.
+
+    Args:
+        data: columns `model, defense, attack, value` (a fraction).
+        title: what the panel shows.
+    """
+    models = list(dict.fromkeys(data["model"]))
+    attacks, defenses = list(dict.fromkeys(data["attack"])), list(dict.fromkeys(data["defense"]))
+    with style():
+        figure, axes = plt.subplots(1, len(models), figsize=(4.4 * len(models), 3.2), sharey=True, squeeze=False)
+        for axis, model in zip(axes[0], models, strict=True):
+            part = data[data["model"] == model]
+            for number, defense in enumerate(defenses):
+                rows = part[part["defense"] == defense].set_index("attack").reindex(attacks)
+                y = np.arange(len(rows)) + 0.12 * (number - (len(defenses) - 1) / 2)
+                axis.plot(100 * rows["value"], y, MARKERS[number % 6], color=SERIES[number % 6], label=defense)
+            axis.set(xlim=(-3, 103), xlabel="attack success as published, %", title=model)
+            axis.set_yticks(np.arange(len(attacks)), attacks)
+        axes[0][0].invert_yaxis()
+        axes[0][-1].legend(loc="best", fontsize=8)
+        return _titled(figure, title)
+
+
+def _line(axis: Axes, rows: pd.DataFrame, label: str, number: int) -> None:
+    x = np.arange(len(rows))
+    axis.plot(x, rows["auroc"], marker=MARKERS[number], color=SERIES[number], label=label, markersize=4)
+    axis.fill_between(x, rows["low"], rows["high"], color=SERIES[number], alpha=0.15, linewidth=0)
+
+
+def _boxes(axis: Axes, groups: list[np.ndarray], places: np.ndarray, colour: str, label: str) -> None:
+    for place, values in zip(places, groups, strict=True):
+        low, first, middle, third, high = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
+        axis.plot([place, place], [low, high], color=colour, linewidth=1)
+        axis.plot([place, place], [first, third], color=colour, linewidth=6, solid_capstyle="butt", label=label)
+        axis.plot(place, middle, marker="o", color="white", markeredgecolor=colour, markersize=5)
+        label = ""
+
+
+def _titled(figure: Figure, title: str) -> Figure:
+    figure.suptitle(title, fontsize=11, wrap=True)
+    figure.tight_layout()
+    plt.close(figure)  # shown by the notebook that displays it, once
+    return figure
