@@ -27,6 +27,9 @@ VOICE_NAMES = ("en-us", "en-gb", "en-us+f2", "en-gb+m3", "en-us+m1")
 SPEEDS = (235, 250, 265, 280)
 PITCHES = (35, 50, 65)
 _ESPEAK_RATE = 22_050
+_VOICE_FILES = {"en-us": "lang/gmw/en-US", "en-gb": "lang/gmw/en"}
+# Of a variant only the timbre is taken: its breath is random noise and its echo keeps a state.
+_TIMBRE = ("pitch", "formant", "consonants", "stressAdd")
 _SILENCE = 0.03  # of a clip's peak: cuts espeak's fade-out tails too, which hold no phoneme
 
 
@@ -72,16 +75,16 @@ class _Engine:
             ) from error
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = Path(espeakng_loader.get_data_path())
-        # 1 = AUDIO_OUTPUT_RETRIEVAL: samples go to the callback, no sound device is opened.
-        rate = self._library.espeak_Initialize(1, 0, str(data.parent).encode(), 0)
-        if rate != _ESPEAK_RATE:
-            rate = self._library.espeak_Initialize(1, 0, str(data).encode(), 0)
+        # 2 = AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback; no sound device is opened, no thread is started.
+        rate = self._library.espeak_Initialize(2, 0, str(data.parent).encode(), 0)
         if rate != _ESPEAK_RATE:
             raise InputError(f"espeak-ng did not start from {data} (rate {rate}): reinstall espeakng-loader")
         self._chunks: list[np.ndarray] = []
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self._callback = kind(self._receive)  # kept on self: ctypes does not keep it alive
         self._library.espeak_SetSynthCallback(self._callback)
+        self._data = data
+        self._folder = tempfile.TemporaryDirectory(prefix="casa-mech-voices-")
 
     def _receive(self, samples: Any, count: int, _events: Any) -> int:
         if samples and count > 0:
@@ -90,10 +93,8 @@ class _Engine:
 
     def speak(self, text: str, settings: VoiceSettings) -> np.ndarray:
         """`text` as int16 `[samples]` at 22,050 Hz."""
-        # British English is the voice "en" in espeak-ng; by its language tag it is not found.
-        name = settings.name.replace("en-gb", "en")
-        if self._library.espeak_SetVoiceByName(name.encode()) != 0:
-            raise InputError(f"espeak-ng has no voice {settings.name!r}; tested ones: {', '.join(VOICE_NAMES)}")
+        if self._library.espeak_SetVoiceByFile(str(self._voice_file(settings.name)).encode()) != 0:
+            raise InputError(f"espeak-ng cannot load the voice {settings.name!r}: reinstall espeakng-loader")
         for parameter, value in ((1, settings.speed), (2, 100), (3, settings.pitch)):  # rate, volume, pitch
             self._library.espeak_SetParameter(parameter, int(value), 0)
         self._chunks.clear()
@@ -104,6 +105,22 @@ class _Engine:
         if status != 0 or not self._chunks:
             raise InputError(f"espeak-ng made no sound of {text!r} (status {status}): give it words or letters")
         return np.concatenate(self._chunks)
+
+    def _voice_file(self, name: str) -> Path:
+        """The installed voice and its variant as one file, without flutter.
+
+        Flutter runs on from one utterance to the next, so that with it a clip would depend on what was said before.
+        """
+        # "+" in a file's name would make espeak-ng apply its own variant on top.
+        path = Path(self._folder.name) / name.replace("+", "-")
+        if not path.exists():
+            base, _, variant = name.partition("+")
+            lines = (self._data / _VOICE_FILES[base]).read_text(encoding="utf-8").splitlines()
+            if variant:
+                timbre = (self._data / "voices" / "!v" / variant).read_text(encoding="utf-8").splitlines()
+                lines += [line for line in timbre if line.split()[:1] and line.split()[0] in _TIMBRE]
+            path.write_text("\n".join([*lines, "flutter 0", "roughness 0", ""]), encoding="utf-8")
+        return path
 
 
 @lru_cache(maxsize=1)
@@ -143,7 +160,7 @@ def _spoken(folder: str, text: str, name: str, speed: int, pitch: int) -> np.nda
     # Volume is left out on purpose: it is a factor on the samples and would only multiply the cache.
     import soundfile
 
-    key = hashlib.sha256(repr(("v1", text, name, speed, pitch)).encode()).hexdigest()
+    key = hashlib.sha256(repr(("v2", text, name, speed, pitch)).encode()).hexdigest()
     path = Path(folder) / key[:2] / f"{key[:32]}.wav"
     try:
         clip, _ = soundfile.read(path, dtype="float32")
