@@ -135,7 +135,7 @@ class Omni:
     def generate(
         self,
         queries: Sequence[Query],
-        settings: GenerationSettings = GenerationSettings(),  # noqa: B008  (frozen)
+        settings: GenerationSettings = GenerationSettings(),
         progress: bool = False,
     ) -> list[Reply]:
         """Ordinary generation, without any defence; replies in the order of the queries.

@@ -88,7 +88,7 @@ def _refused(world: World, mixture: Mixture, query: Query, rng: np.random.Genera
 
 
 def _random_word(world: World, rng: np.random.Generator) -> Query:
-    """"Spell it" about letters that make no word: reading them takes the letters themselves, not the list of topics."""
+    """ "Spell it" about letters that make no word: reading them takes the letters themselves, not the list of topics."""
     word = "".join(rng.choice(LETTERS, int(rng.integers(3, 9))))
     templates = world.templates_of("spell", "seen")
     template = templates[int(rng.integers(len(templates)))]
