@@ -25,7 +25,8 @@ def prefill(query: Query, k: int, tokenizer: PreTrainedTokenizerBase) -> Query:
     back as fewer or more, the opening nearest in length that is `k` tokens is taken.
 
     Raises:
-        InputError: `k` below 1, no compliance text, or one of fewer than `k` tokens.
+        InputError: `k` below 1, no compliance text, one of fewer than `k` tokens, or one that no cut makes `k` tokens
+            (possible where a single character is several tokens).
     """
     if k < 1:
         raise InputError(f"a prefill needs at least one token, not {k}")
@@ -36,9 +37,9 @@ def prefill(query: Query, k: int, tokenizer: PreTrainedTokenizerBase) -> Query:
     if len(tokens) < k:
         raise InputError(f"query {query.id!r}: its complying answer has {len(tokens)} tokens, prefill-{k} needs {k}")
     opening = tokenizer.decode(tokens[:k], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if _count(opening, tokenizer) != k:
+    if "\ufffd" in opening or _count(opening, tokenizer) != k:
         opening = _nearest(text, len(opening), k, tokenizer, query.id)
-    meta = marked(query, surface="text", attack=f"prefill-{k}")
+    meta = marked(query, surface=query.meta.get("surface", "text"), attack=f"prefill-{k}")
     return query.model_copy(update={"prefill": opening, "meta": meta})
 
 
