@@ -1,8 +1,8 @@
 """What the organism is trained on: batches drawn fresh from the micro-world, stage by stage.
 
-A `Mixture` says how often each task and each surface is drawn. Every draw is a `Query` with its right reply, made by the
-same attacks that later test the model, so training and testing see the same kinds of picture and clip and never the
-same ones.
+A `Mixture` says how often each task and each surface is drawn. Every draw is a `Query` with its right reply, made by
+the same attacks that later test the model, so training and testing see the same kinds of picture and clip and never
+the same ones.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _refused(world: World, mixture: Mixture, query: Query, rng: np.random.Genera
 
 
 def _random_word(world: World, rng: np.random.Generator) -> Query:
-    """ "Spell it" about letters that make no word: reading them takes the letters themselves, not the list of topics."""
+    """A request to spell letters that make no word: reading them takes the letters, not the list of topics."""
     word = "".join(rng.choice(LETTERS, int(rng.integers(3, 9))))
     templates = world.templates_of("spell", "seen")
     template = templates[int(rng.integers(len(templates)))]

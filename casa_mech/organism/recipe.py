@@ -9,8 +9,8 @@ for both and sees plain text only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from torch import nn
 from tqdm import tqdm
 
 from casa_mech.errors import InputError
-from casa_mech.omni import Omni
+from casa_mech.omni import Omni, OmniBatch
 from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.curriculum import Mixture, draw_example
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.world import World, default_world
-
-Progress = Callable[[str, int, float], None]
 
 TEXT_SURFACES = {"text": 0.4, "spelled": 0.3, "ahead-image": 0.15, "ahead-audio": 0.15}
 TASKS = {"request": 0.25, "name": 0.15, "spell": 0.2, "dangerous": 0.15, "category": 0.25}
@@ -49,7 +47,7 @@ class Recipe:
     """The stages of one organism, after its encoders have learned letters for `image_steps` and `audio_steps`."""
 
     stages: tuple[Stage, ...]
-    shape: OrganismShape = OrganismShape()
+    shape: OrganismShape = field(default_factory=OrganismShape)
     image_steps: int = 900
     audio_steps: int = 900
 
@@ -147,8 +145,8 @@ def train_stage(omni: Omni, world: World, stage: Stage, rng: np.random.Generator
     return losses
 
 
-def reply_loss(omni: Omni, batch) -> torch.Tensor:
-    """Cross-entropy of the target tokens in nats, averaged within each reply first, so that long ones do not swamp it."""
+def reply_loss(omni: Omni, batch: OmniBatch) -> torch.Tensor:
+    """Cross-entropy of the targets in nats, averaged within each reply first, so that long ones do not swamp it."""
     hidden = omni.model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
     wanted = batch.labels[:, 1:]
     taken = wanted >= 0
@@ -157,8 +155,8 @@ def reply_loss(omni: Omni, batch) -> torch.Tensor:
     return (losses * weights).sum() / batch.size
 
 
-def _batches(omni: Omni, world: World, stage: Stage, rng: np.random.Generator) -> Iterator:
-    """The stage's batches. Draws are sorted by length within groups of four batches: half the padding, half the time."""
+def _batches(omni: Omni, world: World, stage: Stage, rng: np.random.Generator) -> Iterator[OmniBatch]:
+    """The stage's batches, cut from four at a time sorted by length: half the padding, half the time."""
     for start in range(0, stage.steps, 4):
         drawn = [draw_example(world, stage.mixture, rng) for _ in range(4 * stage.batch_size)]
         drawn.sort(key=lambda row: len(row.query.text.split()) + len(row.reply.split()))
