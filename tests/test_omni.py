@@ -35,7 +35,7 @@ def thinker_folder(tiny_omni: Omni, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def full_folder(thinker_folder: Path, tmp_path: Path) -> Path:
-    """A full Omni checkpoint in the hub's layout: prefixed weights in two shards, and a talker that must not be read."""
+    """A full Omni checkpoint in the hub's layout: weights prefixed in two shards, the talker's shard missing."""
     folder = tmp_path / "full"
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
