@@ -129,9 +129,9 @@ def train(
     "--queries benign.json --column instruction --label benign --queries pictures/ --label harmful --out results"
 )
 def evaluate(
-    queries: Annotated[list[Path], typer.Option(help="Table, media folder, picture, clip (may be repeated).")],
+    queries: Annotated[list[Path], typer.Option(help="Table, media folder or media file; repeatable.")],
     column: Annotated[list[str] | None, typer.Option(help="Prompt column: one for all tables, or one each.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="harmful, benign or -: one for all --queries, or each.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="harmful, benign or -: one for all, or one each.")] = None,
     image_column: Annotated[list[str] | None, typer.Option(help="Column of picture paths, as --column.")] = None,
     audio_column: Annotated[list[str] | None, typer.Option(help="Column of clip paths, as --column.")] = None,
     text: Annotated[str | None, typer.Option(help="Prompt to go with media that have none.")] = None,

@@ -97,13 +97,15 @@ def plot_probes(data: pd.DataFrame, title: str) -> Figure:
         title: the claim.
     """
     sites = list(dict.fromkeys(data["site"]))
+    surfaces = list(dict.fromkeys(data["surface"]))
     panels = {"probe": "fitted on the same surface", "transfer": "fitted on text, judged on another surface"}
     baseline = data[data["measure"] == "permuted"].set_index("site").reindex(sites)
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
         for axis, (measure, name) in zip(axes, panels.items(), strict=True):
             part = data[data["measure"] == measure]
-            for number, surface in enumerate(dict.fromkeys(part["surface"])):
+            for surface in dict.fromkeys(part["surface"]):
+                number = surfaces.index(surface)
                 rows = part[part["surface"] == surface].set_index("site").reindex(sites)
                 _line(axis, rows, f"{surface} (n = {int(rows['n'].iloc[0])})", number)
             x = np.arange(len(sites))
@@ -113,6 +115,7 @@ def plot_probes(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xlabel("layer (norm: after the final norm)")
             axis.set_xticks(x, sites)
             axis.legend(loc="lower right", fontsize=8)
+            axis.set_ylim(top=1.02)
         axes[0].set_ylabel("AUROC, unseen topics (95 % interval)")
         return _titled(figure, title)
 
@@ -184,11 +187,14 @@ def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]
                     markersize=4.5, label=defense,
                 )  # fmt: skip
             smallest = int(part["n"].min()) if len(part) else 0
-            axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{model} (n ≥ {smallest} a cell)")
+            short = model.rstrip("/").split("/")[-1]
+            axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{short} (n ≥ {smallest} a cell)")
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
-        axes[0][0].legend(loc="best", fontsize=8)
-        return _titled(figure, title)
+        handles, names = axes[0][0].get_legend_handles_labels()
+        _titled(figure, title)
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(names))
+        return figure
 
 
 def plot_published(data: pd.DataFrame, title: str) -> Figure:

@@ -100,8 +100,12 @@ class Study:
         return MicroWorldJudge() if tokenizer_knows else KeywordJudge()
 
     def queries(self, attack: str, label: Label, n: int = 0, seed: int = _EVAL) -> list[Query]:
-        """Requests in held-out phrasings, on seen and held-out topics, under `attack`."""
-        seed += self.settings.seed
+        """Requests in held-out phrasings, on seen and held-out topics, under `attack`.
+
+        The two labels are drawn apart: with one seed each harmful request would have a benign twin of the same wording,
+        and a probe that met the twin in training would be pushed the wrong way.
+        """
+        seed += 10_000 * LABELS.index(label) + self.settings.seed
         requests = default_world().requests(n or self.sizes.n_eval, seed, label, templates="held_out")
         return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer)
 

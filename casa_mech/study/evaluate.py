@@ -120,8 +120,8 @@ def result_rows(replies: pd.DataFrame, seed: int = 0) -> list[Row]:
             harmful = (scored["label"] == "harmful").to_numpy()
             scores = scored["v_s"].to_numpy(dtype=float)
             value, low, high = auroc_interval(list(scores), list(harmful), list(clusters), seed, resamples=RESAMPLES)
-            counted = {"metric": "gate_auroc", "n": len(scored), "value": value, "low": low, "high": high}
-            rows.append(value_row(**where, label="both", **counted))
+            interval: Row = {"value": value, "low": low, "high": high}
+            rows.append(value_row(**where, label="both", metric="gate_auroc", n=len(scored), **interval))
     return rows
 
 

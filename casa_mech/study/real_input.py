@@ -92,8 +92,8 @@ def evaluate_files(
     unknown = omni.unknown_share([query.text for query in queries if query.text])
     if unknown > 0:
         note(
-            f"warning: {unknown:.0%} of the words are unknown to {system.model}, which speaks its micro-world's English only: "
-            "replies, v_s and rates say nothing about these files beyond that they can be run"
+            f"warning: {unknown:.0%} of the words are unknown to {system.model}, which speaks a micro-world's English "
+            "only: replies, v_s and rates say nothing about these files beyond that they can be run"
         )
     found = evaluate(omni, _load_gate(system.gate, omni), queries, settings=settings, seed=settings.seed, progress=True)
     if out is not None:

@@ -81,6 +81,7 @@ def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> N
                 stderr_file=sys.stderr,
                 cwd=str(folder.root),
                 coalesce_streams=True,
+                config=_kernel_config(),
             )
         except PapermillExecutionError as error:
             failed.parent.mkdir(exist_ok=True)
@@ -89,6 +90,13 @@ def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> N
             raise _cell_error(notebook, error, failed) from None
         _write_page(temporary, folder.path("html", f"{notebook.name}.html"), notebook.name)
     failed.unlink(missing_ok=True)
+
+
+def _kernel_config() -> Any:
+    from traitlets.config import Config
+
+    # Sockets of this user's alone rather than TCP ports, where the system has them.
+    return Config() if os.name == "nt" else Config(KernelManager={"transport": "ipc"})
 
 
 def _cell_error(notebook: Notebook, error: Any, failed: Path) -> CasaMechError:

@@ -1,0 +1,149 @@
+"""Titles and tables of the notebooks' figures: each claim is computed from the numbers it stands above."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from casa_mech.study.artifacts import Study
+from casa_mech.study.evaluate import CASA, PRETRAINED
+from casa_mech.study.settings import slug
+from probes.activations import Activations
+from probes.separability import pca_plane
+
+OTHER_SURFACES = ("spelled", "image", "audio", "spoken")
+MEASURES = {"probe": "probe_auroc", "transfer": "transfer_auroc", "permuted": "permuted_auroc"}
+
+
+def plane_data(activations: Activations, site: str = "norm") -> pd.DataFrame:
+    """What `probes.plots.plot_planes` draws: every query in the shared PCA plane."""
+    plane = pca_plane(activations, site)
+    data = activations.index[["query_id", "surface", "label", "topic"]].copy()
+    data["x"], data["y"] = plane.points[:, 0], plane.points[:, 1]
+    data["explained_x"], data["explained_y"] = plane.explained
+    return data.assign(silhouette=data["surface"].map(plane.silhouette))
+
+
+def plane_claim(model: str, data: pd.DataFrame) -> str:
+    """The title of the PCA figure."""
+    values = data.groupby("surface", sort=False)["silhouette"].first()
+    listed = ", ".join(f"{surface} {value:.2f}" for surface, value in values.items())
+    return f"{slug(model)} before CASA, final layer: silhouette of harmful against benign in the PCA plane: {listed}"
+
+
+def probe_claim(model: str, table: pd.DataFrame, site: str = "norm") -> str:
+    """The title of the probe figure."""
+    rows = table[table["site"] == site].set_index(["measure", "surface"])["auroc"]
+    own = ", ".join(f"{surface} {value:.2f}" for surface, value in rows["probe"].items())
+    carried = ", ".join(f"{surface} {value:.2f}" for surface, value in rows["transfer"].items())
+    first = f"{slug(model)}, final layer, unseen topics: a probe tells harmful from benign at AUROC {own};"
+    return f"{first}\nfitted on text alone it carries over at {carried}"
+
+
+def probe_rows(model: str, table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The probe table in the result schema; `attack` holds the layer that was read."""
+    return pd.DataFrame(
+        {
+            "model": model,
+            "defense": PRETRAINED,
+            "attack": "layer " + table["site"].astype(str),
+            "surface": table["surface"],
+            "label": "both",
+            "metric": table["measure"].map(MEASURES),
+            "seed": seed,
+            "n": table["n"],
+            "value": table["auroc"],
+            "low": table["low"].clip(upper=table["auroc"]),
+            "high": table["high"].clip(lower=table["auroc"]),
+        }
+    )
+
+
+def training_data(log: pd.DataFrame) -> pd.DataFrame:
+    """What `probes.plots.plot_training` draws."""
+    return log[["step", "loss", "v_harmful", "v_benign"]].rename(
+        columns={"v_harmful": "v_s_harmful", "v_benign": "v_s_benign"}
+    )
+
+
+def training_claim(model: str, data: pd.DataFrame) -> str:
+    """The title of the training figure: means over the last tenth of the steps."""
+    last = data.tail(max(1, len(data) // 10))
+    return (
+        f"{slug(model)}: after {len(data)} steps on text alone, v_s is {last['v_s_harmful'].mean():.2f} on harmful "
+        f"and {last['v_s_benign'].mean():.2f} on benign training requests"
+    )
+
+
+def gate_claim(model: str, readings: pd.DataFrame) -> str:
+    """The title of the before/after figure: medians after training, held-out phrasings."""
+    after = readings[readings["moment"] == "after"].groupby(["surface", "label"], sort=False)["v_s"].median().unstack()
+    listed = ", ".join(f"{surface} {row['harmful']:.2f}/{row['benign']:.2f}" for surface, row in after.iterrows())
+    return f"{slug(model)}: trained on text alone, median v_s of harmful/benign requests is {listed}"
+
+
+def gate_rows(study: Study, readings: pd.DataFrame) -> list[dict[str, object]]:
+    """AUROC of v_s, before and after training, by surface and by the topics' split, in the result schema."""
+    from casa_mech.judging import auroc_interval, value_row
+
+    rows: list[dict[str, object]] = []
+    for (moment, surface), part in readings.groupby(["moment", "surface"], sort=False):
+        for split in ("", "seen", "held_out"):
+            chosen = part[part["split"] == split] if split else part
+            if chosen["label"].nunique() < 2 or chosen["topic"].nunique() < 6:
+                continue
+            harmful = (chosen["label"] == "harmful").tolist()
+            value, low, high = auroc_interval(
+                chosen["v_s"].tolist(), harmful, chosen["topic"].tolist(), study.settings.seed, resamples=200
+            )
+            metric = f"gate_auroc:{split}" if split else "gate_auroc"
+            rows.append(
+                value_row(
+                    model=study.settings.model,
+                    defense=f"{CASA} {moment} training",
+                    attack="none",
+                    surface=str(surface),
+                    label="both",
+                    metric=metric,
+                    seed=study.settings.seed,
+                    n=len(chosen),
+                    value=value,
+                    low=low,
+                    high=high,
+                )
+            )
+    return rows
+
+
+def attack_claim(results: pd.DataFrame, models: Sequence[str]) -> str:
+    """The title of the attack figure: mean success over text attacks and over the other surfaces, before and after."""
+    rows = results[results["metric"] == "attack_success"]
+    pieces = []
+    for model in models:
+        part = rows[rows["model"] == model]
+        off_text = part["surface"].isin(OTHER_SURFACES) | part["attack"].isin(OTHER_SURFACES)
+        numbers = [
+            f"{100 * part[chosen & (part['defense'] == defense)]['value'].mean():.0f} %"
+            for chosen in (~off_text, off_text)
+            for defense in (PRETRAINED, CASA)
+        ]
+        pieces.append(
+            f"{slug(model)}: mean attack success {numbers[0]} → {numbers[1]} in text, "
+            f"{numbers[2]} → {numbers[3]} spelled, seen and heard"
+        )
+    return "CASA, trained on text alone.\n" + "\n".join(pieces)
+
+
+def attack_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A table to read: attacks down, model and defence across, `value [low, high]` in percent and n."""
+    rows = results[results["metric"] == metric]
+    cells = [
+        f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}] n={row.n}"
+        for row in rows[["value", "low", "high", "n"]].itertuples()
+    ]
+    table = rows.assign(cell=cells).pivot_table(
+        index="attack", columns=["model", "defense"], values="cell", aggfunc="first", sort=False
+    )
+    return table.replace(np.nan, "–")
