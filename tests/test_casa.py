@@ -116,7 +116,7 @@ def test_words_of_the_tokenizer_are_no_safety_tokens(tiny_omni: Omni) -> None:
 @pytest.mark.parametrize("source", ["pooled_text_hidden", "input_embedding_rows", "lm_head_rows", "learned_free"])
 @pytest.mark.parametrize("layer", ["norm", 0])
 def test_query_sources_and_layers(tiny_omni: Omni, mixed_queries: list[Query], source: str, layer: object) -> None:
-    casa = Casa.attach(tiny_omni, CasaConfig(query_source=source, layer=layer, form="R3"))  # type: ignore[arg-type]
+    casa = Casa.attach(tiny_omni, CasaConfig(query_source=source, layer=layer, form="R3"))
     first, second = casa.attention.class_embeddings
     assert not torch.allclose(first, second)
     assert all(0 < reply.v_s < 1 for reply in casa.gate(mixed_queries) if reply.v_s is not None)
@@ -155,12 +155,12 @@ def test_traced_gate_equals_plain_hooks(tiny_omni: Omni, mixed_queries: list[Que
 def test_traced_objective_and_gradients_equal_plain_hooks(tiny_omni: Omni) -> None:
     casa = stir(Casa.attach(tiny_omni))
     batch, harmful = teacher_forced(casa)
-    weights, rows = class_weights(harmful, 0.3), casa._parts.tokens.rows  # type: ignore[arg-type]
+    weights, rows = class_weights(harmful, 0.3), casa._parts.tokens.rows
     slow, fast = casa._parts.groups()
     parameters = list((slow | fast).values())
 
     targets = gated_targets(tiny_omni, batch, casa.safety_gate, rows)
-    loss = objective(sequence_losses(casa.config, targets, harmful), weights, 2.0)  # type: ignore[arg-type]
+    loss = objective(sequence_losses(casa.config, targets, harmful), weights, 2.0)
     found = torch.autograd.grad(loss, parameters)
 
     seen: dict[str, Tensor] = {}
@@ -208,9 +208,9 @@ class Detached:
 
     def __call__(self, states: Tensor, mask: Tensor, logits: Tensor) -> tuple[Tensor, GateReading]:
         if self._cut == "logits":
-            return self._gate(states, mask, logits.detach())  # type: ignore[arg-type]
+            return self._gate(states, mask, logits.detach())
         with torch.no_grad():
-            v_s, _ = self._gate.attention(states, mask)  # type: ignore[arg-type]
+            v_s, _ = self._gate.attention(states, mask)
         shift = torch.stack([torch.log(1 - v_s), torch.log(v_s)], dim=1)
         new = logits.index_add(1, self._gate.token_ids, shift)
         return new, GateReading(v_s, new[:, self._gate.token_ids], new, mask)
@@ -220,7 +220,7 @@ def gradients(casa: Casa, gate: object, loss_of: Callable[[GatedTargets], Tensor
     """Sizes of the gradients on LoRA, on the token rows and on safety attention."""
     batch, _ = teacher_forced(casa)
     slow, fast = casa._parts.groups()
-    targets = gated_targets(casa.omni, batch, gate, casa._parts.tokens.rows)  # type: ignore[arg-type]
+    targets = gated_targets(casa.omni, batch, gate, casa._parts.tokens.rows)
     values = list((slow | fast).values())
     found = torch.autograd.grad(loss_of(targets), values, allow_unused=True)
     sizes = {
@@ -301,7 +301,7 @@ def test_gated_generation_equals_plain_generation_with_hooks(
     casa = stir(Casa.attach(tiny_omni))
     prefills = ("sure , here is", "", "first", "")
     queries = [q.model_copy(update={"prefill": text}) for q, text in zip(mixed_queries, prefills, strict=True)]
-    replies = casa.generate(queries, SHORT, order=order)  # type: ignore[arg-type]
+    replies = casa.generate(queries, SHORT, order=order)
     for query, reply in zip(queries, replies, strict=True):
         assert reply.query_id == query.id and reply.tokens <= 6
         batch = tiny_omni.encode([query], prefill=order == "B")
@@ -351,7 +351,7 @@ def test_the_first_token_is_always_one_of_the_two(
     first: list[int] = []
     decode_on = generation_module.continue_from
 
-    def spy(omni, batch, cache, forced, rows, kwargs):  # type: ignore[no-untyped-def]
+    def spy(omni, batch, cache, forced, rows, kwargs):
         first.extend(ids[0] for ids in forced)
         return decode_on(omni, batch, cache, forced, rows, kwargs)
 

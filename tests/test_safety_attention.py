@@ -161,11 +161,11 @@ def test_gradient_of_scaling_has_the_size_of_the_logits() -> None:
 @pytest.mark.parametrize("rule", ["S1", "S2", "S3", "S4"])
 def test_rewrite_touches_two_columns_only(rule: str) -> None:
     logits, ids, v_s = torch.randn(3, 12), torch.tensor([4, 7]), torch.tensor([0.1, 0.5, 0.9])
-    new, raw, pair = rewrite(rule, logits, ids, v_s)  # type: ignore[arg-type]
+    new, raw, pair = rewrite(rule, logits, ids, v_s)
     others = [column for column in range(12) if column not in (4, 7)]
     assert torch.equal(new[:, others], logits[:, others])
     assert torch.equal(new[:, ids], pair) and torch.equal(raw, logits[:, ids])
-    half = rewrite(rule, logits.to(torch.bfloat16), ids, v_s)[2]  # type: ignore[arg-type]
+    half = rewrite(rule, logits.to(torch.bfloat16), ids, v_s)[2]
     assert half.dtype == torch.float32
 
 
@@ -196,7 +196,7 @@ def test_paper_reading_and_size_dependent_rates() -> None:
 
 def test_classes_weigh_beta_and_one_minus_beta() -> None:
     harmful = torch.tensor([True, True, True, False])
-    weights = class_weights(harmful, 0.2)  # type: ignore[arg-type]
+    weights = class_weights(harmful, 0.2)
     torch.testing.assert_close(weights[harmful].sum(), torch.tensor(0.2))
     torch.testing.assert_close(weights[~harmful].sum(), torch.tensor(0.8))
 

@@ -14,7 +14,7 @@ from casa_mech.trace import capture, edited_logits
 
 def hidden_states(omni: Omni, batch: object) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
-        return omni.model(**batch.inputs, output_hidden_states=True).hidden_states  # type: ignore[attr-defined]
+        return omni.model(**batch.inputs, output_hidden_states=True).hidden_states
 
 
 def test_capture_equals_output_hidden_states(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
@@ -34,7 +34,7 @@ def test_positions_are_cut_as_named(tiny_omni: Omni, mixed_queries: list[Query])
     image = capture(tiny_omni, batch, [1], "mean:image")[1]
     for row in range(batch.size):
         for site in (1, "norm"):
-            assert torch.equal(last[site][row], full[site][row, batch.gate_position[row]])  # type: ignore[index]
+            assert torch.equal(last[site][row], full[site][row, batch.gate_position[row]])
         torch.testing.assert_close(mean[row], full[1][row, batch.prompt_mask[row]].mean(dim=0))
     torch.testing.assert_close(image[1], full[1][1, batch.modality["image"][1]].mean(dim=0))
     assert not image[0].any()
@@ -45,7 +45,7 @@ def test_unknown_places_are_named(tiny_omni: Omni, mixed_queries: list[Query]) -
     with pytest.raises(InputError, match="no site 9"):
         capture(tiny_omni, batch, [9])
     with pytest.raises(InputError, match="mean:video"):
-        capture(tiny_omni, batch, [0], "mean:video")  # type: ignore[arg-type]
+        capture(tiny_omni, batch, [0], "mean:video")
     assert capture(tiny_omni, batch, []) == {}
 
 
@@ -54,9 +54,9 @@ def test_identity_edits_change_nothing_and_others_do(tiny_omni: Omni, mixed_quer
     batch = tiny_omni.encode(mixed_queries)
     with torch.no_grad():
         expected = tiny_omni.model(**batch.inputs).logits
-    assert torch.equal(edited_logits(tiny_omni, batch, site, lambda states: states), expected)  # type: ignore[arg-type]
-    assert torch.equal(edited_logits(tiny_omni, batch, site, lambda states: states.clone()), expected)  # type: ignore[arg-type]
-    changed = edited_logits(tiny_omni, batch, site, lambda states: states * 0.5)  # type: ignore[arg-type]
+    assert torch.equal(edited_logits(tiny_omni, batch, site, lambda states: states), expected)
+    assert torch.equal(edited_logits(tiny_omni, batch, site, lambda states: states.clone()), expected)
+    changed = edited_logits(tiny_omni, batch, site, lambda states: states * 0.5)
     assert not torch.allclose(changed[:, -1], expected[:, -1])
 
 

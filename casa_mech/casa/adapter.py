@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, LoraModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -53,6 +56,30 @@ class Adapter:
             self._lora.enable_adapter_layers()
         else:
             self._lora.disable_adapter_layers()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """LoRA added into copies of the weights for the length of a block, so that decoding costs what the base costs.
+
+        peft's layers step aside for the linear layers they wrap. Afterwards the weights are the very tensors they were:
+        subtracting LoRA again would leave rounding behind.
+        """
+        found = [
+            (parent, name, layer, layer.base_layer.weight.data)
+            for parent in self._omni.language_model.modules()
+            for name, layer in parent.named_children()
+            if isinstance(layer, LoraLayer)
+        ]
+        try:
+            for parent, name, layer, weight in found:
+                linear = layer.base_layer
+                linear.weight.data = weight + layer.get_delta_weight(NAME).to(weight.dtype)
+                setattr(parent, name, linear)
+            yield
+        finally:
+            for parent, name, layer, weight in found:
+                layer.base_layer.weight.data = weight
+                setattr(parent, name, layer)
 
     def remove(self) -> None:
         """Take the layers out; the model is the base again."""

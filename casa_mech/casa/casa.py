@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -153,6 +153,7 @@ class Casa:
         hard: bool = False,
         refusal: str = REFUSAL,
         attention: bool = False,
+        merge: bool = True,
         progress: bool = False,
     ) -> list[Reply]:
         """Replies behind the gate, in the order of the queries. The gate decides once, on the last assistant turn.
@@ -163,6 +164,8 @@ class Casa:
             order: "A" gate, then prefill; "B" prefill, then gate.
             hard: answer unsafe queries with `refusal` instead of generating.
             refusal: the hard gate's text.
+            merge: add LoRA into copies of the weights for this call, which is faster and takes the memory of one more
+                set of the language model's linear layers; results with and without differ by rounding.
             attention: put safety attention's weight at each of the prompt's tokens (padding left out) into the replies.
             progress: show a bar.
 
@@ -171,7 +174,8 @@ class Casa:
         """
         self._need_active()
         behaviour = Behaviour(order, refusal if hard else None, attention)
-        return gated_replies(self.omni, self._parts.gate, queries, settings, behaviour, progress)
+        with self._parts.adapter.merged() if merge else nullcontext():
+            return gated_replies(self.omni, self._parts.gate, queries, settings, behaviour, progress)
 
     def gate(
         self,
@@ -180,12 +184,14 @@ class Casa:
         *,
         order: Order = "A",
         attention: bool = False,
+        merge: bool = True,
         progress: bool = False,
     ) -> list[Reply]:
         """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`)."""
         self._need_active()
         behaviour = Behaviour(order, None, attention)
-        return gate_readings(self.omni, self._parts.gate, queries, settings, behaviour, progress)
+        with self._parts.adapter.merged() if merge else nullcontext():
+            return gate_readings(self.omni, self._parts.gate, queries, settings, behaviour, progress)
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Write adapter, safety attention, token rows, config and model card into `directory`, all or nothing.

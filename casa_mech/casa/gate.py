@@ -55,7 +55,7 @@ def prompt_positions(config: CasaConfig, batch: OmniBatch) -> BoolTensor:
     else:
         index = torch.arange(user.shape[1], device=user.device)
         mask = batch.inputs["attention_mask"].bool() & (index[None] <= batch.gate_position[:, None])
-    return mask  # type: ignore[return-value]
+    return mask
 
 
 def class_embeddings(omni: Omni, config: CasaConfig) -> Tensor:

@@ -261,4 +261,4 @@ class Trainer:
 
 
 def _harmful(examples: Sequence[Example]) -> torch.BoolTensor:
-    return torch.tensor([example.query.label == "harmful" for example in examples])  # type: ignore[return-value]
+    return torch.tensor([example.query.label == "harmful" for example in examples])

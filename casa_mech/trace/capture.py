@@ -66,7 +66,7 @@ def _position_mask(batch: OmniBatch, positions: str) -> BoolTensor | None:
         return None
     if positions == "last":
         width = batch.prompt_mask.shape[1]
-        return torch.arange(width, device=batch.gate_position.device)[None] == batch.gate_position[:, None]  # type: ignore[return-value]
+        return torch.arange(width, device=batch.gate_position.device)[None] == batch.gate_position[:, None]
     if positions == "mean":
         return batch.prompt_mask
     kind = positions.removeprefix("mean:")

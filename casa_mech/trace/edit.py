@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import nnsight
 import torch
 from torch import Tensor
 
@@ -33,5 +34,5 @@ def _edited_logits(omni: Omni, batch: OmniBatch, site: Site, edit: Callable[[Ten
             module.input = edit(module.input)
         else:
             module.output = edit(module.output)
-        logits = model.lm_head.output.save()
+        logits = nnsight.save(model.lm_head.output)
     return logits  # noqa: RET504  (bound in the trace)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import nnsight
 import torch
 from torch import BoolTensor, LongTensor, Tensor
 
@@ -83,9 +84,9 @@ def _gated_prompt(
         model.lm_head.input = hidden[rows, position].unsqueeze(1)
         logits, reading = gate(states, mask, model.lm_head.output[:, 0])
         model.lm_head.output = logits.unsqueeze(1)
-        logits = logits.save()
-        reading = reading.save()
-        cache = model.output.past_key_values.save()
+        logits = nnsight.save(logits)
+        reading = nnsight.save(reading)
+        cache = nnsight.save(model.output.past_key_values)
     return GatedPrompt(reading, logits, cache)
 
 
@@ -115,7 +116,7 @@ def gated_targets(omni: Omni, batch: OmniBatch, gate: Gate, rows: TokenRows) -> 
     row = predicted.nonzero()[:, 0]
     first = torch.searchsorted(row, torch.arange(batch.size, device=row.device))
     reading, logits = _gated_targets(omni, batch, gate, rows, mask, predicted, first)
-    return GatedTargets(reading, logits, batch.labels[:, 1:][predicted], row, first)  # type: ignore[arg-type]
+    return GatedTargets(reading, logits, batch.labels[:, 1:][predicted], row, first)
 
 
 def _gated_targets(
@@ -139,6 +140,6 @@ def _gated_targets(
         gated, reading = gate(states, mask, logits[first])
         logits = logits.index_copy(0, first, gated.to(logits.dtype))
         model.lm_head.output = logits
-        logits = logits.save()
-        reading = reading.save()
+        logits = nnsight.save(logits)
+        reading = nnsight.save(reading)
     return reading, logits

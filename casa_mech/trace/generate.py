@@ -55,4 +55,4 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) 
     width = max(len(row) for row in rows)
     ids = [[pad] * (width - len(row)) + list(row) for row in rows]
     real = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(real, device=device)  # type: ignore[return-value]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
