@@ -25,10 +25,10 @@ def stir(casa: Casa, scale: float = 0.1) -> Casa:
     """Move every trainable parameter off its start, as training would (LoRA's B starts at zero)."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for group in casa._parts.groups():
+        for group in casa.parts.groups():
             for parameter in group.values():
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    casa._parts.tokens.write()
+    casa.parts.tokens.write()
     return casa
 
 
@@ -63,8 +63,8 @@ def test_detach_gives_the_base_back(tiny_omni: Omni, mixed_queries: list[Query],
     casa = stir(Casa.attach(tiny_omni))
     assert tiny_omni.vocab_size == (size if spare else size + 2)
     assert tiny_omni.model.config.text_config.vocab_size == tiny_omni.vocab_size
-    assert (casa._parts.tokens.rows.head is None) == tied
-    assert torch.equal(embedding.weight[list(casa.token_ids)], casa._parts.tokens.rows.embedding)
+    assert (casa.parts.tokens.rows.head is None) == tied
+    assert torch.equal(embedding.weight[list(casa.token_ids)], casa.parts.tokens.rows.embedding)
     casa.generate(mixed_queries, SHORT)
     with casa.disabled() as omni:
         assert [reply.text for reply in omni.generate(mixed_queries, SHORT)] == replies
@@ -92,7 +92,7 @@ def test_token_rows_start_at_their_words(tiny_omni: Omni) -> None:
     words = [tiny_omni.tokenizer(word)["input_ids"] for word in ("safe", "unsafe")]
     expected = tiny_omni.language_model.embed_tokens.weight[torch.tensor(words)[:, 0]].clone()
     casa = Casa.attach(tiny_omni)
-    assert torch.equal(casa._parts.tokens.rows.embedding, expected)
+    assert torch.equal(casa.parts.tokens.rows.embedding, expected)
 
 
 def test_no_text_of_the_user_becomes_a_safety_token(tiny_omni: Omni) -> None:
@@ -155,8 +155,8 @@ def test_traced_gate_equals_plain_hooks(tiny_omni: Omni, mixed_queries: list[Que
 def test_traced_objective_and_gradients_equal_plain_hooks(tiny_omni: Omni) -> None:
     casa = stir(Casa.attach(tiny_omni))
     batch, harmful = teacher_forced(casa)
-    weights, rows = class_weights(harmful, 0.3), casa._parts.tokens.rows
-    slow, fast = casa._parts.groups()
+    weights, rows = class_weights(harmful, 0.3), casa.parts.tokens.rows
+    slow, fast = casa.parts.groups()
     parameters = list((slow | fast).values())
 
     targets = gated_targets(tiny_omni, batch, casa.safety_gate, rows)
@@ -219,8 +219,8 @@ class Detached:
 def gradients(casa: Casa, gate: object, loss_of: Callable[[GatedTargets], Tensor]) -> tuple[float, float, float]:
     """Sizes of the gradients on LoRA, on the token rows and on safety attention."""
     batch, _ = teacher_forced(casa)
-    slow, fast = casa._parts.groups()
-    targets = gated_targets(casa.omni, batch, gate, casa._parts.tokens.rows)
+    slow, fast = casa.parts.groups()
+    targets = gated_targets(casa.omni, batch, gate, casa.parts.tokens.rows)
     values = list((slow | fast).values())
     found = torch.autograd.grad(loss_of(targets), values, allow_unused=True)
     sizes = {

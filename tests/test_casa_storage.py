@@ -75,8 +75,9 @@ def test_the_card_and_the_config_tell_of_the_run(tiny_omni: Omni, tmp_path: Path
     assert "Not trained." in (tmp_path / "untrained" / "README.md").read_text()
     log = casa.train(examples(), SETTINGS, progress=False)
     casa.save_pretrained(tmp_path / "trained")
+    best = min((row for row in log if "validation_loss" in row), key=lambda row: row["validation_loss"])
     card = (tmp_path / "trained" / "README.md").read_text()
-    assert f"{log[-1]['v_harmful']:.4g}" in card and "8 harmful, 16 benign" in card
+    assert f"{best['v_harmful']:.4g}" in card and "8 harmful, 16 benign" in card
     stored = json.loads((tmp_path / "trained" / "casa_config.json").read_text())
     assert stored["schema_version"] == 1
     assert stored["base"]["source"] == "tiny" and stored["base"]["fingerprint"] == tiny_omni.fingerprint()

@@ -34,7 +34,7 @@ def examples(n: int = 24) -> list[Example]:
 
 
 def weights_of(casa: Casa) -> dict[str, torch.Tensor]:
-    slow, fast = casa._parts.groups()
+    slow, fast = casa.parts.groups()
     return {name: value.detach().clone() for name, value in (slow | fast).items()}
 
 
@@ -56,7 +56,7 @@ def test_v_s_parts_the_classes(tiny_omni: Omni, fields: dict[str, object]) -> No
     assert last["v_harmful"] - last["v_benign"] > max(0.02, first["v_harmful"] - first["v_benign"])
     assert not tiny_omni.model.training
     ids = list(casa.token_ids)
-    assert torch.equal(tiny_omni.language_model.embed_tokens.weight[ids], casa._parts.tokens.rows.embedding)
+    assert torch.equal(tiny_omni.language_model.embed_tokens.weight[ids], casa.parts.tokens.rows.embedding)
 
 
 def test_metrics_are_written_each_step(tiny_omni: Omni, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from casa_mech.casa import CasaConfig, SafetyAttention, TrainSettings
 from casa_mech.casa.objective import class_weights
@@ -176,11 +175,13 @@ def test_rewrite_touches_two_columns_only(rule: str) -> None:
         ({"rule": "S2"}, "two_way"),
         ({"safe_token": "x", "unsafe_token": "x"}, "different"),
         ({"layer": -1}, "counted from 0"),
+        ({"beta": 2}, "beta: Input should be less"),
+        ({"bata": 0.5}, "bata: Extra inputs"),
         ({"lora_targets": ("q_proj", "conv")}, "conv"),
     ],
 )
 def test_contradictions_are_refused(fields: dict[str, object], words: str) -> None:
-    with pytest.raises((InputError, ValidationError), match=words):
+    with pytest.raises(InputError, match=words):
         CasaConfig.model_validate(fields)
 
 
@@ -190,7 +191,7 @@ def test_paper_reading_and_size_dependent_rates() -> None:
     assert CasaConfig.paper(beta=0.2).beta == 0.2
     assert TrainSettings().learning_rates(2048) == (1e-4, 5e-4)
     assert TrainSettings(lr_lora=1.0).learning_rates(64)[0] == 1.0
-    with pytest.raises((InputError, ValidationError), match="even"):
+    with pytest.raises(InputError, match="even"):
         TrainSettings(batch_size=7)
 
 

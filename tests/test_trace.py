@@ -65,7 +65,7 @@ def test_capture_follows_adapters_in_and_out(tiny_omni: Omni, mixed_queries: lis
     before = capture(tiny_omni, batch, [0], "all")[0]
     casa = Casa.attach(tiny_omni)
     with torch.no_grad():
-        for parameter in casa._parts.adapter.parameters().values():
+        for parameter in casa.parts.adapter.parameters().values():
             parameter.add_(0.1)
     during = capture(tiny_omni, batch, [0], "all")[0]
     assert torch.equal(during, hidden_states(tiny_omni, batch)[1])

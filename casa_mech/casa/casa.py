@@ -91,6 +91,11 @@ class Casa:
         return self._parts.gate
 
     @property
+    def parts(self) -> Parts:
+        """What training changes: adapter, safety attention and token rows, with the model they are in."""
+        return self._parts
+
+    @property
     def token_ids(self) -> tuple[int, int]:
         """Ids of the safe and the unsafe token."""
         safe, unsafe = self._parts.tokens.ids.tolist()
@@ -134,7 +139,9 @@ class Casa:
         finally:
             self._parts.tokens.write()
         harmful = sum(example.query.label == "harmful" for example in examples)
-        metrics = {key: value for key, value in log[-1].items() if key != "seconds"}
+        # The weights kept are those of the best validation, so the numbers must be, too.
+        kept = min((row for row in log if "validation_loss" in row), key=_validation_loss, default=log[-1])
+        metrics = {key: value for key, value in kept.items() if key != "seconds"}
         self._training = Training(
             settings=settings,
             n_harmful=harmful,
@@ -260,3 +267,7 @@ class Casa:
     def _need_active(self) -> None:
         if not self._active:
             raise InputError("this gate is detached or disabled; attach it again first")
+
+
+def _validation_loss(row: Row) -> float:
+    return row["validation_loss"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from casa_mech.errors import InputError
 
@@ -21,7 +21,17 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **fields: object) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            # One line for the user instead of pydantic's report.
+            first = error.errors()[0]
+            where = ".".join(str(step) for step in first["loc"])
+            what = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{type(self).__name__}: {where + ': ' if where else ''}{what}") from None
 
 
 class CasaConfig(_Settings):

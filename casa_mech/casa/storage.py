@@ -48,7 +48,7 @@ class Base(BaseModel):
 
 
 class Training(BaseModel):
-    """How a gate was trained: the settings, how many examples of each class, and the last row of metrics."""
+    """How a gate was trained: the settings, how many examples of each class, and the metrics of the weights kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -171,6 +171,6 @@ def model_card(stored: Stored) -> str:
         f"| examples | {training.n_harmful} harmful, {training.n_benign} benign, text only |",
         f"| steps | {training.steps} of {training.settings.batch_size}, seed {training.settings.seed} |",
     ]
-    lines += ["", "## Last step", "", "| measure | value |", "|---|---|"]
+    lines += ["", "## Metrics of the weights kept", "", "| measure | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4g} |" for name, value in sorted(training.metrics.items())]
     return "\n".join([*lines, ""])
