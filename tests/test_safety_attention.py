@@ -182,7 +182,7 @@ def test_rewrite_touches_two_columns_only(rule: str) -> None:
 )
 def test_contradictions_are_refused(fields: dict[str, object], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        CasaConfig.model_validate(fields)
+        CasaConfig(**fields)
 
 
 def test_paper_reading_and_size_dependent_rates() -> None:

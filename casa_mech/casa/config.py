@@ -6,7 +6,7 @@ the project's method notes, which give the evidence for each.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -74,9 +74,9 @@ class CasaConfig(_Settings):
     """Softmax of the safety token's loss: over the whole vocabulary, or over the two tokens."""
 
     @classmethod
-    def paper(cls, **changes: object) -> CasaConfig:
+    def paper(cls, **changes: Any) -> CasaConfig:
         """The reading closest to the paper: softmax-pooled attention (R2) and scaled logits (S1)."""
-        return cls.model_validate({"form": "R2", "rule": "S1", **changes})
+        return cls(**{"form": "R2", "rule": "S1", **changes})
 
     @property
     def top_k(self) -> int:
