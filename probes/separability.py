@@ -7,6 +7,7 @@ Folds keep a topic together, so a probe is always judged on topics that it has n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from casa_mech.errors import InputError
 from casa_mech.judging import auroc_interval
 from probes.activations import Activations
 
+Scorer = Callable[[np.ndarray], np.ndarray]
 PENALTIES = (0.003, 0.3)
 """Inverse strengths of the probe's L2 penalty that are tried; the choice is made on the training folds only."""
 
@@ -151,19 +153,20 @@ def _held_out_scores(
     for train, held_out in splitter.split(source, labels, fit.topics):
         inside = np.isin(test.topics, fit.topics[held_out])
         if inside.any():
-            model = _fit_probe(source[train], labels[train], fit.topics[train], seed)
-            scores[inside] = model.decision_function(target[inside])
+            scored = _fit_probe(source[train], labels[train], fit.topics[train], seed)
+            scores[inside] = scored(target[inside])
     unseen = np.isnan(scores)
     if unseen.any():  # topics that `fit` has not at all: any probe is fair to them
-        scores[unseen] = _fit_probe(source, labels, fit.topics, seed).decision_function(target[unseen])
+        scores[unseen] = _fit_probe(source, labels, fit.topics, seed)(target[unseen])
     return scores
 
 
-def _fit_probe(states: np.ndarray, labels: np.ndarray, topics: np.ndarray, seed: int) -> Pipeline:
-    """Standardise and fit, with the penalty that does best on one inner split by topic.
+def _fit_probe(states: np.ndarray, labels: np.ndarray, topics: np.ndarray, seed: int) -> Scorer:
+    """Standardise and fit, with the penalty that does best on one inner split by topic; gives the scoring function.
 
     Classes are weighted alike: folds by topic are not quite balanced, and an intercept that follows the training folds'
-    balance would push pooled scores the wrong way.
+    balance would push pooled scores the wrong way. Scores are in units of their spread on the training folds, so that
+    folds with different penalties can be pooled.
     """
     inner = StratifiedGroupKFold(n_splits=3, shuffle=True, random_state=seed)
     train, held_out = next(inner.split(states, labels, topics))
@@ -177,7 +180,9 @@ def _fit_probe(states: np.ndarray, labels: np.ndarray, topics: np.ndarray, seed:
         return float(roc_auc_score(labels[held_out], model.decision_function(states[held_out])))
 
     best = max(PENALTIES, key=quality) if fair else PENALTIES[0]
-    return build(best).fit(states, labels)
+    model = build(best).fit(states, labels)
+    spread = float(np.std(model.decision_function(states))) or 1.0
+    return lambda new: model.decision_function(new) / spread
 
 
 def _result(scores: np.ndarray, test: Activations, seed: int) -> ProbeResult:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 
 from casa_mech.omni import Omni
 from casa_mech.organism.architecture import OrganismShape, new_omni
+from casa_mech.organism.world import default_world
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart
 
 torch.set_num_threads(1)
@@ -39,3 +42,13 @@ def mixed_queries() -> list[Query]:
         Query(id="audio", parts=(AudioPart(audio=clip, rate=16_000), TextPart(text="what is it ?")), label="harmful"),
         Query(id="both", parts=(ImagePart(image=image), AudioPart(audio=clip[:9000], rate=16_000), text)),
     ]
+
+
+@pytest.fixture(scope="session")
+def random_organism(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved organism that knows the micro-world's words and nothing else: random weights, 2 blocks."""
+    folder = tmp_path_factory.mktemp("models") / "random-organism"
+    omni = new_omni(default_world().vocabulary(), SHAPE, seed=0)
+    omni.model.save_pretrained(folder)
+    omni.processor.save_pretrained(folder)
+    return folder

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from casa_mech.errors import RunError
 from casa_mech.files import file_sha256, write_text
+from casa_mech.study.settings import CLONE
 
 PACKAGE = Path(__file__).parents[1]
-REPOSITORY = PACKAGE.parent
 PACKAGES = (
     "casa-mech", "torch", "transformers", "nnsight", "peft", "transformer-lens", "tokenizers", "safetensors", "numpy",
     "scipy", "scikit-learn", "statsmodels", "pandas", "pyarrow", "matplotlib", "pillow", "soundfile",
@@ -82,7 +82,7 @@ def git_state() -> dict[str, Any] | None:
     """Commit of the clone the package runs from and whether it has uncommitted changes; None when it is no clone."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *arguments]
+        command = ["git", "-C", str(CLONE), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:

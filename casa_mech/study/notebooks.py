@@ -11,7 +11,7 @@ from typing import Any
 import nbformat
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.study.manifest import REPOSITORY
+from casa_mech.study.settings import CLONE
 
 TAG = "parameters"
 
@@ -35,7 +35,7 @@ def find_notebooks(only: Sequence[str] = (), folder: Path | None = None) -> list
     Raises:
         RunError: no notebooks beside the package or under the working directory. InputError: a name that none has.
     """
-    places = [folder] if folder else [REPOSITORY / "notebooks", Path.cwd() / "notebooks"]
+    places = [folder] if folder else [CLONE / "notebooks", Path.cwd() / "notebooks"]
     listings = [sorted(place.glob("[0-9]*.ipynb")) for place in places]
     paths = next((listing for listing in listings if listing), [])
     if not paths:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from casa_mech.errors import InputError
 
 ProfileName = Literal["smoke", "default", "full"]
+CLONE = Path(__file__).parents[2]
 ORGANISM, CONTROL = "organism", "organism-split"
 
 
@@ -96,8 +97,13 @@ class StudySettings(BaseModel):
 
     @property
     def default_folder(self) -> Path:
-        """Where the run goes unless said otherwise: `runs/<model>-<profile>-seed<seed>`."""
-        return Path("runs") / f"{slug(self.model)}-{self.profile}-seed{self.seed}"
+        """Where the run goes unless said otherwise: `runs/<model>-<profile>-seed<seed>` under the working directory.
+
+        Anywhere in a clone it is the clone's own `runs`, so that a notebook in Jupyter finds what `make study` made.
+        """
+        here = Path.cwd()
+        base = CLONE if here.is_relative_to(CLONE) else here
+        return base / "runs" / f"{slug(self.model)}-{self.profile}-seed{self.seed}"
 
 
 def settings_of(**fields: object) -> StudySettings:
