@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 
-.PHONY: study test lint clean
+.PHONY: study test lint gallery clean
 .DELETE_ON_ERROR:
 
 study: $(STAMP)
@@ -24,6 +24,14 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The committed figures: the default study's, and the smoke profile's numbers that a test makes again.
+gallery: $(STAMP)
+	$(BIN)/casa-mech run --out runs/gallery
+	$(BIN)/casa-mech run --profile smoke --out runs/gallery-smoke
+	mkdir -p figures/smoke
+	cp runs/gallery/figures/* runs/gallery/manifest.json figures/
+	cp runs/gallery-smoke/figures/*.csv runs/gallery-smoke/manifest.json figures/smoke/
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

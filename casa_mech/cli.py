@@ -27,6 +27,7 @@ Model = Annotated[str, typer.Option(help="organism, organism-split, a hub id, or
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+INTERRUPTED = 130
 Order = Literal["A", "B"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 GateDir = Annotated[Path | None, typer.Option(help="Folder of a trained gate (casa-mech train); without it: no gate.")]
@@ -230,6 +231,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake is one line on standard error and status 2; Ctrl-C is status 130."""
     try:
         app(arguments)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer turns Ctrl-C into this
+            _note("stopped; what was finished is kept, and the same command continues from there")
+        raise
     except CasaMechError as error:
         _fail(str(error))
     except OSError as error:
@@ -241,9 +246,6 @@ def main(arguments: list[str] | None = None) -> None:
         if error.errno is None:
             raise
         _fail(str(storage_error(error, error.filename or "the output")))
-    except KeyboardInterrupt:
-        _note("stopped; what was finished is kept, and the same command continues from there")
-        sys.exit(130)
 
 
 def _fail(message: str) -> None:

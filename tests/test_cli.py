@@ -110,8 +110,9 @@ def test_interrupt_and_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
         return call
 
-    monkeypatch.setattr(cli, "app", raising(KeyboardInterrupt()))
-    code, _, err = _run(capsys, "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("casa_mech.study.runner.run_study", lambda *_, **__: raising(KeyboardInterrupt())(None))
+        code, _, err = _run(capsys, "run")
     assert code == 130 and "continues" in err
     monkeypatch.setattr(cli, "app", raising(OSError(errno.ENOSPC, "No space left on device", "runs/x")))
     code, _, err = _run(capsys, "run")
@@ -171,16 +172,17 @@ def test_evaluate_mixes_files_in_one_call(
         "--queries", tmp_path / "harmful.csv", "--column", "goal", "--label", "harmful",
         "--queries", tmp_path / "benign.json", "--column", "instruction", "--label", "benign",
         "--queries", media, "--label", "harmful", "--text", "what is it", "--out", out,
+        "--queries", media / "a.png", "--label", "-",
     ]  # fmt: skip
     code, printed, err = _run(capsys, *arguments)
     assert code == 0, err
     summary = json.loads(printed)
-    assert summary["queries"] == 5 and summary["unknown_words"] > 0
+    assert summary["queries"] == 6 and summary["unknown_words"] > 0
     assert "of the words are unknown" in err
     replies = pd.read_parquet(out / "replies.parquet")
-    assert len(replies) == 5
+    assert len(replies) == 6
     assert replies["v_s"].between(0, 1).all() and replies["safety_token"].isin(["safe", "unsafe"]).all()
-    assert list(replies["label"]) == ["harmful", "harmful", "benign", "harmful", "harmful"]
+    assert list(replies["label"]) == ["harmful", "harmful", "benign", "harmful", "harmful", "unlabelled"]
     assert list(pd.read_csv(out / "replies.csv")["query_id"]) == list(replies["query_id"])
     assert set(pd.read_parquet(out / "results.parquet")["attack"]) == {"real"}
     assert {path.name for path in out.iterdir()} == {"replies.parquet", "replies.csv", "results.parquet", "results.csv"}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from casa_mech.judging import Judge
 
 PRETRAINED, CASA = "pretrained", "CASA"
+UNLABELLED = "unlabelled"
 RESAMPLES = 200
 """Bootstrap draws for an AUROC's interval: enough for two digits, and a table holds dozens."""
 REPLY_COLUMNS = (
@@ -114,7 +115,7 @@ def result_rows(replies: pd.DataFrame, seed: int = 0) -> list[Row]:
         where: dict[str, Any] = {"model": model, "defense": defense, "attack": attack, "surface": surface, "seed": seed}
         for label, part in group.groupby("label", sort=False):
             rows += _rates(part, {**where, "label": label})
-        scored = group[group["v_s"].notna() & (group["label"] != "")]
+        scored = group[group["v_s"].notna() & (group["label"] != UNLABELLED)]
         if scored["label"].nunique() == 2:
             clusters = scored["topic"].where(scored["topic"] != "", scored["query_id"])
             harmful = (scored["label"] == "harmful").to_numpy()
@@ -170,7 +171,7 @@ def _reply_table(
                 "defense": defense,
                 "attack": query.meta.get("attack", "none"),
                 "surface": query.meta.get("surface", "+".join(sorted(query.modalities))),
-                "label": query.label or "",
+                "label": query.label or UNLABELLED,
                 "split": query.meta.get("split", ""),
                 "topic": query.meta.get("topic", ""),
                 "source": query.source,

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from casa_mech.errors import CasaMechError, RunError
 from casa_mech.files import writing
@@ -70,7 +70,7 @@ def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> N
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     os.environ.setdefault("TQDM_MININTERVAL", "1")
     target, failed = folder.path("notebooks", f"{notebook.name}.ipynb"), folder.path("failed", f"{notebook.name}.ipynb")
-    with writing(target) as temporary:
+    with writing(target) as temporary, folder.path("kernel.log").open("ab") as log:
         try:
             papermill.execute_notebook(
                 str(notebook.path),
@@ -82,6 +82,7 @@ def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> N
                 cwd=str(folder.root),
                 coalesce_streams=True,
                 config=_kernel_config(),
+                kernel_manager_class=_logging_kernel(log),
             )
         except PapermillExecutionError as error:
             failed.parent.mkdir(exist_ok=True)
@@ -97,6 +98,19 @@ def _kernel_config() -> Any:
 
     # Sockets of this user's alone rather than TCP ports, where the system has them.
     return Config() if os.name == "nt" else Config(KernelManager={"transport": "ipc"})
+
+
+def _logging_kernel(log: IO[bytes]) -> type:
+    """A kernel manager whose kernels write their own complaints (not the notebook's output) to `log`."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    class LoggingKernelManager(AsyncKernelManager):
+        async def _async_start_kernel(self, **kwargs: Any) -> None:
+            await super()._async_start_kernel(**{"stderr": log, **kwargs})
+
+        start_kernel = _async_start_kernel
+
+    return LoggingKernelManager
 
 
 def _cell_error(notebook: Notebook, error: Any, failed: Path) -> CasaMechError:
