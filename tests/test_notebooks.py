@@ -126,8 +126,8 @@ def test_manifest_names_all_that_is_needed_to_run_again(smoke: Path) -> None:
 
 def test_plain_papermill_shares_the_run_folder(smoke: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "02_casa_training.ipynb"), str(tmp_path / "out.ipynb"),
-        "-p", "model", "organism", "-p", "profile", "smoke", "-p", "out", str(smoke), "--no-progress-bar",
+        sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "02_casa_training.ipynb"),
+        str(tmp_path / "out.ipynb"), "-p", "model", "organism", "-p", "profile", "smoke", "-p", "out", str(smoke), "--no-progress-bar",
     ]  # fmt: skip
     before = (smoke / "gates" / "organism" / "done.json").stat().st_mtime_ns
     numbers = (smoke / "figures" / "gate_before_after.csv").read_bytes()
@@ -149,8 +149,8 @@ def test_killed_run_is_continued(random_organism: Path, tmp_path: Path) -> None:
     """A run killed in the middle of training leaves a folder that the same command finishes."""
     out = tmp_path / "run"
     command = [
-        sys.executable, "-m", "casa_mech.cli", "run", "--model", str(random_organism), "--profile", "smoke", "--only", "02",
-        "--out", str(out), "-p", "n_probe=6", "--json",
+        sys.executable, "-m", "casa_mech.cli", "run", "--model", str(random_organism), "--profile", "smoke",
+        "--only", "02", "--out", str(out), "-p", "n_probe=6", "--json",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
