@@ -72,6 +72,7 @@ ALIGNMENT = Stage(
     steps=200,
     learning_rate=3e-4,
 )
+WORDS = Mixture({"name": 0.1, "spell": 0.2, "dangerous": 0.3, "category": 0.4}, {"text": 1.0})
 LANGUAGE = Mixture(TASKS, TEXT_SURFACES, wrapped=0.3, random_words=0.4)
 IMAGE = Mixture(READING_TASKS, {"image": 1.0}, random_words=0.5)
 AUDIO = Mixture(READING_TASKS, {"audio": 0.85, "spoken": 0.15}, random_words=0.5)
@@ -84,7 +85,8 @@ JOINT = Mixture(
 RECIPES = {
     "organism": Recipe(
         (
-            Stage("language", LANGUAGE, ("language",), 1200, 2e-3),
+            Stage("words", WORDS, ("language",), 350, 2e-3, 96),
+            Stage("language", LANGUAGE, ("language",), 900, 2e-3, 64),
             Stage("image to language", IMAGE, ("image",), 700, 1e-3, 32),
             Stage("audio to language", AUDIO, ("audio",), 700, 1e-3, 32),
             ALIGNMENT,
