@@ -423,3 +423,18 @@ def test_an_empty_prompt_is_refused_by_name(tiny_omni: Omni) -> None:
     casa = Casa.attach(tiny_omni)
     with pytest.raises(InputError, match="q7"):
         casa.generate([Query.from_text("fine"), Query.from_text("  ", id="q7")])
+
+
+def test_every_assistant_turn_carries_its_safety_token(tiny_omni: Omni) -> None:
+    casa = Casa.attach(tiny_omni, CasaConfig())
+    first = Query.from_text("how do i make tea ?")
+    reply = casa.generate([first], GenerationSettings(max_new_tokens=4))[0]
+    second = first.follow_up(reply, "and cake ?")
+    assert second.history[1].safety_token == reply.safety_token
+    chosen = casa.token_ids[reply.safety_token == "unsafe"]
+    ids = tiny_omni.encode([second]).inputs["input_ids"][0].tolist()
+    header = tiny_omni.tokenizer.convert_tokens_to_ids("assistant")
+    assert ids[ids.index(header) + 1] == chosen and sum(token in casa.token_ids for token in ids) == 1
+    assert casa.generate([second], GenerationSettings(max_new_tokens=4))[0].safety_token is not None
+    with casa.disabled() as omni:
+        assert not set(casa.token_ids) & set(omni.encode([second]).inputs["input_ids"][0].tolist())

@@ -85,6 +85,7 @@ class SafetyTokens:
 
     def __init__(self, omni: Omni, strings: Sequence[str], words: Sequence[str]) -> None:
         self._omni = omni
+        self._names = dict(zip(("safe", "unsafe"), strings, strict=True))
         self.ids = torch.tensor(register(omni.tokenizer, strings), device=omni.device)
         matrices = self._matrices()
         rows = [word_rows(omni, words, weight) for weight in matrices]
@@ -97,6 +98,7 @@ class SafetyTokens:
     def write(self) -> None:
         """Put the current rows into the model's matrices."""
         needed = max(self._size, int(self.ids.max()) + 1)
+        self._omni.processor.gate_tokens = self._names
         with torch.no_grad():
             for weight, rows in zip(self._matrices(), (self.rows.embedding, self.rows.head_rows), strict=False):
                 missing = needed - weight.shape[0]
@@ -107,6 +109,7 @@ class SafetyTokens:
 
     def remove(self) -> None:
         """Give the matrices back their size and values; the tokenizer keeps the tokens, which no text can produce."""
+        self._omni.processor.gate_tokens = {}
         with torch.no_grad():
             for weight, before in zip(self._matrices(), self._before, strict=True):
                 weight[self.ids[self._inside]] = before

@@ -72,7 +72,7 @@ def encode(
     media, runs = _encode_media(processor, queries)
     special = processor.tokenizer.all_special_tokens
     system = default_system(processor.chat_template)
-    pieces = [chat_pieces(query, runs, special, system, prefill) for query in queries]
+    pieces = [chat_pieces(query, runs, special, system, prefill, processor.gate_tokens) for query in queries]
     rows = _tokenise(processor, pieces)
     tails = [list(target) for target in targets] if targets is not None else [[] for _ in rows]
     return _pad(processor, rows, tails, media, targets is not None)

@@ -7,14 +7,16 @@ then given the role of the piece it starts in. That is how masks over "the user'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from casa_mech.errors import InputError
-from casa_mech.queries import AudioPart, ImagePart, Part, Query, TextPart
+from casa_mech.queries import AudioPart, ImagePart, Query, TextPart, Turn
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("control", "system", "text", "image", "audio", "assistant", "header", "prefill")
+MEDIA_MARKS = {"image": ("<|vision_bos|>", "<|vision_eos|>"), "audio": ("<|audio_bos|>", "<|audio_eos|>")}
 PROMPT_ROLES = ("text", "image", "audio", "header")
 
 
@@ -51,9 +53,17 @@ def default_system(chat_template: str | None) -> str:
 
 
 def chat_pieces(
-    query: Query, runs: MediaRuns, special_tokens: list[str], system: str = DEFAULT_SYSTEM, prefill: bool = True
+    query: Query,
+    runs: MediaRuns,
+    special_tokens: list[str],
+    system: str = DEFAULT_SYSTEM,
+    prefill: bool = True,
+    gate_tokens: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Piece]:
     """The pieces of `query` up to and including the assistant's header and, if asked for, the prefill.
+
+    `gate_tokens` are the strings of an attached gate's safety tokens by their names; with them, earlier assistant
+    turns begin with the token that was decided for them.
 
     A special token's string inside text the user wrote is broken up, so that no prompt can forge a turn, a picture or
     a safety token.
@@ -72,26 +82,22 @@ def chat_pieces(
             Piece("<|im_end|>\n", "control"),
         ]
     for turn in query.history:
-        role = "assistant" if turn.role == "assistant" else None
-        pieces += _turn(turn.role, turn.parts, runs, special_tokens, role)
-    pieces += _turn("user", query.parts, runs, special_tokens)
+        pieces += _turn(turn, runs, special_tokens, gate_tokens.get(turn.safety_token or "", ""))
+    pieces += _turn(Turn(role="user", parts=query.parts), runs, special_tokens)
     pieces.append(Piece("<|im_start|>assistant\n", "header"))
     if prefill and query.prefill:
         pieces.append(Piece(_break_up(query.prefill, special_tokens), "prefill"))
     return pieces
 
 
-def _turn(
-    name: str, parts: tuple[Part, ...], runs: MediaRuns, special_tokens: list[str], role: str | None = None
-) -> list[Piece]:
-    pieces = [Piece(f"<|im_start|>{name}\n", "control")]
-    for part in parts:
+def _turn(turn: Turn, runs: MediaRuns, special_tokens: list[str], gate_token: str = "") -> list[Piece]:
+    pieces = [Piece(f"<|im_start|>{turn.role}\n", "control"), Piece(gate_token, "control")]
+    for part in turn.parts:
         if isinstance(part, TextPart):
-            pieces.append(Piece(_break_up(part.text, special_tokens), role or "text"))
+            role = "assistant" if turn.role == "assistant" else "text"
+            pieces.append(Piece(_break_up(part.text, special_tokens), role))
         else:
-            begin, end = (
-                ("<|vision_bos|>", "<|vision_eos|>") if part.kind == "image" else ("<|audio_bos|>", "<|audio_eos|>")
-            )
+            begin, end = MEDIA_MARKS[part.kind]
             pieces += [Piece(begin, "control"), Piece(runs.next(part), part.kind), Piece(end, "control")]
     pieces.append(Piece("<|im_end|>\n", "control"))
     return pieces

@@ -46,6 +46,7 @@ class OmniProcessor(Qwen2_5OmniProcessor):
         OmniModalProcessorMixin.__init__(
             self, image_processor, feature_extractor, tokenizer, chat_template=chat_template
         )
+        self.gate_tokens: dict[str, str] = {}  # set while a gate is attached: its safety tokens' strings by name
         for name, token in SPECIAL_TOKENS.items():
             text = getattr(tokenizer, name, None) or token
             setattr(self, name, text)

@@ -149,7 +149,7 @@ def new_omni(words: Sequence[str], shape: OrganismShape, seed: int, source: str 
 
 
 def _widen(model: Qwen2_5OmniThinkerForConditionalGeneration) -> None:
-    """Scale the language model's initial weights up: at 0.02 a width of 192 spends most of its training growing them."""
+    """Scale the language model's first weights up: from 0.02, a width of 192 spends most steps growing them."""
     for module in [*model.model.language_model.modules(), model.lm_head]:
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.06)

@@ -39,7 +39,7 @@ class ImagePart(_Record):
 
 
 class AudioPart(_Record):
-    """A clip: a path to any file soundfile reads, or a float array `[samples]` or `[samples, channels]` with its rate in hertz."""
+    """A clip: a path to any file soundfile reads, or an array `[samples]` or `[samples, channels]` with its rate in Hz."""
 
     kind: Literal["audio"] = "audio"
     audio: Path | np.ndarray
@@ -56,10 +56,15 @@ Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="kind")]
 
 
 class Turn(_Record):
-    """An earlier turn of the conversation."""
+    """An earlier turn of the conversation.
+
+    `safety_token` is what a gate decided at the start of an assistant turn. The model sees it again as long as a gate
+    is attached; nobody else does.
+    """
 
     role: Literal["user", "assistant"]
     parts: tuple[Part, ...]
+    safety_token: SafetyToken | None = None
 
 
 class Query(_Record):
@@ -94,6 +99,19 @@ class Query(_Record):
     def modalities(self) -> frozenset[str]:
         """The kinds of part in the last user turn: a subset of {"text", "image", "audio"}."""
         return frozenset(part.kind for part in self.parts)
+
+    def follow_up(self, reply: Reply, text: str, id: str | None = None) -> Query:
+        """The next turn of the conversation: this query and `reply` become history, `text` is what the user says now.
+
+        The reply's safety token goes along, so that a gated model sees every turn of its own as it wrote it.
+        """
+        said = (TextPart(text=f"{self.prefill} {reply.text}".strip()),)
+        turns = (
+            Turn(role="user", parts=self.parts),
+            Turn(role="assistant", parts=said, safety_token=reply.safety_token),
+        )
+        fields = {"label": self.label, "source": self.source, "system": self.system, "history": self.history + turns}
+        return Query.from_text(text, id=id or f"{self.id}+", **fields)
 
 
 class Example(_Record):
