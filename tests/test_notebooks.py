@@ -127,7 +127,8 @@ def test_manifest_names_all_that_is_needed_to_run_again(smoke: Path) -> None:
 def test_plain_papermill_shares_the_run_folder(smoke: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "papermill", str(ROOT / "notebooks" / "02_casa_training.ipynb"),
-        str(tmp_path / "out.ipynb"), "-p", "model", "organism", "-p", "profile", "smoke", "-p", "out", str(smoke), "--no-progress-bar",
+        str(tmp_path / "out.ipynb"), "--no-progress-bar",
+        "-p", "model", "organism", "-p", "profile", "smoke", "-p", "out", str(smoke),
     ]  # fmt: skip
     before = (smoke / "gates" / "organism" / "done.json").stat().st_mtime_ns
     numbers = (smoke / "figures" / "gate_before_after.csv").read_bytes()
