@@ -24,8 +24,8 @@ REPLY_TOKENS = 24
 def measure(model: str = "organism", repeats: int = 5, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
     """Median seconds and ratios: `--help`; gated against plain generation; a CASA step against a plain peft step.
 
-    Both sides of a ratio do the same work: generation of exactly `REPLY_TOKENS` tokens for the same 16 requests (the
-    gated side makes its safety token besides), and forward, backward and AdamW on the same 16 examples with the same
+    Both sides of a ratio do the same work: generation of exactly `REPLY_TOKENS` tokens for the same 16 requests by the
+    gated model and by the model as it was loaded (the gated side makes its safety token besides), and forward, backward and AdamW on the same 16 examples with the same
     LoRA in training mode (the plain side with the ordinary language-model loss).
     """
     omni = load_omni(model, device=device, dtype=dtype)
@@ -47,22 +47,14 @@ def _help() -> None:
 
 def _generation(omni: Omni, queries: list[Query]) -> tuple[Callable[[], object], Callable[[], object]]:
     """(gated, plain) generation of as many tokens, whatever the model would say."""
+    base = load_omni(omni.source, device=str(omni.device), dtype=str(omni.dtype))
     casa = Casa.attach(omni, CasaConfig())
     settings = GenerationSettings(max_new_tokens=REPLY_TOKENS, batch_size=BATCH)
 
-    def endless(call: Callable[[], object]) -> Callable[[], object]:
-        def timed() -> object:
-            config, end = omni.model.generation_config, omni.model.generation_config.eos_token_id
-            config.eos_token_id = None
-            try:
-                return call()
-            finally:
-                config.eos_token_id = end
-
-        return timed
-
-    # The plain side is the same model with the same LoRA in it: the ratio is that of the gate alone.
-    return endless(lambda: casa.generate(queries, settings)), endless(lambda: omni.generate(queries, settings))
+    for model in (omni.model, base.model):
+        model.generation_config.eos_token_id = None
+    # The plain side carries neither LoRA nor gate: the ratio is the whole price of the defence.
+    return lambda: casa.generate(queries, settings), lambda: base.generate(queries, settings)
 
 
 def _steps(omni: Omni, examples: list[Example]) -> tuple[Callable[[], object], Callable[[], object]]:
