@@ -21,6 +21,7 @@ from casa_mech.study.notebooks import find_notebooks
 from casa_mech.study.runner import run_study
 from casa_mech.study.settings import PROFILES, settings_of
 
+pytestmark = pytest.mark.timeout(900)  # the suite itself runs in here
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 GALLERY = ROOT / "figures"
