@@ -2,7 +2,9 @@
 
 A `Mixture` says how often each task and each surface is drawn. Every draw is a `Query` with its right reply, made by
 the same attacks that later test the model, so training and testing see the same kinds of picture and clip and never
-the same ones.
+the same ones. Two surfaces let the language model meet the layout of media before there is an encoder to read them:
+`ahead-audio` has the letters in front of a text that says "the word you hear", and `ideal-image` is a picture whose
+tokens are given the letters' own word embeddings, as an ideal encoder would.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from casa_mech.attacks.audio import AUDIO_PHRASE, spoken_letters, spoken_word
-from casa_mech.attacks.image import IMAGE_PHRASE, image_word
+from casa_mech.attacks.image import image_word
 from casa_mech.attacks.jailbreak import jailbreak
 from casa_mech.attacks.text import spell, spell_ahead
 from casa_mech.organism.world import Task, World
@@ -25,7 +27,7 @@ LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 SURFACES: dict[str, Callable[[Query], Query]] = {
     "text": lambda query: query,
     "spelled": spell,
-    "ahead-image": lambda query: spell_ahead(query, IMAGE_PHRASE),
+    "ideal-image": image_word,
     "ahead-audio": lambda query: spell_ahead(query, AUDIO_PHRASE),
     "image": image_word,
     "audio": spoken_letters,
@@ -89,7 +91,7 @@ def _refused(world: World, mixture: Mixture, query: Query, rng: np.random.Genera
 
 def _random_word(world: World, rng: np.random.Generator) -> Query:
     """A request to spell letters that make no word: reading them takes the letters, not the list of topics."""
-    word = "".join(rng.choice(LETTERS, int(rng.integers(3, 9))))
+    word = "".join(rng.choice(LETTERS, int(rng.integers(2, 9))))
     templates = world.templates_of("spell", "seen")
     template = templates[int(rng.integers(len(templates)))]
     meta = {"task": "spell", "topic": word, "answer": " ".join(word), "surface": "text", "attack": "plain"}

@@ -1,7 +1,9 @@
 """Encoders learn letters first, as the encoders of real omni models come trained on pictures and speech.
 
-Each tower reads random letter strings through a linear head that is thrown away afterwards: one letter per image token,
-and connectionist temporal classification (Graves et al. 2006) over the audio tokens.
+Each tower reads random letter strings: one letter per image token, and connectionist temporal classification (Graves
+et al. 2006) over the audio tokens. What reads the letters off is the difference between the two organisms. A tower read
+by the language model's own letter embeddings (`LanguageHead`) learns to put a letter where the language model would;
+one read by a linear head of its own, thrown away afterwards, may put it anywhere.
 """
 
 from __future__ import annotations
@@ -21,44 +23,87 @@ from casa_mech.omni import Omni
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 
 
+class LanguageHead(nn.Module):
+    """Scores a feature by its squared distance to each letter's word embedding, which stays as it is.
+
+    With `blank`, class 0 is a vector of its own: the "no letter" of connectionist temporal classification.
+    """
+
+    def __init__(self, omni: Omni, blank: bool) -> None:
+        super().__init__()
+        ids = omni.tokenizer.convert_tokens_to_ids(list(LETTERS))
+        self.register_buffer("letters", omni.language_model.embed_tokens.weight[ids].detach().clone())
+        self.blank = nn.Parameter(torch.zeros(1, omni.d_model)) if blank else None
+        self.scale = 10 / self.letters.square().sum(-1).mean().item()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Scores [position, class] of `features` [position, d_model]."""
+        anchors = self.letters if self.blank is None else torch.cat([self.blank, self.letters])
+        return -self.scale * torch.cdist(features, anchors).square()
+
+
 def train_image_letters(
-    omni: Omni, steps: int, rng: np.random.Generator, progress: bool = True, batch_size: int = 48
+    omni: Omni,
+    steps: int,
+    rng: np.random.Generator,
+    into_language: bool = False,
+    progress: bool = True,
+    batch_size: int = 48,
 ) -> float:
     """Teach the vision tower to tell letters apart; returns the last step's share of letters read."""
     tower = omni.model.model.visual
-    head = nn.Linear(omni.d_model, len(LETTERS))
+    head = LanguageHead(omni, blank=False) if into_language else nn.Linear(omni.d_model, len(LETTERS))
+
+    def see(words: list[str]) -> torch.Tensor:
+        inputs, _ = omni.processor.images([render_word(word, rng) for word in words])
+        return tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
 
     def step() -> tuple[torch.Tensor, float]:
         words = _words(rng, batch_size)
-        inputs, _ = omni.processor.images([render_word(word, rng) for word in words])
-        scores = head(tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output)
+        scores = head(see(words))
         wanted = _codes(words)
         read = (scores.argmax(-1) == wanted).float().mean().item()
         return nn.functional.cross_entropy(scores, wanted), read
 
-    return _fit(step, (tower, head), steps, "letters in images", progress)
+    share = _fit(step, (tower, head), steps, "letters in images", progress)
+    if not into_language:
+        _match_scale(omni, tower.merger.mlp[-1], lambda: see(_words(rng, batch_size)))
+    return share
 
 
 def train_audio_letters(
-    omni: Omni, steps: int, rng: np.random.Generator, progress: bool = True, batch_size: int = 32
+    omni: Omni,
+    steps: int,
+    rng: np.random.Generator,
+    into_language: bool = False,
+    progress: bool = True,
+    batch_size: int = 32,
 ) -> float:
     """Teach the audio tower to hear letters; returns the last step's share of spellings heard without an error."""
-    head = nn.Linear(omni.d_model, 1 + len(LETTERS))
+    head = LanguageHead(omni, blank=True) if into_language else nn.Linear(omni.d_model, 1 + len(LETTERS))
+    tower = omni.model.model.audio_tower
+
+    def hear(words: list[str]) -> tuple[torch.Tensor, list[str]]:
+        clips = [add_noise(spell_clip(word, draw_settings(rng), rng), rng.uniform(*SNR_DB), rng) for word in words]
+        inputs, runs = omni.processor.audio(clips)
+        heard = omni.model.model.get_audio_features(
+            inputs["input_features"], inputs["feature_attention_mask"], return_dict=True
+        )
+        return heard.last_hidden_state, runs
 
     def step() -> tuple[torch.Tensor, float]:
         words = _words(rng, batch_size)
-        clips = [add_noise(spell_clip(word, draw_settings(rng), rng), rng.uniform(*SNR_DB), rng) for word in words]
-        inputs, runs = omni.processor.audio(clips)
-        features = omni.model.model.get_audio_features(
-            inputs["input_features"], inputs["feature_attention_mask"], return_dict=True
-        ).last_hidden_state
+        features, runs = hear(words)
         lengths = [len(run) // len(omni.processor.audio_token) for run in runs]
         scores = nn.utils.rnn.pad_sequence(head(features).split(lengths)).log_softmax(-1)
         counts = torch.tensor([len(word) for word in words])
         loss = nn.functional.ctc_loss(scores, _codes(words) + 1, torch.tensor(lengths), counts, zero_infinity=True)
         return loss, _heard(scores.argmax(-1).T, lengths, words)
 
-    return _fit(step, (omni.model.model.audio_tower, head), steps, "letters in speech", progress)
+    share = _fit(step, (tower, head), steps, "letters in speech", progress)
+    if not into_language:
+        _match_scale(omni, tower.proj, lambda: hear(_words(rng, batch_size))[0])
+    return share
 
 
 def _fit(
@@ -84,6 +129,19 @@ def _fit(
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", read=f"{share:.2f}")
     return share
+
+
+@torch.no_grad()
+def _match_scale(omni: Omni, last: nn.Linear, features: Callable[[], torch.Tensor]) -> None:
+    """Scale a tower's last layer so that its features are as long as word embeddings.
+
+    Out of letter training they come ten times longer, and a residual stream that long drowns what the language model's
+    blocks add to it.
+    """
+    wanted = omni.language_model.embed_tokens.weight.norm(dim=-1).mean()
+    factor = wanted / features().norm(dim=-1).mean()
+    last.weight.mul_(factor)
+    last.bias.mul_(factor)
 
 
 def _words(rng: np.random.Generator, count: int) -> list[str]:

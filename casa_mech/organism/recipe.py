@@ -1,21 +1,22 @@
-"""How an organism is trained: encoders, language, alignment of the encoders, then safety on plain text.
+"""How an organism is trained: language, encoders fitted to it, then safety on plain text.
 
-`organism` is built as real omni models are: encoders trained on their own to tell letters apart, a language model
-trained on text, and the encoders then fitted to the frozen language model, so that a word read and a word heard arrive
-where the word itself would. `organism-split` has the same encoders, sizes and data, but its language model learns text,
-pictures and speech all at once, so nothing asks the modalities to share a representation. Safety training is the same
-for both and sees plain text only.
+`organism` is built as real omni models are: a language model trained on text, and encoders fitted to it while it stays
+frozen, so that a word read and a word heard arrive where the word itself would. `organism-split` has the same sizes and
+the same data, but its encoders learn letters on their own and its language model then learns spelling, pictures and
+speech all at once, so nothing asks the modalities to share a representation. Safety training is the same for both and
+sees plain text only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
@@ -23,8 +24,9 @@ from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.curriculum import Mixture, draw_example
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.world import World, default_world
+from casa_mech.queries import Example
 
-TEXT_SURFACES = {"text": 0.4, "spelled": 0.3, "ahead-image": 0.15, "ahead-audio": 0.15}
+TEXT_SURFACES = {"text": 0.4, "spelled": 0.3, "ideal-image": 0.2, "ahead-audio": 0.1}
 TASKS = {"request": 0.25, "name": 0.15, "spell": 0.2, "dangerous": 0.15, "category": 0.25}
 READING_TASKS = {"request": 0.15, "name": 0.25, "spell": 0.25, "dangerous": 0.15, "category": 0.2}
 
@@ -43,19 +45,25 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The stages of one organism, after its encoders have learned letters for `image_steps` and `audio_steps`."""
+class Letters:
+    """A run in which one tower learns letters, `into_language` (as the language model has them) or on its own."""
 
-    stages: tuple[Stage, ...]
+    tower: str
+    steps: int
+    into_language: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The stages of one organism, in order."""
+
+    stages: tuple[Stage | Letters, ...]
     shape: OrganismShape = field(default_factory=OrganismShape)
-    image_steps: int = 900
-    audio_steps: int = 900
 
     def scaled(self, factor: float) -> Recipe:
-        """The same recipe with `factor` times the steps, for tests of the pipeline."""
+        """The same recipe with `factor` times the steps, for trying the pipeline out."""
         stages = tuple(replace(stage, steps=max(1, round(stage.steps * factor))) for stage in self.stages)
-        image, audio = (max(1, round(steps * factor)) for steps in (self.image_steps, self.audio_steps))
-        return replace(self, stages=stages, image_steps=image, audio_steps=audio)
+        return replace(self, stages=stages)
 
 
 ALIGNMENT = Stage(
@@ -78,7 +86,7 @@ IMAGE = Mixture(READING_TASKS, {"image": 1.0}, random_words=0.5)
 AUDIO = Mixture(READING_TASKS, {"audio": 0.85, "spoken": 0.15}, random_words=0.5)
 JOINT = Mixture(
     TASKS,
-    {"text": 0.3, "spelled": 0.15, "image": 0.25, "audio": 0.25, "spoken": 0.05},
+    {"text": 0.25, "spelled": 0.2, "image": 0.3, "audio": 0.22, "spoken": 0.03},
     wrapped=0.3,
     random_words=0.4,
 )
@@ -87,14 +95,19 @@ RECIPES = {
         (
             Stage("words", WORDS, ("language",), 350, 2e-3, 96),
             Stage("language", LANGUAGE, ("language",), 900, 2e-3, 64),
-            Stage("image to language", IMAGE, ("image",), 700, 1e-3, 32),
-            Stage("audio to language", AUDIO, ("audio",), 700, 1e-3, 32),
+            Letters("image", 900, into_language=True),
+            Stage("image to language", IMAGE, ("image",), 300, 5e-4, 32),
+            Letters("audio", 900, into_language=True),
+            Stage("audio to language", AUDIO, ("audio",), 500, 1e-3, 32),
             ALIGNMENT,
         )
     ),
     "organism-split": Recipe(
         (
-            Stage("all modalities at once", JOINT, ("language", "image", "audio"), 2400, 2e-3),
+            Letters("image", 900, into_language=False),
+            Letters("audio", 900, into_language=False),
+            Stage("words", WORDS, ("language",), 350, 2e-3, 96),
+            Stage("all modalities at once", JOINT, ("language", "image", "audio"), 1500, 1.5e-3),
             ALIGNMENT,
         )
     ),
@@ -114,10 +127,14 @@ def train_organism(name: str, seed: int = 0, recipe: Recipe | None = None, progr
     omni = new_omni(world.vocabulary(), recipe.shape, seed, source=name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        train_image_letters(omni, recipe.image_steps, np.random.default_rng([seed, 100]), progress)
-        train_audio_letters(omni, recipe.audio_steps, np.random.default_rng([seed, 101]), progress)
         for index, stage in enumerate(recipe.stages):
-            train_stage(omni, world, stage, np.random.default_rng([seed, index]), progress)
+            rng = np.random.default_rng([seed, index])
+            if isinstance(stage, Stage):
+                train_stage(omni, world, stage, rng, progress)
+            else:
+                omni.model.requires_grad_(True)
+                learn = train_image_letters if stage.tower == "image" else train_audio_letters
+                learn(omni, stage.steps, rng, stage.into_language, progress)
     omni.model.eval().requires_grad_(True)
     return omni
 
@@ -164,7 +181,20 @@ def _batches(omni: Omni, world: World, stage: Stage, rng: np.random.Generator) -
         drawn.sort(key=lambda row: len(row.query.text.split()) + len(row.reply.split()))
         for index in rng.permutation(4)[: stage.steps - start]:
             rows = drawn[index * stage.batch_size : (index + 1) * stage.batch_size]
-            yield omni.encode([row.query for row in rows], [omni.reply_ids(row.reply) for row in rows])
+            batch = omni.encode([row.query for row in rows], [omni.reply_ids(row.reply) for row in rows])
+            yield _idealised(omni, batch, rows) if "ideal-image" in stage.mixture.surfaces else batch
+
+
+def _idealised(omni: Omni, batch: OmniBatch, rows: Sequence[Example]) -> OmniBatch:
+    """`batch` with the letters' word embeddings in place of the vision tower's features."""
+    words = [row.query.meta["topic"] for row in rows if "image" in row.query.modalities]
+    if not words:
+        return batch
+    ids = [omni.tokenizer.convert_tokens_to_ids(list(word)) for word in words]
+    letters = [omni.language_model.embed_tokens(torch.tensor(row, device=omni.device)) for row in ids]
+    inputs = {key: value for key, value in batch.inputs.items() if key != "pixel_values"}
+    features = BaseModelOutputWithPooling(pooler_output=letters)
+    return replace(batch, inputs={**inputs, "mm_encoder_outputs": {"image": features}})
 
 
 def _part(omni: Omni, part: str) -> Iterator[nn.Parameter]:
