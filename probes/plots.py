@@ -62,62 +62,55 @@ def save_figure(figure: Figure, data: pd.DataFrame, path: Path | str) -> Path:
     return path.with_suffix(".png")
 
 
+POSITIONS = {"last": "last prompt position", "mean": "mean over the prompt"}
+
+
 def plot_planes(data: pd.DataFrame, title: str) -> Figure:
-    """One panel a surface, harmful and benign queries in the shared PCA plane.
+    """Harmful and benign queries in the PCA plane: a column a surface, a row (and a plane) a choice of positions.
 
     Args:
-        data: columns `surface, label, x, y, explained_x, explained_y, silhouette`, one row a query.
+        data: columns `positions, surface, label, x, y, explained_x, explained_y, silhouette`, one row a query.
         title: the claim.
     """
-    surfaces = list(dict.fromkeys(data["surface"]))
+    surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
     with style():
-        figure, axes = plt.subplots(
-            1, len(surfaces), figsize=(3.4 * len(surfaces), 3.4), sharex=True, sharey=True, squeeze=False
-        )
-        for axis, surface in zip(axes[0], surfaces, strict=True):
-            part = data[data["surface"] == surface]
-            for label, colour, marker in (("harmful", HARMFUL, "^"), ("benign", BENIGN, "o")):
-                chosen = part[part["label"] == label]
-                axis.scatter(
-                    chosen["x"], chosen["y"], s=14, c=colour, marker=marker, alpha=0.6, linewidths=0,
-                    label=f"{label} (n = {len(chosen)})",
-                )  # fmt: skip
-            axis.set_title(f"{surface}: silhouette {part['silhouette'].iloc[0]:.2f}")
-            axis.set_xlabel(f"PC 1 ({data['explained_x'].iloc[0]:.0%} of variance)")
-            axis.legend(loc="best", fontsize=8)
-        axes[0][0].set_ylabel(f"PC 2 ({data['explained_y'].iloc[0]:.0%} of variance)")
-        return _titled(figure, title)
+        size = (3.4 * len(surfaces), 3.1 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(surfaces), figsize=size, sharex="row", sharey="row", squeeze=False)
+        for line, positions in zip(axes, rows, strict=True):
+            here = data[data["positions"] == positions]
+            for axis, surface in zip(line, surfaces, strict=True):
+                part = here[here["surface"] == surface]
+                for label, colour, marker in (("harmful", HARMFUL, "^"), ("benign", BENIGN, "o")):
+                    chosen = part[part["label"] == label]
+                    name = f"{label} (n = {len(chosen)} a panel)"
+                    axis.scatter(
+                        chosen["x"], chosen["y"], s=14, c=colour, marker=marker, alpha=0.6, linewidths=0, label=name
+                    )
+                axis.set_title(f"{surface}: silhouette {part['silhouette'].iloc[0]:.2f}")
+                axis.set_xlabel(f"PC 1 ({here['explained_x'].iloc[0]:.0%} of variance)")
+            share = f"PC 2 ({here['explained_y'].iloc[0]:.0%} of variance)"
+            line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\n{share}")
+        return _titled(figure, title, axes[0][0])
 
 
 def plot_probes(data: pd.DataFrame, title: str) -> Figure:
-    """Probe AUROC by layer: one line a surface in its own panel of measures, 95 % intervals, chance drawn.
+    """Probe AUROC by layer with 95 % intervals and chance: fitted on each surface, and fitted on text alone.
 
     Args:
-        data: columns `site, surface, measure, auroc, low, high, n` (see `probes.separability.separability_table`).
+        data: columns `positions, site, surface, measure, auroc, low, high, n`; a row of panels for each `positions`.
         title: the claim.
     """
-    sites = list(dict.fromkeys(data["site"]))
-    surfaces = list(dict.fromkeys(data["surface"]))
+    surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
     panels = {"probe": "fitted on the same surface", "transfer": "fitted on text, judged on another surface"}
-    baseline = data[data["measure"] == "permuted"].set_index("site").reindex(sites)
     with style():
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-        for axis, (measure, name) in zip(axes, panels.items(), strict=True):
-            part = data[data["measure"] == measure]
-            for surface in dict.fromkeys(part["surface"]):
-                number = surfaces.index(surface)
-                rows = part[part["surface"] == surface].set_index("site").reindex(sites)
-                _line(axis, rows, f"{surface} (n = {int(rows['n'].iloc[0])})", number)
-            x = np.arange(len(sites))
-            axis.fill_between(x, baseline["low"], baseline["high"], color="grey", alpha=0.3, label="labels permuted")
-            axis.axhline(0.5, color="grey", linewidth=0.8)
-            axis.set_title(f"probe {name}")
-            axis.set_xlabel("layer (norm: after the final norm)")
-            axis.set_xticks(x, sites)
-            axis.legend(loc="lower right", fontsize=8)
-            axis.set_ylim(top=1.02)
-        axes[0].set_ylabel("AUROC, unseen topics (95 % interval)")
-        return _titled(figure, title)
+        figure, axes = plt.subplots(len(rows), 2, figsize=(9, 3.1 * len(rows)), sharey=True, squeeze=False)
+        for line, positions in zip(axes, rows, strict=True):
+            here = data[data["positions"] == positions]
+            for axis, (measure, name) in zip(line, panels.items(), strict=True):
+                _layers(axis, here, measure, surfaces)
+                axis.set_title(f"probe {name}")
+            line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
+        return _titled(figure, title, axes[0][0])
 
 
 def plot_training(data: pd.DataFrame, title: str) -> Figure:
@@ -135,8 +128,7 @@ def plot_training(data: pd.DataFrame, title: str) -> Figure:
         for column, colour, dash in (("v_s_harmful", HARMFUL, "-"), ("v_s_benign", BENIGN, "--")):
             right.plot(data["step"], data[column], color=colour, linestyle=dash, label=column.removeprefix("v_s_"))
         right.set(xlabel="step", ylabel="mean v_s of the batch", title="safety attention", ylim=(-0.03, 1.03))
-        right.legend(loc="center right")
-        return _titled(figure, title)
+        return _titled(figure, title, right)
 
 
 def plot_gate(data: pd.DataFrame, title: str) -> Figure:
@@ -157,9 +149,8 @@ def plot_gate(data: pd.DataFrame, title: str) -> Figure:
                 _boxes(axis, groups, np.arange(len(surfaces)) + shift, colour, f"{label} (n = {len(groups[0])} each)")
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(xlabel="surface of the request", ylim=(-0.03, 1.03), title=moment or "")
-            axis.legend(loc="center right", fontsize=8)
         axes[0][0].set_ylabel("v_s (1: unsafe)")
-        return _titled(figure, title)
+        return _titled(figure, title, axes[0][0])
 
 
 def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]) -> Figure:
@@ -191,10 +182,7 @@ def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]
             axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{short} (n ≥ {smallest} a cell)")
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
-        handles, names = axes[0][0].get_legend_handles_labels()
-        _titled(figure, title)
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(names))
-        return figure
+        return _titled(figure, title, axes[0][0])
 
 
 def plot_published(data: pd.DataFrame, title: str) -> Figure:
@@ -217,14 +205,25 @@ def plot_published(data: pd.DataFrame, title: str) -> Figure:
             axis.set(xlim=(-3, 103), xlabel="attack success as published, %", title=model)
             axis.set_yticks(np.arange(len(attacks)), attacks)
         axes[0][0].invert_yaxis()
-        axes[0][-1].legend(loc="best", fontsize=8)
-        return _titled(figure, title)
+        return _titled(figure, title, axes[0][0])
 
 
-def _line(axis: Axes, rows: pd.DataFrame, label: str, number: int) -> None:
-    x = np.arange(len(rows))
-    axis.plot(x, rows["auroc"], marker=MARKERS[number], color=SERIES[number], label=label, markersize=4)
-    axis.fill_between(x, rows["low"], rows["high"], color=SERIES[number], alpha=0.15, linewidth=0)
+def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -> None:
+    sites = list(dict.fromkeys(data["site"]))
+    x = np.arange(len(sites))
+    part = data[data["measure"] == measure]
+    for surface in dict.fromkeys(part["surface"]):
+        number = surfaces.index(surface)
+        rows = part[part["surface"] == surface].set_index("site").reindex(sites)
+        name = f"{surface} (n = {int(rows['n'].iloc[0])})"
+        axis.plot(x, rows["auroc"], marker=MARKERS[number], color=SERIES[number], label=name, markersize=4)
+        axis.fill_between(x, rows["low"], rows["high"], color=SERIES[number], alpha=0.15, linewidth=0)
+    chance = data[data["measure"] == "permuted"].set_index("site").reindex(sites)
+    axis.fill_between(x, chance["low"], chance["high"], color="grey", alpha=0.3, label="text, labels permuted")
+    axis.axhline(0.5, color="grey", linewidth=0.8)
+    axis.set_xlabel("layer (norm: after the final norm)")
+    axis.set_xticks(x, sites)
+    axis.set_ylim(top=1.02)
 
 
 def _boxes(axis: Axes, groups: list[np.ndarray], places: np.ndarray, colour: str, label: str) -> None:
@@ -236,8 +235,12 @@ def _boxes(axis: Axes, groups: list[np.ndarray], places: np.ndarray, colour: str
         label = ""
 
 
-def _titled(figure: Figure, title: str) -> Figure:
-    figure.suptitle(title, fontsize=11, wrap=True)
+def _titled(figure: Figure, title: str, named: Axes | None = None) -> Figure:
+    """Title, and the legend of `named` below the panels, where it covers no data."""
+    figure.suptitle(title, fontsize=10, wrap=True)
     figure.tight_layout()
+    if named is not None:
+        handles, names = named.get_legend_handles_labels()
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(names))
     plt.close(figure)  # shown by the notebook that displays it, once
     return figure

@@ -88,7 +88,7 @@ def probe(fit: Activations, test: Activations, site: str, folds: int = 5, seed: 
 
 
 def permutation_baseline(
-    activations: Activations, site: str, repeats: int = 3, folds: int = 5, seed: int = 0
+    activations: Activations, site: str, repeats: int = 5, folds: int = 5, seed: int = 0
 ) -> ProbeResult:
     """The same probe on labels dealt anew among topics: what AUROC chance gives. low, high: the repeats' extremes."""
     rng = np.random.default_rng(seed)

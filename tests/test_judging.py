@@ -30,7 +30,7 @@ from casa_mech.judging import (
     write_table,
 )
 from casa_mech.judging.published import fitting_sizes, four_set_mean, reduction
-from casa_mech.judging.stats import possible_counts
+from casa_mech.judging.stats import _weighted_auroc, possible_counts
 from casa_mech.organism.world import World
 from casa_mech.queries import Query, Reply
 
@@ -297,3 +297,12 @@ def test_what_arithmetic_says_of_the_paper():
         "3B without prompt: CASA below Circuit Breaker",
         "3B CASA without prompt, MM-SafetyBench: main table equals ablation",
     }
+
+
+def test_bootstrap_of_all_resamples_at_once_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    values, truth = rng.integers(0, 6, 40).astype(float), rng.integers(0, 2, 40)
+    weights = rng.integers(0, 4, (5, 40))
+    expected = [roc_auc_score(truth[row > 0], values[row > 0], sample_weight=row[row > 0]) for row in weights]
+    np.testing.assert_allclose(_weighted_auroc(values, truth, weights), expected)
+    assert np.isnan(_weighted_auroc(values, truth, weights * truth)).all()

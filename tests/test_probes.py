@@ -92,7 +92,7 @@ def test_plane_explains_and_separates() -> None:
 
 def test_table_and_figures_go_together(tmp_path: Path) -> None:
     both = _joined(_gaussians(2.0), _gaussians(2.0, "image", seed=1))
-    table = separability_table(both)
+    table = separability_table(both).assign(positions="mean")
     assert set(table["measure"]) == {"probe", "transfer", "permuted"}
     assert (table["low"] <= table["high"]).all()
     saved = save_figure(plot_probes(table, "claim"), table, tmp_path / "probes")
@@ -122,7 +122,7 @@ def test_rates_figure_draws_missing_cells() -> None:
 def test_planes_figure() -> None:
     data = pd.DataFrame(
         {"surface": ["text", "text"], "label": ["harmful", "benign"], "x": [0.0, 1.0], "y": [1.0, 0.0],
-         "explained_x": 0.5, "explained_y": 0.2, "silhouette": 0.1}
+         "explained_x": 0.5, "explained_y": 0.2, "silhouette": 0.1, "positions": "last"}
     )  # fmt: skip
     assert len(plot_planes(data, "claim").axes) == 1
 

@@ -59,18 +59,32 @@ def auroc_interval(
     index = {name: place for place, name in enumerate(dict.fromkeys(groups))}
     member = np.array([index[name] for name in groups])
     rng = np.random.default_rng(seed)
-    drawn: list[float] = []
-    for _ in range(20 * resamples):
-        counts = np.bincount(rng.integers(len(index), size=len(index)), minlength=len(index))[member]
-        kept = counts > 0
-        if len(np.unique(truth[kept])) == 2:
-            drawn.append(float(roc_auc_score(truth[kept], values[kept], sample_weight=counts[kept])))
+    drawn = np.empty(0)
+    for _ in range(20):
+        picks = rng.integers(len(index), size=(resamples, len(index)))
+        counts = np.stack([np.bincount(pick, minlength=len(index)) for pick in picks])[:, member]
+        found = _weighted_auroc(values, truth, counts)
+        drawn = np.concatenate([drawn, found[np.isfinite(found)]])[:resamples]
         if len(drawn) == resamples:
             break
     if len(drawn) < resamples:
         raise InputError(f"too few clusters ({len(index)}) of each class for a bootstrap: add data")
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(roc_auc_score(truth, values)), float(low), float(high)
+
+
+def _weighted_auroc(values: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC [resample] of `values` [n] under each row of `weights` [resample, n]; NaN where a class has no weight.
+
+    The same as scikit-learn's with sample weights, for all resamples at once: the share of pairs in which the harmful
+    one scores higher, ties counted half.
+    """
+    place = np.unique(values, return_inverse=True)[1]
+    at = np.eye(place.max() + 1)[place]
+    harmful, benign = (weights * (truth == 1)) @ at, (weights * (truth == 0)) @ at
+    below = np.cumsum(benign, axis=1) - benign / 2
+    with np.errstate(invalid="ignore"):
+        return (harmful * below).sum(axis=1) / (harmful.sum(axis=1) * benign.sum(axis=1))
 
 
 def _checked(scores: Sequence[float], labels: Sequence[int | bool]) -> tuple[np.ndarray, np.ndarray]:

@@ -109,9 +109,14 @@ class Study:
         requests = default_world().requests(n or self.sizes.n_eval, seed, label, templates="held_out")
         return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer)
 
-    def activations(self, model: str = "") -> Activations:
-        """Hidden states before CASA, mean over the prompt, for harmful and benign requests on text, image and audio."""
-        name = slug(model or self.settings.model)
+    def activations(self, positions: Literal["last", "mean"] = "last", model: str = "") -> Activations:
+        """Hidden states before CASA of harmful and benign requests on text, image and audio.
+
+        Args:
+            positions: the assistant header's last token, from which the first word is predicted, or the prompt's mean.
+            model: default the one under study.
+        """
+        name = f"{slug(model or self.settings.model)}-{positions}"
         key = {**self._model_key(model), "n": self.sizes.n_probe}
 
         def build(folder: Path) -> None:
@@ -123,7 +128,8 @@ class Study:
                 for query in self.queries(attack, label, self.sizes.n_probe, _PROBE)
             ]
             with self._base(model) as omni:
-                collect(omni, queries, batch_size=self.sizes.batch_size, progress=self.progress).save(folder / "states")
+                found = collect(omni, queries, None, positions, self.sizes.batch_size, self.progress)
+            found.save(folder / "states")
 
         return Activations.load(self.folder.artifact("activations", name, key, build) / "states")
 

@@ -25,8 +25,8 @@ def measure(model: str = "organism", repeats: int = 5, device: str = "auto", dty
     """Median seconds and ratios: `--help`; gated against plain generation; a CASA step against a plain peft step.
 
     Both sides of a ratio do the same work: generation of exactly `REPLY_TOKENS` tokens for the same 16 requests by the
-    gated model and by the model as it was loaded (the gated side makes its safety token besides), and forward, backward and AdamW on the same 16 examples with the same
-    LoRA in training mode (the plain side with the ordinary language-model loss).
+    gated model and by the model as it was loaded (the gated side makes its safety token besides); forward, backward and
+    AdamW on the same 16 examples with the same LoRA in training mode (the plain side with the ordinary loss).
     """
     omni = load_omni(model, device=device, dtype=dtype)
     world = default_world()

@@ -7,48 +7,66 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from casa_mech.attacks import PREFILL_LENGTHS
 from casa_mech.study.artifacts import Study
 from casa_mech.study.evaluate import CASA, PRETRAINED
 from casa_mech.study.settings import slug
 from probes.activations import Activations
-from probes.separability import pca_plane
+from probes.separability import pca_plane, separability_table
 
-OTHER_SURFACES = ("spelled", "image", "audio", "spoken")
+KINDS = {
+    "plain": ("plain",),
+    "jailbreak": ("jailbreak",),
+    "spelled text": ("spelled",),
+    "image": ("image",),
+    "speech": ("audio", "spoken"),
+    "prefill": tuple(f"prefill-{length}" for length in PREFILL_LENGTHS),
+}
 MEASURES = {"probe": "probe_auroc", "transfer": "transfer_auroc", "permuted": "permuted_auroc"}
 
 
-def plane_data(activations: Activations, site: str = "norm") -> pd.DataFrame:
-    """What `probes.plots.plot_planes` draws: every query in the shared PCA plane."""
-    plane = pca_plane(activations, site)
-    data = activations.index[["query_id", "surface", "label", "topic"]].copy()
-    data["x"], data["y"] = plane.points[:, 0], plane.points[:, 1]
-    data["explained_x"], data["explained_y"] = plane.explained
-    return data.assign(silhouette=data["surface"].map(plane.silhouette))
+def plane_data(states: Sequence[Activations], site: str = "norm") -> pd.DataFrame:
+    """What `probes.plots.plot_planes` draws: every query in the PCA plane that all surfaces share."""
+    tables = []
+    for activations in states:
+        plane = pca_plane(activations, site)
+        data = activations.index[["query_id", "surface", "label", "topic"]].copy()
+        data["x"], data["y"] = plane.points[:, 0], plane.points[:, 1]
+        data["explained_x"], data["explained_y"] = plane.explained
+        tables.append(data.assign(positions=activations.positions, silhouette=data["surface"].map(plane.silhouette)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def probe_table(states: Sequence[Activations], seed: int) -> pd.DataFrame:
+    """What `probes.plots.plot_probes` draws: the separability table of each choice of positions."""
+    tables = [separability_table(found, seed=seed).assign(positions=found.positions) for found in states]
+    return pd.concat(tables, ignore_index=True)
 
 
 def plane_claim(model: str, data: pd.DataFrame) -> str:
     """The title of the PCA figure."""
-    values = data.groupby("surface", sort=False)["silhouette"].first()
-    listed = ", ".join(f"{surface} {value:.2f}" for surface, value in values.items())
-    return f"{slug(model)} before CASA, final layer: silhouette of harmful against benign in the PCA plane: {listed}"
+    values = data.groupby(["surface", "positions"], sort=False)["silhouette"].first().unstack()
+    listed = ", ".join(f"{surface} {row.max():.2f}" for surface, row in values.iterrows())
+    return f"{slug(model)} before CASA, final layer in two dimensions: best silhouette of harmful and benign {listed}"
 
 
 def probe_claim(model: str, table: pd.DataFrame, site: str = "norm") -> str:
     """The title of the probe figure."""
-    rows = table[table["site"] == site].set_index(["measure", "surface"])["auroc"]
+    chosen = table[(table["site"] == site) & (table["positions"] == "last")]
+    rows = chosen.set_index(["measure", "surface"])["auroc"]
     own = ", ".join(f"{surface} {value:.2f}" for surface, value in rows["probe"].items())
     carried = ", ".join(f"{surface} {value:.2f}" for surface, value in rows["transfer"].items())
-    first = f"{slug(model)}, final layer, unseen topics: a probe tells harmful from benign at AUROC {own};"
-    return f"{first}\nfitted on text alone it carries over at {carried}"
+    where = f"{slug(model)}, final layer, last position: a probe finds harm in unseen topics"
+    return f"{where} with AUROC {own};\nfitted on text alone it carries over with {carried}"
 
 
 def probe_rows(model: str, table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The probe table in the result schema; `attack` holds the layer that was read."""
+    """The probe table in the result schema; `attack` holds the layer and positions that were read."""
     return pd.DataFrame(
         {
             "model": model,
             "defense": PRETRAINED,
-            "attack": "layer " + table["site"].astype(str),
+            "attack": "layer " + table["site"].astype(str) + ", " + table["positions"],
             "surface": table["surface"],
             "label": "both",
             "metric": table["measure"].map(MEASURES),
@@ -118,22 +136,17 @@ def gate_rows(study: Study, readings: pd.DataFrame) -> list[dict[str, object]]:
 
 
 def attack_claim(results: pd.DataFrame, models: Sequence[str]) -> str:
-    """The title of the attack figure: mean success over text attacks and over the other surfaces, before and after."""
+    """The title of the attack figure: mean attack success by kind of attack, before and after."""
     rows = results[results["metric"] == "attack_success"]
-    pieces = []
+    lines = []
     for model in models:
         part = rows[rows["model"] == model]
-        off_text = part["surface"].isin(OTHER_SURFACES) | part["attack"].isin(OTHER_SURFACES)
-        numbers = [
-            f"{100 * part[chosen & (part['defense'] == defense)]['value'].mean():.0f} %"
-            for chosen in (~off_text, off_text)
-            for defense in (PRETRAINED, CASA)
-        ]
-        pieces.append(
-            f"{slug(model)}: mean attack success {numbers[0]} → {numbers[1]} in text, "
-            f"{numbers[2]} → {numbers[3]} spelled, seen and heard"
-        )
-    return "CASA, trained on text alone.\n" + "\n".join(pieces)
+        pieces = []
+        for name, attacks in KINDS.items():
+            mean = part[part["attack"].isin(attacks)].groupby("defense")["value"].mean()
+            pieces.append(f"{name} {100 * mean[PRETRAINED]:.0f} → {100 * mean[CASA]:.0f} %")
+        lines.append(f"{slug(model)}: " + ", ".join(pieces))
+    return "Mean attack success before → after CASA, trained on plain text alone\n" + "\n".join(lines)
 
 
 def attack_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
