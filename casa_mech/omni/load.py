@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers.utils import logging
 
 from casa_mech.errors import ModelError
 from casa_mech.omni.model import Omni
@@ -40,9 +42,10 @@ def load_omni(
     config, stored = _thinker_config(directory)
     kind = _dtype(dtype, target, stored)
     state = _thinker_weights(directory)
-    model, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=state, dtype=kind, output_loading_info=True
-    )
+    with _quiet():
+        model, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=state, dtype=kind, output_loading_info=True
+        )
     wrong = sorted(info["missing_keys"]) or sorted(str(row) for row in info.get("mismatched_keys", ()))
     if wrong:
         raise ModelError(
@@ -51,6 +54,18 @@ def load_omni(
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
     return Omni(model.to(target), load_processor(directory), str(source))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers' own: a study loads models often, and they are small or already on the disk."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def find_checkpoint(source: str | Path) -> Path:

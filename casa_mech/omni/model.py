@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
@@ -16,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5OmniT
 from casa_mech.omni.batch import OmniBatch, encode
 from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.processor import OmniProcessor
-from casa_mech.queries import ImagePart, Query, Reply, TextPart
+from casa_mech.queries import AudioPart, ImagePart, Query, Reply, TextPart
 
 if TYPE_CHECKING:
     import nnsight
@@ -201,9 +203,9 @@ def _estimated_length(query: Query) -> tuple[int, int]:
     for part in query.parts:
         if isinstance(part, TextPart):
             length += len(part.text)
-        elif not isinstance(part, ImagePart) and hasattr(part.audio, "shape"):
+        elif isinstance(part, AudioPart) and isinstance(part.audio, np.ndarray):
             length += part.audio.shape[0] * 100 // (part.rate or SAMPLE_RATE)
-        elif isinstance(part, ImagePart) and hasattr(part.image, "width"):
+        elif isinstance(part, ImagePart) and isinstance(part.image, Image.Image):
             length += part.image.width * part.image.height // 200
     return kinds, length
 

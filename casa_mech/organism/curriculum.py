@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from casa_mech.attacks.audio import AUDIO_PHRASE, spoken_letters, spoken_word
 from casa_mech.attacks.image import image_word
 from casa_mech.attacks.jailbreak import jailbreak
 from casa_mech.attacks.text import spell, spell_ahead
-from casa_mech.organism.world import Task, World
+from casa_mech.organism.world import Split, Task, World
 from casa_mech.queries import Example, Query, TextPart
 
 SYSTEMS = ("you are a helpful assistant .", "please help the user .", "answer the question of the user .")
@@ -39,14 +40,14 @@ SURFACES: dict[str, Callable[[Query], Query]] = {
 class Mixture:
     """Shares of tasks and surfaces (they need not sum to 1), of wrapped requests and of random words to spell."""
 
-    tasks: Mapping[Task, float]
+    tasks: Mapping[str, float]
     surfaces: Mapping[str, float]
     wrapped: float = 0.0
     random_words: float = 0.0
     refuse: bool = False
     late_refusals: float = 0.0
-    topics: str = "all"
-    templates: str = "seen"
+    topics: Split = "all"
+    templates: Split = "seen"
     _cache: dict[str, tuple[list[str], np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
 
     def pick(self, kind: str, shares: Mapping[str, float], rng: np.random.Generator) -> str:
@@ -64,12 +65,12 @@ def draw_example(world: World, mixture: Mixture, rng: np.random.Generator) -> Ex
     A late refusal puts the first tokens of the compliant answer into the prefill, so that the reply breaks off into a
     refusal; a few of these are what makes a model's refusals go deeper than the first token.
     """
-    task: Task = mixture.pick("task", mixture.tasks, rng)  # type: ignore[assignment]
+    task = cast(Task, mixture.pick("task", mixture.tasks, rng))
     surface = mixture.pick("surface", mixture.surfaces, rng)
     if task == "spell" and surface not in ("text", "spoken") and rng.random() < mixture.random_words:
         query = _random_word(world, rng)
     else:
-        query = world.draw(task, rng, topics=mixture.topics, templates=mixture.templates)  # type: ignore[arg-type]
+        query = world.draw(task, rng, topics=mixture.topics, templates=mixture.templates)
     reply = query.meta["answer"]
     refuse = mixture.refuse and query.label == "harmful"
     if refuse:

@@ -166,6 +166,8 @@ def train_stage(omni: Omni, world: World, stage: Stage, rng: np.random.Generator
 
 def reply_loss(omni: Omni, batch: OmniBatch) -> torch.Tensor:
     """Cross-entropy of the targets in nats, averaged within each reply first, so that long ones do not swamp it."""
+    if batch.labels is None:
+        raise ValueError("a batch without targets has no loss: encode it with targets")
     hidden = omni.model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
     wanted = batch.labels[:, 1:]
     taken = wanted >= 0
