@@ -39,7 +39,7 @@ class ImagePart(_Record):
 
 
 class AudioPart(_Record):
-    """A clip: a path to any file soundfile reads, or an array `[samples]` or `[samples, channels]` with its rate (Hz)."""
+    """A clip: a path to a file soundfile reads, or an array `[samples]` or `[samples, channels]` and its rate in Hz."""
 
     kind: Literal["audio"] = "audio"
     audio: Path | np.ndarray
