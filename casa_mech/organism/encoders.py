@@ -26,7 +26,8 @@ LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 class LanguageHead(nn.Module):
     """Scores a feature by its squared distance to each letter's word embedding, which stays as it is.
 
-    With `blank`, class 0 is a vector of its own: the "no letter" of connectionist temporal classification.
+    With `blank`, class 0 is a vector of its own: the "no letter" of connectionist temporal classification. A softmax
+    over distances does not mind an offset that all anchors share, so `pull` is added to the loss.
     """
 
     def __init__(self, omni: Omni, blank: bool) -> None:
@@ -34,12 +35,17 @@ class LanguageHead(nn.Module):
         ids = omni.tokenizer.convert_tokens_to_ids(list(LETTERS))
         self.register_buffer("letters", omni.language_model.embed_tokens.weight[ids].detach().clone())
         self.blank = nn.Parameter(torch.zeros(1, omni.d_model)) if blank else None
-        self.scale = 10 / self.letters.square().sum(-1).mean().item()
+        self.length = self.letters.square().sum(-1).mean().item()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Scores [position, class] of `features` [position, d_model]."""
         anchors = self.letters if self.blank is None else torch.cat([self.blank, self.letters])
-        return -self.scale * torch.cdist(features, anchors).square()
+        return -10 / self.length * torch.cdist(features, anchors).square()
+
+    @staticmethod
+    def pull(scores: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance of features to their nearest anchor, as a share of an embedding's squared length."""
+        return -scores.max(-1).values.mean() / 10
 
 
 def train_image_letters(
@@ -63,7 +69,8 @@ def train_image_letters(
         scores = head(see(words))
         wanted = _codes(words)
         read = (scores.argmax(-1) == wanted).float().mean().item()
-        return nn.functional.cross_entropy(scores, wanted), read
+        loss = nn.functional.cross_entropy(scores, wanted)
+        return (loss + LanguageHead.pull(scores) if into_language else loss), read
 
     share = _fit(step, (tower, head), steps, "letters in images", progress)
     if not into_language:
@@ -95,9 +102,11 @@ def train_audio_letters(
         words = _words(rng, batch_size)
         features, runs = hear(words)
         lengths = [len(run) // len(omni.processor.audio_token) for run in runs]
-        scores = nn.utils.rnn.pad_sequence(head(features).split(lengths)).log_softmax(-1)
+        raw = head(features)
+        scores = nn.utils.rnn.pad_sequence(raw.split(lengths)).log_softmax(-1)
         counts = torch.tensor([len(word) for word in words])
         loss = nn.functional.ctc_loss(scores, _codes(words) + 1, torch.tensor(lengths), counts, zero_infinity=True)
+        loss = loss + LanguageHead.pull(raw) if into_language else loss
         return loss, _heard(scores.argmax(-1).T, lengths, words)
 
     share = _fit(step, (tower, head), steps, "letters in speech", progress)
