@@ -37,6 +37,7 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Upper bound on a reply's to
 @app.command(epilog="Example:  casa-mech run --profile smoke --out runs/first --only 02")
 def run(
     model: Model = "organism",
+    control: Annotated[str, typer.Option(help="Second model of the table [organism-split beside organism].")] = "",
     profile: Annotated[str, typer.Option(help="smoke, default or full.")] = "default",
     only: Annotated[list[str] | None, typer.Option(help="Run this notebook only (may be repeated).")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [runs/MODEL-PROFILE-seedN].")] = None,
@@ -50,7 +51,7 @@ def run(
     from casa_mech.study.runner import run_study
     from casa_mech.study.settings import settings_of
 
-    settings = settings_of(model=model, profile=profile, seed=seed, device=device, dtype=dtype)
+    settings = settings_of(model=model, control=control, profile=profile, seed=seed, device=device, dtype=dtype)
     parameters = dict(_pair(text) for text in param or ())
     root = run_study(settings, out, only or (), parameters, arguments=sys.argv[1:])
     manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
@@ -77,6 +78,7 @@ def generate(
     """Answer one request; with a gate, print the safety token and v_s beside the reply."""
     from casa_mech.omni import GenerationSettings, load_omni
     from casa_mech.queries import AudioPart, ImagePart, Part, Query, TextPart
+    from casa_mech.study.threads import settle_threads
 
     parts: list[Part] = [ImagePart(image=path) for path in image or ()]
     parts += [AudioPart(audio=path) for path in audio or ()]
@@ -84,7 +86,7 @@ def generate(
     if not parts:
         raise InputError('nothing to answer: give a prompt, --image or --audio, as in casa-mech generate "hello"')
     query = Query(id="prompt", parts=tuple(parts), prefill=prefill, system=system)
-    omni = load_omni(model, device=device, dtype=dtype)
+    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=1)
     if gate is None:
         _note("no --gate: this is the model's own reply (train a gate with casa-mech train)")

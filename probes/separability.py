@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score, silhouette_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
 from casa_mech.judging import auroc_interval
@@ -128,15 +129,17 @@ def separability_table(activations: Activations, fit_surface: str = "text", seed
     surfaces = list(dict.fromkeys(activations.index["surface"]))
     parts = {surface: activations.where(surface=surface) for surface in surfaces}
     rows = []
-    for site in activations.sites:
-        for surface, part in parts.items():
-            results = {"probe": probe(part, part, site, seed=seed)}
-            if surface != fit_surface:
-                results["transfer"] = probe(parts[fit_surface], part, site, seed=seed)
-            else:
-                results["permuted"] = permutation_baseline(part, site, seed=seed)
-            where = {"site": site, "surface": surface}
-            rows += [{**where, "measure": name, **vars(result)} for name, result in results.items()]
+    # Thousands of small fits: BLAS threads would only wait for each other, for minutes on a busy machine.
+    with threadpool_limits(1):
+        for site in activations.sites:
+            for surface, part in parts.items():
+                results = {"probe": probe(part, part, site, seed=seed)}
+                if surface != fit_surface:
+                    results["transfer"] = probe(parts[fit_surface], part, site, seed=seed)
+                else:
+                    results["permuted"] = permutation_baseline(part, site, seed=seed)
+                where = {"site": site, "surface": surface}
+                rows += [{**where, "measure": name, **vars(result)} for name, result in results.items()]
     return pd.DataFrame(rows)
 
 

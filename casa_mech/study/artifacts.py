@@ -27,6 +27,7 @@ from casa_mech.study.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.study.folder import RunFolder, key_digest
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
+from casa_mech.study.threads import settle_threads
 from probes.activations import Activations, collect
 from probes.plots import save_figure
 
@@ -80,7 +81,7 @@ class Study:
         """The model (default: the one under study), loaded once and written down for the manifest."""
         model = model or self.settings.model
         if model not in self._omnis:
-            omni = load_omni(model, device=self.settings.device, dtype=self.settings.dtype)
+            omni = settle_threads(load_omni(model, device=self.settings.device, dtype=self.settings.dtype))
             record = {
                 "source": model,
                 "fingerprint": omni.fingerprint(),

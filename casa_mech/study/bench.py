@@ -16,6 +16,7 @@ from casa_mech.casa.trainer import batch_objective
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Query
+from casa_mech.study.threads import settle_threads
 
 BATCH = 16
 REPLY_TOKENS = 24
@@ -28,7 +29,7 @@ def measure(model: str = "organism", repeats: int = 5, device: str = "auto", dty
     gated model and by the model as it was loaded (the gated side makes its safety token besides); forward, backward and
     AdamW on the same 16 examples with the same LoRA in training mode (the plain side with the ordinary loss).
     """
-    omni = load_omni(model, device=device, dtype=dtype)
+    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
     world = default_world()
     return {
         "model": model,

@@ -12,6 +12,7 @@ from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.queries import Query
 from casa_mech.queries.files import QuerySource, read_queries
 from casa_mech.study.evaluate import check_media, evaluate, save_evaluation
+from casa_mech.study.threads import settle_threads
 
 if TYPE_CHECKING:
     from casa_mech.casa import Casa
@@ -88,7 +89,7 @@ def evaluate_files(
     if out is not None:
         check_target(out)
     check_media(queries)
-    omni = load_omni(system.model, device=system.device, dtype=system.dtype)
+    omni = settle_threads(load_omni(system.model, device=system.device, dtype=system.dtype))
     unknown = omni.unknown_share([query.text for query in queries if query.text])
     if unknown > 0:
         note(

@@ -14,6 +14,7 @@ from casa_mech.files import write_text
 from casa_mech.omni import load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries.files import read_examples
+from casa_mech.study.threads import settle_threads
 
 
 def train_gate(
@@ -55,7 +56,7 @@ def train_gate(
         raise RunError(f"{out} holds other files: choose a new or empty folder with --out")
     seed = settings.seed
     examples = read_examples(data, *columns) if data else default_world().training_examples(n_examples, seed)
-    gate = Casa.attach(load_omni(model, device=device, dtype=dtype), config)
+    gate = Casa.attach(settle_threads(load_omni(model, device=device, dtype=dtype)), config)
     work.mkdir(parents=True, exist_ok=True)
     log = gate.train(examples, settings, out=work, resume=True, progress=True)
     metrics = (work / "metrics.jsonl").read_text(encoding="utf-8")
