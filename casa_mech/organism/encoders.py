@@ -22,6 +22,8 @@ from casa_mech.omni import Omni
 
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 
+IMAGE_PULL, AUDIO_PULL = 3.0, 1.0
+
 
 class LanguageHead(nn.Module):
     """Scores a feature by its squared distance to each letter's word embedding, which stays as it is.
@@ -70,7 +72,7 @@ def train_image_letters(
         wanted = _codes(words)
         read = (scores.argmax(-1) == wanted).float().mean().item()
         loss = nn.functional.cross_entropy(scores, wanted)
-        return (loss + LanguageHead.pull(scores) if into_language else loss), read
+        return (loss + IMAGE_PULL * LanguageHead.pull(scores) if into_language else loss), read
 
     share = _fit(step, (tower, head), steps, "letters in images", progress)
     if not into_language:
@@ -106,7 +108,7 @@ def train_audio_letters(
         scores = nn.utils.rnn.pad_sequence(raw.split(lengths)).log_softmax(-1)
         counts = torch.tensor([len(word) for word in words])
         loss = nn.functional.ctc_loss(scores, _codes(words) + 1, torch.tensor(lengths), counts, zero_infinity=True)
-        loss = loss + LanguageHead.pull(raw) if into_language else loss
+        loss = loss + AUDIO_PULL * LanguageHead.pull(raw) if into_language else loss
         return loss, _heard(scores.argmax(-1).T, lengths, words)
 
     share = _fit(step, (tower, head), steps, "letters in speech", progress)

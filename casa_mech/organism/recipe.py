@@ -95,8 +95,8 @@ RECIPES = {
         (
             Stage("words", WORDS, ("language",), 350, 2e-3, 96),
             Stage("language", LANGUAGE, ("language",), 900, 2e-3, 64),
-            Letters("image", 900, into_language=True),
-            Stage("image to language", IMAGE, ("image",), 300, 5e-4, 32),
+            Letters("image", 1200, into_language=True),
+            Stage("image to language", IMAGE, ("image",), 150, 5e-4, 32),
             Letters("audio", 900, into_language=True),
             Stage("audio to language", AUDIO, ("audio",), 500, 1e-3, 32),
             ALIGNMENT,
