@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from nbclient.exceptions import DeadKernelError
 
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError, ModelError, RunError
@@ -269,3 +270,13 @@ def test_manifest_round_trips(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(RunError, match="run the study again"):
         Manifest.read(tmp_path / "manifest.json")
+
+
+def test_a_dead_kernel_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: object, **__: object) -> None:
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr("papermill.execute_notebook", dies)
+    with pytest.raises(RunError, match="02_casa_training: the kernel died"):
+        run_study(StudySettings(), tmp_path / "run", only=["02"])
+    assert not list((tmp_path / "run" / "notebooks").iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,13 +65,18 @@ def _settings_parameters(settings: StudySettings, folder: RunFolder) -> dict[str
 def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> None:
     """Run one notebook; its executed copy and its page appear only when it ended well."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     # The kernel must be this interpreter's, also where a user has others installed under the same name.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     os.environ.setdefault("TQDM_MININTERVAL", "1")
     target, failed = folder.path("notebooks", f"{notebook.name}.ipynb"), folder.path("failed", f"{notebook.name}.ipynb")
-    with writing(target) as temporary, folder.path("kernel.log").open("ab") as log:
+    with (
+        writing(target) as temporary,
+        folder.path("kernel.log").open("ab") as log,
+        tempfile.TemporaryDirectory(prefix="casa-mech-") as sockets,
+    ):
         try:
             papermill.execute_notebook(
                 str(notebook.path),
@@ -81,7 +87,7 @@ def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> N
                 stderr_file=sys.stderr,
                 cwd=str(folder.root),
                 coalesce_streams=True,
-                config=_kernel_config(),
+                config=_kernel_config(sockets),
                 kernel_manager_class=_logging_kernel(log),
             )
         except PapermillExecutionError as error:
@@ -89,15 +95,22 @@ def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> N
             os.replace(temporary, failed)
             temporary.touch()
             raise _cell_error(notebook, error, failed) from None
+        except DeadKernelError:
+            raise RunError(
+                f"{notebook.name}: the kernel died, often for want of memory; see {log.name}, free some and give the "
+                "same command again, it continues"
+            ) from None
         _write_page(temporary, folder.path("html", f"{notebook.name}.html"), notebook.name)
     failed.unlink(missing_ok=True)
 
 
-def _kernel_config() -> Any:
+def _kernel_config(sockets: str) -> Any:
     from traitlets.config import Config
 
-    # Sockets of this user's alone rather than TCP ports, where the system has them.
-    return Config() if os.name == "nt" else Config(KernelManager={"transport": "ipc"})
+    if os.name == "nt":
+        return Config()
+    # Sockets in a folder of this user's alone rather than TCP ports, where the system has them.
+    return Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
 
 
 def _logging_kernel(log: IO[bytes]) -> type:
