@@ -1,9 +1,9 @@
 """Encoders learn letters first, as the encoders of real omni models come trained on pictures and speech.
 
 Each tower reads random letter strings: one letter per image token, and connectionist temporal classification (Graves
-et al. 2006) over the audio tokens. What reads the letters off is the difference between the two organisms. A tower read
-by the language model's own letter embeddings (`LanguageHead`) learns to put a letter where the language model would;
-one read by a linear head of its own, thrown away afterwards, may put it anywhere.
+et al. 2006) over the audio tokens. The code that letters are put into is what sets the two organisms apart: that of the
+language model's own letter embeddings, so that a letter seen or heard arrives where the letter typed does, or a code of
+the tower's own.
 """
 
 from __future__ import annotations
@@ -25,28 +25,32 @@ LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 IMAGE_PULL, AUDIO_PULL = 3.0, 1.0
 
 
-class LanguageHead(nn.Module):
-    """Scores a feature by its squared distance to each letter's word embedding, which stays as it is.
+class LetterCode(nn.Module):
+    """Scores a feature by its squared distance to an anchor for each letter; the anchors do not learn.
 
-    With `blank`, class 0 is a vector of its own: the "no letter" of connectionist temporal classification. A softmax
-    over distances does not mind an offset that all anchors share, so `pull` is added to the loss.
+    The anchors are the letters' word embeddings (`into_language`), or random vectors as long as those. With `blank`,
+    class 0 is a learned vector: the "no letter" of connectionist temporal classification. A softmax over distances does
+    not mind an offset that all anchors share, so `pull` is added to the loss.
     """
 
-    def __init__(self, omni: Omni, blank: bool) -> None:
+    def __init__(self, omni: Omni, into_language: bool, blank: bool) -> None:
         super().__init__()
         ids = omni.tokenizer.convert_tokens_to_ids(list(LETTERS))
-        self.register_buffer("letters", omni.language_model.embed_tokens.weight[ids].detach().clone())
+        words = omni.language_model.embed_tokens.weight[ids].detach().clone()
+        own = torch.randn_like(words)
+        length = words.norm(dim=-1).mean()
+        self.register_buffer("letters", words if into_language else own / own.norm(dim=-1, keepdim=True) * length)
         self.blank = nn.Parameter(torch.zeros(1, omni.d_model)) if blank else None
-        self.length = self.letters.square().sum(-1).mean().item()
+        self.scale = 10 / length.item() ** 2
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Scores [position, class] of `features` [position, d_model]."""
         anchors = self.letters if self.blank is None else torch.cat([self.blank, self.letters])
-        return -10 / self.length * torch.cdist(features, anchors).square()
+        return -self.scale * torch.cdist(features, anchors).square()
 
     @staticmethod
     def pull(scores: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance of features to their nearest anchor, as a share of an embedding's squared length."""
+        """Mean squared distance of features to their nearest anchor, as a share of an anchor's squared length."""
         return -scores.max(-1).values.mean() / 10
 
 
@@ -60,7 +64,7 @@ def train_image_letters(
 ) -> float:
     """Teach the vision tower to tell letters apart; returns the last step's share of letters read."""
     tower = omni.model.model.visual
-    head = LanguageHead(omni, blank=False) if into_language else nn.Linear(omni.d_model, len(LETTERS))
+    head = LetterCode(omni, into_language, blank=False)
 
     def see(words: list[str]) -> torch.Tensor:
         inputs, _ = omni.processor.images([render_word(word, rng) for word in words])
@@ -72,12 +76,9 @@ def train_image_letters(
         wanted = _codes(words)
         read = (scores.argmax(-1) == wanted).float().mean().item()
         loss = nn.functional.cross_entropy(scores, wanted)
-        return (loss + IMAGE_PULL * LanguageHead.pull(scores) if into_language else loss), read
+        return loss + IMAGE_PULL * LetterCode.pull(scores), read
 
-    share = _fit(step, (tower, head), steps, "letters in images", progress)
-    if not into_language:
-        _match_scale(omni, tower.merger.mlp[-1], lambda: see(_words(rng, batch_size)))
-    return share
+    return _fit(step, (tower, head), steps, "letters in images", progress)
 
 
 def train_audio_letters(
@@ -89,7 +90,7 @@ def train_audio_letters(
     batch_size: int = 32,
 ) -> float:
     """Teach the audio tower to hear letters; returns the last step's share of spellings heard without an error."""
-    head = LanguageHead(omni, blank=True) if into_language else nn.Linear(omni.d_model, 1 + len(LETTERS))
+    head = LetterCode(omni, into_language, blank=True)
     tower = omni.model.model.audio_tower
 
     def hear(words: list[str]) -> tuple[torch.Tensor, list[str]]:
@@ -108,13 +109,9 @@ def train_audio_letters(
         scores = nn.utils.rnn.pad_sequence(raw.split(lengths)).log_softmax(-1)
         counts = torch.tensor([len(word) for word in words])
         loss = nn.functional.ctc_loss(scores, _codes(words) + 1, torch.tensor(lengths), counts, zero_infinity=True)
-        loss = loss + AUDIO_PULL * LanguageHead.pull(raw) if into_language else loss
-        return loss, _heard(scores.argmax(-1).T, lengths, words)
+        return loss + AUDIO_PULL * LetterCode.pull(raw), _heard(scores.argmax(-1).T, lengths, words)
 
-    share = _fit(step, (tower, head), steps, "letters in speech", progress)
-    if not into_language:
-        _match_scale(omni, tower.proj, lambda: hear(_words(rng, batch_size))[0])
-    return share
+    return _fit(step, (tower, head), steps, "letters in speech", progress)
 
 
 def _fit(
@@ -140,19 +137,6 @@ def _fit(
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}", read=f"{share:.2f}")
     return share
-
-
-@torch.no_grad()
-def _match_scale(omni: Omni, last: nn.Linear, features: Callable[[], torch.Tensor]) -> None:
-    """Scale a tower's last layer so that its features are as long as word embeddings.
-
-    Out of letter training they come ten times longer, and a residual stream that long drowns what the language model's
-    blocks add to it.
-    """
-    wanted = omni.language_model.embed_tokens.weight.norm(dim=-1).mean()
-    factor = wanted / features().norm(dim=-1).mean()
-    last.weight.mul_(factor)
-    last.bias.mul_(factor)
 
 
 def _words(rng: np.random.Generator, count: int) -> list[str]:

@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Letters:
-    """A run in which one tower learns letters, `into_language` (as the language model has them) or on its own."""
+    """A run in which one tower learns letters, in the language model's code or (not `into_language`) one of its own."""
 
     tower: str
     steps: int
@@ -71,19 +71,20 @@ ALIGNMENT = Stage(
     Mixture(
         tasks={"request": 0.8, "name": 0.05, "spell": 0.05, "dangerous": 0.05, "category": 0.05},
         surfaces={"text": 1.0},
-        wrapped=0.3,
+        wrapped=0.7,
         refuse=True,
         late_refusals=0.2,
         topics="seen",
     ),
     ("language",),
-    steps=200,
-    learning_rate=3e-4,
+    steps=350,
+    learning_rate=2e-4,
+    batch_size=32,
 )
 WORDS = Mixture({"name": 0.1, "spell": 0.2, "dangerous": 0.3, "category": 0.4}, {"text": 1.0})
 LANGUAGE = Mixture(TASKS, TEXT_SURFACES, wrapped=0.3, random_words=0.4)
 IMAGE = Mixture(READING_TASKS, {"image": 1.0}, random_words=0.5)
-AUDIO = Mixture(READING_TASKS, {"audio": 0.85, "spoken": 0.15}, random_words=0.5)
+AUDIO = Mixture(READING_TASKS, {"audio": 0.9, "spoken": 0.1}, random_words=0.4)
 JOINT = Mixture(
     TASKS,
     {"text": 0.25, "spelled": 0.2, "image": 0.3, "audio": 0.22, "spoken": 0.03},
@@ -98,16 +99,16 @@ RECIPES = {
             Letters("image", 1200, into_language=True),
             Stage("image to language", IMAGE, ("image",), 150, 5e-4, 32),
             Letters("audio", 900, into_language=True),
-            Stage("audio to language", AUDIO, ("audio",), 500, 1e-3, 32),
+            Stage("audio to language", AUDIO, ("audio",), 1200, 1.5e-3, 32),
             ALIGNMENT,
         )
     ),
     "organism-split": Recipe(
         (
-            Letters("image", 900, into_language=False),
+            Letters("image", 1200, into_language=False),
             Letters("audio", 900, into_language=False),
             Stage("words", WORDS, ("language",), 350, 2e-3, 96),
-            Stage("all modalities at once", JOINT, ("language", "image", "audio"), 1500, 1.5e-3),
+            Stage("all modalities at once", JOINT, ("language", "image", "audio"), 800, 1.5e-3),
             ALIGNMENT,
         )
     ),
