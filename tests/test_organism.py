@@ -139,7 +139,8 @@ def test_shipped_card_has_every_row_with_enough_draws(shipped: dict) -> None:
         "names", "dangerous", "category", "answers_benign", "attack_success",
     }  # fmt: skip
     assert len(shipped["rows"]) == 2 * (3 * 4 + 2 * 5)
-    assert all(row["n"] >= 300 and row["low"] <= row["value"] <= row["high"] for row in shipped["rows"])
+    assert all(row["n"] >= 300 for row in shipped["rows"])
+    assert all(row["low"] - 1e-9 <= row["value"] <= row["high"] + 1e-9 for row in shipped["rows"])
     assert [row["k"] for row in shipped["prefill"]] == [0, 2, 4, 9, 12]
 
 
