@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from casa_mech.casa import Casa, CasaConfig
+from casa_mech.casa.generation import prefill_ids
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, TextPart, Turn
