@@ -77,7 +77,7 @@ def find_checkpoint(source: str | Path) -> Path:
     if str(source) in ORGANISMS:
         directory = WEIGHTS / str(source)
         if not (directory / "config.json").is_file():
-            raise ModelError(f"{source} is not in this installation; make it with: casa-mech organism build {source}")
+            raise ModelError(f"{source} is not in this installation; run casa-mech organism build {source}, then give its folder")
         return directory
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
