@@ -77,7 +77,8 @@ def find_checkpoint(source: str | Path) -> Path:
     if str(source) in ORGANISMS:
         directory = WEIGHTS / str(source)
         if not (directory / "config.json").is_file():
-            raise ModelError(f"{source} is not in this installation; run casa-mech organism build {source}, then give its folder")
+            way_out = f"run casa-mech organism build {source}, then give the folder it names"
+            raise ModelError(f"{source} is not in this installation; {way_out}")
         return directory
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
