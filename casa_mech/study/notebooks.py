@@ -82,9 +82,7 @@ def check_parameters(notebooks: Sequence[Notebook], given: Mapping[str, object])
         if name not in known:
             raise InputError(f"no notebook parameter '{name}'; there are {', '.join(known)}")
         values[name] = _as_type(name, value, known[name])
-    return {
-        book.name: {name: value for name, value in values.items() if name in book.parameters} for book in notebooks
-    }
+    return {book.name: {name: value for name, value in values.items() if name in book.parameters} for book in notebooks}
 
 
 def _as_type(name: str, value: object, kind: type) -> Any:

@@ -165,5 +165,3 @@ def _write_manifest(
         finished=records.now(),
     )
     manifest.write(folder.path("manifest.json"))
-
-
