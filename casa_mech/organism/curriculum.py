@@ -19,12 +19,12 @@ from casa_mech.attacks.audio import AUDIO_PHRASE, spoken_letters, spoken_word
 from casa_mech.attacks.image import image_word
 from casa_mech.attacks.jailbreak import jailbreak
 from casa_mech.attacks.text import spell, spell_ahead
+from casa_mech.organism.encoders import LETTERS
 from casa_mech.organism.world import Split, Task, World
 from casa_mech.queries import Example, Query, TextPart
 
 SYSTEMS = ("you are a helpful assistant .", "please help the user .", "answer the question of the user .")
 SYSTEM_SHARE = 0.1
-LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 SURFACES: dict[str, Callable[[Query], Query]] = {
     "text": lambda query: query,
     "spelled": spell,

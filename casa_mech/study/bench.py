@@ -61,7 +61,7 @@ def _generation(omni: Omni, queries: list[Query]) -> tuple[Callable[[], object],
 def _steps(omni: Omni, examples: list[Example]) -> tuple[Callable[[], object], Callable[[], object]]:
     """(CASA, plain peft) training steps on one batch."""
     casa = Casa.attach(load_omni(omni.source, device=str(omni.device)), CasaConfig())
-    parts, model = casa._parts, casa.omni.model
+    parts, model = casa.parts, casa.omni.model
     weights = [weight for group in parts.groups() for weight in group.values()]
     adapter = list(parts.adapter.parameters().values())
     batch_weights = torch.full((len(examples),), 1 / len(examples))
