@@ -1,0 +1,78 @@
+"""The `casa-mech` application: its options, and how results are printed. Subcommands register themselves on `app`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from casa_mech.errors import InputError
+
+app = typer.Typer(
+    name="casa-mech",
+    help="Study how CASA's internal safety decision defends an omni-modal model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+organism_app = typer.Typer(help="Build the embedded models, and measure their cards.", no_args_is_help=True)
+app.add_typer(organism_app, name="organism")
+
+Model = Annotated[str, typer.Option(help="organism, organism-split, a hub id, or a directory.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+INTERRUPTED = 130
+Order = Literal["A", "B"]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
+GateDir = Annotated[Path | None, typer.Option(help="Folder of a trained gate (casa-mech train); without it: no gate.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Upper bound on a reply's tokens.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("casa-mech"))
+        raise typer.Exit
+
+
+def note(message: str) -> None:
+    """A line for the user on standard error; standard output is for results."""
+    print(f"casa-mech: {message}", file=sys.stderr)
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """JSON, or one `name: value` a line with lists of rows as aligned tables."""
+    if as_json:
+        print(json.dumps(result, indent=2, default=str, allow_nan=True))
+        return
+    for name, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            print(f"{name}:\n{_aligned(value)}")
+        elif isinstance(value, dict):
+            print(f"{name}:")
+            print("\n".join(f"  {key}: {entry}" for key, entry in value.items()))
+        else:
+            print(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+def _aligned(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0])
+    lines = [names] + [[f"{v:.4g}" if isinstance(v := row[name], float) else str(v) for name in names] for row in rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(names))]
+    padded = [[f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  " + "  ".join(line).rstrip() for line in padded)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """InputError, listing the choices, unless `value` is one of them."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not '{value}'")
