@@ -1,0 +1,91 @@
+"""`Defense`: what every defence does, so that one table can hold them all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from casa_mech.defenses.prompts import with_safety_prompt
+from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.queries import Query, Reply
+
+Change = Literal["weights", "prompt", "logits", "states"]
+
+
+class Description(BaseModel):
+    """What a defence changes in the model, and what that costs.
+
+    forwards_per_token: language-model forwards for each generated token (1 is plain decoding; two branches are 2).
+    extra_forwards: forwards for each query beside those, a prompt or a probe counted as one for each token it decodes.
+    trained_parameters: numbers that its training set; 0 for a defence without training.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    changes: tuple[Change, ...]
+    forwards_per_token: float = 1.0
+    extra_forwards: float = 0.0
+    trained_parameters: int = 0
+    source: str
+    safety_prompt: bool = False
+
+
+class Defense(ABC):
+    """A defence on one model. Make one with `load_defense`; `close` (or leaving a `with` block) gives the model back.
+
+    Subclasses implement `_replies`, `describe` and, where they change the model, `close`. The safety prompt is a switch
+    on all of them: `generate` puts it into the system turn before anything else sees the queries.
+    """
+
+    name: str
+
+    def __init__(self, omni: Omni, safety_prompt: bool = False) -> None:
+        self.omni = omni
+        self.safety_prompt = safety_prompt
+
+    def generate(
+        self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings(), progress: bool = False
+    ) -> list[Reply]:
+        """Replies in the order of the queries, batched; as `Omni.generate` where the defence does nothing."""
+        return self._replies(self._prepared(queries), settings, progress)
+
+    def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
+        """How malicious the defence finds each query, higher for worse: v_s, a token's probability, a risk.
+
+        Raises:
+            InputError: the defence makes no such judgement (see `has_scores`).
+        """
+        from casa_mech.errors import InputError
+
+        raise InputError(f"the defence {self.name!r} does not score queries")
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether `scores` works."""
+        return type(self).scores is not Defense.scores
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """What it changes and costs."""
+
+    @abstractmethod
+    def _replies(self, queries: Sequence[Query], settings: GenerationSettings, progress: bool) -> list[Reply]: ...
+
+    def _prepared(self, queries: Sequence[Query]) -> list[Query]:
+        return [with_safety_prompt(query) for query in queries] if self.safety_prompt else list(queries)
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
