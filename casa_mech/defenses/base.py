@@ -7,13 +7,33 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from casa_mech.defenses.prompts import with_safety_prompt
-from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.errors import InputError
+from casa_mech.omni import GenerationSettings, Omni, with_system
 from casa_mech.queries import Query, Reply
 
 Change = Literal["weights", "prompt", "logits", "states"]
+
+
+class DefenseSettings(BaseModel):
+    """Options of one defence: a frozen record with a doc sentence under each field.
+
+    Raises:
+        InputError: on making one with a value that does not fit; one line that names the field.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **fields: object) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(step) for step in first["loc"])
+            what = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{type(self).__name__}: {where + ': ' if where else ''}{what}") from None
 
 
 class Description(BaseModel):
@@ -52,7 +72,7 @@ class Defense(ABC):
         self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings(), progress: bool = False
     ) -> list[Reply]:
         """Replies in the order of the queries, batched; as `Omni.generate` where the defence does nothing."""
-        return self._replies(self._prepared(queries), settings, progress)
+        return self._replies(self._prepared(queries, settings), settings, progress)
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
         """How malicious the defence finds each query, higher for worse: v_s, a token's probability, a risk.
@@ -60,8 +80,6 @@ class Defense(ABC):
         Raises:
             InputError: the defence makes no such judgement (see `has_scores`).
         """
-        from casa_mech.errors import InputError
-
         raise InputError(f"the defence {self.name!r} does not score queries")
 
     @property
@@ -76,10 +94,12 @@ class Defense(ABC):
     @abstractmethod
     def _replies(self, queries: Sequence[Query], settings: GenerationSettings, progress: bool) -> list[Reply]: ...
 
-    def _prepared(self, queries: Sequence[Query]) -> list[Query]:
-        return [with_safety_prompt(query) for query in queries] if self.safety_prompt else list(queries)
+    def _prepared(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[Query]:
+        # The settings' system prompt first: a query that has one already would not get it any more.
+        queries = with_system(queries, settings.system)
+        return [with_safety_prompt(query) for query in queries] if self.safety_prompt else queries
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most defences change nothing that would have to be given back)
         """Give the model back as it was."""
 
     def __enter__(self) -> Self:

@@ -1,0 +1,6 @@
+"""Published defences behind one interface, each in a file of its own."""
+
+from casa_mech.defenses.base import Defense, DefenseSettings, Description
+from casa_mech.defenses.registry import DEFENSES, Entry, load_defense
+
+__all__ = ["DEFENSES", "Defense", "DefenseSettings", "Description", "Entry", "load_defense"]
