@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from casa_mech.casa.config import CasaConfig
+from casa_mech.casa.config import LoraSettings
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni
 from casa_mech.trace.sites import remirror
@@ -25,18 +25,25 @@ PEFT_PREFIX = "base_model.model."
 
 
 class Adapter:
-    """The LoRA layers inside one model. Not wrapping the model keeps every path in it, and so every trace, the same."""
+    """The LoRA layers inside one model. Not wrapping the model keeps every path in it, and so every trace, the same.
 
-    def __init__(self, omni: Omni, config: CasaConfig) -> None:
+    Args:
+        omni: the model.
+        config: rank, alpha, dropout and which linear layers.
+        layers: the blocks that get them; all when not given.
+    """
+
+    def __init__(self, omni: Omni, config: LoraSettings, layers: Sequence[int] | None = None) -> None:
         if hasattr(omni.model, "peft_config"):
             raise ModelError("the model has an adapter in it already; detach it first, or load the model again")
         self._omni = omni
         self._frozen = {name: parameter.requires_grad for name, parameter in omni.model.named_parameters()}
+        blocks = r"\d+" if layers is None else f"(?:{'|'.join(map(str, layers))})"
         self.config = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(config.lora_targets)})",
+            target_modules=rf"model\.language_model\.layers\.{blocks}\.\w+\.({'|'.join(config.lora_targets)})",
             base_model_name_or_path=omni.source,
         )
         self._lora = LoraModel(omni.model, {NAME: self.config}, NAME)

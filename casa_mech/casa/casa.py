@@ -28,9 +28,11 @@ from casa_mech.casa.storage import (
     model_card,
     read_stored,
     read_tensors,
+    share_files,
 )
+from casa_mech.casa.supervised import Parts, Supervised
 from casa_mech.casa.tokens import SafetyTokens
-from casa_mech.casa.trainer import Parts, Row, Trainer
+from casa_mech.casa.trainer import Row, Trainer
 from casa_mech.errors import InputError, ModelError
 from casa_mech.files import writing_folder
 from casa_mech.omni import GenerationSettings, Omni
@@ -65,7 +67,9 @@ class Casa:
             raise ModelError("the model has an adapter in it already; detach it first, or load the model again")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            attention = SafetyAttention(config, class_embeddings(omni, config)).to(omni.device)
+            attention = None
+            if config.form != "none":
+                attention = SafetyAttention(config, class_embeddings(omni, config)).to(omni.device)
             tokens = SafetyTokens(omni, (config.safe_token, config.unsafe_token), config.class_words)
             adapter = Adapter(omni, config)
         return cls(Parts(omni, config, adapter, SafetyGate(config, attention, tokens.ids), tokens))
@@ -82,7 +86,13 @@ class Casa:
 
     @property
     def attention(self) -> SafetyAttention:
-        """Safety attention, a module of its own."""
+        """Safety attention, a module of its own.
+
+        Raises:
+            InputError: the form is "none".
+        """
+        if self._parts.gate.attention is None:
+            raise InputError('this gate has no safety attention (form "none"); attach one of another form')
         return self._parts.gate.attention
 
     @property
@@ -133,22 +143,12 @@ class Casa:
         """
         self._need_active()
         folder = Path(out) if out is not None else None
-        trainer = Trainer(self._parts, examples, settings, folder)
+        trainer = Trainer(Supervised(self._parts, examples, settings), settings, folder)
         try:
             log = trainer.run(resume, progress)
         finally:
             self._parts.tokens.write()
-        harmful = sum(example.query.label == "harmful" for example in examples)
-        # The weights kept are those of the best validation, so the numbers must be, too.
-        kept = min((row for row in log if "validation_loss" in row), key=_validation_loss, default=log[-1])
-        metrics = {key: value for key, value in kept.items() if key != "seconds"}
-        self._training = Training(
-            settings=settings,
-            n_harmful=harmful,
-            n_benign=len(examples) - harmful,
-            steps=len(log),
-            metrics=metrics,
-        )
+        self._training = Training.of(examples, settings, log)
         return log
 
     def generate(
@@ -159,6 +159,7 @@ class Casa:
         order: Order = "A",
         hard: bool = False,
         refusal: str = REFUSAL,
+        threshold: float | None = None,
         attention: bool = False,
         merge: bool = True,
         progress: bool = False,
@@ -171,6 +172,8 @@ class Casa:
             order: "A" gate, then prefill; "B" prefill, then gate.
             hard: answer unsafe queries with `refusal` instead of generating.
             refusal: the hard gate's text.
+            threshold: choose unsafe where its share of the two tokens' probability is above this, instead of the
+                likelier one.
             merge: add LoRA into copies of the weights for this call, which is faster and takes the memory of one more
                 set of the language model's linear layers; results with and without differ by rounding.
             attention: put safety attention's weight at each of the prompt's tokens (padding left out) into the replies.
@@ -180,7 +183,7 @@ class Casa:
             InputError: an empty prompt or unreadable media.
         """
         self._need_active()
-        behaviour = Behaviour(order, refusal if hard else None, attention)
+        behaviour = Behaviour(order, refusal if hard else None, attention, threshold)
         with self._parts.adapter.merged() if merge else nullcontext():
             return gated_replies(self.omni, self._parts.gate, queries, settings, behaviour, progress)
 
@@ -210,13 +213,12 @@ class Casa:
         stored = Stored(config=self.config, base=Base.of(self.omni), training=self._training)
         with writing_folder(directory) as folder:
             self._parts.adapter.save(folder)
-            dump(self.attention, folder / ATTENTION)
+            if self._parts.gate.attention is not None:
+                dump(self._parts.gate.attention, folder / ATTENTION)
             dump(self._parts.tokens.rows, folder / ROWS)
             (folder / CONFIG).write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
             (folder / CARD).write_text(model_card(stored), encoding="utf-8")
-            # safetensors makes its files readable by their owner alone; a gate is there to be shared.
-            for file in folder.iterdir():
-                file.chmod((folder / CARD).stat().st_mode)
+            share_files(folder)
 
     @classmethod
     def from_pretrained(cls, directory: Path | str, omni: Omni) -> Casa:
@@ -232,7 +234,8 @@ class Casa:
         casa = cls.attach(omni, stored.config)
         try:
             casa._parts.adapter.load(lora, directory / WEIGHTS)
-            fill(casa.attention, directory / ATTENTION)
+            if casa._parts.gate.attention is not None:
+                fill(casa._parts.gate.attention, directory / ATTENTION)
             fill(casa._parts.tokens.rows, directory / ROWS)
         except ModelError:
             casa.detach()
@@ -267,7 +270,3 @@ class Casa:
     def _need_active(self) -> None:
         if not self._active:
             raise InputError("this gate is detached or disabled; attach it again first")
-
-
-def _validation_loss(row: Row) -> float:
-    return row["validation_loss"]

@@ -6,13 +6,13 @@ the project's method notes, which give the evidence for each.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from casa_mech.errors import InputError
 
-Form = Literal["R1-mean", "R1-topk", "R2", "R3"]
+Form = Literal["R1-mean", "R1-topk", "R2", "R3", "none"]
 Rule = Literal["S1", "S2", "S3", "S4"]
 QuerySource = Literal["pooled_text_hidden", "input_embedding_rows", "lm_head_rows", "learned_free"]
 PromptPositions = Literal["user+header", "user", "header", "all"]
@@ -20,7 +20,13 @@ PromptPositions = Literal["user+header", "user", "header", "all"]
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """A frozen record of options, with a doc sentence under each field.
+
+    Raises:
+        InputError: on making one with a value that does not fit; one line that names the field.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def __init__(self, **fields: object) -> None:
@@ -34,12 +40,32 @@ class _Settings(BaseModel):
             raise InputError(f"{type(self).__name__}: {where + ': ' if where else ''}{what}") from None
 
 
-class CasaConfig(_Settings):
+class LoraSettings(Settings):
+    """The LoRA that every trained defence shares, so that they differ in nothing else (§1.5, §5.1)."""
+
+    lora_r: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    lora_targets: tuple[str, ...] = LORA_MODULES
+    """Linear layers of the language model's blocks that get a LoRA."""
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> Self:
+        unknown = set(self.lora_targets) - set(LORA_MODULES)
+        if unknown or not self.lora_targets:
+            raise InputError(
+                f"lora_targets must be some of {', '.join(LORA_MODULES)}; got {', '.join(unknown) or 'none'}"
+            )
+        return self
+
+
+class CasaConfig(LoraSettings):
     """The method: form of safety attention, what it reads, how it changes the logits, the objective and the adapter."""
 
     form: Form = "R2"
     """R1 averages sigmoid scores (all, or the `k` highest); R2 pools values with a softmax and reads the result out;
-    R3 lets the safe and the unsafe query compete at each position (§1.2)."""
+    R3 lets the safe and the unsafe query compete at each position (§1.2). "none": safety tokens without safety
+    attention, a neutral gate that leaves the logits alone; v_s is then the unsafe token's share of the pair."""
     k: int | None = Field(default=None, ge=1)
     """R1-topk only: how many positions are averaged (8 when not given)."""
     query_source: QuerySource = "pooled_text_hidden"
@@ -61,11 +87,6 @@ class CasaConfig(_Settings):
     above the smallest logit (§1.2, conflict C)."""
     safe_token: str = "<|safe|>"
     unsafe_token: str = "<|unsafe|>"
-    lora_r: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
-    lora_targets: tuple[str, ...] = LORA_MODULES
-    """Linear layers of the language model's blocks that get a LoRA."""
     beta: float = Field(default=0.5, ge=0, le=1)
     """Weight of harmful sequences in the loss; benign ones get 1 - beta (§1.4)."""
     lambda_tok: float = Field(default=1.0, gt=0)
@@ -98,15 +119,10 @@ class CasaConfig(_Settings):
             raise InputError("safe_token and unsafe_token must be two different, non-empty strings")
         if isinstance(self.layer, int) and self.layer < 0:
             raise InputError(f"layer={self.layer}: blocks are counted from 0; use 'norm' for the final states")
-        unknown = set(self.lora_targets) - set(LORA_MODULES)
-        if unknown or not self.lora_targets:
-            raise InputError(
-                f"lora_targets must be some of {', '.join(LORA_MODULES)}; got {', '.join(unknown) or 'none'}"
-            )
         return self
 
 
-class TrainSettings(_Settings):
+class TrainSettings(Settings):
     """One training run. The defaults for the learning rates and the batch depend on the model's size."""
 
     epochs: float = Field(default=3.0, gt=0)

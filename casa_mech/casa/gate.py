@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import BoolTensor, LongTensor, Tensor
 
-from casa_mech.casa.attention import SafetyAttention, check_mask
+from casa_mech.casa.attention import UNSAFE, SafetyAttention, check_mask
 from casa_mech.casa.config import CasaConfig
 from casa_mech.casa.rules import rewrite
 from casa_mech.casa.tokens import word_rows
@@ -18,9 +18,12 @@ from casa_mech.trace.sites import Site
 
 
 class SafetyGate:
-    """Safety attention with its positions, layer and logit rule. `token_ids`: long [2] (safe, unsafe)."""
+    """Safety attention with its positions, layer and logit rule. `token_ids`: long [2] (safe, unsafe).
 
-    def __init__(self, config: CasaConfig, attention: SafetyAttention, token_ids: LongTensor) -> None:
+    Without safety attention (form "none") the gate is neutral: it reports the pair of logits and leaves all alone.
+    """
+
+    def __init__(self, config: CasaConfig, attention: SafetyAttention | None, token_ids: LongTensor) -> None:
         self.layer: Site = config.layer
         self.attention = attention
         self.token_ids = token_ids
@@ -38,6 +41,11 @@ class SafetyGate:
 
     def __call__(self, states: Tensor, mask: BoolTensor, logits: Tensor) -> tuple[Tensor, GateReading]:
         """States [batch, position, d_model], mask [batch, position], logits [batch, vocab] → new logits, reading."""
+        if self.attention is None:
+            pair = logits[:, self.token_ids]
+            pair = pair.to(torch.promote_types(pair.dtype, torch.float32))
+            share = torch.softmax(pair, dim=-1)[:, UNSAFE]
+            return logits, GateReading(share, pair, pair, torch.zeros_like(mask, dtype=pair.dtype))
         v_s, attention = self.attention(states, mask)
         logits, raw, pair = rewrite(self._config.rule, logits, self.token_ids, v_s)
         return logits, GateReading(v_s, pair, raw, attention)

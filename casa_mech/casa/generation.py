@@ -27,18 +27,22 @@ header, and the gate decides after it, at the first step that is the model's own
 @dataclass(frozen=True)
 class Behaviour:
     """How the gate is used. `order`: see `Order`; `refusal`: a fixed text for unsafe queries, which are then not
-    generated for (hard gate), or None; `attention`: whether replies carry safety attention's weights."""
+    generated for (hard gate), or None; `attention`: whether replies carry safety attention's weights; `threshold`: the
+    share of the pair's probability above which the unsafe token is taken, or None for the likelier one."""
 
     order: Order = "A"
     refusal: str | None = None
     attention: bool = False
+    threshold: float | None = None
 
 
-def choose_token(pair: Tensor, settings: GenerationSettings) -> Tensor:
+def choose_token(pair: Tensor, settings: GenerationSettings, threshold: float | None = None) -> Tensor:
     """Index [batch] of the safety token, from the rewritten logits `pair` [batch, 2]; all others are ruled out.
 
-    Greedy or, as the rest of the reply, sampled with temperature and top-p.
+    Greedy or, as the rest of the reply, sampled with temperature and top-p; with a threshold, unsafe above it.
     """
+    if threshold is not None:
+        return (torch.softmax(pair, dim=-1)[:, UNSAFE] > threshold).long()
     if not settings.do_sample:
         return pair.argmax(dim=-1)
     no_ids = torch.zeros(pair.shape[0], 0, dtype=torch.long, device=pair.device)
@@ -118,7 +122,7 @@ def _gated(
     batch = omni.encode(group, prefill=after_prefill)
     position = batch.last_position if after_prefill else batch.gate_position
     prompt = gated_prompt(omni, batch, gate, position, use_cache)
-    return batch, prompt, choose_token(prompt.reading.pair, settings).tolist()
+    return batch, prompt, choose_token(prompt.reading.pair, settings, behaviour.threshold).tolist()
 
 
 def _answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from casa_mech.casa import adapter as adapter_files
-from casa_mech.casa.config import CasaConfig, TrainSettings
+from casa_mech.casa.config import CasaConfig, LoraSettings, TrainSettings
+from casa_mech.casa.trainer import Row
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni
+from casa_mech.queries import Example
 
 SCHEMA = 1
 CONFIG, ATTENTION, ROWS, CARD = (
@@ -57,6 +60,21 @@ class Training(BaseModel):
     n_benign: int
     steps: int
     metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], settings: TrainSettings, log: Sequence[Row]) -> Training:
+        """The record of a run over `examples` that left the rows `log`."""
+        harmful = sum(example.query.label == "harmful" for example in examples)
+        # The weights kept are those of the best validation, so the numbers must be, too.
+        validated = [row for row in log if "validation_loss" in row]
+        kept = min(validated, key=lambda row: row["validation_loss"]) if validated else log[-1]
+        return cls(
+            settings=settings,
+            n_harmful=harmful,
+            n_benign=len(examples) - harmful,
+            steps=len(log),
+            metrics={key: value for key, value in kept.items() if key != "seconds"},
+        )
 
 
 class Stored(BaseModel):
@@ -142,35 +160,70 @@ def dump(module: nn.Module, path: Path) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, path)
 
 
+def share_files(folder: Path) -> None:
+    """Let others read the files of `folder` as far as they may read its card.
+
+    safetensors makes its files readable by their owner alone; what was trained is there to be shared.
+    """
+    for file in folder.iterdir():
+        file.chmod((folder / CARD).stat().st_mode)
+
+
 def model_card(stored: Stored) -> str:
     """The README of a gate's folder, from the numbers of its run."""
     config, base = stored.config, stored.base
+    attends = config.form != "none"
     lines = [
-        f"# CASA gate for {base.source}",
+        f"# {'CASA gate' if attends else 'Safety tokens'} for {base.source}",
         "",
         "A safety gate after CASA (arXiv 2604.00310), trained with casa-mech: before the first word the model chooses",
-        f"between `{config.safe_token}` and `{config.unsafe_token}`, guided by safety attention over the prompt.",
+        f"between `{config.safe_token}` and `{config.unsafe_token}`, "
+        f"{'guided by safety attention over the prompt' if attends else 'without safety attention'}.",
         "",
         f"Load it with `Casa.from_pretrained(directory, load_omni({base.source!r}))`. `{adapter_files.WEIGHTS}` is a",
-        f"plain peft adapter; `{ATTENTION}` and `{ROWS}` hold safety attention and the two tokens' rows.",
+        f"plain peft adapter; {f'`{ATTENTION}` holds safety attention, ' if attends else ''}`{ROWS}` the tokens' rows.",
         "",
+        *base_lines(base),
+    ]
+    if attends:
+        lines += [
+            f"| safety attention | {config.form}, queries from {config.query_source} |",
+            f"| reads | layer {config.layer}, {config.positions} |",
+            f"| logit rule | {config.rule} |",
+        ]
+    lines += [
+        lora_line(config),
+        f"| objective | beta {config.beta}, lambda {config.lambda_tok}, softmax {config.ce_support} |",
+    ]
+    return "\n".join([*lines, *training_lines(stored.training), ""])
+
+
+def base_lines(base: Base) -> list[str]:
+    """The head and first rows of a card's table: the model."""
+    return [
         "| | |",
         "|---|---|",
         f"| base | {base.source}, d_model {base.d_model}, {base.n_layers} blocks |",
         f"| base's fingerprint | `{base.fingerprint}` |",
-        f"| safety attention | {config.form}, queries from {config.query_source} |",
-        f"| reads | layer {config.layer}, {config.positions} |",
-        f"| logit rule | {config.rule} |",
-        f"| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} |",
-        f"| objective | beta {config.beta}, lambda {config.lambda_tok}, softmax {config.ce_support} |",
     ]
-    training = stored.training
+
+
+def lora_line(config: LoraSettings) -> str:
+    """A row of a card's table: the adapter."""
+    return f"| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} |"
+
+
+def training_lines(training: Training | None) -> list[str]:
+    """The last rows of a card's table, and its metrics."""
     if training is None:
-        return "\n".join([*lines, "", "Not trained.", ""])
-    lines += [
+        return ["", "Not trained."]
+    return [
         f"| examples | {training.n_harmful} harmful, {training.n_benign} benign, text only |",
         f"| steps | {training.steps} of {training.settings.batch_size}, seed {training.settings.seed} |",
+        "",
+        "## Metrics of the weights kept",
+        "",
+        "| measure | value |",
+        "|---|---|",
+        *(f"| {name} | {value:.4g} |" for name, value in sorted(training.metrics.items())),
     ]
-    lines += ["", "## Metrics of the weights kept", "", "| measure | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4g} |" for name, value in sorted(training.metrics.items())]
-    return "\n".join([*lines, ""])

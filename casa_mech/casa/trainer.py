@@ -1,4 +1,4 @@
-"""Training on text through traced, teacher-forced forwards with the gate inside (method notes §1.4, §1.5)."""
+"""The training loop: AdamW, metrics, validation, checkpoints; what is trained is a `Learner` (method notes §1.5)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from casa_mech.casa.adapter import Adapter
 from casa_mech.casa.checkpoint import (
     FILE,
     METRICS,
@@ -26,74 +24,45 @@ from casa_mech.casa.checkpoint import (
     set_rng_state,
     write_checkpoint,
 )
-from casa_mech.casa.config import CasaConfig, TrainSettings
-from casa_mech.casa.examples import BalancedBatches, check_examples, examples_digest, split_examples
-from casa_mech.casa.gate import SafetyGate
-from casa_mech.casa.objective import class_weights, objective, sequence_losses
-from casa_mech.casa.tokens import SafetyTokens
+from casa_mech.casa.config import TrainSettings
 from casa_mech.errors import RunError
 from casa_mech.files import write_text
 from casa_mech.omni import Omni
-from casa_mech.queries import Example
-from casa_mech.trace.gate import gated_targets
 
 Row = dict[str, float]
+SHOWN = ("loss", "v_harmful", "v_benign", "reroute", "retain")
+"""Metrics beside the bar, where a method has them."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a training run changes in one model."""
+class Learner(Protocol):
+    """What a run trains, and on what.
 
-    omni: Omni
-    config: CasaConfig
-    adapter: Adapter
-    gate: SafetyGate
-    tokens: SafetyTokens
+    steps: how many there are. validates: whether there is a validation set. key: all that determines the run, beside
+    the model.
+    """
+
+    steps: int
+    validates: bool
+    key: Sequence[str]
+
+    @property
+    def omni(self) -> Omni:
+        """The model."""
 
     def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        """Trainable parameters by name: LoRA and token rows; safety attention."""
-        rows = {f"rows.{name}": value for name, value in self.tokens.rows.named_parameters()}
-        attention = {f"attention.{name}": value for name, value in self.gate.attention.named_parameters()}
-        return self.adapter.parameters() | rows, attention
+        """Trainable parameters by name, in the two groups that have a learning rate each."""
 
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates at `step`, from 0."""
 
-def batch_objective(
-    parts: Parts, examples: Sequence[Example], weights: Tensor, max_reply_tokens: int
-) -> tuple[Tensor, Row]:
-    """The objective on `examples`, weighted by `weights` [batch] of the whole batch they are a part of, with its graph.
+    def losses(self, step: int) -> Iterator[tuple[Tensor, Row]]:
+        """The losses of `step`, one after the other, whose gradients add up; each with its metrics' sums."""
 
-    Returns:
-        The scalar loss, and sums over the examples by name: loss parts, v_s and right tokens of each class, counts.
-    """
-    omni, tokens = parts.omni, parts.tokens
-    harmful = _harmful(examples).to(omni.device)
-    ids = tokens.ids.tolist()
-    targets = [
-        [ids[example.query.label == "harmful"], *omni.reply_ids(example.reply)[:max_reply_tokens]]
-        for example in examples
-    ]
-    batch = omni.encode([example.query for example in examples], targets, prefill=False)
-    forward = gated_targets(omni, batch, parts.gate, tokens.rows)
-    losses = sequence_losses(parts.config, forward, harmful)
-    loss = objective(losses, weights.to(omni.device), parts.config.lambda_tok)
-    columns = torch.stack([losses.token, losses.reply, forward.reading.v_s, losses.correct]).detach()
-    sums: Row = {"loss": loss.item()}
-    for name, chosen in (("harmful", harmful), ("benign", ~harmful)):
-        values = [*(columns * chosen).sum(dim=1).tolist(), float(chosen.sum())]
-        sums |= dict(zip((f"{key}_{name}" for key in ("token", "reply", "v", "right", "n")), values, strict=True))
-    return loss, sums
+    def validation(self) -> list[Row]:
+        """The metrics' sums on the validation set."""
 
-
-def summarise(sums: Sequence[Row]) -> Row:
-    """Means of what `batch_objective` summed, over the parts of one batch."""
-    total = {key: sum(row[key] for row in sums) for key in sums[0]}
-    row = {"loss": total["loss"]}
-    for key in ("token", "reply", "v"):
-        for name in ("harmful", "benign"):
-            row[f"{key}_{name}"] = total[f"{key}_{name}"] / max(1.0, total[f"n_{name}"])
-    count = total["n_harmful"] + total["n_benign"]
-    row["token_accuracy"] = (total["right_harmful"] + total["right_benign"]) / count
-    return row
+    def summarise(self, sums: Sequence[Row]) -> Row:
+        """Metrics, `loss` among them, from their sums."""
 
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:
@@ -107,23 +76,18 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
 class Trainer:
     """One run. `log` holds a row of metrics for each step done; with `out` the run can be interrupted and resumed."""
 
-    def __init__(self, parts: Parts, examples: Sequence[Example], settings: TrainSettings, out: Path | None) -> None:
-        check_examples(examples)
-        self._parts, self._settings, self._out = parts, settings, out
-        train, self._held = split_examples(examples, settings.validation, settings.seed)
-        self._batches = BalancedBatches(train, settings.batch_size, settings.seed)
-        self._total = settings.max_steps or self._batches.steps(settings.epochs)
-        slow, fast = parts.groups()
+    def __init__(self, learner: Learner, settings: TrainSettings, out: Path | None) -> None:
+        self._learner, self._settings, self._out = learner, settings, out
+        slow, fast = learner.groups()
         self._weights: dict[str, nn.Parameter] = slow | fast
-        self._rates = settings.learning_rates(parts.omni.d_model)
+        self._rates = settings.learning_rates(learner.omni.d_model)
         self._optimizer = torch.optim.AdamW(
             [{"params": list(slow.values())}, {"params": list(fast.values())}], weight_decay=settings.weight_decay
         )
         self._progress = Progress()
         self._rng: dict[str, Tensor] = {}
         self.log: list[Row] = []
-        key = [examples_digest(examples), settings.model_dump_json(), parts.config.model_dump_json()]
-        self._run_key = hashlib.sha256(repr([*key, parts.omni.fingerprint()]).encode()).hexdigest()
+        self._run_key = hashlib.sha256(repr([*learner.key, learner.omni.fingerprint()]).encode()).hexdigest()
 
     def run(self, resume: bool, progress: bool) -> list[Row]:
         """Train to the end, or from where the checkpoint in `out` stands; the best validated weights are kept.
@@ -131,7 +95,7 @@ class Trainer:
         Raises:
             RunError: `out` holds a run already and `resume` is off, or holds another run; or it cannot be written.
         """
-        model = self._parts.omni.model
+        model = self._learner.omni.model
         with torch.random.fork_rng():
             torch.manual_seed(self._settings.seed)
             self._begin(resume)
@@ -158,10 +122,10 @@ class Trainer:
 
     def _loop(self, show: bool) -> None:
         metrics = (self._out / METRICS).open("a", encoding="utf-8") if self._out else None
-        bar = tqdm(total=self._total, initial=self._progress.step, disable=not show, desc="train", unit="step")
+        bar = tqdm(total=self._learner.steps, initial=self._progress.step, disable=not show, desc="train", unit="step")
         self._rng, updating = rng_state(), False
         try:
-            while not self._progress.done and self._progress.step < self._total:
+            while not self._progress.done and self._progress.step < self._learner.steps:
                 began = time.perf_counter()
                 sums = self._gradients()
                 updating = True
@@ -171,7 +135,7 @@ class Trainer:
                 if self._progress.step % self._settings.checkpoint_every == 0:
                     self._checkpoint()
                 bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", v=f"{row['v_harmful']:.2f}/{row['v_benign']:.2f}")
+                bar.set_postfix({key: f"{row[key]:.3f}" for key in SHOWN if key in row})
             self._progress.done = True
             self._checkpoint()
         except KeyboardInterrupt:
@@ -185,24 +149,20 @@ class Trainer:
                 metrics.close()
 
     def _gradients(self) -> list[Row]:
-        """Gradients of one balanced batch, in parts that fit in memory."""
-        examples = self._batches.batch(self._progress.step)
-        weights = class_weights(_harmful(examples), self._parts.config.beta)
+        """Gradients of one step, in parts that fit in memory."""
         self._optimizer.zero_grad(set_to_none=True)
         sums = []
-        for start in range(0, len(examples), self._settings.micro_batch_size):
-            part = slice(start, start + self._settings.micro_batch_size)
-            loss, row = batch_objective(self._parts, examples[part], weights[part], self._settings.max_reply_tokens)
+        for loss, row in self._learner.losses(self._progress.step):
             loss.backward()
             sums.append(row)
         return sums
 
     def _update(self, sums: list[Row]) -> Row:
         """One optimiser step; returns its metrics."""
-        factor = learning_rate_factor(self._progress.step, self._total, self._settings.warmup)
+        factor = self._learner.rate(self._progress.step)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        row = summarise(sums)
+        row = self._learner.summarise(sums)
         if not math.isfinite(row["loss"]):
             raise RunError(
                 f"the loss is {row['loss']} at step {self._progress.step + 1}; lower lr_lora or lr_attention"
@@ -215,7 +175,7 @@ class Trainer:
         """Count the step, validate when it is time, and write the metrics down."""
         self._progress.step += 1
         step = self._progress.step
-        if self._held and (step % self._settings.validate_every == 0 or step == self._total):
+        if self._learner.validates and (step % self._settings.validate_every == 0 or step == self._learner.steps):
             row |= {f"validation_{key}": value for key, value in self._validate().items()}
             self._judge(row["validation_loss"])
         row |= {"step": step, "seconds": time.perf_counter() - began}
@@ -225,19 +185,12 @@ class Trainer:
             metrics.flush()
 
     def _validate(self) -> Row:
-        weights = class_weights(_harmful(self._held), self._parts.config.beta)
-        size = self._settings.micro_batch_size
-        self._parts.omni.model.eval()
+        model = self._learner.omni.model
+        model.eval()
         with torch.no_grad():
-            sums = [
-                batch_objective(
-                    self._parts, self._held[start : start + size], weights[start : start + size],
-                    self._settings.max_reply_tokens,
-                )[1]
-                for start in range(0, len(self._held), size)
-            ]  # fmt: skip
-        self._parts.omni.model.train()
-        return summarise(sums)
+            sums = self._learner.validation()
+        model.train()
+        return self._learner.summarise(sums)
 
     def _judge(self, loss: float) -> None:
         """Keep the best weights; end the run when the loss has not fallen for `patience` validations."""
@@ -258,7 +211,3 @@ class Trainer:
         if self._out is not None:
             weights = {name: value.detach() for name, value in self._weights.items()}
             write_checkpoint(self._out, self._progress, weights, self._optimizer, self._rng, self._run_key)
-
-
-def _harmful(examples: Sequence[Example]) -> torch.BoolTensor:
-    return torch.tensor([example.query.label == "harmful" for example in examples])

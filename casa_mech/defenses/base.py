@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from casa_mech.casa.config import Settings
 from casa_mech.defenses.prompts import with_safety_prompt
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni, with_system
@@ -17,23 +18,8 @@ from casa_mech.queries import Query, Reply
 Change = Literal["weights", "prompt", "logits", "states"]
 
 
-class DefenseSettings(BaseModel):
-    """Options of one defence: a frozen record with a doc sentence under each field.
-
-    Raises:
-        InputError: on making one with a value that does not fit; one line that names the field.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def __init__(self, **fields: object) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(step) for step in first["loc"])
-            what = first["msg"].removeprefix("Value error, ")
-            raise InputError(f"{type(self).__name__}: {where + ': ' if where else ''}{what}") from None
+class DefenseSettings(Settings):
+    """Options of one defence: a frozen record with a doc sentence under each field."""
 
 
 class Description(BaseModel):

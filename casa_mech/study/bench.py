@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
-from casa_mech.casa.trainer import batch_objective
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Query
@@ -72,7 +71,7 @@ def _steps(omni: Omni, examples: list[Example]) -> tuple[Callable[[], object], C
     def gated() -> None:
         model.train()
         ours.zero_grad()
-        loss, _ = batch_objective(parts, examples, batch_weights, limit)
+        loss, _ = parts.objective(examples, batch_weights, limit)
         loss.backward()
         ours.step()
 

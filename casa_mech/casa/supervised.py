@@ -1,0 +1,167 @@
+"""Supervised training on text: what CASA and plain fine-tuning share (method notes §1.4, §5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import BoolTensor, Tensor, nn
+
+from casa_mech.casa.adapter import Adapter
+from casa_mech.casa.config import CasaConfig, TrainSettings
+from casa_mech.casa.examples import BalancedBatches, check_examples, examples_digest, split_examples
+from casa_mech.casa.gate import SafetyGate
+from casa_mech.casa.objective import class_weights, objective, sequence_losses
+from casa_mech.casa.tokens import SafetyTokens
+from casa_mech.casa.trainer import Row, learning_rate_factor
+from casa_mech.omni import Omni
+from casa_mech.queries import Example
+from casa_mech.trace.gate import gated_targets
+
+CLASSES = ("harmful", "benign")
+
+
+class Trainable(Protocol):
+    """What a supervised run changes in one model, and its objective."""
+
+    @property
+    def omni(self) -> Omni:
+        """The model."""
+
+    @property
+    def beta(self) -> float:
+        """Weight of the harmful sequences."""
+
+    @property
+    def key(self) -> str:
+        """All that determines the objective and the start."""
+
+    def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """Trainable parameters by name, in the two groups that have a learning rate each."""
+
+    def objective(self, examples: Sequence[Example], weights: Tensor, max_reply_tokens: int) -> tuple[Tensor, Row]:
+        """The objective on `examples`, weighted by `weights` [batch] of the whole batch they are a part of; and sums
+        over the examples by name (see `class_sums`)."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What training CASA changes in one model."""
+
+    omni: Omni
+    config: CasaConfig
+    adapter: Adapter
+    gate: SafetyGate
+    tokens: SafetyTokens
+
+    @property
+    def beta(self) -> float:
+        """Weight of the harmful sequences."""
+        return self.config.beta
+
+    @property
+    def key(self) -> str:
+        """The configuration."""
+        return self.config.model_dump_json()
+
+    def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """Trainable parameters by name: LoRA and token rows; safety attention, if there is one."""
+        rows = {f"rows.{name}": value for name, value in self.tokens.rows.named_parameters()}
+        module = self.gate.attention
+        attention = {} if module is None else {f"attention.{name}": value for name, value in module.named_parameters()}
+        return self.adapter.parameters() | rows, attention
+
+    def objective(self, examples: Sequence[Example], weights: Tensor, max_reply_tokens: int) -> tuple[Tensor, Row]:
+        """Safety token and reply, with the gate in the forward; sums of the loss parts, v_s and right tokens."""
+        omni, tokens = self.omni, self.tokens
+        harmful = is_harmful(examples).to(omni.device)
+        ids = tokens.ids.tolist()
+        targets = [
+            [ids[example.query.label == "harmful"], *omni.reply_ids(example.reply)[:max_reply_tokens]]
+            for example in examples
+        ]
+        batch = omni.encode([example.query for example in examples], targets, prefill=False)
+        forward = gated_targets(omni, batch, self.gate, tokens.rows)
+        losses = sequence_losses(self.config, forward, harmful)
+        loss = objective(losses, weights.to(omni.device), self.config.lambda_tok)
+        columns = {"token": losses.token, "reply": losses.reply, "v": forward.reading.v_s, "right": losses.correct}
+        return loss, {"loss": loss.item(), **class_sums(columns, harmful)}
+
+
+class Supervised:
+    """A `Learner` of labelled examples: class-balanced batches, a validation set, a cosine schedule.
+
+    Raises:
+        InputError: examples with media or without a label, or a class without examples.
+    """
+
+    def __init__(self, parts: Trainable, examples: Sequence[Example], settings: TrainSettings) -> None:
+        check_examples(examples)
+        self._parts, self._settings = parts, settings
+        train, self._held = split_examples(examples, settings.validation, settings.seed)
+        self._batches = BalancedBatches(train, settings.batch_size, settings.seed)
+        self.steps = settings.max_steps or self._batches.steps(settings.epochs)
+        self.validates = bool(self._held)
+        self.key = (examples_digest(examples), settings.model_dump_json(), parts.key)
+
+    @property
+    def omni(self) -> Omni:
+        """The model."""
+        return self._parts.omni
+
+    def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """Trainable parameters by name, in the two groups that have a learning rate each."""
+        return self._parts.groups()
+
+    def rate(self, step: int) -> float:
+        """A short rise, then half a cosine."""
+        return learning_rate_factor(step, self.steps, self._settings.warmup)
+
+    def losses(self, step: int) -> Iterator[tuple[Tensor, Row]]:
+        """The objective on the batch of `step`, in parts that fit in memory."""
+        yield from self._objectives(self._batches.batch(step))
+
+    def validation(self) -> list[Row]:
+        """The objective's sums on the examples held out."""
+        return [row for _, row in self._objectives(self._held)]
+
+    def summarise(self, sums: Sequence[Row]) -> Row:
+        """Means of what the objective summed, over the parts of one batch."""
+        return class_means(sums)
+
+    def _objectives(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, Row]]:
+        weights = class_weights(is_harmful(examples), self._parts.beta)
+        size, limit = self._settings.micro_batch_size, self._settings.max_reply_tokens
+        for start in range(0, len(examples), size):
+            yield self._parts.objective(examples[start : start + size], weights[start : start + size], limit)
+
+
+def is_harmful(examples: Sequence[Example]) -> BoolTensor:
+    """Whether each example is labelled harmful; [batch]."""
+    return torch.tensor([example.query.label == "harmful" for example in examples])
+
+
+def class_sums(columns: Mapping[str, Tensor], harmful: BoolTensor) -> Row:
+    """For each column [batch] its sums over the harmful and the benign examples, and how many there are of each."""
+    values = torch.stack([column.to(torch.float32) for column in columns.values()]).detach()
+    sums: Row = {}
+    for name, chosen in zip(CLASSES, (harmful, ~harmful), strict=True):
+        found = [*(values * chosen).sum(dim=1).tolist(), float(chosen.sum())]
+        sums |= dict(zip((f"{key}_{name}" for key in (*columns, "n")), found, strict=True))
+    return sums
+
+
+def class_means(sums: Sequence[Row]) -> Row:
+    """Means of `class_sums` over the parts of one batch; right tokens of both classes become `token_accuracy`."""
+    total = {key: sum(row[key] for row in sums) for key in sums[0]}
+    row = {"loss": total["loss"]}
+    for key in total:
+        name = key.removesuffix("_harmful")
+        if name not in (key, "n", "right"):
+            row |= {f"{name}_{kind}": total[f"{name}_{kind}"] / max(1.0, total[f"n_{kind}"]) for kind in CLASSES}
+    if "right_harmful" in total:
+        count = total["n_harmful"] + total["n_benign"]
+        row["token_accuracy"] = (total["right_harmful"] + total["right_benign"]) / count
+    return row
