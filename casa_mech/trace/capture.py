@@ -2,74 +2,190 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
 
 import nnsight
 import torch
-from torch import BoolTensor, Tensor
+from torch import BoolTensor, LongTensor, Tensor
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
-from casa_mech.trace.sites import Site, check_sites, site_module
+from casa_mech.trace.sites import ENCODERS, Site, check_sites, site_module
 
-Positions = Literal["all", "last", "mean", "mean:text", "mean:image", "mean:audio"]
-"""`"all"`: every position; `"last"`: the gate's position; `"mean"`: mean over the prompt positions; `"mean:text"` and
-so on: mean over that modality's positions of the user's turns (zeros for a query that has none)."""
+Positions = str
+"""Which positions are read:
+
+* `"last"`: the gate's position, the assistant header's last token;
+* `"mean"`: mean over the prompt positions (content of user turns and the header); `"mean:text"`, `"mean:image"`,
+  `"mean:audio"`: mean over that modality's positions of the user's turns;
+* `"all"`: every position of the prompt, template included; `"every:4"`: every fourth of them, from the first;
+* `"prefill"`: each token of the attacker's opening; `"generated:7"`: tokens 0 to 7 of the reply. The state at a token is
+  the one that has read it and predicts the next.
+"""
+
+_KNOWN = "last, mean, mean:text, mean:image, mean:audio, all, every:<n>, prefill, generated:<k>"
 
 
-def capture(omni: Omni, batch: OmniBatch, sites: Sequence[Site], positions: Positions = "last") -> dict[Site, Tensor]:
-    """Hidden states at `sites`, from one forward that stops after the last of them.
+@dataclass(frozen=True)
+class Cut:
+    """Positions picked from a batch: `pick` vectors, one for each (query, position) or, for a mean, one a query.
 
-    Returns:
-        For each site a tensor on the model's device and in its dtype: [batch, position, d_model] for `"all"`, else
-        [batch, d_model].
+    row: long [pick], the query. column: long [pick], the position in the padded batch (a mean's: -1). at: long [pick],
+    the token's number in the prompt, or in the prefill or reply for those (a mean's: -1). mask: for a mean, bool
+    [pick, position], what it is taken over; else None.
+    """
+
+    positions: Positions
+    row: LongTensor
+    column: LongTensor
+    at: LongTensor
+    mask: BoolTensor | None = None
+
+
+def check_positions(positions: Positions) -> Positions:
+    """`positions`, if there are such.
 
     Raises:
-        InputError: a site or a choice of positions that does not exist.
+        InputError: there are not.
+    """
+    if not re.fullmatch(r"last|mean(:(text|image|audio))?|all|every:[1-9]\d*|prefill|generated:\d+", positions):
+        raise InputError(f"no positions {positions!r}; use {_KNOWN}")
+    return positions
+
+
+def make_cut(batch: OmniBatch, positions: Positions) -> Cut:
+    """The cut of `batch` at `positions`; queries that have no such position are left out.
+
+    Raises:
+        InputError: a choice of positions that does not exist.
+    """
+    kind, _, detail = check_positions(positions).partition(":")
+    if kind == "mean":
+        mask = batch.modality[detail] if detail else batch.prompt_mask
+        row = mask.any(dim=1).nonzero()[:, 0]
+        none = torch.full_like(row, -1)
+        return Cut(positions, row, none, none, mask[row])
+    column = torch.arange(batch.prompt_mask.shape[1], device=row_device(batch))[None]
+    start = (batch.inputs["attention_mask"] == 0).sum(dim=1, keepdim=True)
+    gate, end = batch.gate_position[:, None], batch.last_position[:, None]
+    first, last = {
+        "last": (gate, gate),
+        "all": (start, gate),
+        "every": (start, gate),
+        "prefill": (gate + 1, end),
+        "generated": (end + 1, end + 1 + int(detail or 0)),
+    }[kind]
+    step = int(detail) if kind == "every" else 1
+    row, column = ((column >= first) & (column <= last) & ((column - first) % step == 0)).nonzero().unbind(dim=1)
+    origin = start if kind == "last" else first
+    return Cut(positions, row, column, column - origin[row, 0])
+
+
+def row_device(batch: OmniBatch) -> torch.device:
+    """Where the batch's tensors are."""
+    return batch.gate_position.device
+
+
+def capture_cuts(omni: Omni, batch: OmniBatch, sites: Sequence[Site], cuts: Sequence[Cut]) -> dict[Site, list[Tensor]]:
+    """Hidden states at `sites` and `cuts`, from one forward that stops after the last of the sites.
+
+    Args:
+        omni: the model; whatever is attached to it (LoRA) takes part.
+        batch: the queries, on the model's device.
+        sites: where to read.
+        cuts: which positions, made from this batch.
+
+    Returns:
+        For each site, in the order in which the model runs them, a tensor for each cut, on the model's device and in its
+        dtype: [pick, d_model], heads [pick, head, d_head]. A mean at an encoder's site is over that encoder's positions
+        only; where a vector has none of them it is zero.
+
+    Raises:
+        InputError: a site that the model does not have; the message lists those that it has.
     """
     order = check_sites(sites, omni.n_layers)
     if not order:
         return {}
-    batch = batch.to(omni.device)
-    mask = _position_mask(batch, positions)
     with torch.no_grad():
-        return _capture(omni, batch, order, mask, mean=positions.startswith("mean"))
+        found = _trace(omni, batch, order, cuts)
+    heads = omni.model.config.text_config.num_attention_heads
+    for site, states in found.items():
+        if str(site).startswith("z."):
+            found[site] = [state.unflatten(-1, (heads, -1)) for state in states]
+    return found
 
 
-def _capture(
-    omni: Omni, batch: OmniBatch, order: list[Site], mask: BoolTensor | None, mean: bool
-) -> dict[Site, Tensor]:
-    places = [(site, *site_module(omni, site)) for site in order]
+def _trace(omni: Omni, batch: OmniBatch, order: list[Site], cuts: Sequence[Cut]) -> dict[Site, list[Tensor]]:
+    mine = [site for site in order if site not in ENCODERS or encodes(batch, site)]
+    towers = {"audio": omni.nnsight.model.audio_tower, "vision": omni.nnsight.model.visual}
+    places = [(site, None if site in ENCODERS else site_module(omni, site)) for site in mine]
     with omni.nnsight.trace(**batch.inputs, use_cache=False) as tracer:
-        states = nnsight.save({})
-        for site, module, side in places:
-            hidden = module.input if side == "input" else module.output
-            states[site] = select_positions(hidden, mask, mean)
+        found = nnsight.save({})
+        for site, place in places:
+            if place is None:
+                hidden, valid = _placed(batch, site, towers[site].output)
+            else:
+                hidden, valid = (place[0].input if place[1] == "input" else place[0].output), None
+            found[site] = [cut_states(hidden, cut, valid) for cut in cuts]
         tracer.stop()
-    return states
+    width = omni.d_model
+    for site in order:
+        if site not in found:  # an encoder that had nothing to do
+            like = omni.language_model.embed_tokens.weight
+            found[site] = [like.new_zeros(len(cut.row), width) for cut in cuts]
+    return {site: found[site] for site in order}
 
 
-def select_positions(hidden: Tensor, mask: BoolTensor | None, mean: bool) -> Tensor:
-    """`hidden` [batch, position, d_model] at `mask` [batch, position]: the mean or the one position; all if no mask."""
-    if mask is None:
-        return hidden.clone()
-    if not mean:
-        return hidden[mask]
+def encodes(batch: OmniBatch, site: Site) -> bool:
+    """Whether the encoder `site` runs on this batch."""
+    return ("input_features" if site == "audio" else "pixel_values") in batch.inputs
+
+
+def _placed(batch: OmniBatch, site: Site, output: object) -> tuple[Tensor, BoolTensor]:
+    """An encoder's packed output put at the positions it fills, [batch, position, d_model], and which those are."""
+    valid = batch.modality[ENCODERS[str(site)]]
+    packed: Tensor = output.last_hidden_state if site == "audio" else output.pooler_output  # type: ignore[attr-defined]
+    hidden = packed.new_zeros(*valid.shape, packed.shape[-1])
+    hidden[valid] = packed
+    return hidden, valid
+
+
+def cut_states(hidden: Tensor, cut: Cut, valid: BoolTensor | None = None) -> Tensor:
+    """`hidden` [batch, position, width] at `cut`: [pick, width]. `valid` [batch, position]: what a mean may count."""
+    if cut.mask is None:
+        return hidden[cut.row, cut.column]
+    weight = cut.mask if valid is None else cut.mask & valid[cut.row]
+    return _mean(hidden if len(cut.row) == len(hidden) else hidden[cut.row], weight)
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
     weight = mask.to(torch.float32)
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.einsum("bp,bpd->bd", weight, hidden.to(torch.float32)).to(hidden.dtype)
+    return torch.bmm(weight.unsqueeze(1), hidden.to(torch.float32)).squeeze(1).to(hidden.dtype)
 
 
-def _position_mask(batch: OmniBatch, positions: str) -> BoolTensor | None:
+def capture(omni: Omni, batch: OmniBatch, sites: Sequence[Site], positions: Positions = "last") -> dict[Site, Tensor]:
+    """Hidden states at `sites`, one vector a query or every padded position, from one forward that stops early.
+
+    Returns:
+        For each site a tensor on the model's device and in its dtype: for `"all"` [batch, position, d_model] with
+        padding, else [batch, d_model]; zeros for a query that has no such positions. Heads have two axes for d_model.
+
+    Raises:
+        InputError: a site or a choice of positions that does not exist, or more than one position a query.
+    """
+    batch = batch.to(omni.device)
     if positions == "all":
-        return None
-    if positions == "last":
-        width = batch.prompt_mask.shape[1]
-        return torch.arange(width, device=batch.gate_position.device)[None] == batch.gate_position[:, None]
-    if positions == "mean":
-        return batch.prompt_mask
-    kind = positions.removeprefix("mean:")
-    if kind not in batch.modality:
-        raise InputError(f"no positions {positions!r}; use all, last, mean, mean:text, mean:image or mean:audio")
-    return batch.modality[kind]
+        every = torch.ones_like(batch.prompt_mask).nonzero()
+        cut = Cut("all", every[:, 0], every[:, 1], every[:, 1])
+        found = capture_cuts(omni, batch, sites, [cut])
+        return {site: states[0].unflatten(0, batch.prompt_mask.shape) for site, states in found.items()}
+    cut = make_cut(batch, positions)
+    if positions != "last" and cut.mask is None:
+        raise InputError(f"positions {positions!r} are several a query; capture_cuts gives them")
+    return {
+        site: states[0].new_zeros(batch.size, *states[0].shape[1:]).index_copy(0, cut.row, states[0])
+        for site, states in capture_cuts(omni, batch, sites, [cut]).items()
+    }

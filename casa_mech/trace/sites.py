@@ -1,6 +1,6 @@
 """Names of the places in the model that can be read, and how each is reached through nnsight.
 
-nnsight wants reads in the order in which the modules run, so a list of sites is always walked in `SITE_ORDER`.
+nnsight wants reads in the order in which the modules run, so a list of sites is always walked in `all_sites`' order.
 """
 
 from __future__ import annotations
@@ -11,35 +11,65 @@ from typing import Any, Literal
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 
-Site = int | Literal["embeddings", "norm"]
-"""`"embeddings"`: the merged text, image and audio embeddings that enter block 0; an int: that block's output (the
-residual stream after it); `"norm"`: the residual stream after the final RMSNorm, which the head reads."""
+Site = int | str
+"""A place in the model:
+
+* `"embeddings"`: the merged text, image and audio embeddings that enter block 0; an int: that block's output (the
+  residual stream after it); `"pre.3"`: the residual stream before block 3; `"norm"`: the residual stream after the final
+  RMSNorm, which the head reads. All [batch, position, d_model].
+* `"attention.3"`, `"mlp.3"`: what attention and MLP of block 3 add to the residual stream.
+* `"z.3"`: what the heads of block 3 found, before the output projection mixes them: [batch, position, head, d_head].
+* `"audio"`, `"vision"`: the encoders' outputs, projected to d_model, at the positions that they fill; zeros elsewhere.
+"""
+
+ENCODERS = {"audio": "audio", "vision": "image"}
+"""The encoder sites, in the order in which the encoders run, and the modality whose positions each fills."""
+IN_BLOCK = ("pre", "z", "attention", "mlp")
+
+
+def all_sites(n_layers: int) -> list[Site]:
+    """Every site of a model of `n_layers` blocks, in the order in which the model runs them."""
+    blocks = [site for layer in range(n_layers) for site in (*(f"{part}.{layer}" for part in IN_BLOCK), layer)]
+    return [*ENCODERS, "embeddings", *blocks, "norm"]
 
 
 def check_sites(sites: Iterable[Site], n_layers: int) -> list[Site]:
     """`sites` without doubles, in the order in which the model runs them.
 
     Raises:
-        InputError: a site that the model does not have.
+        InputError: a site that the model does not have; the message lists those that it has.
     """
-    wanted = set(sites)
-    order: list[Site] = ["embeddings", *range(n_layers), "norm"]
+    wanted, order = set(sites), all_sites(n_layers)
     unknown = [site for site in wanted if site not in order]
     if unknown:
+        last = n_layers - 1
+        parts = ", ".join(f"{part}.0..{part}.{last}" for part in IN_BLOCK)
         raise InputError(
-            f"no site {unknown[0]!r} in a model of {n_layers} blocks; use embeddings, 0..{n_layers - 1}, norm"
+            f"no site {unknown[0]!r} in a model of {n_layers} blocks; there are {', '.join(ENCODERS)}, embeddings, "
+            f"0..{last}, {parts}, norm"
         )
     return [site for site in order if site in wanted]
 
 
 def site_module(omni: Omni, site: Site) -> tuple[Any, Literal["input", "output"]]:
-    """The nnsight envoy at which `site` is read and written, and which side of it."""
+    """The nnsight envoy at which `site` (no encoder's) is read and written, and which side of it.
+
+    Heads are one flat tensor there: [batch, position, head * d_head].
+    """
     language_model = omni.nnsight.model.language_model
     if site == "embeddings":
         return language_model.layers[0], "input"
     if site == "norm":
         return language_model.norm, "output"
-    return language_model.layers[site], "output"
+    if isinstance(site, int):
+        return language_model.layers[site], "output"
+    part, _, layer = site.partition(".")
+    block = language_model.layers[int(layer)]
+    if part == "pre":
+        return block, "input"
+    if part == "mlp":
+        return block.mlp, "output"
+    return block.self_attn.o_proj, "input" if part == "z" else "output"
 
 
 def remirror(omni: Omni) -> None:
