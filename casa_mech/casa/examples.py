@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -55,35 +55,44 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
     return train, [examples[index] for index in sorted(held)]
 
 
-class BalancedBatches:
-    """Batches of which half are harmful; each class goes through its own shuffled passes, the smaller one more often.
+class Passes:
+    """`members` in shuffled passes, one after the other, so many a step.
 
-    The batch of a step is a function of the seed and the step, so that a resumed run sees what it would have seen.
+    What a step gets is a function of `seed` and the step, so that a resumed run sees what it would have seen.
     """
+
+    def __init__(self, members: Sequence[int], per_step: int, seed: Sequence[int]) -> None:
+        self._members, self._per_step, self._seed = members, per_step, list(seed)
+        self._order = lru_cache(maxsize=8)(self._shuffled)
+
+    def at(self, step: int) -> list[int]:
+        """The members of `step` (from 0)."""
+        size = len(self._members)
+        places = range(step * self._per_step, (step + 1) * self._per_step)
+        return [self._members[self._order(place // size)[place % size]] for place in places]
+
+    def _shuffled(self, number: int) -> list[int]:
+        rng = np.random.default_rng([*self._seed, number])
+        return [int(index) for index in rng.permutation(len(self._members))]
+
+
+class BalancedBatches:
+    """Batches of which half are harmful; each class goes through passes of its own, the smaller one more often."""
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
         self._examples = examples
         self._half = batch_size // 2
-        self._seed = seed
-        self._members = [
+        members = [
             [index for index, example in enumerate(examples) if example.query.label == label] for label in CLASSES
         ]
-        self._order = lru_cache(maxsize=8)(self._shuffled)
+        self._largest = max(map(len, members))
+        self._passes = [Passes(found, self._half, (seed, number)) for number, found in enumerate(members)]
 
     def steps(self, epochs: float) -> int:
         """Steps in `epochs` passes over the larger class."""
-        return max(1, round(epochs * max(len(members) for members in self._members) / self._half))
+        return max(1, round(epochs * self._largest / self._half))
 
     def batch(self, step: int) -> list[Example]:
         """The examples of `step` (from 0), the classes alternating."""
-        rows = [list(self._stream(number, step)) for number in range(len(CLASSES))]
+        rows = [passes.at(step) for passes in self._passes]
         return [self._examples[index] for pair in zip(*rows, strict=True) for index in pair]
-
-    def _stream(self, number: int, step: int) -> Iterator[int]:
-        size = len(self._members[number])
-        for position in range(step * self._half, (step + 1) * self._half):
-            yield self._members[number][self._order(number, position // size)[position % size]]
-
-    def _shuffled(self, number: int, epoch: int) -> list[int]:
-        rng = np.random.default_rng([self._seed, number, epoch])
-        return [int(index) for index in rng.permutation(len(self._members[number]))]

@@ -11,6 +11,7 @@ from torch.nn import functional
 from casa_mech.casa.attention import SAFE, UNSAFE
 from casa_mech.casa.config import CasaConfig
 from casa_mech.trace.gate import GatedTargets
+from casa_mech.trace.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ def sequence_losses(config: CasaConfig, targets: GatedTargets, harmful: BoolTens
     total = torch.zeros_like(token).index_add(0, targets.row, losses * is_reply)
     correct = targets.reading.pair.detach().argmax(dim=1) == truth
     return SequenceLosses(token, total / count.clamp(min=1), correct)
+
+
+def reply_losses(targets: Targets, size: int) -> Tensor:
+    """Mean loss of the reply's tokens [batch] of a teacher-forced forward without safety tokens; `size` is batch."""
+    losses = functional.cross_entropy(targets.logits, targets.tokens, reduction="none")
+    total = losses.new_zeros(size).index_add(0, targets.row, losses)
+    return total / torch.bincount(targets.row, minlength=size).clamp(min=1)
 
 
 def class_weights(harmful: BoolTensor, beta: float) -> Tensor:

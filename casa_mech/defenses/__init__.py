@@ -2,5 +2,6 @@
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
 from casa_mech.defenses.registry import DEFENSES, Entry, load_defense
+from casa_mech.defenses.training import train_defense
 
-__all__ = ["DEFENSES", "Defense", "DefenseSettings", "Description", "Entry", "load_defense"]
+__all__ = ["DEFENSES", "Defense", "DefenseSettings", "Description", "Entry", "load_defense", "train_defense"]

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from casa_mech.casa.config import CasaConfig, TrainSettings
 from casa_mech.defenses.base import Defense
+from casa_mech.defenses.casa import CasaDefense, CasaSettings
+from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
+from casa_mech.defenses.gated import GateSettings
 from casa_mech.defenses.none import NoSettings, Undefended
-from casa_mech.errors import InputError
+from casa_mech.defenses.refusal_token import RefusalToken, RefusalTokenSettings
+from casa_mech.defenses.ssft import Ssft, SsftSettings, SsftToken, SsftTokenSettings
+from casa_mech.defenses.trained import TrainedDefense, saved_as
+from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import Omni
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a defence is trained and loaded.
+
+    records: the records whose fields are its options in training. attach: makes it untrained from the model, a record
+    of each kind, and a seed. load: from the model, a folder, and the options at test time. saved_as: the name under
+    which its folders are saved; defences of one name share them.
+    """
+
+    records: tuple[type[BaseModel], ...]
+    attach: Callable[..., TrainedDefense]
+    load: Callable[[Omni, Path, Any], TrainedDefense]
+    saved_as: str
 
 
 @dataclass(frozen=True)
@@ -20,25 +42,64 @@ class Entry:
     """One defence.
 
     name: as on the command line. settings: its options at test time, a frozen record. summary: one line.
-    build: makes it on a model, for a defence without training. training: what a trained one is trained with. load:
-    makes a trained one from the folder it was saved in. train: trains one; see `train_defense`.
+    build: makes it from a model and `settings`, for a defence without training; recipe: for one with.
     """
 
     name: str
     settings: type[BaseModel]
     summary: str
     build: Callable[[Omni, Any], Defense] | None = None
+    recipe: Recipe | None = None
 
     @property
     def trains(self) -> bool:
         """Whether it has to be trained before it can be loaded."""
-        return self.build is None
+        return self.recipe is not None
+
+
+def _tokens(kind: type[SsftToken] | type[RefusalToken]) -> Recipe:
+    def attach(omni: Omni, config: SsftTokenSettings, training: TrainSettings, seed: int) -> TrainedDefense:
+        return kind.attach(omni, config.casa_config(), training, seed)
+
+    return Recipe((SsftTokenSettings, TrainSettings), attach, kind.load, "ssft-token")
 
 
 _ENTRIES = (
     Entry("none", NoSettings, "the model as it is", lambda omni, _: Undefended(omni)),
     Entry("safety-prompt", NoSettings, "the safety prompt alone", lambda omni, _: Undefended(omni, safety_prompt=True)),
     # Trained.
+    Entry(
+        "ssft",
+        NoSettings,
+        "fine-tuned to refuse, no token",
+        recipe=Recipe(
+            (SsftSettings, TrainSettings), Ssft, lambda omni, path, _: Ssft.from_pretrained(path, omni), "ssft"
+        ),
+    ),
+    Entry("ssft-token", GateSettings, "CASA without safety attention", recipe=_tokens(SsftToken)),
+    Entry(
+        "refusal-token",
+        RefusalTokenSettings,
+        "a threshold on the unsafe token's probability",
+        recipe=_tokens(RefusalToken),
+    ),
+    Entry(
+        "circuit-breaker",
+        NoSettings,
+        "representation rerouting",
+        recipe=Recipe(
+            (CircuitBreakerSettings,),
+            CircuitBreaker,
+            lambda omni, path, _: CircuitBreaker.from_pretrained(path, omni),
+            "circuit-breaker",
+        ),
+    ),
+    Entry(
+        "casa",
+        CasaSettings,
+        "safety tokens and safety attention",
+        recipe=Recipe((CasaConfig, TrainSettings), CasaDefense.attach, CasaDefense.load, "casa"),
+    ),
     # At decoding time.
 )
 DEFENSES: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
@@ -73,24 +134,38 @@ def load_defense(
         ModelError: the folder holds another defence, or does not fit the model.
     """
     entry = defense_entry(name)
-    chosen = options(name, entry.settings, settings)
-    if entry.build is None:
-        raise InputError(f"{name} is not built yet")
-    if path is not None:
-        raise InputError(f"defense {name!r} is not trained, so there is nothing to load from {path}; leave it out")
-    defense = entry.build(omni, chosen)
+    chosen = options(name, (entry.settings,), settings)[0]
+    defense = _loaded(entry, omni, path, chosen)
     defense.safety_prompt = defense.safety_prompt or safety_prompt
     return defense
 
 
-def options(name: str, kind: type[BaseModel], given: Mapping[str, Any]) -> Any:
-    """`given` as a record of `kind`, the options of the defence `name`.
+def _loaded(entry: Entry, omni: Omni, path: Path | str | None, settings: Any) -> Defense:
+    name, recipe = entry.name, entry.recipe
+    if recipe is None:
+        if path is not None:
+            raise InputError(f"defense {name!r} is not trained, so there is nothing to load from {path}; leave it out")
+        assert entry.build is not None
+        return entry.build(omni, settings)
+    if path is None:
+        raise InputError(
+            f"defense {name!r} has to be trained first: casa-mech train --defense {name} --out DIR; "
+            "then give DIR as path= (--gate DIR)"
+        )
+    found = saved_as(path)
+    if found != recipe.saved_as:
+        raise ModelError(f"{path} holds the defense {found!r}, not {name!r}; give the folder of one")
+    return recipe.load(omni, Path(path), settings)
+
+
+def options(name: str, kinds: Sequence[type[BaseModel]], given: Mapping[str, Any]) -> list[Any]:
+    """`given` as a record of each of `kinds`, which together are the options of the defence `name`.
 
     Raises:
         InputError: an unknown option (the known ones are listed), or a value that does not fit.
     """
-    unknown = [option for option in given if option not in kind.model_fields]
+    known = [field for kind in kinds for field in kind.model_fields]
+    unknown = [option for option in given if option not in known]
     if unknown:
-        known = ", ".join(kind.model_fields) or "none"
-        raise InputError(f"defense {name!r} has no option {unknown[0]!r}; its options: {known}")
-    return kind(**given)
+        raise InputError(f"defense {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
+    return [kind(**{option: value for option, value in given.items() if option in kind.model_fields}) for kind in kinds]

@@ -4,7 +4,9 @@ nnsight, so they live in these importable modules and nowhere else."""
 from casa_mech.trace.capture import Positions, capture
 from casa_mech.trace.edit import edited_logits
 from casa_mech.trace.gate import GatedPrompt, GatedTargets, GateReading, gated_prompt, gated_targets
+from casa_mech.trace.layers import layer_states
 from casa_mech.trace.sites import Site
+from casa_mech.trace.targets import Targets, plain_targets
 
 __all__ = [
     "GateReading",
@@ -12,8 +14,11 @@ __all__ = [
     "GatedTargets",
     "Positions",
     "Site",
+    "Targets",
     "capture",
     "edited_logits",
     "gated_prompt",
     "gated_targets",
+    "layer_states",
+    "plain_targets",
 ]

@@ -1,0 +1,101 @@
+"""Defences that choose a safety token first: what CASA and its relatives without safety attention share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field
+
+from casa_mech.casa import Casa, CasaConfig, TrainSettings
+from casa_mech.casa.casa import REFUSAL
+from casa_mech.casa.generation import Order
+from casa_mech.casa.trainer import Row
+from casa_mech.defenses.base import DefenseSettings, Description
+from casa_mech.defenses.trained import TrainedDefense
+from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.queries import Example, Query, Reply
+
+
+class GateSettings(DefenseSettings):
+    """How a trained gate is used."""
+
+    order: Order = "A"
+    """With a prefill: A, the gate decides first; B, the prefill comes first."""
+    hard: bool = False
+    """Answer unsafe queries with `refusal` instead of generating."""
+    refusal: str = Field(default=REFUSAL, min_length=1)
+    """The hard gate's text."""
+
+
+class Gated(TrainedDefense):
+    """A `Casa` as a defence. Subclasses name themselves and choose the gate's form.
+
+    Args:
+        casa: attached to the model until `close`.
+        settings: how the gate is used.
+        training: settings of a run of `train`.
+    """
+
+    source: ClassVar[str]
+    settings_type: ClassVar[type[GateSettings]] = GateSettings
+
+    def __init__(
+        self, casa: Casa, settings: GateSettings | None = None, training: TrainSettings = TrainSettings()
+    ) -> None:
+        super().__init__(casa.omni)
+        self.casa, self.settings = casa, settings or self.settings_type()
+        self._plan = training
+        self._open = True
+
+    @classmethod
+    def attach(cls, omni: Omni, config: CasaConfig, training: TrainSettings = TrainSettings(), seed: int = 0) -> Self:
+        """Untrained, on `omni`; `seed` is that of its initial values."""
+        return cls(Casa.attach(omni, config, seed), None, training)
+
+    @classmethod
+    def load(cls, omni: Omni, path: Path, settings: GateSettings) -> Self:
+        """A saved gate on `omni` (see `Casa.from_pretrained`)."""
+        return cls(Casa.from_pretrained(path, omni), settings)
+
+    def train(
+        self, examples: Sequence[Example], out: Path | None = None, resume: bool = False, progress: bool = True
+    ) -> list[Row]:
+        """As `Casa.train`."""
+        return self.casa.train(examples, self._plan, out, resume, progress)
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """As `Casa.save_pretrained`."""
+        self.casa.save_pretrained(directory)
+
+    def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
+        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability."""
+        queries = self._prepared(queries, settings)
+        readings = self.casa.gate(queries, settings, order=self.settings.order)
+        return [float(reading.v_s or 0.0) for reading in readings]
+
+    def describe(self) -> Description:
+        """LoRA, two token rows and, in CASA, safety attention; one token more than the reply has."""
+        groups = self.casa.parts.groups()
+        return Description(
+            name=self.name,
+            changes=("weights", "logits"),
+            extra_forwards=1.0,
+            trained_parameters=sum(value.numel() for group in groups for value in group.values()),
+            source=self.source,
+            safety_prompt=self.safety_prompt,
+        )
+
+    def close(self) -> None:
+        """Take the gate off; the model is the base again."""
+        if self._open:
+            self.casa.detach()
+            self._open = False
+
+    def _replies(self, queries: Sequence[Query], settings: GenerationSettings, progress: bool) -> list[Reply]:
+        return self.casa.generate(queries, settings, progress=progress, **self._use())
+
+    def _use(self) -> dict[str, Any]:
+        """Arguments of `Casa.generate` that say how the gate is used."""
+        return {"order": self.settings.order, "hard": self.settings.hard, "refusal": self.settings.refusal}

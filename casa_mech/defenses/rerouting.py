@@ -1,0 +1,160 @@
+"""Representation rerouting: the losses and the schedule of circuit breakers (arXiv 2406.04313; method notes §5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from casa_mech.casa.adapter import Adapter
+from casa_mech.casa.examples import Passes, check_examples, examples_digest
+from casa_mech.casa.trainer import Row
+from casa_mech.errors import InputError
+from casa_mech.omni import Omni, OmniBatch
+from casa_mech.queries import Example
+from casa_mech.trace.layers import layer_states
+
+if TYPE_CHECKING:
+    from casa_mech.defenses.circuit_breaker import CircuitBreakerSettings
+
+
+def coefficients(step: int, alpha: float, horizon: int) -> tuple[float, float]:
+    """(c_s, c_r) at `step`: weight of rerouting, α(1 - t/2T₀), and of retaining, α·t/2T₀; `horizon` is 2T₀."""
+    done = step / horizon
+    return alpha * (1 - done), alpha * done
+
+
+def reroute_loss(states: Tensor, frozen: Tensor, mask: Tensor) -> Tensor:
+    """L_rr = Σ_layers Σ_positions m · ReLU(cos(h, h_frozen)) / Σ m, with m repeated for each layer; a scalar.
+
+    1 for the frozen model's states, 0 for orthogonal or opposite ones. Shapes: states and frozen [layer, batch,
+    position, d_model], mask [batch, position] (real tokens, prompt and completion).
+    """
+    mask = mask.bool().expand(states.shape[:-1])
+    cosine = functional.cosine_similarity(states[mask].float(), frozen[mask].float(), dim=-1)
+    return torch.relu(cosine).mean()
+
+
+def retain_loss(states: Tensor, frozen: Tensor, mask: Tensor) -> Tensor:
+    """L_retain = mean over layers, sequences and positions of m · ‖h - h_frozen‖₂; a scalar.
+
+    Padded positions add nothing, but count in the mean, as in the authors' code. Shapes as in `reroute_loss`.
+    """
+    # The norm's gradient at 0, where training starts, is taken as 0; padding may hold anything.
+    difference = (states - frozen).float().masked_fill(~mask.bool().unsqueeze(-1), 0.0)
+    return torch.linalg.vector_norm(difference, dim=-1).mean()
+
+
+class Rerouting:
+    """The `Learner` of circuit breakers.
+
+    Of each harmful example the circuit-breaker set takes the query with its harmful completion (`meta["compliance"]`),
+    the retain set the refusal; the benign examples are retained as they are.
+
+    Raises:
+        InputError: examples with media, without a label or, where harmful, without a completion.
+    """
+
+    validates = False
+
+    def __init__(
+        self, omni: Omni, adapter: Adapter, config: CircuitBreakerSettings, examples: Sequence[Example]
+    ) -> None:
+        check_examples(examples)
+        self._adapter, self._config = adapter, config
+        self.omni = omni
+        self.targets = config.target_layers(omni.n_layers)
+        self.depth = config.depth(omni.n_layers)
+        self.steps = config.max_steps
+        self.key = (examples_digest(examples), "circuit-breaker", config.model_dump_json())
+        harmful = [example for example in examples if example.query.label == "harmful"]
+        benign = [example for example in examples if example.query.label == "benign"]
+        self._sets = ([_completed(example) for example in harmful], benign, harmful)
+        refusals = round(config.refusal_share * config.batch_size)
+        counts = (config.batch_size, config.batch_size - refusals, refusals)
+        self._passes = [
+            Passes(range(len(found)), count, (config.seed, number))
+            for number, (found, count) in enumerate(zip(self._sets, counts, strict=True))
+        ]
+
+    def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """LoRA's parameters by name, and nothing."""
+        return self._adapter.parameters(), {}
+
+    def rate(self, step: int) -> float:
+        """A constant learning rate."""
+        return 1.0
+
+    def losses(self, step: int) -> Iterator[tuple[Tensor, Row]]:
+        """c_s · L_rr on the circuit-breaker batch, then c_r · L_retain on the retain batch."""
+        c_s, c_r = coefficients(step, self._config.alpha, self._config.two_t0)
+        broken, benign, refused = (
+            [found[index] for index in passes.at(step)] for found, passes in zip(self._sets, self._passes, strict=True)
+        )
+        blank = np.random.default_rng([self._config.seed, 3, step]).random(len(broken)) < self._config.blank_share
+        for part in self._parts(len(broken)):
+            batch = blanked(self._encode(broken[part]), torch.from_numpy(blank[part]))
+            states, frozen, mask = self._both(batch, max(self.targets))
+            loss = reroute_loss(states[self.targets], frozen[self.targets], mask)
+            yield self._weighted("reroute", loss, c_s, len(broken[part]) / len(broken))
+        kept = [*benign, *refused]
+        for part in self._parts(len(kept)):
+            loss = retain_loss(*self._both(self._encode(kept[part]), self.depth))
+            yield self._weighted("retain", loss, c_r, len(kept[part]) / len(kept))
+
+    def validation(self) -> list[Row]:
+        """None: the authors train for a fixed number of steps."""
+        return []
+
+    def summarise(self, sums: Sequence[Row]) -> Row:
+        """`loss`, and its parts `reroute` and `retain` before their weights `c_s` and `c_r`."""
+        names = dict.fromkeys(name for row in sums for name in row)
+        return {name: sum(row.get(name, 0.0) for row in sums) for name in names}
+
+    def _weighted(self, name: str, loss: Tensor, weight: float, share: float) -> tuple[Tensor, Row]:
+        value = loss.item()
+        row = {"loss": share * weight * value, name: share * value}
+        row["c_s" if name == "reroute" else "c_r"] = share * weight
+        return share * weight * loss, row
+
+    def _parts(self, size: int) -> Iterator[slice]:
+        for start in range(0, size, self._config.micro_batch_size):
+            yield slice(start, start + self._config.micro_batch_size)
+
+    def _encode(self, examples: Sequence[Example]) -> OmniBatch:
+        limit = self._config.max_reply_tokens
+        targets = [self.omni.reply_ids(example.reply)[:limit] for example in examples]
+        return self.omni.encode([example.query for example in examples], targets, prefill=False)
+
+    def _both(self, batch: OmniBatch, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """States [layer, batch, position, d_model] after 0 to `depth` blocks with LoRA and without, and the mask."""
+        self._adapter.enable(False)
+        try:
+            with torch.no_grad():
+                frozen = layer_states(self.omni, batch, depth)
+        finally:
+            self._adapter.enable(True)
+        return layer_states(self.omni, batch, depth), frozen, batch.inputs["attention_mask"]
+
+
+def blanked(batch: OmniBatch, rows: Tensor) -> OmniBatch:
+    """`batch` with the user's words of `rows` (bool [batch]) hidden, as if the request were empty."""
+    user = torch.stack(list(batch.modality.values())).any(dim=0)
+    hidden = user & rows.to(user.device).unsqueeze(1)
+    mask = batch.inputs["attention_mask"].masked_fill(hidden, 0)
+    return replace(batch, inputs={**batch.inputs, "attention_mask": mask})
+
+
+def _completed(example: Example) -> Example:
+    completion = example.query.meta.get("compliance")
+    if not completion:
+        raise InputError(
+            f"query {example.query.id}: circuit breakers reroute a harmful completion, and it has none; "
+            'give each harmful example one in meta["compliance"]'
+        )
+    return Example(query=example.query, reply=completion)

@@ -1,0 +1,75 @@
+"""Training a defence by name into a folder, so that a stopped training goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from casa_mech.casa.checkpoint import METRICS
+from casa_mech.defenses.registry import DEFENSES, defense_entry, options
+from casa_mech.defenses.trained import TrainedDefense
+from casa_mech.errors import InputError, RunError
+from casa_mech.files import write_text
+from casa_mech.omni import Omni
+from casa_mech.queries import Example
+
+WORK = "training"
+"""Sub-folder of checkpoints; gone once the defence is saved."""
+
+
+def train_defense(
+    name: str,
+    omni: Omni,
+    examples: Sequence[Example],
+    out: Path | str,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> TrainedDefense:
+    """Train a defence on text and save it in `out`; a training that was stopped there is continued.
+
+    Args:
+        name: one of `DEFENSES` that trains.
+        omni: the model, which carries the defence afterwards, until it is closed.
+        examples: labelled text queries with the replies they should get; for circuit breakers each harmful query
+            with its harmful completion in `meta["compliance"]`.
+        out: folder; new, empty, or with a stopped training. Ends up with what `load_defense` reads, and
+            `metrics.jsonl`, a row each step.
+        seed: of initial values, batches and dropout.
+        progress: show a bar.
+        settings: options in training; fields of the records in `DEFENSES[name].recipe`.
+
+    Raises:
+        InputError: an unknown defence or option, one that does not train, or examples that cannot be used.
+        RunError: `out` holds something else, or cannot be written. ModelError: the model has an adapter already.
+    """
+    entry = defense_entry(name)
+    if entry.recipe is None:
+        trained = ", ".join(other.name for other in DEFENSES.values() if other.trains)
+        raise InputError(f"defense {name!r} needs no training; those that do: {trained}")
+    records = options(name, entry.recipe.records, {"seed": seed, **settings})
+    out = Path(out)
+    check_folder(out)
+    defense = entry.recipe.attach(omni, *records, seed=seed)
+    try:
+        work = out / WORK
+        defense.train(examples, work, resume=True, progress=progress)
+        metrics = (work / METRICS).read_text(encoding="utf-8")
+        defense.save_pretrained(out)  # takes the place of the folder, the checkpoints included
+        write_text(out / METRICS, metrics)
+    except BaseException:
+        defense.close()
+        raise
+    return defense
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something else than a stopped training.
+
+    Raises:
+        RunError: it does, or is a file.
+    """
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / WORK).is_dir())):
+        raise RunError(f"{out} holds other files: choose a new or empty folder with --out")

@@ -1,0 +1,36 @@
+"""A teacher-forced forward without any gate: the logits that predict the targets, and no others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nnsight
+from torch import LongTensor, Tensor
+
+from casa_mech.omni import Omni, OmniBatch
+
+
+@dataclass(frozen=True)
+class Targets:
+    """With `target` the supervised tokens of the whole batch, row by row: `logits` [target, vocab], `tokens` [target],
+    `row` [target] (the query each belongs to)."""
+
+    logits: Tensor
+    tokens: LongTensor
+    row: LongTensor
+
+
+def plain_targets(omni: Omni, batch: OmniBatch) -> Targets:
+    """Teacher-forced forward over `batch`, whose `labels` must be set; keeps the autograd graph."""
+    batch = batch.to(omni.device)
+    assert batch.labels is not None
+    predicted = batch.labels[:, 1:] != -100
+    return Targets(_logits(omni, batch, predicted), batch.labels[:, 1:][predicted], predicted.nonzero()[:, 0])
+
+
+def _logits(omni: Omni, batch: OmniBatch, predicted: Tensor) -> Tensor:
+    model = omni.nnsight
+    with model.trace(**batch.inputs, use_cache=False):
+        model.lm_head.input = model.model.language_model.norm.output[:, :-1][predicted]
+        logits = nnsight.save(model.lm_head.output)
+    return logits  # noqa: RET504  (bound in the trace)
