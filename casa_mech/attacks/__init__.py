@@ -1,12 +1,24 @@
 """Attacks: pure functions from a query to an attacked query, and the speech and pictures they are made with."""
 
-from casa_mech.attacks.audio import AUDIO_PHRASE, spoken_letters, spoken_word
-from casa_mech.attacks.image import IMAGE_PHRASE, image_word
-from casa_mech.attacks.jailbreak import jailbreak, wrappers, wrappers_of
+from casa_mech.attacks.aiah import aiah
+from casa_mech.attacks.audio import AUDIO_PHRASE, Speech, distractor, spoken_letters, spoken_question, spoken_word
+from casa_mech.attacks.dialogue import multi_turn, split
+from casa_mech.attacks.fonts import FontChoice, find_font
+from casa_mech.attacks.image import IMAGE_PHRASE, figstep, figstep_as_text, image_word, rendered, sd_typo, typo
+from casa_mech.attacks.jailbreak import jailbreak, read_wrappers, wrappers, wrappers_of
 from casa_mech.attacks.prefill import PREFILL_LENGTHS, prefill
-from casa_mech.attacks.registry import ATTACKS, AttackContext, apply_attack
+from casa_mech.attacks.registry import (
+    ATTACKS,
+    STUDY_ATTACKS,
+    AttackContext,
+    apply_attack,
+    apply_with_twins,
+    attack_named,
+)
 from casa_mech.attacks.render import RenderSettings, render_word
-from casa_mech.attacks.text import letters_of, spell, spell_ahead
+from casa_mech.attacks.seeding import paired
+from casa_mech.attacks.text import letter_spaced, letters_of, spell, spell_ahead
+from casa_mech.attacks.typography import figstep_picture, page_picture, typo_picture
 from casa_mech.attacks.voice import EspeakVoice, Voice, VoiceSettings, add_noise, draw_settings, spell_clip
 
 __all__ = [
@@ -14,24 +26,46 @@ __all__ = [
     "AUDIO_PHRASE",
     "IMAGE_PHRASE",
     "PREFILL_LENGTHS",
+    "STUDY_ATTACKS",
     "AttackContext",
     "EspeakVoice",
+    "FontChoice",
     "RenderSettings",
+    "Speech",
     "Voice",
     "VoiceSettings",
     "add_noise",
+    "aiah",
     "apply_attack",
+    "apply_with_twins",
+    "attack_named",
+    "distractor",
     "draw_settings",
+    "figstep",
+    "figstep_as_text",
+    "figstep_picture",
+    "find_font",
     "image_word",
     "jailbreak",
+    "letter_spaced",
     "letters_of",
+    "multi_turn",
+    "page_picture",
+    "paired",
     "prefill",
+    "read_wrappers",
     "render_word",
+    "rendered",
+    "sd_typo",
     "spell",
     "spell_ahead",
     "spell_clip",
+    "split",
     "spoken_letters",
+    "spoken_question",
     "spoken_word",
+    "typo",
+    "typo_picture",
     "wrappers",
     "wrappers_of",
 ]

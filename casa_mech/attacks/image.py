@@ -1,18 +1,145 @@
-"""Typographic images: the key word is moved out of the text into a picture (FigStep's idea, arXiv 2311.05608)."""
+"""Typographic images: the key word or the whole request is moved out of the text into a picture.
+
+FigStep (arXiv 2311.05608), MM-SafetyBench's TYPO and SD+TYPO (arXiv 2311.17600), a plain page, and the micro-world's
+strip of letters.
+"""
 
 from __future__ import annotations
 
-from casa_mech.attacks.render import RenderSettings, render_word
-from casa_mech.attacks.seeding import query_rng
-from casa_mech.attacks.text import key_word, marked, replace_key
-from casa_mech.queries import ImagePart, Query
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from casa_mech.attacks.fonts import Use, find_font
+from casa_mech.attacks.render import RenderSettings, draw_style, render_word
+from casa_mech.attacks.seeding import PAIR, query_rng
+from casa_mech.attacks.text import key_word, marked, replace_key, request_text
+from casa_mech.attacks.typography import figstep_picture, figstep_text, page_picture, stack_pictures, typo_picture
+from casa_mech.attacks.wording import WORLD, wording_of
+from casa_mech.errors import InputError
+from casa_mech.queries import ImagePart, Part, Query, TextPart
 
 IMAGE_PHRASE = "the word in the image"
+_ASKS_HOW = re.compile(
+    r"^(?:please\s+)?(?:(?:tell|show|teach)\s+me\s+)?how\s+"
+    r"(?:(?:do|can|could|should|would|might)\s+(?:i|you|we|one|someone|somebody|anyone|a\s+person|people)|to|i\s+can)\s+",
+    re.IGNORECASE,
+)
 
 
 def image_word(query: Query, seed: int = 0, settings: RenderSettings = RenderSettings()) -> Query:
     """The key word drawn in an image that comes first; the text says "the word in the image" in its place."""
     parts = replace_key(query, IMAGE_PHRASE)
-    picture = render_word(key_word(query), query_rng(query, seed, "image"), settings)
-    meta = marked(query, surface="image", attack="image")
+    picture = _strip(key_word(query), query, seed, "image", settings)
+    return _shown(query, picture, parts, "image")
+
+
+def figstep(query: Query) -> Query:
+    """FigStep: the request as the heading of a list with three empty points, in a picture; the text asks to fill it.
+
+    The heading is `meta["instruction"]` ("Steps to ...", as the benchmark has it), else one made of the text.
+    """
+    with _named(query):
+        picture = figstep_picture(instruction_of(query))
+    return _shown(query, picture, _instead(query, wording_of(query).figstep), "figstep", "figstep")
+
+
+def figstep_as_text(query: Query) -> Query:
+    """FigStep's control in text alone: the same list in a code block, with the same request to fill it."""
+    asked = wording_of(query).figstep.replace("picture", "code block")
+    parts = _instead(query, f"```\n{figstep_text(instruction_of(query))}\n```\n{asked}")
+    return query.model_copy(update={"parts": parts, "meta": marked(query, surface="text", attack="figstep-text")})
+
+
+def instruction_of(query: Query) -> str:
+    """`meta["instruction"]`, else the text with "how do I ..." turned into "Steps to ..."."""
+    known = query.meta.get("instruction", "").strip()
+    if known:
+        return known
+    text = request_text(query)
+    steps, found = _ASKS_HOW.subn("Steps to ", text)
+    return re.sub(r"\s*[?.!]*$", ".", steps) if found else text
+
+
+def typo(query: Query) -> Query:
+    """MM-SafetyBench's TYPO: the key phrase in a picture, and a text that points to it.
+
+    The text is `meta["rephrased"]` (the benchmark's wording for this picture) where there is one, else the query's own
+    with "the phrase in the image" in the key phrase's place.
+    """
+    with _named(query):
+        picture = typo_picture(key_word(query))
+    return _shown(query, picture, _pointing(query), "typo", "typo")
+
+
+def sd_typo(query: Query, picture: Image.Image | Path | str) -> Query:
+    """MM-SafetyBench's SD+TYPO: `picture` (there: Stable Diffusion's "a photo of <key phrase>") above the TYPO picture.
+
+    Raises:
+        InputError: a picture that cannot be read, with the query's id.
+    """
+    with _named(query):
+        stacked = stack_pictures(_opened(picture), typo_picture(key_word(query)))
+    return _shown(query, stacked, _pointing(query), "sd-typo", "typo")
+
+
+def rendered(query: Query, seed: int = 0) -> Query:
+    """The whole text in a picture, plainly; the text only asks to answer it.
+
+    A page, or for the micro-world's own queries one strip of letter cells, which is what the organism reads.
+    """
+    wording, text = wording_of(query), request_text(query)
+    with _named(query):
+        if wording is WORLD:
+            picture = _strip(text, query, seed, "rendered", RenderSettings())
+            return _shown(query, picture, _instead(query, wording.rendered), "rendered")
+        return _shown(query, page_picture(text), _instead(query, wording.rendered), "rendered", "page")
+
+
+def _strip(text: str, query: Query, seed: int, purpose: str, settings: RenderSettings) -> Image.Image:
+    # Colours are drawn after as many moves as there are letters: a pair, of words unlike in length, draws them before.
+    style = draw_style(query_rng(query, seed, f"{purpose}-style"), settings) if PAIR in query.meta else None
+    return render_word(text, query_rng(query, seed, purpose), settings, style)
+
+
+def _pointing(query: Query) -> tuple[Part, ...]:
+    rephrased = query.meta.get("rephrased", "").strip()
+    return _instead(query, rephrased) if rephrased else replace_key(query, wording_of(query).image_phrase)
+
+
+def _instead(query: Query, text: str) -> tuple[Part, ...]:
+    """The query's media, and `text` in place of its text."""
+    request_text(query)
+    return (*(part for part in query.parts if not isinstance(part, TextPart)), TextPart(text=text))
+
+
+def _shown(query: Query, picture: Image.Image, parts: tuple[Part, ...], attack: str, use: Use | None = None) -> Query:
+    font = {"font": find_font(use).name} if use else {}
+    meta = marked(query, surface=attack, attack=attack, **font)
     return query.model_copy(update={"parts": (ImagePart(image=picture), *parts), "meta": meta})
+
+
+def _opened(picture: Image.Image | Path | str) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    try:
+        with Image.open(picture) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"no picture at {picture}; check the path") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{picture} is not a readable image ({error}); give a PNG or JPEG file") from None
+
+
+@contextmanager
+def _named(query: Query) -> Iterator[None]:
+    """Errors of what is drawn, with the query's id."""
+    try:
+        yield
+    except InputError as error:
+        if query.id in str(error):
+            raise
+        raise InputError(f"query {query.id!r}: {error}") from None

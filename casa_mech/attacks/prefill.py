@@ -22,14 +22,17 @@ def prefill(query: Query, k: int, tokenizer: PreTrainedTokenizerBase) -> Query:
     """`query` with the first `k` tokens of `meta["compliance"]` as its prefill; no special token is counted.
 
     The text is decoded from the tokens and encodes to exactly `k` tokens again. Where a cut inside a word would read
-    back as fewer or more, the opening nearest in length that is `k` tokens is taken.
+    back as fewer or more, the opening nearest in length that is `k` tokens is taken. With `k` 0 there is no prefill.
 
     Raises:
-        InputError: `k` below 1, no compliance text, one of fewer than `k` tokens, or one that no cut makes `k` tokens
+        InputError: `k` below 0, no compliance text, one of fewer than `k` tokens, or one that no cut makes `k` tokens
             (possible where a single character is several tokens).
     """
-    if k < 1:
-        raise InputError(f"a prefill needs at least one token, not {k}")
+    if k < 0:
+        raise InputError(f"a prefill cannot have {k} tokens: give 0 or more")
+    meta = marked(query, surface=query.meta.get("surface", "text"), attack=f"prefill-{k}")
+    if k == 0:
+        return query.model_copy(update={"prefill": "", "meta": meta})
     text = query.meta.get("compliance", "").strip()
     if not text:
         raise InputError(f"query {query.id!r} has no complying answer to take a prefill from: set meta['compliance']")
@@ -39,7 +42,6 @@ def prefill(query: Query, k: int, tokenizer: PreTrainedTokenizerBase) -> Query:
     opening = tokenizer.decode(tokens[:k], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if "\ufffd" in opening or _count(opening, tokenizer) != k:
         opening = _nearest(text, len(opening), k, tokenizer, query.id)
-    meta = marked(query, surface=query.meta.get("surface", "text"), attack=f"prefill-{k}")
     return query.model_copy(update={"prefill": opening, "meta": meta})
 
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from casa_mech.attacks.audio import spoken_letters, spoken_word
-from casa_mech.attacks.image import image_word
+from casa_mech.attacks.aiah import CONTROLS, Control, aiah
+from casa_mech.attacks.audio import (
+    DISTRACTORS,
+    Distractor,
+    Speech,
+    distractor,
+    spoken_letters,
+    spoken_question,
+    spoken_word,
+)
+from casa_mech.attacks.dialogue import multi_turn, split
+from casa_mech.attacks.image import figstep, figstep_as_text, image_word, rendered, sd_typo, typo
 from casa_mech.attacks.jailbreak import jailbreak, wrappers_of
 from casa_mech.attacks.prefill import PREFILL_LENGTHS, prefill
-from casa_mech.attacks.seeding import query_rng
-from casa_mech.attacks.text import marked, spell
+from casa_mech.attacks.seeding import paired, query_rng
+from casa_mech.attacks.text import letter_spaced, marked, spell
 from casa_mech.attacks.voice import Voice
 from casa_mech.errors import InputError
 from casa_mech.queries import Query
@@ -23,15 +36,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What an attack may draw on: the seed, the tokenizer (prefills need one), the wrappers to choose from, the voice.
+    """What an attack may draw on.
 
-    `wrappers` is a split of our own ("seen", "held_out", "all") or a list of texts that hold `{request}`.
+    seed: of every draw. tokenizer: the model's; prefills need one. wrappers: a split of our own ("seen", "held_out",
+    "all") or a list of texts that hold `{request}`. speech: voice, speed, pitch and noise of clips. picture: what
+    `sd-typo` puts above its text: a picture, or a folder of pictures named after the queries' ids.
     """
 
     seed: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
     wrappers: str | tuple[str, ...] = "held_out"
-    voice: Voice | None = None
+    speech: Speech = field(default_factory=Speech)
+    picture: Path | None = None
 
 
 Attack = Callable[[Query, AttackContext], Query]
@@ -48,26 +64,78 @@ def _jailbreak(query: Query, context: AttackContext) -> Query:
     return jailbreak(query, options[int(query_rng(query, context.seed, "jailbreak").integers(len(options)))])
 
 
-def _prefill(k: int) -> Attack:
-    def attack(query: Query, context: AttackContext) -> Query:
-        if context.tokenizer is None:
-            raise InputError(f"the attack prefill-{k} counts tokens: pass the model's tokenizer")
-        return prefill(query, k, context.tokenizer)
-
-    return attack
+def _prefill(query: Query, context: AttackContext, k: int) -> Query:
+    if context.tokenizer is None:
+        raise InputError(f"the attack prefill-{k} counts tokens: pass the model's tokenizer")
+    return prefill(query, k, context.tokenizer)
 
 
+def _sd_typo(query: Query, context: AttackContext) -> Query:
+    named = query.meta.get("picture", "")
+    source = Path(named) if named else context.picture
+    if source is None:
+        raise InputError(f"query {query.id!r} has no picture for sd-typo: set meta['picture'], or pass one (--picture)")
+    if source.is_dir():
+        stem = re.sub(r"[^\w.-]", "_", query.id)
+        found = [
+            path for suffix in (".png", ".jpg", ".jpeg", ".webp") if (path := source / f"{stem}{suffix}").is_file()
+        ]
+        if not found:
+            raise InputError(f"query {query.id!r}: no picture {stem}.png or .jpg in {source}; name them after the ids")
+        source = found[0]
+    return sd_typo(query, source)
+
+
+def _distractor(query: Query, context: AttackContext, kind: Distractor) -> Query:
+    return distractor(query, kind, context.seed, context.speech)
+
+
+def _aiah(query: Query, context: AttackContext, control: Control) -> Query:
+    return aiah(query, control, context.seed, context.speech)
+
+
+STUDY_ATTACKS = (
+    "plain",
+    "jailbreak",
+    "spelled",
+    "image",
+    "audio",
+    "spoken",
+    *(f"prefill-{k}" for k in PREFILL_LENGTHS),
+)
+"""The rows of the default study's table."""
 ATTACKS: Mapping[str, Attack] = MappingProxyType(
     {
         "plain": _plain,
         "jailbreak": _jailbreak,
         "spelled": lambda query, context: spell(query),
+        "letter-spaced": lambda query, context: letter_spaced(query),
         "image": lambda query, context: image_word(query, context.seed),
-        "audio": lambda query, context: spoken_letters(query, context.seed, voice=context.voice),
-        "spoken": lambda query, context: spoken_word(query, context.seed, voice=context.voice),
-        **{f"prefill-{k}": _prefill(k) for k in PREFILL_LENGTHS},
+        "rendered": lambda query, context: rendered(query, context.seed),
+        "figstep": lambda query, context: figstep(query),
+        "figstep-text": lambda query, context: figstep_as_text(query),
+        "typo": lambda query, context: typo(query),
+        "sd-typo": _sd_typo,
+        "audio": lambda query, context: spoken_letters(query, context.seed, speech=context.speech),
+        "spoken": lambda query, context: spoken_word(query, context.seed, speech=context.speech),
+        "spoken-question": lambda query, context: spoken_question(query, context.seed, context.speech),
+        **{f"distractor-{kind}": partial(_distractor, kind=kind) for kind in DISTRACTORS},
+        **{f"aiah-{control}": partial(_aiah, control=control) for control in CONTROLS},
+        "multi-turn": lambda query, context: multi_turn(query),
+        "split": lambda query, context: split(query, context.seed, context.speech),
+        **{f"prefill-{k}": partial(_prefill, k=k) for k in PREFILL_LENGTHS},
     }
 )
+
+
+def attack_named(name: str) -> Attack:
+    """The attack of that name; `prefill-K` for any whole number K too, listed or not. InputError for an unknown one."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    length = re.fullmatch(r"prefill-(0|[1-9]\d*)", name, re.ASCII)
+    if not length:
+        raise InputError(f"unknown attack {name!r}; attacks: {', '.join(ATTACKS)}, or prefill-K for any number K")
+    return partial(_prefill, k=int(length[1]))
 
 
 def apply_attack(
@@ -77,14 +145,35 @@ def apply_attack(
     tokenizer: PreTrainedTokenizerBase | None = None,
     wrappers: str | Sequence[str] = "held_out",
     voice: Voice | None = None,
+    speech: Speech | None = None,
+    picture: Path | None = None,
 ) -> list[Query]:
     """`queries` under the attack `name`, in their order; the rest of each query's meta is kept.
 
-    Draws depend on `seed` and each query's id alone, never on what else is in the list. InputError for an unknown
-    name and for a query that the attack cannot be used on (no key word, no compliance text, ...), naming its id.
+    Draws depend on `seed` and each query's id alone, never on what else is in the list. `speech` says how clips are
+    spoken; `voice` alone changes the synthesiser. InputError for an unknown name and for a query that the attack cannot
+    be used on (no key word, no compliance text, ...), naming its id.
     """
-    if name not in ATTACKS:
-        raise InputError(f"unknown attack {name!r}; attacks: {', '.join(ATTACKS)}")
+    attack = attack_named(name)
     choice = wrappers if isinstance(wrappers, str) else tuple(wrappers)
-    context = AttackContext(seed=seed, tokenizer=tokenizer, wrappers=choice, voice=voice)
-    return [ATTACKS[name](query, context) for query in queries]
+    context = AttackContext(seed, tokenizer, choice, speech or Speech(voice=voice), picture)
+    return [attack(query, context) for query in queries]
+
+
+def apply_with_twins(
+    name: str, queries: Sequence[Query], twins: Sequence[Query], seed: int = 0, **options: object
+) -> tuple[list[Query], list[Query]]:
+    """`queries` and their benign `twins` under one attack, pairwise with the same draws (see `seeding.paired`).
+
+    Args:
+        name: the attack.
+        queries: what is attacked.
+        twins: as many benign queries.
+        seed: of every draw.
+        options: the others of `apply_attack`.
+
+    Raises:
+        InputError: as `apply_attack`; also when there are not as many twins as queries.
+    """
+    first, second = paired(queries, twins)
+    return apply_attack(name, first, seed, **options), apply_attack(name, second, seed, **options)  # type: ignore[arg-type]

@@ -51,19 +51,38 @@ def _colours(rng: np.random.Generator, contrast: float) -> tuple[np.ndarray, np.
             return pair[0], pair[1]
 
 
+@dataclass(frozen=True)
+class Style:
+    """One font size in pixels, and the ink's and the background's colour `[3]` in 0-255."""
+
+    size: int
+    front: tuple[float, ...]
+    back: tuple[float, ...]
+
+
+def draw_style(rng: np.random.Generator, settings: RenderSettings = RenderSettings()) -> Style:
+    """A size and a pair of colours, drawn before any word is known, so that words of any length can share them."""
+    size = int(rng.integers(settings.font_sizes[0], settings.font_sizes[1] + 1))
+    front, back = _colours(rng, settings.min_contrast)
+    return Style(size, tuple(front.tolist()), tuple(back.tolist()))
+
+
 def render_word(
-    word: str, rng: np.random.Generator | int = 0, settings: RenderSettings = RenderSettings()
+    word: str,
+    rng: np.random.Generator | int = 0,
+    settings: RenderSettings = RenderSettings(),
+    style: Style | None = None,
 ) -> Image.Image:
     """`word` as an RGB strip of height 28 and width 28 a letter (two cells at least).
 
-    One font size and one pair of colours a word; every letter is moved a little within its cell. Spaces leave a cell
-    empty. InputError when there is nothing to draw.
+    One font size and one pair of colours a word, those of `style` if given; every letter is moved a little within its
+    cell. Spaces leave a cell empty. InputError when there is nothing to draw.
     """
     if not word.strip() or not word.isprintable():
         raise InputError(f"there is nothing to draw in {word!r}: give a word of printable letters")
     rng = rng if isinstance(rng, np.random.Generator) else np.random.default_rng(rng)
     cells = max(len(word), settings.min_cells)
-    size = int(rng.integers(settings.font_sizes[0], settings.font_sizes[1] + 1))
+    size = style.size if style else int(rng.integers(settings.font_sizes[0], settings.font_sizes[1] + 1))
     moves = rng.integers(-settings.jitter, settings.jitter + 1, size=(len(word), 2))
     ink = np.zeros((CELL, CELL * cells), dtype=np.float32)
     for index, (letter, (down, right)) in enumerate(zip(word, moves, strict=True)):
@@ -73,7 +92,10 @@ def render_word(
         top = int(np.clip((CELL - height) // 2 + down, 0, CELL - height))
         left = int(np.clip((CELL - width) // 2 + right, 0, CELL - width)) + CELL * index
         ink[top : top + height, left : left + width] = glyph
-    front, back = _colours(rng, settings.min_contrast)
+    if style:
+        front, back = np.array(style.front), np.array(style.back)
+    else:
+        front, back = _colours(rng, settings.min_contrast)
     pixels = back + ink[..., None] * (front - back)
     if settings.noise > 0:
         pixels = pixels + rng.standard_normal(pixels.shape, dtype=np.float32) * settings.noise

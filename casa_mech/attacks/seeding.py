@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
+from casa_mech.errors import InputError
 from casa_mech.queries import Query
+
+PAIR = "pair"
+"""Key of `Query.meta`: queries of one pair draw alike."""
 
 
 def query_rng(query: Query, seed: int, purpose: str) -> np.random.Generator:
-    """A generator fixed by `seed`, the query's id and what it is for."""
-    digest = hashlib.sha256(f"{seed}\0{purpose}\0{query.id}".encode()).digest()
+    """A generator fixed by `seed`, the query's pair or else its id, and what it is for."""
+    digest = hashlib.sha256(f"{seed}\0{purpose}\0{query.meta.get(PAIR, query.id)}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+def paired(queries: Sequence[Query], twins: Sequence[Query]) -> tuple[list[Query], list[Query]]:
+    """`queries` and their `twins`, pairwise marked with `meta["pair"]` (the first one's id), in their orders.
+
+    Under any attack and seed the two of a pair then get the same wrapper, voice, speed, noise level, colours and size:
+    they differ in content alone, as a matched control must.
+
+    Raises:
+        InputError: as many twins as queries are needed.
+    """
+    if len(queries) != len(twins):
+        raise InputError(f"{len(queries)} queries and {len(twins)} twins: each query needs one, give as many of both")
+    marks = [{PAIR: query.id} for query in queries]
+    first, second = (
+        [query.model_copy(update={"meta": {**query.meta, **mark}}) for query, mark in zip(part, marks, strict=True)]
+        for part in (queries, twins)
+    )
+    return first, second

@@ -9,11 +9,21 @@ from casa_mech.queries import Part, Query, TextPart
 
 
 def key_word(query: Query) -> str:
-    """`meta["topic"]`; InputError when the query has none."""
-    word = query.meta.get("topic", "").strip()
+    """`meta["key_phrase"]`, else `meta["topic"]`; InputError when the query has neither."""
+    word = query.meta.get("key_phrase", "").strip() or query.meta.get("topic", "").strip()
     if not word:
-        raise InputError(f"query {query.id!r} has no key word: set meta['topic'] to the word or phrase to hide")
+        raise InputError(
+            f"query {query.id!r} has no key word: set meta['topic'] or meta['key_phrase'] to the word or phrase to hide"
+        )
     return word
+
+
+def request_text(query: Query) -> str:
+    """The text of the last user turn; InputError when it has none."""
+    text = " ".join(query.text.split())
+    if not text:
+        raise InputError(f"query {query.id!r} has no text to attack: give it a text part")
+    return text
 
 
 def replace_key(query: Query, replacement: str, keep_article: bool = False) -> tuple[Part, ...]:
@@ -21,9 +31,14 @@ def replace_key(query: Query, replacement: str, keep_article: bool = False) -> t
 
     InputError when no text part holds it as a whole word.
     """
-    word = key_word(query)
-    article = "" if keep_article else r"(?:\b(?:an?|some)\s+)?"
-    pattern = re.compile(rf"{article}(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    return replace_word(query, key_word(query), replacement, "topic", keep_article)
+
+
+def replace_word(
+    query: Query, word: str, replacement: str, name: str = "topic", keep_article: bool = False
+) -> tuple[Part, ...]:
+    """As `replace_key`, for any word; `name` is the meta key to blame when the text does not hold it."""
+    pattern = _pattern(word, keep_article)
     found, parts = 0, []
     for part in query.parts:
         if isinstance(part, TextPart):
@@ -33,14 +48,27 @@ def replace_key(query: Query, replacement: str, keep_article: bool = False) -> t
         parts.append(part)
     if not found:
         raise InputError(
-            f"query {query.id!r} does not say its key word {word!r}: set meta['topic'] to a word or phrase of its text"
+            f"query {query.id!r} does not say its key word {word!r}: set meta['{name}'] to a word or phrase of its text"
         )
     return tuple(parts)
 
 
+def key_as_said(query: Query) -> str:
+    """The key word as the text has it, with its article: "a bomb". InputError as for `replace_key`."""
+    replace_key(query, "")
+    found = _pattern(key_word(query), keep_article=False).search(query.text)
+    return found.group() if found else key_word(query)
+
+
+def _pattern(word: str, keep_article: bool) -> re.Pattern[str]:
+    article = "" if keep_article else r"(?:\b(?:an?|some)\s+)?"
+    return re.compile(rf"{article}(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+
+
 def marked(query: Query, **meta: str) -> dict[str, str]:
-    """The query's meta with `meta` added."""
-    return {**query.meta, **meta}
+    """The query's meta with `meta` added, and with `request`, the plain request that judges hold replies against."""
+    plain = {"request": query.text} if query.text.strip() else {}
+    return {**plain, **query.meta, **meta}
 
 
 def letters_of(word: str) -> str:
@@ -64,3 +92,14 @@ def spell_ahead(query: Query, phrase: str) -> Query:
     """
     parts = (TextPart(text=letters_of(key_word(query)) + " ."), *replace_key(query, phrase))
     return query.model_copy(update={"parts": parts, "meta": marked(query, surface="spelled", attack="spelled_ahead")})
+
+
+def letter_spaced(query: Query) -> Query:
+    """Every word of the text letter by letter, words apart by three spaces: "how do i" gives "h o w   d o   i"."""
+    request_text(query)
+    parts = [
+        TextPart(text="   ".join(" ".join(word) for word in part.text.split())) if isinstance(part, TextPart) else part
+        for part in query.parts
+    ]
+    meta = marked(query, surface="spelled", attack="letter-spaced")
+    return query.model_copy(update={"parts": tuple(parts), "meta": meta})

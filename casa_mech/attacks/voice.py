@@ -30,6 +30,7 @@ _ESPEAK_RATE = 22_050
 _VOICE_FILES = {"en-us": "lang/gmw/en-US", "en-gb": "lang/gmw/en"}
 # Of a variant only the timbre is taken: its breath is random noise and its echo keeps a state.
 _TIMBRE = ("pitch", "formant", "consonants", "stressAdd")
+_BRIEF = 24  # characters of what counts as a word
 _SILENCE = 0.03  # of a clip's peak: cuts espeak's fade-out tails too, which hold no phoneme
 
 
@@ -135,7 +136,10 @@ def trim(clip: np.ndarray) -> np.ndarray:
 
 
 class EspeakVoice:
-    """espeak-ng, loaded when first used; clips are kept on disk, and the last 8,192 in the process too."""
+    """espeak-ng, loaded when first used.
+
+    Clips are kept on disk under a hash of what is said and how; the last 8,192 letters and words in the process too.
+    """
 
     names: tuple[str, ...] = VOICE_NAMES
 
@@ -151,12 +155,13 @@ class EspeakVoice:
             raise InputError(f"unknown voice {settings.name!r}; known voices: {', '.join(self.names)}")
         if not (80 <= settings.speed <= 450 and 0 <= settings.pitch <= 99 and settings.volume > 0):
             raise InputError(f"{settings}: speed is 80-450 words a minute, pitch 0-99, volume above 0")
-        clip = _spoken(str(self._cache or cache_folder()), text, settings.name, settings.speed, settings.pitch)
+        # Sentences are read from the disk each time: thousands of them would fill the memory.
+        spoken = _spoken if len(text) <= _BRIEF else _cached
+        clip = spoken(str(self._cache or cache_folder()), text, settings.name, settings.speed, settings.pitch)
         return clip if settings.volume == 1.0 else np.clip(clip * np.float32(settings.volume), -1, 1)
 
 
-@lru_cache(maxsize=8192)
-def _spoken(folder: str, text: str, name: str, speed: int, pitch: int) -> np.ndarray:
+def _cached(folder: str, text: str, name: str, speed: int, pitch: int) -> np.ndarray:
     # Volume is left out on purpose: it is a factor on the samples and would only multiply the cache.
     import soundfile
 
@@ -165,10 +170,15 @@ def _spoken(folder: str, text: str, name: str, speed: int, pitch: int) -> np.nda
     try:
         clip, _ = soundfile.read(path, dtype="float32")
     except (OSError, soundfile.SoundFileError):
+        clip = np.zeros(0, dtype=np.float32)
+    if not len(clip):
         clip = _synthesised(text, VoiceSettings(name, speed, pitch))
         _keep(path, clip)
     clip.setflags(write=False)
     return clip
+
+
+_spoken = lru_cache(maxsize=8192)(_cached)
 
 
 def _synthesised(text: str, settings: VoiceSettings) -> np.ndarray:

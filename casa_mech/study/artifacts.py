@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 from matplotlib.figure import Figure
 
-from casa_mech.attacks import ATTACKS, apply_attack
+from casa_mech.attacks import STUDY_ATTACKS, apply_attack
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.casa.generation import Order
 from casa_mech.errors import InputError
@@ -182,9 +182,11 @@ class Study:
         cells: list[tuple[str, str, str, Label]] = []
         for model in self.models:
             for defense in (PRETRAINED, CASA):
-                cells += [(model, defense, attack, "harmful") for attack in ATTACKS]
+                cells += [(model, defense, attack, "harmful") for attack in STUDY_ATTACKS]
                 cells += [(model, defense, attack, "benign") for attack in BENIGN_ATTACKS]
-            cells += [(model, PREFILL_FIRST, attack, "harmful") for attack in ATTACKS if attack.startswith("prefill")]
+            cells += [
+                (model, PREFILL_FIRST, attack, "harmful") for attack in STUDY_ATTACKS if attack.startswith("prefill")
+            ]
         return cells
 
     def attack_results(self) -> pd.DataFrame:
