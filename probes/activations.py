@@ -1,35 +1,52 @@
-"""Hidden states of many queries at many sites, with what is known of each query, kept as safetensors and parquet."""
+"""Hidden states of many queries at many sites and positions: collected once, kept on disk, read without this package.
+
+A store is a folder:
+
+* `store.json`: `format`, the model's `fingerprint` and `source`, `sites` (in the order in which the model runs them),
+  `positions` and `dtype`;
+* `shards/00000.safetensors`, ...: for each site one tensor by its name, [row, d_model], or [row, head, d_head] for the
+  sites `z.<layer>`;
+* `index/00000.parquet`, ...: beside each shard what its rows are. `pandas.read_parquet("STORE/index")` reads all.
+  Columns: `query_id` and what else is known of the query (`INDEX_COLUMNS`); `order`, the query's place in the store;
+  `digest` of its content; `length` of its prompt in tokens; `position`, the choice of positions this row belongs to;
+  `at`, the token's number in the prompt (in the reply for `generated`, in the prefill for `prefill`; -1 for a mean);
+  `token`, its id (-1 for a mean); `tokens`, how many positions the vector is the mean of (1 if it is none), and
+  `audio_tokens` and `image_tokens`, how many of those an encoder filled (where 0, that encoder's vector is zero and
+  stands for nothing); `shard` and `row`.
+
+Rows of one position are consecutive in a shard. Shards are written whole and mapped into memory when read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from torch import Tensor
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import writing_folder
 from casa_mech.omni import Omni
+from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
-from casa_mech.trace.capture import Positions, capture
-from casa_mech.trace.sites import Site
-
-INDEX_COLUMNS = ("query_id", "label", "surface", "attack", "topic", "category", "split")
-_STATES, _INDEX = "states.safetensors", "index.parquet"
+from casa_mech.trace.capture import Cut, Positions
+from casa_mech.trace.sites import ENCODERS, Site
+from probes.gathering import INDEX_COLUMNS, Plan, fingerprint, index_rows, known_of, prompt_lengths, query_digest
+from probes.shards import next_number, read_about, read_index, shard_tensor, write_about, write_part
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Hidden states and the queries they belong to.
+    """One vector a query and site, in memory, and the queries they belong to.
 
     states: for each site, in the order in which the model runs them, float32 [query, d_model].
-    index: one row a query, with `INDEX_COLUMNS` (empty string where the query's maker said nothing).
-    positions: which positions were read (see `casa_mech.trace.capture`).
+    index: one row a query, with `INDEX_COLUMNS` (empty string where the query's maker said nothing) and `length`, the
+    prompt's number of tokens.
+    positions: which positions were read (see `casa_mech.trace.capture.Positions`).
     """
 
     states: dict[str, np.ndarray]
@@ -48,8 +65,30 @@ class Activations:
 
     @property
     def topics(self) -> np.ndarray:
-        """str [query]: each query's topic, the cluster that folds and intervals respect."""
-        return self.index["topic"].to_numpy(dtype=str)
+        """str [query]: what folds and intervals keep together: each query's topic, or itself where it has none.
+
+        The same rule as `casa_mech.judging.stats.cluster_of`.
+        """
+        topic = self.index["topic"]
+        return topic.where(topic != "", self.index["query_id"]).to_numpy(dtype=str)
+
+    def stacked(self, sites: Sequence[str] = ()) -> np.ndarray:
+        """[site, query, d_model] of `sites`, all when not given.
+
+        Raises:
+            InputError: a site that was not collected.
+        """
+        return np.stack([self.at(site) for site in sites or self.sites])
+
+    def at(self, site: str) -> np.ndarray:
+        """[query, d_model] at `site`.
+
+        Raises:
+            InputError: it was not collected; the message lists what was.
+        """
+        if site not in self.states:
+            raise InputError(f"no activations at site '{site}'; collected were {', '.join(self.sites)}")
+        return self.states[site]
 
     def where(self, **values: str) -> Activations:
         """The queries whose index columns have these values, such as `where(surface="audio")`.
@@ -65,31 +104,235 @@ class Activations:
         states = {site: array[keep] for site, array in self.states.items()}
         return Activations(states, self.index[keep].reset_index(drop=True), self.positions)
 
-    def save(self, folder: Path | str) -> None:
-        """Write `states.safetensors` and `index.parquet` into `folder`, whole or not at all."""
-        with writing_folder(folder) as temporary:
-            metadata = {"positions": self.positions, "sites": " ".join(self.sites)}
-            save_file(self.states, temporary / _STATES, metadata=metadata)
-            self.index.to_parquet(temporary / _INDEX)
+
+class ActivationStore:
+    """Activations on disk. Make one with `ActivationStore.collect`, open one with `ActivationStore.open`."""
+
+    def __init__(self, root: Path, about: Mapping[str, Any], index: pd.DataFrame) -> None:
+        self.root, self._about, self._index = root, about, index
 
     @classmethod
-    def load(cls, folder: Path | str) -> Activations:
-        """Read what `save` wrote.
+    def open(cls, root: Path | str, omni: Omni | None = None) -> ActivationStore:
+        """The store at `root`; with `omni`, only if that model made it.
 
         Raises:
-            RunError: files that are missing or do not belong together.
+            RunError: no store, another model's, or index and shards that are damaged or disagree.
         """
-        folder = Path(folder)
-        try:
-            with safe_open(folder / _STATES, framework="numpy") as stored:
-                metadata = stored.metadata()
-                states = {site: stored.get_tensor(site) for site in metadata["sites"].split()}
-            index = pd.read_parquet(folder / _INDEX)
-        except Exception as error:
-            raise RunError(f"{folder}: unreadable as activations ({error}); delete it, and it is made again") from None
-        if any(len(array) != len(index) for array in states.values()):
-            raise RunError(f"{folder}: states and index differ in length; delete the folder, it is made again")
-        return cls(states, index, metadata["positions"])
+        root = Path(root)
+        about = read_about(root)
+        if omni is not None and about["fingerprint"] != fingerprint(omni):
+            raise RunError(
+                f"{root} holds activations of {about['source']} ({about['fingerprint'][:8]}…), not of {omni.source} as "
+                f"it is now ({fingerprint(omni)[:8]}…): collect into another folder"
+            )
+        return cls(root, about, read_index(root, list(about["sites"])))
+
+    @classmethod
+    def collect(
+        cls,
+        omni: Omni,
+        queries: Sequence[Query],
+        sites: Sequence[Site] | None = None,
+        positions: Sequence[Positions] | Positions = ("last",),
+        out: Path | str = "activations",
+        *,
+        replies: Sequence[Sequence[int]] | None = None,
+        prefill: bool = False,
+        batch_size: int = 32,
+        shard_mb: int = 256,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ) -> ActivationStore:
+        """Hidden states of `queries`, added to the store `out`; queries that it holds already are passed over.
+
+        One forward a batch serves all sites and positions and stops after the deepest site. A run that was stopped is
+        continued by the same call, from the last whole shard.
+
+        Args:
+            omni: the model; whatever is attached to it (LoRA) takes part and is part of its fingerprint.
+            queries: any mixture of text, image and audio, each id once.
+            sites: where to read (`casa_mech.trace.sites.Site`); default every block's output and the final norm's.
+            positions: one or several choices (`casa_mech.trace.capture.Positions`).
+            out: the store's folder.
+            replies: token ids of each query's reply, for `generated:<k>`; default the model's own greedy reply.
+            prefill: whether the queries' assistant prefill is read too.
+            batch_size: queries in one forward.
+            shard_mb: megabytes at which a shard is closed; no more than that is held in memory.
+            dtype: of what is stored; default the model's own.
+            progress: whether to draw a bar.
+
+        Raises:
+            InputError: an unknown site or position, an id that comes twice or with another content, a query that cannot
+                be encoded, or a store that was begun with other sites or positions.
+            RunError: the store is another model's or damaged; states that are not finite; the disk is full.
+        """
+        plan = Plan.of(omni, sites, positions, replies, prefill)
+        store = cls._begin(Path(out), omni, plan, dtype or omni.dtype)
+        todo = store._missing(queries)
+        part = _Part(store, shard_mb * 2**20)
+        from tqdm import tqdm
+
+        with tqdm(
+            total=len(queries), initial=len(queries) - len(todo), disable=not progress, desc="activations"
+        ) as bar:
+            for group, batch, cuts, states in plan.run([queries[place] for place in todo], omni, batch_size, todo):
+                part.add([queries[place] for place in group], batch, cuts, states)
+                bar.update(len(group))
+        part.flush()
+        return cls.open(out)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Site names, in the order in which the model runs them."""
+        return tuple(self._about["sites"])
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """The choices of positions that were collected."""
+        return tuple(self._about["positions"])
+
+    def __len__(self) -> int:
+        """Number of vectors at each site."""
+        return len(self._index)
+
+    def frame(self, position: Positions = "", site: Site = "") -> pd.DataFrame:
+        """What the vectors are, one row each, by query and token. See the module for the columns.
+
+        Args:
+            position: only rows of this choice. site: only rows that mean something at this site (encoders have none
+                where a query has no such media); with both, the rows are those of `tensor`.
+
+        Raises:
+            InputError: a position or site that was not collected.
+        """
+        rows = self._index
+        if position:
+            self._known("position", position, self.positions)
+            rows = rows[rows["position"] == position]
+        if site != "":
+            self._known("site", str(site), self.sites)
+            modality = ENCODERS.get(str(site))
+            rows = rows[rows[f"{modality}_tokens"] > 0] if modality else rows
+        if not len(rows):
+            return rows
+        return rows.sort_values(["position", "order", "at"], kind="stable").reset_index(drop=True)
+
+    def tensor(self, site: Site, position: Positions) -> Tensor:
+        """The vectors at a site and choice of positions, in the order of `frame(position, site)`.
+
+        Returns:
+            [row, d_model], or [row, head, d_head], in the stored dtype, on the CPU. Of the mapped shards only these
+            rows are read.
+
+        Raises:
+            InputError: a position or site that was not collected.
+        """
+        rows = self.frame(position, site)
+        if not len(rows):
+            return torch.empty(0)
+        pieces, places = [], []
+        for shard, part in rows.groupby("shard", sort=False):
+            pieces.append(shard_tensor(self.root, int(shard), str(site))[torch.tensor(part["row"].to_list())])
+            places.append(torch.tensor(part.index.to_list()))
+        found = torch.cat(pieces)
+        return found[torch.argsort(torch.cat(places))]
+
+    def activations(self, position: Positions, sites: Sequence[Site] = ()) -> Activations:
+        """One vector a query in memory, for the probes: residual-stream and similar sites, float32, heads side by side.
+
+        Raises:
+            InputError: a choice with several vectors a query, an encoder's site, or what was not collected.
+        """
+        rows = self.frame(position)
+        if rows["query_id"].duplicated().any():
+            raise InputError(f"position '{position}' has several vectors a query; use tensor and frame")
+        names = [str(site) for site in sites] or [site for site in self.sites if site not in ENCODERS]
+        if set(names) & set(ENCODERS):
+            raise InputError("an encoder's site lacks queries without its media; use tensor and frame")
+        states = {name: self.tensor(name, position).flatten(1).to(torch.float32).numpy() for name in names}
+        return Activations(states, rows[[*INDEX_COLUMNS, "length"]], position)
+
+    @classmethod
+    def _begin(cls, root: Path, omni: Omni, plan: Plan, dtype: torch.dtype) -> ActivationStore:
+        about = {
+            "fingerprint": fingerprint(omni),
+            "source": omni.source,
+            "sites": [str(site) for site in plan.sites],
+            "positions": list(plan.positions),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if not (root / "store.json").exists():
+            if root.exists() and any(root.iterdir()):
+                raise RunError(f"{root} holds other files: choose a new or empty folder")
+            write_about(root, about)
+        store = cls.open(root, omni)
+        for key in ("sites", "positions", "dtype"):
+            if store._about[key] != about[key]:
+                found, wanted = store._about[key], about[key]
+                raise InputError(
+                    f"{root} was begun with {key} {found}, not {wanted}: ask for the same, or another folder"
+                )
+        return store
+
+    def _missing(self, queries: Sequence[Query]) -> list[int]:
+        known = dict(zip(self._index["query_id"], self._index["digest"], strict=True)) if len(self._index) else {}
+        seen: set[str] = set()
+        missing = []
+        for place, query in enumerate(queries):
+            if query.id in seen:
+                raise InputError(f"query {query.id}: the id comes twice; give each query its own")
+            seen.add(query.id)
+            if query.id not in known:
+                missing.append(place)
+            elif known[query.id] != query_digest(query):
+                raise InputError(f"query {query.id}: {self.root} holds another query of that id; rename it")
+        return missing
+
+    def _known(self, what: str, name: str, names: Sequence[str]) -> None:
+        if name not in names:
+            raise InputError(f"no {what} '{name}' in {self.root}; collected were {', '.join(names)}")
+
+
+class _Part:
+    """The rows that are not on disk yet; written when they reach a size."""
+
+    def __init__(self, store: ActivationStore, limit: int) -> None:
+        self._store, self._limit = store, limit
+        self._dtype: torch.dtype = getattr(torch, store._about["dtype"])
+        index = store._index
+        self._number, self._order = next_number(store.root), 1 + int(index["order"].max()) if len(index) else 0
+        self._clear()
+
+    def add(
+        self, queries: Sequence[Query], batch: OmniBatch, cuts: list[Cut], states: dict[Site, list[Tensor]]
+    ) -> None:
+        """Take a batch's vectors."""
+        self._rows += [index_rows(queries, batch, cut, self._order) for cut in cuts]
+        self._order += len(queries)
+        for site, found in states.items():
+            kept = [state.to("cpu", self._dtype) for state in found]
+            self._states.setdefault(str(site), []).extend(kept)
+            self._bytes += sum(state.nbytes for state in kept)
+        if self._bytes >= self._limit:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is."""
+        rows = pd.concat([pd.DataFrame(rows) for rows in self._rows], ignore_index=True) if self._rows else []
+        if len(rows):
+            # Rows of one position together, so that reading one choice touches one stretch of the file.
+            order = np.argsort(rows["position"].to_numpy(), kind="stable")
+            rows = rows.iloc[order].reset_index(drop=True)
+            rows["shard"], rows["row"] = self._number, np.arange(len(rows))
+            states = {site: torch.cat(found)[torch.from_numpy(order)] for site, found in self._states.items()}
+            write_part(self._store.root, self._number, states, rows)
+            self._number += 1
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._states: dict[str, list[Tensor]] = {}
+        self._bytes = 0
 
 
 def collect(
@@ -100,39 +343,34 @@ def collect(
     batch_size: int = 32,
     progress: bool = False,
 ) -> Activations:
-    """Hidden states of `queries`, in their order.
+    """One vector a query, in memory, in the queries' order: what `ActivationStore` keeps on disk.
 
     Args:
         omni: the model; whatever is attached to it (LoRA) takes part.
         queries: any mixture of text, image and audio. A prefill is left out: states are those before the reply.
-        sites: where to read; default every block's output and the final norm's.
-        positions: which positions; one vector a query, so not `"all"`.
+        sites: where to read, no encoder; default every block's output and the final norm's.
+        positions: `last` or a mean. A query without such positions gets zeros.
         batch_size: queries in one forward.
         progress: whether to draw a bar.
 
     Raises:
-        InputError: `positions="all"`, an unknown site, or a query that cannot be encoded.
+        InputError: positions that are several a query, an unknown site, or a query that cannot be encoded.
+        RunError: states that are not finite.
     """
     from tqdm import tqdm
 
-    if positions == "all":
-        raise InputError("collect keeps one vector a query; for every position call casa_mech.trace.capture")
-    wanted: list[Site] = list(sites) if sites is not None else [*range(omni.n_layers), "norm"]
-    rows: dict[str, np.ndarray] = {}
+    plan = Plan.of(omni, sites, positions)
+    if (positions != "last" and not positions.startswith("mean")) or set(plan.sites) & set(ENCODERS):
+        raise InputError("collect keeps one vector a query, and no encoder's; for more use ActivationStore.collect")
+    arrays: dict[str, np.ndarray] = {}
+    lengths = np.zeros(len(queries), dtype=int)
     with tqdm(total=len(queries), disable=not progress, desc="activations", unit="query") as bar:
-        for group in omni.batches(queries, batch_size):
-            batch = omni.encode([queries[index] for index in group], prefill=False)
-            for site, states in capture(omni, batch, wanted, positions).items():
-                array = states.to(torch.float32).cpu().numpy()
-                rows.setdefault(str(site), np.empty((len(queries), array.shape[1]), np.float32))[group] = array
+        for group, batch, (cut,), states in plan.run(queries, omni, batch_size, range(len(queries))):
+            rows = np.array(group)[cut.row.cpu().numpy()]
+            lengths[group] = prompt_lengths(batch)
+            for site, (state,) in states.items():
+                found = state.flatten(1).to(torch.float32).cpu().numpy()
+                arrays.setdefault(str(site), np.zeros((len(queries), found.shape[1]), np.float32))[rows] = found
             bar.update(len(group))
-    return Activations(rows, _index(queries), positions)
-
-
-def _index(queries: Sequence[Query]) -> pd.DataFrame:
-    known = INDEX_COLUMNS[2:]
-    records = [
-        {"query_id": query.id, "label": query.label or "", **{key: query.meta.get(key, "") for key in known}}
-        for query in queries
-    ]
-    return pd.DataFrame(records, columns=list(INDEX_COLUMNS))
+    index = pd.DataFrame([known_of(query) for query in queries], columns=list(INDEX_COLUMNS)).assign(length=lengths)
+    return Activations(arrays, index, positions)

@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from casa_mech.errors import InputError, RunError
-from casa_mech.omni import Omni
-from casa_mech.queries import Query
-from probes.activations import INDEX_COLUMNS, Activations, collect
+from casa_mech.errors import InputError
+from probes.activations import Activations
+from probes.gathering import INDEX_COLUMNS
 from probes.plots import plot_planes, plot_probes, plot_rates, save_figure
 from probes.separability import fisher_ratio, pca_plane, permutation_baseline, probe, separability_table
 
@@ -125,34 +124,3 @@ def test_planes_figure() -> None:
          "explained_x": 0.5, "explained_y": 0.2, "silhouette": 0.1, "positions": "last"}
     )  # fmt: skip
     assert len(plot_planes(data, "claim").axes) == 1
-
-
-def test_collect_keeps_order_and_round_trips(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
-    found = collect(tiny_omni, mixed_queries, batch_size=3)
-    assert found.sites == ("0", "1", "norm")
-    assert list(found.index["query_id"]) == [query.id for query in mixed_queries]
-    for row, query in enumerate(mixed_queries):
-        alone = collect(tiny_omni, [query])
-        for site in found.sites:
-            np.testing.assert_allclose(found.states[site][row], alone.states[site][0], atol=1e-5)
-    found.save(tmp_path / "a")
-    loaded = Activations.load(tmp_path / "a")
-    assert loaded.sites == found.sites and loaded.positions == "mean"
-    pd.testing.assert_frame_equal(loaded.index, found.index, check_dtype=False)
-    np.testing.assert_array_equal(loaded.states["norm"], found.states["norm"])
-
-
-def test_activations_name_what_is_wrong(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
-    found = collect(tiny_omni, mixed_queries, sites=["norm"])
-    with pytest.raises(InputError, match="no activations with"):
-        found.where(label="unheard of")
-    with pytest.raises(InputError, match="one vector a query"):
-        collect(tiny_omni, mixed_queries, positions="all")
-    with pytest.raises(InputError, match="collected were norm"):
-        pca_plane(found, "0")
-    with pytest.raises(InputError, match="topics of each class"):
-        probe(found, found, "norm")
-    found.save(tmp_path / "a")
-    (tmp_path / "a" / "states.safetensors").write_bytes(b"half")
-    with pytest.raises(RunError, match="delete it"):
-        Activations.load(tmp_path / "a")

@@ -28,7 +28,7 @@ from casa_mech.study.folder import RunFolder, key_digest
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
 from casa_mech.study.threads import settle_threads
-from probes.activations import Activations, collect
+from probes.activations import Activations, ActivationStore
 from probes.plots import save_figure
 
 PREFILL_FIRST = "CASA, prefill first"
@@ -117,8 +117,12 @@ class Study:
             positions: the assistant header's last token, from which the first word is predicted, or the prompt's mean.
             model: default the one under study.
         """
-        name = f"{slug(model or self.settings.model)}-{positions}"
-        key = {**self._model_key(model), "n": self.sizes.n_probe}
+        return self.activation_store(model).activations(positions)
+
+    def activation_store(self, model: str = "") -> ActivationStore:
+        """The store behind `activations`: every block's output and the final norm's, last position and prompt mean."""
+        name = slug(model or self.settings.model)
+        key = {**self._model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"]}
 
         def build(folder: Path) -> None:
             surfaces = [attack for surface, attack in SURFACES.items() if surface != "spelled"]
@@ -129,10 +133,10 @@ class Study:
                 for query in self.queries(attack, label, self.sizes.n_probe, _PROBE)
             ]
             with self._base(model) as omni:
-                found = collect(omni, queries, None, positions, self.sizes.batch_size, self.progress)
-            found.save(folder / "states")
+                where: dict[str, Any] = {"out": folder / "store", "batch_size": self.sizes.batch_size}
+                ActivationStore.collect(omni, queries, None, ("last", "mean"), **where, progress=self.progress)
 
-        return Activations.load(self.folder.artifact("activations", name, key, build) / "states")
+        return ActivationStore.open(self.folder.artifact("activations", name, key, build) / "store")
 
     def gate(self, model: str = "") -> Casa:
         """CASA trained on plain text, attached to the model; trained on the first call, continued if it was stopped."""

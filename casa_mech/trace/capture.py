@@ -21,8 +21,8 @@ Positions = str
 * `"mean"`: mean over the prompt positions (content of user turns and the header); `"mean:text"`, `"mean:image"`,
   `"mean:audio"`: mean over that modality's positions of the user's turns;
 * `"all"`: every position of the prompt, template included; `"every:4"`: every fourth of them, from the first;
-* `"prefill"`: each token of the attacker's opening; `"generated:7"`: tokens 0 to 7 of the reply. The state at a token is
-  the one that has read it and predicts the next.
+* `"prefill"`: each token of the attacker's opening; `"generated:7"`: tokens 0 to 7 of the reply. The state at a token
+  is the one that has read it and predicts the next.
 """
 
 _KNOWN = "last, mean, mean:text, mean:image, mean:audio, all, every:<n>, prefill, generated:<k>"
@@ -98,9 +98,9 @@ def capture_cuts(omni: Omni, batch: OmniBatch, sites: Sequence[Site], cuts: Sequ
         cuts: which positions, made from this batch.
 
     Returns:
-        For each site, in the order in which the model runs them, a tensor for each cut, on the model's device and in its
-        dtype: [pick, d_model], heads [pick, head, d_head]. A mean at an encoder's site is over that encoder's positions
-        only; where a vector has none of them it is zero.
+        For each site, in the order in which the model runs them, a tensor for each cut, on the model's device and in
+        its dtype: [pick, d_model], heads [pick, head, d_head]. A mean at an encoder's site is over that encoder's
+        positions only; where a vector has none of them it is zero.
 
     Raises:
         InputError: a site that the model does not have; the message lists those that it has.

@@ -15,8 +15,8 @@ Site = int | str
 """A place in the model:
 
 * `"embeddings"`: the merged text, image and audio embeddings that enter block 0; an int: that block's output (the
-  residual stream after it); `"pre.3"`: the residual stream before block 3; `"norm"`: the residual stream after the final
-  RMSNorm, which the head reads. All [batch, position, d_model].
+  residual stream after it); `"pre.3"`: the residual stream before block 3; `"norm"`: the residual stream after the
+  final RMSNorm, which the head reads. All [batch, position, d_model].
 * `"attention.3"`, `"mlp.3"`: what attention and MLP of block 3 add to the residual stream.
 * `"z.3"`: what the heads of block 3 found, before the output projection mixes them: [batch, position, head, d_head].
 * `"audio"`, `"vision"`: the encoders' outputs, projected to d_model, at the positions that they fill; zeros elsewhere.
