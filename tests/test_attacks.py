@@ -253,6 +253,6 @@ def test_a_query_without_its_key_word_is_named(name):
 
 
 def test_an_unknown_attack_lists_the_known_ones():
-    with pytest.raises(InputError, match="unknown attack 'magic'; attacks: plain, jailbreak, spelled, letter-spaced, image"):
+    with pytest.raises(InputError, match="unknown attack 'magic'; attacks: plain, jailbreak, spelled, letter-spaced"):
         apply_attack("magic", [BOMB])
     assert list(STUDY_ATTACKS)[-4:] == ["prefill-2", "prefill-4", "prefill-9", "prefill-12"]

@@ -1,7 +1,7 @@
 """AIAH's spelling attack on real questions, with its controls.
 
-Setting 3 of "Audio Is the Achilles' Heel" (arXiv 2410.23861). The template has the published parts (a spelled word that is not to be said, a disclaimer to open with, a number of
-steps) in our own wording.
+Setting 3 of "Audio Is the Achilles' Heel" (arXiv 2410.23861). The template has the published parts (a spelled word that
+is not to be said, a disclaimer to open with, a number of steps) in our own wording.
 """
 
 from __future__ import annotations

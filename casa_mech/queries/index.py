@@ -1,0 +1,259 @@
+"""Queries on disk: a folder with `index.parquet`, one row a query, and the pictures and clips they hold as files.
+
+What `casa-mech attack` writes and `casa-mech evaluate` reads. Media are named after their content. Writing is done in
+parts, so that a stopped one continues; the index itself appears only when everything is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from casa_mech.errors import InputError, RunError
+from casa_mech.files import TEMPORARY, storage_error, writing
+from casa_mech.queries.media_files import describe_media, store_media
+from casa_mech.queries.query import AudioPart, ImagePart, Part, Query, TextPart, Turn
+
+INDEX, MEDIA, PARTS = "index.parquet", "media", "parts"
+SCHEMA_VERSION = 1
+CHUNK = 200
+"""Rows of a part: a stopped writing loses fewer than so many."""
+_COLUMNS = ("id", "label", "source", "system", "prefill", "parts", "history", "meta")
+_LOCK = ".lock"
+
+
+def is_index(folder: Path | str) -> bool:
+    """Whether `folder` holds an index, finished or not."""
+    return (Path(folder) / INDEX).is_file() or (Path(folder) / PARTS).is_dir()
+
+
+def write_index(
+    folder: Path | str,
+    queries: Sequence[Query],
+    make: Callable[[Query], Query | None] | None = None,
+    key: str = "",
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> int:
+    """Write `queries`, each through `make` (an attack) if given, with their media, into `folder`.
+
+    A folder that a stopped call with the same queries and `key` left is continued, a finished one is left as it is.
+
+    Args:
+        folder: new, empty, or an index.
+        queries: in the order of the rows; their ids must differ.
+        make: applied to each query not written yet; None leaves it out.
+        key: what `make` depends on, so that other options are not taken for a continuation.
+        progress: wraps the parts' numbers, for a bar.
+
+    Returns:
+        The number of queries that were made now; 0 when all were there.
+
+    Raises:
+        InputError: no query, or none that `make` kept; two of one id; a clip of zero length or a file that is missing
+            (with the query's id).
+        RunError: the folder holds something else or another index, is in use, or cannot be written to.
+    """
+    folder = Path(folder)
+    ids = [query.id for query in queries]
+    twice = next((name for name in ids if ids.count(name) > 1), None) if len(set(ids)) < len(ids) else None
+    if twice is not None:
+        raise InputError(f"two queries have the id {twice!r}: give each its own, replies are kept under it")
+    if not ids:
+        raise InputError(f"no queries to write to {folder}: give at least one")
+    digest = _digest(key, queries)
+    with _locked(folder):
+        if _finished(folder, digest):
+            return 0
+        made, names = 0, []
+        for start in progress(range(0, len(queries), CHUNK)):
+            path = folder / PARTS / f"{digest[:16]}-{start // CHUNK:06d}.parquet"
+            names.append(path)
+            if path.exists():
+                continue
+            chosen = queries[start : start + CHUNK]
+            found = (make(query) if make else query for query in chosen)
+            _save([_row(query, folder) for query in found if query is not None], path, digest)
+            made += len(chosen)
+        _finish(folder, names, digest)
+    return made
+
+
+def read_index(folder: Path | str) -> list[Query]:
+    """The queries of an index; media are paths into `folder`.
+
+    Raises:
+        InputError: no index, an unfinished or broken one, a row that is no query, or a missing media file; the message
+            names the row's id.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    folder = Path(folder)
+    path = folder / INDEX
+    if not path.is_file():
+        reason = "its writing was stopped: give the same command again" if is_index(folder) else "check the path"
+        raise InputError(f"{folder}: no {INDEX} in this folder; {reason}")
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: not a readable index ({str(error).splitlines()[0]}); write it again") from None
+    missing = [name for name in _COLUMNS if name not in table.column_names]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]!r}; it was not written by casa-mech attack")
+    version = int((table.schema.metadata or {}).get(b"schema_version", b"0"))
+    if version > SCHEMA_VERSION:
+        raise InputError(f"{path}: written by a newer casa-mech (layout {version}); update this one")
+    return [_query(row, folder) for row in table.select(list(_COLUMNS)).to_pylist()]
+
+
+def _row(query: Query, folder: Path) -> dict[str, Any]:
+    turns = [
+        {"role": turn.role, "safety_token": turn.safety_token, "parts": _stored(turn.parts, query.id, folder)}
+        for turn in query.history
+    ]
+    fields = {name: getattr(query, name) for name in ("id", "label", "source", "system", "prefill")}
+    content = {"parts": _stored(query.parts, query.id, folder), "history": turns, "meta": dict(query.meta)}
+    return fields | {name: json.dumps(value, ensure_ascii=False) for name, value in content.items()}
+
+
+def _stored(parts: Iterable[Part], query_id: str, folder: Path) -> list[dict[str, str]]:
+    return [
+        {"kind": "text", "text": part.text}
+        if isinstance(part, TextPart)
+        else {"kind": part.kind, "path": f"{MEDIA}/{store_media(part, folder / MEDIA, query_id)}"}
+        for part in parts
+    ]
+
+
+def _query(row: dict[str, Any], folder: Path) -> Query:
+    where = f"{folder / INDEX}, query {row['id']!r}"
+    try:
+        turns = tuple(
+            Turn(role=turn["role"], safety_token=turn["safety_token"], parts=_parts(turn["parts"], folder, where))
+            for turn in json.loads(row["history"])
+        )
+        content = {"parts": _parts(json.loads(row["parts"]), folder, where), "meta": json.loads(row["meta"])}
+        return Query(**{**row, **content, "history": turns})
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: not a query ({str(error).splitlines()[0]}); write the index again") from None
+
+
+def _parts(stored: list[dict[str, str]], folder: Path, where: str) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    for entry in stored:
+        if entry["kind"] == "text":
+            parts.append(TextPart(text=entry["text"]))
+            continue
+        path = folder / entry["path"]
+        # An index from elsewhere must not make a model read files outside it.
+        if Path(entry["path"]).is_absolute() or ".." in Path(entry["path"]).parts:
+            raise InputError(f"{where}: its file {entry['path']} lies outside the folder; write the index again")
+        if not path.is_file():
+            raise InputError(f"{where}: no file {path}; copy the folder again, or write the index again")
+        parts.append(ImagePart(image=path) if entry["kind"] == "image" else AudioPart(audio=path))
+    return tuple(parts)
+
+
+def _digest(key: str, queries: Sequence[Query]) -> str:
+    """What an index is made from, as a hex digest."""
+    found = hashlib.sha256(json.dumps([SCHEMA_VERSION, key]).encode())
+    for query in queries:
+        turns = [[turn.role, turn.safety_token, _described(turn.parts, query.id)] for turn in query.history]
+        content = [query.id, query.label, query.source, query.system, query.prefill, dict(query.meta)]
+        found.update(json.dumps([content, turns, _described(query.parts, query.id)]).encode())
+    return found.hexdigest()
+
+
+def _described(parts: Iterable[Part], query_id: str) -> list[list[str]]:
+    return [[part.kind, part.text if isinstance(part, TextPart) else describe_media(part, query_id)] for part in parts]
+
+
+def _save(rows: list[dict[str, Any]], path: Path, digest: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    metadata = {"schema_version": str(SCHEMA_VERSION), "key": digest}
+    schema = pa.schema([(name, pa.string()) for name in _COLUMNS], metadata=metadata)
+    with writing(path) as temporary:
+        parquet.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
+
+
+def _finish(folder: Path, parts: list[Path], digest: str) -> None:
+    """Join the parts, and clear what they and earlier tries left."""
+    import pyarrow.parquet as parquet
+
+    rows = [row for path in parts for row in parquet.read_table(path).to_pylist()]
+    if rows:
+        stored = [entry for row in rows for name in ("parts", "history") for entry in json.loads(row[name])]
+        used = {Path(entry["path"]).name for entry in _media_of(stored)}
+        for path in (folder / MEDIA).glob("*"):
+            if path.name not in used:
+                path.unlink()
+        _save(rows, folder / INDEX, digest)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    if not rows:
+        raise InputError(f"{folder}: none of the queries was kept, so there is nothing to write; give others")
+
+
+def _media_of(stored: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    for entry in stored:
+        if "role" in entry:
+            yield from _media_of(entry["parts"])
+        elif entry["kind"] != "text":
+            yield entry
+
+
+def _finished(folder: Path, digest: str) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    path = folder / INDEX
+    if not path.exists():
+        return False
+    try:
+        found = (parquet.read_schema(path).metadata or {}).get(b"key", b"").decode()
+    except (OSError, pa.ArrowException):
+        found = ""
+    if found != digest:
+        raise RunError(f"{folder} holds an index of other queries or options: choose a new or empty --out")
+    return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second writer, and clear what a killed one left half-written."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strangers = [
+            entry.name
+            for entry in folder.iterdir()
+            if entry.name not in (INDEX, MEDIA, PARTS, _LOCK) and not entry.name.startswith(TEMPORARY)
+        ]
+    except OSError as error:
+        raise storage_error(error, folder) from None
+    if strangers:
+        raise RunError(f"{folder} holds other files ({strangers[0]}, …): choose a new or empty --out")
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{folder} is being written by another process: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise storage_error(error, folder) from None
+    try:
+        for left in folder.rglob(f"{TEMPORARY}*"):
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
