@@ -150,7 +150,7 @@ class ActivationStore:
 
         Args:
             omni: the model; whatever is attached to it (LoRA) takes part and is part of its fingerprint.
-            queries: any mixture of text, image and audio, each id once.
+            queries: any mixture of text, image and audio; id and content together tell them apart.
             sites: where to read (`casa_mech.trace.sites.Site`); default every block's output and the final norm's.
             positions: one or several choices (`casa_mech.trace.capture.Positions`).
             out: the store's folder.
@@ -162,8 +162,8 @@ class ActivationStore:
             progress: whether to draw a bar.
 
         Raises:
-            InputError: an unknown site or position, an id that comes twice or with another content, a query that cannot
-                be encoded, or a store that was begun with other sites or positions.
+            InputError: an unknown site or position, a query that comes twice or cannot be encoded, or a store that was
+                begun with other sites or positions.
             RunError: the store is another model's or damaged; states that are not finite; the disk is full.
         """
         plan = Plan.of(omni, sites, positions, replies, prefill)
@@ -244,7 +244,7 @@ class ActivationStore:
             InputError: a choice with several vectors a query, an encoder's site, or what was not collected.
         """
         rows = self.frame(position)
-        if rows["query_id"].duplicated().any():
+        if rows["order"].duplicated().any():
             raise InputError(f"position '{position}' has several vectors a query; use tensor and frame")
         names = [str(site) for site in sites] or [site for site in self.sites if site not in ENCODERS]
         if set(names) & set(ENCODERS):
@@ -275,17 +275,18 @@ class ActivationStore:
         return store
 
     def _missing(self, queries: Sequence[Query]) -> list[int]:
-        known = dict(zip(self._index["query_id"], self._index["digest"], strict=True)) if len(self._index) else {}
-        seen: set[str] = set()
+        # Attacks keep a query's id, so only id and content together say which query it is.
+        index = self._index
+        known = set(zip(index["query_id"], index["digest"], strict=True)) if len(index) else set()
+        seen: set[tuple[str, str]] = set()
         missing = []
         for place, query in enumerate(queries):
-            if query.id in seen:
-                raise InputError(f"query {query.id}: the id comes twice; give each query its own")
-            seen.add(query.id)
-            if query.id not in known:
+            key = (query.id, query_digest(query))
+            if key in seen:
+                raise InputError(f"query {query.id} comes twice with the same content; give each query once")
+            seen.add(key)
+            if key not in known:
                 missing.append(place)
-            elif known[query.id] != query_digest(query):
-                raise InputError(f"query {query.id}: {self.root} holds another query of that id; rename it")
         return missing
 
     def _known(self, what: str, name: str, names: Sequence[str]) -> None:
