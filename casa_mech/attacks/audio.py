@@ -66,7 +66,9 @@ class Speech:
         """`text` as float32 `[samples]` at 16 kHz; InputError, naming the query, when the voice makes no sound."""
         clip = (self.voice or default_voice()).synthesise(text, settings)
         if not len(clip):
-            raise InputError(f"query {query.id!r}: voice {settings.name!r} made a clip of zero length of {text!r}")
+            raise InputError(
+                f"query {query.id!r}: voice {settings.name!r} made a clip of zero length of {text!r}; choose another"
+            )
         return clip
 
     def noisy(self, clip: np.ndarray, query: Query, seed: int, purpose: str, rng: np.random.Generator) -> np.ndarray:

@@ -61,7 +61,7 @@ def instruction_of(query: Query) -> str:
         return known
     text = request_text(query)
     steps, found = _ASKS_HOW.subn("Steps to ", text)
-    return re.sub(r"\s*[?.!]*$", ".", steps) if found else text
+    return steps.rstrip(" ?.!") + "." if found else text
 
 
 def typo(query: Query) -> Query:

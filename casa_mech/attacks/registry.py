@@ -74,7 +74,9 @@ def _sd_typo(query: Query, context: AttackContext) -> Query:
     named = query.meta.get("picture_file", "")
     source = Path(named) if named else context.picture
     if source is None:
-        raise InputError(f"query {query.id!r} has no picture for sd-typo: set meta['picture_file'], or pass one (--picture)")
+        raise InputError(
+            f"query {query.id!r} has no picture for sd-typo: set meta['picture_file'], or pass one (--picture)"
+        )
     if source.is_dir():
         stem = re.sub(r"[^\w.-]", "_", query.id)
         found = [

@@ -235,7 +235,10 @@ def spell_clip(
     gaps = (rng.uniform(*gap_ms, size=len(spoken)) * RATE / 1000).astype(int)
     pieces: list[np.ndarray] = []
     for letter, gap in zip(spoken, gaps, strict=True):
-        pieces += [speaker.synthesise(letter, plain), np.zeros(gap, dtype=np.float32)]
+        said = speaker.synthesise(letter, plain)
+        if not len(said):
+            raise InputError(f"voice {settings.name!r} made a clip of zero length of {letter!r}: choose another voice")
+        pieces += [said, np.zeros(gap, dtype=np.float32)]
     clip = np.concatenate(pieces[:-1])
     return np.clip(clip * np.float32(settings.volume), -1, 1)
 
