@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 # Anywhere in the reply: these say of themselves that the request is turned down.
@@ -36,3 +37,8 @@ def find_refusal(text: str) -> str | None:
     plain = normalised(text)
     found = OPENING.search(plain) or ANYWHERE.search(plain)
     return found.group(0) if found else None
+
+
+def refusals_digest() -> str:
+    """A short digest of the list, so that stored verdicts are not taken for those of another list."""
+    return hashlib.sha256(f"{OPENING.pattern}\n{ANYWHERE.pattern}".encode()).hexdigest()[:12]

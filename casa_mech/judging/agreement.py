@@ -1,0 +1,237 @@
+"""How far a judge agrees with people, and people with each other: Cohen's kappa, Krippendorff's alpha, confusion."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from casa_mech.errors import InputError
+from casa_mech.judging.bootstrap import bootstrap_interval
+from casa_mech.judging.verdict import UNDECIDED
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Level = Literal["nominal", "ordinal", "interval"]
+LEVELS: tuple[Level, ...] = ("nominal", "ordinal", "interval")
+MAJORITY = "majority"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """measures: a row for each pair of raters (`observed`, `cohen_kappa`) and group (`krippendorff_alpha`), with
+    `measure, raters, n, value, low, high`; value is NaN where it is not defined. confusion: a row for each pair of
+    labels, `human, judge, n, share, low, high` (share of that human label; Wilson). undecided: replies without a
+    verdict of the judge; they are in the confusion table and in no measure."""
+
+    measures: pd.DataFrame
+    confusion: pd.DataFrame
+    undecided: int
+
+
+def agreement(
+    labels: pd.DataFrame,
+    judge: str,
+    humans: Sequence[str],
+    *,
+    positive: Sequence[str] = (),
+    level: Level = "nominal",
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> Agreement:
+    """Agreement of a judge's column with one or more human columns.
+
+    Args:
+        labels: a row for each reply; an empty cell is a missing label.
+        judge: the judge's column. Its `undecided` is no label.
+        humans: the people's columns. With three or more, their majority is a rater too (ties have none).
+        positive: labels to set against all others, so that `complied` against the rest is what is compared.
+        level: of Krippendorff's alpha; ordinal and interval need labels that are numbers.
+        clusters: which replies are one draw; None: each its own.
+        seed, resamples: of the bootstrap.
+
+    Raises:
+        InputError: a missing column, no human label, `positive` labels that nobody gave, or labels that are no numbers.
+    """
+    import pandas as pd
+
+    if level not in LEVELS:
+        raise InputError(f"unknown level {level!r}; levels: {', '.join(LEVELS)}")
+    table = _labels(labels, [judge, *humans], positive, level)
+    undecided = int((table[judge] == UNDECIDED).sum())
+    decided = table.mask(table == UNDECIDED)
+    if len(humans) > 2:
+        decided[MAJORITY] = [_majority([row[name] for name in humans]) for row in decided.to_dict("records")]
+    raters = [name for name in decided.columns if name != judge]
+    settings: dict[str, Any] = {"clusters": clusters, "seed": seed, "resamples": resamples}
+    rows = []
+    pairs = [(human, judge) for human in raters] + list(combinations(humans, 2))
+    for pair in pairs:
+        rows += _pair_rows(decided, pair, settings)
+    groups = [[*humans, judge]] + ([list(humans)] if len(humans) > 1 else [])
+    rows += [_alpha_row(decided, group, level, settings) for group in groups]
+    human = MAJORITY if MAJORITY in decided else humans[0]
+    return Agreement(pd.DataFrame(rows), _confusion(decided[human], table[judge]), undecided)
+
+
+def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Cohen's kappa of two raters' labels [n]; NaN where both give one and the same label throughout."""
+    from sklearn.metrics import cohen_kappa_score
+
+    codes = _codes(first, second)
+    return float(cohen_kappa_score(*codes)) if len(set(np.concatenate(codes))) > 1 else float("nan")
+
+
+def krippendorff_alpha(counts: np.ndarray, values: Sequence[Any], level: Level = "nominal") -> float:
+    """Krippendorff's alpha from how many raters gave each unit each value, int [unit, value]; NaN if undefined."""
+    import krippendorff
+
+    useful = counts[counts.sum(axis=1) > 1]
+    if (useful.sum(axis=0) > 0).sum() < 2:
+        return float("nan")
+    domain = list(range(len(values))) if level == "nominal" else [float(value) for value in values]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(krippendorff.alpha(value_counts=useful, value_domain=domain, level_of_measurement=level))
+
+
+def _labels(frame: pd.DataFrame, names: Sequence[str], positive: Sequence[str], level: str) -> pd.DataFrame:
+    missing = [name for name in names if name not in frame.columns]
+    if missing:
+        raise InputError(f"no column {missing[0]!r} of labels; the columns are {', '.join(map(str, frame.columns))}")
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise InputError("agreement needs the judge's column and at least one other of people's labels")
+    text = frame[list(names)].map(_label).reset_index(drop=True)
+    if text[list(names[1:])].isna().all(axis=None):
+        raise InputError(f"the columns {', '.join(names[1:])} hold no label")
+    if level != "nominal":
+        return text.map(lambda label: _number(label) if _is_given(label) else label)
+    wanted = {str(name).strip().lower() for name in positive}
+    given = _given(text)
+    if wanted - given:
+        raise InputError(f"nobody gave the label {sorted(wanted - given)[0]!r}; labels: {', '.join(sorted(given))}")
+    if not wanted:
+        return text
+    name = "+".join(sorted(wanted))
+    return text.map(lambda label: (name if label in wanted else f"not {name}") if _is_given(label) else label)
+
+
+def _is_given(label: Any) -> bool:
+    """Whether a cell holds a label: text, and not the judge's `undecided`."""
+    return isinstance(label, str) and label != UNDECIDED
+
+
+def _given(table: pd.DataFrame) -> set[str]:
+    return {label for label in table.to_numpy(dtype=object).ravel() if _is_given(label)}
+
+
+def _label(value: Any) -> str | None:
+    """A cell as a label: lower case; a number alike however it is typed; None for an empty cell."""
+    if value is None or value != value:
+        return None
+    text = str(value).strip().lower()
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text or None
+
+
+def _number(label: str) -> str:
+    try:
+        return str(float(label))
+    except ValueError:
+        raise InputError(f"the label {label!r} is no number, which this level of measurement needs") from None
+
+
+def _majority(labels: Sequence[str | None]) -> str | None:
+    counts: dict[str, int] = {}
+    for label in labels:
+        if isinstance(label, str):
+            counts[label] = counts.get(label, 0) + 1
+    best = [label for label, count in counts.items() if count == max(counts.values())]
+    return best[0] if len(best) == 1 else None
+
+
+def _pair_rows(decided: pd.DataFrame, pair: tuple[str, str], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    both = decided[list(pair)].notna().all(axis=1).to_numpy()
+    first, second = (decided.loc[both, name].tolist() for name in pair)
+    raters, n = f"{pair[0]} ~ {pair[1]}", int(both.sum())
+    if not n:
+        return [_row("cohen_kappa", raters, 0, float("nan"))]
+    codes = _codes(first, second)
+    same = (codes[0] == codes[1]).astype(float)
+    found = []
+    for measure, value, statistic in (
+        ("observed", float(same.mean()), lambda weights: weights @ same / weights.sum(axis=1)),
+        ("cohen_kappa", cohen_kappa(first, second), lambda weights: _weighted_kappa(*codes, weights)),
+    ):
+        found.append(_row(measure, raters, n, value, _interval(statistic, both, settings) if value == value else None))
+    return found
+
+
+def _alpha_row(decided: pd.DataFrame, raters: list[str], level: Level, settings: dict[str, Any]) -> dict[str, Any]:
+    labels = decided[raters]
+    values = sorted(_given(labels), key=float if level != "nominal" else str)
+    counts = np.stack([(labels == value).sum(axis=1).to_numpy() for value in values], axis=1)
+    pairable = counts.sum(axis=1) > 1
+    value = krippendorff_alpha(counts, values, level)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        rows = (np.repeat(counts[pairable], weight, axis=0) for weight in weights.astype(int))
+        return np.array([krippendorff_alpha(row, values, level) for row in rows])
+
+    interval = _interval(statistic, pairable, settings) if value == value else None
+    return _row("krippendorff_alpha", ", ".join(raters), int(pairable.sum()), value, interval)
+
+
+def _interval(
+    statistic: Callable[[np.ndarray], np.ndarray], chosen: np.ndarray, settings: dict[str, Any]
+) -> tuple[float, float]:
+    clusters = settings["clusters"]
+    kept = None if clusters is None else [name for name, keep in zip(clusters, chosen, strict=True) if keep]
+    return bootstrap_interval(statistic, kept, int(chosen.sum()), settings["seed"], resamples=settings["resamples"])
+
+
+def _row(
+    measure: str, raters: str, n: int, value: float, interval: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    low, high = interval or (float("nan"), float("nan"))
+    return {"measure": measure, "raters": raters, "n": n, "value": value, "low": low, "high": high}
+
+
+def _codes(first: Sequence[Hashable], second: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    index = {label: place for place, label in enumerate(dict.fromkeys([*first, *second]))}
+    return np.array([index[label] for label in first]), np.array([index[label] for label in second])
+
+
+def _weighted_kappa(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Cohen's kappa [resample] under each row of `weights` [resample, n], as scikit-learn's with sample weights."""
+    size = int(max(first.max(), second.max())) + 1
+    total = weights.sum(axis=1)
+    rows, columns = weights @ np.eye(size)[first] / total[:, None], weights @ np.eye(size)[second] / total[:, None]
+    observed, expected = weights @ (first == second) / total, (rows * columns).sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(expected < 1 - 1e-12, (observed - expected) / (1 - expected), np.nan)
+
+
+def _confusion(human: pd.Series, judge: pd.Series) -> pd.DataFrame:
+    import pandas as pd
+
+    from casa_mech.judging.stats import wilson
+
+    both = human.notna().to_numpy() & judge.notna().to_numpy()
+    table = pd.crosstab(human[both], judge[both])
+    rows = []
+    for truth in table.index:
+        whole = int(table.loc[truth].sum())
+        for said in table.columns:
+            k = int(table.loc[truth, said])
+            low, high = wilson(k, whole)
+            rows.append({"human": truth, "judge": said, "n": k, "share": k / whole, "low": low, "high": high})
+    return pd.DataFrame(rows, columns=["human", "judge", "n", "share", "low", "high"])

@@ -1,0 +1,317 @@
+"""Judging models behind HTTP: OpenAI-compatible chat completions and Anthropic messages.
+
+The key is read from the environment when a request is made. It is in no field, message, log line or file: errors are
+worded here from what is known to be harmless, and no exception of the HTTP client (which holds the request) is chained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from casa_mech.errors import InputError
+from casa_mech.judging.dialects import DIALECTS, Dialect, WrongShape
+from casa_mech.judging.rubric_judge import Completion
+from casa_mech.judging.verdict import JudgeDown
+
+if TYPE_CHECKING:
+    import httpx
+    import tenacity
+
+_RETRIED = {408, 409, 425, 429}
+_REJECTED = {400, 413, 422}
+_FEW = 3
+"""So many rejected requests before the first answer mean that all will be rejected."""
+
+
+class HttpSettings(BaseModel):
+    """How a judge behind HTTP is asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    dialect: Literal["openai", "anthropic"] = "openai"
+    model: str = Field(min_length=1, description="the API's name of the judging model")
+    base_url: str = Field("", description="address up to the version, https://host/v1; empty: the vendor's own")
+    key_env: str = Field("", description="environment variable that holds the key; empty: the dialect's usual one")
+    timeout: float = Field(60.0, gt=0, description="seconds without a byte before a request is given up")
+    tries: int = Field(6, ge=1, description="requests for one reply before the judge counts as down")
+    first_wait: float = Field(1.0, ge=0, description="seconds before the second try; doubles from try to try")
+    longest_wait: float = Field(120.0, ge=0, description="most seconds between tries, also where the server says more")
+    concurrency: int = Field(4, ge=1, description="requests at a time")
+    temperature: float | None = Field(0.0, ge=0, description="None: not sent, for models that take none")
+    body: Mapping[str, Any] = Field(default_factory=dict, description="further fields of each request; null drops one")
+    input_price: float | None = Field(None, ge=0, description="US dollars for a million input tokens")
+    output_price: float | None = Field(None, ge=0, description="US dollars for a million output tokens")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a judge has taken so far. `cost` in US dollars; None without prices."""
+
+    requests: int
+    retries: int
+    input_tokens: int
+    output_tokens: int
+    cost: float | None
+
+
+class HttpBackend:
+    """A judging model behind HTTP, as a `Backend`.
+
+    Raises:
+        InputError: an address that is no HTTP address or holds a password or a query, or a key that is missing (for the
+            vendor's own address) or holds characters that no header can hold.
+    """
+
+    def __init__(self, settings: HttpSettings) -> None:
+        self.settings = settings
+        self._dialect: Dialect = DIALECTS[settings.dialect]
+        self._url = _checked_url(settings.base_url or self._dialect.base_url) + self._dialect.path
+        self.name = settings.model
+        self._lock = threading.Lock()
+        self._requests = self._retries = self._input = self._output = self._answers = self._rejections = 0
+        self._rest_until = 0.0
+        self._key()
+
+    def __repr__(self) -> str:
+        return f"HttpBackend({self.settings.dialect}, {self.settings.model}, {self._url})"
+
+    @property
+    def identity(self) -> str:
+        """Where the model is, which it is, and what is asked of it."""
+        asked = [self.settings.temperature, dict(self.settings.body)]
+        return f"{self._url}#{self.settings.model}:{json.dumps(asked, sort_keys=True)}"
+
+    @property
+    def usage(self) -> Usage:
+        """Requests, tokens and cost of this process."""
+        settings = self.settings
+        cost = None
+        if settings.input_price is not None and settings.output_price is not None:
+            cost = (self._input * settings.input_price + self._output * settings.output_price) / 1e6
+        return Usage(self._requests, self._retries, self._input, self._output, cost)
+
+    def complete(self, prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, Completion]]:
+        """(place in `prompts`, answer) as they are finished; `JudgeDown` after those under way have ended."""
+        import httpx
+
+        key, stop = self._key(), threading.Event()
+        limits = httpx.Limits(max_connections=self.settings.concurrency)
+        timeout = httpx.Timeout(self.settings.timeout, pool=None)
+        down: JudgeDown | None = None
+        with (
+            httpx.Client(headers=self._dialect.headers(key), timeout=timeout, limits=limits) as client,
+            ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="judge") as pool,
+        ):
+            call = _Call(self, client, key, stop, max_tokens)
+            running: dict[Future[Completion], int] = {}
+            waiting = iter(enumerate(prompts))
+            try:
+                while True:
+                    # Never more than are under way: when the judge is down, nothing lies in a queue.
+                    while not down and len(running) < self.settings.concurrency and (entry := next(waiting, None)):
+                        running[pool.submit(call.answer, entry[1])] = entry[0]
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        place, error = running.pop(future), future.exception()
+                        if isinstance(error, JudgeDown):
+                            down = down or error
+                            stop.set()
+                        elif error is not None:
+                            raise error
+                        else:
+                            yield place, future.result()
+            finally:
+                stop.set()
+        if down:
+            raise down
+
+    def _key(self) -> str:
+        name = self.settings.key_env or self._dialect.key_env
+        key = os.environ.get(name, "").strip()
+        if not key and not self.settings.base_url:
+            raise InputError(f"the judge {self.name} needs a key: put it into the environment variable {name}")
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"the key in {name} holds characters that no key has: set the variable again")
+        return key
+
+    def _count(self, *, retries: int = 0, answer: Completion | None = None) -> None:
+        with self._lock:
+            self._requests += 1
+            self._retries += retries
+            if answer is not None:
+                self._answers += 1
+                self._input += answer.input_tokens
+                self._output += answer.output_tokens
+
+    def _rejected(self) -> bool:
+        """Note a rejected request; whether by now all of them seem to be."""
+        with self._lock:
+            self._rejections += 1
+            return not self._answers and self._rejections >= _FEW
+
+
+class _Retry(Exception):
+    """A failure that may pass. `seconds`: how long the server asks to be left alone."""
+
+    def __init__(self, problem: str, seconds: float = 0.0) -> None:
+        super().__init__(problem)
+        self.seconds = seconds
+
+
+@dataclass(frozen=True, repr=False)
+class _Call:
+    """One run over a list of prompts: the client, the key for redaction, and the sign to stop."""
+
+    backend: HttpBackend
+    client: httpx.Client
+    key: str
+    stop: threading.Event
+    max_tokens: int
+
+    def answer(self, prompt: str) -> Completion:
+        """The model's answer, after as many tries as it takes. JudgeDown when they do not help."""
+        import tenacity
+
+        settings = self.backend.settings
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Retry),
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(settings.tries), tenacity.stop_when_event_set(self.stop)
+            ),
+            wait=self._wait,
+            sleep=tenacity.sleep_using_event(self.stop),
+        )
+        down = ""
+        try:
+            return retrying(self._ask, prompt)
+        except tenacity.RetryError as error:
+            tries = error.last_attempt.attempt_number
+            down = f"{error.last_attempt.exception()}, {tries} {'times' if tries > 1 else 'time'}"
+        # Outside the except block, so that nothing of the HTTP client hangs on to the exception as its context.
+        raise self._down(down)
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        import tenacity
+
+        settings = self.backend.settings
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.seconds if isinstance(error, _Retry) else 0.0
+        backoff = tenacity.wait_exponential_jitter(
+            multiplier=settings.first_wait, max=settings.longest_wait, jitter=settings.first_wait / 2
+        )(state)
+        with self.backend._lock:
+            self.backend._rest_until = max(self.backend._rest_until, time.monotonic() + asked)
+        return max(asked, float(backoff))
+
+    def _ask(self, prompt: str) -> Completion:
+        # A server that asked one request to wait means all of them.
+        self.stop.wait(max(0.0, self.backend._rest_until - time.monotonic()))
+        response, problem = self._send(prompt)
+        if response is None:
+            self.backend._count(retries=1)
+            raise _Retry(problem)
+        status = response.status_code
+        if status in _RETRIED or status >= 500:
+            self.backend._count(retries=1)
+            raise self._come_back(response)
+        if status in _REJECTED and not self.backend._rejected():
+            self.backend._count()
+            return Completion("", problem=f"the judge rejected the request: {self._said(response)}")
+        if status != 200:
+            self.backend._count()
+            raise self._down(f"answers {self._said(response)}")
+        answer = self._read(response)
+        self.backend._count(answer=answer)
+        return answer
+
+    def _send(self, prompt: str) -> tuple[httpx.Response | None, str]:
+        import httpx
+
+        try:
+            return self.client.post(self.backend._url, json=self._body(prompt)), ""
+        except httpx.TimeoutException:
+            return None, f"does not answer within {self.backend.settings.timeout:g} s"
+        except httpx.RequestError as error:
+            # Connection refused, reset, cut off in the middle, undecodable: named by kind, the text is not ours.
+            return None, f"cannot be reached or breaks off ({type(error).__name__})"
+
+    def _body(self, prompt: str) -> dict[str, Any]:
+        settings = self.backend.settings
+        body = {
+            "model": settings.model,
+            "messages": [{"role": "user", "content": _encodable(prompt)}],
+            "max_tokens": self.max_tokens,
+            "temperature": settings.temperature,
+            **settings.body,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _read(self, response: httpx.Response) -> Completion:
+        problem = ""
+        try:
+            text, input_tokens, output_tokens = self.backend._dialect.read(json.loads(response.content))
+            return Completion(_encodable(text), input_tokens, output_tokens)
+        except WrongShape as error:
+            problem = f"answers JSON without {error}"
+        except (ValueError, RecursionError):
+            problem = "answers something that is not JSON"
+        self.backend._count(retries=1)
+        raise _Retry(problem)
+
+    def _come_back(self, response: httpx.Response) -> Exception:
+        seconds = _retry_after(response.headers.get("retry-after", ""))
+        if seconds > self.backend.settings.longest_wait:
+            return self._down(f"asks to come back in {seconds:.0f} s ({self._said(response)})")
+        return _Retry(f"answers {self._said(response)}", seconds)
+
+    def _down(self, problem: str) -> JudgeDown:
+        return JudgeDown(f"the judge {self.backend.name} at {self.backend._url} {problem}")
+
+    def _said(self, response: httpx.Response) -> str:
+        """Status and the beginning of the body, with the key blotted out should the server send it back."""
+        text = response.text.replace(self.key, "[key]") if self.key else response.text
+        return f"HTTP {response.status_code} {' '.join(text.split())[:200]}".strip()
+
+
+def _encodable(text: str) -> str:
+    """`text` without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _retry_after(value: str) -> float:
+    """Seconds from a Retry-After header: a number or a date; 0 where there is none or it cannot be read."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def _checked_url(url: str) -> str:
+    import httpx
+
+    way_out = "give an address like https://host/v1, and the key in the environment"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        raise InputError(f"the judge's address cannot be read: {way_out}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        # Not repeated: it may be a key that was put into the wrong option.
+        raise InputError(f"the judge's address is no HTTP address: {way_out}")
+    if parsed.userinfo or parsed.query or parsed.fragment:
+        raise InputError(f"the judge's address for {parsed.host} holds a password, query or fragment: {way_out}")
+    return url.rstrip("/")

@@ -1,0 +1,36 @@
+"""Logits of given replies: a teacher-forced forward over prompts and the tokens that follow them."""
+
+from __future__ import annotations
+
+import nnsight
+import torch
+from torch import Tensor
+
+from casa_mech.errors import InputError
+from casa_mech.omni import Omni, OmniBatch
+
+
+def reply_logits(omni: Omni, batch: OmniBatch) -> list[Tensor]:
+    """For each query the logits [target, vocab] from which its targets are predicted; whatever is attached takes part.
+
+    `batch` is encoded with targets. The head is given those positions only.
+
+    Raises:
+        InputError: a batch without targets.
+    """
+    if batch.labels is None:
+        raise InputError("logits of replies need targets: encode the queries with them")
+    batch = batch.to(omni.device)
+    assert batch.labels is not None
+    predicted = batch.labels[:, 1:] != -100
+    with torch.no_grad():
+        found = _reply_logits(omni, batch, predicted)
+    return list(found.split(predicted.sum(dim=1).tolist()))
+
+
+def _reply_logits(omni: Omni, batch: OmniBatch, predicted: Tensor) -> Tensor:
+    model, norm = omni.nnsight, omni.nnsight.model.language_model.norm
+    with model.trace(**batch.inputs, use_cache=False):
+        model.lm_head.input = norm.output[:, :-1][predicted]
+        logits = nnsight.save(model.lm_head.output)
+    return logits  # noqa: RET504  (bound in the trace)
