@@ -30,6 +30,7 @@ INTERRUPTED = 130
 Order = Literal["A", "B"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 GateDir = Annotated[Path | None, typer.Option(help="Folder of a trained gate (casa-mech train); without it: no gate.")]
+Options = Annotated[list[str] | None, typer.Option(help="Option of the defence, NAME=VALUE; repeatable.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Upper bound on a reply's tokens.")]
 
 
@@ -70,6 +71,24 @@ def _aligned(rows: list[dict[str, Any]]) -> str:
     widths = [max(len(line[place]) for line in lines) for place in range(len(names))]
     padded = [[f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  " + "  ".join(line).rstrip() for line in padded)
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs as a dict; a value is read as JSON where it is JSON, else as text.
+
+    Raises:
+        InputError: a pair without a name or an equals sign.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise InputError(f"--option {pair}: write it as NAME=VALUE")
+        try:
+            found[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.replace("-", "_")] = value
+    return found
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -44,7 +44,12 @@ class CircuitBreakerSettings(LoraSettings):
     refusal_share: float = Field(default=0.25, ge=0, le=1)
     """Share of refusals to harmful requests in the retain batch; the rest are benign answers."""
     lr: float | None = Field(default=None, gt=0)
-    """Constant learning rate; default, the published 1e-4 from d_model 1024 on, else 1e-3, as for CASA."""
+    """Constant learning rate; default, the published 1e-4 from d_model 1024 on, else 1e-2.
+
+    At the start the states are the frozen ones, and a cosine has no slope at its maximum. Whether rerouting gets away
+    from there before retaining holds it back depends on the size of the first steps. On the organism, whose states are
+    about 40 long, L_rr stayed at 1 with rates up to 5e-3; 1e-2 was the first of six tried with which it fell.
+    """
     max_reply_tokens: int = Field(default=512, ge=1)
     """Replies are cut to this many tokens."""
     checkpoint_every: int = Field(default=50, ge=1)
@@ -67,6 +72,10 @@ class CircuitBreakerSettings(LoraSettings):
         if not 1 <= min(wanted) <= max(wanted) <= n_layers:
             raise InputError(f"layers={tuple(wanted)}: a model of {n_layers} blocks has layers 1 to {n_layers}")
         return sorted(set(wanted))
+
+    def learning_rate(self, d_model: int) -> float:
+        """The constant learning rate for a model of width `d_model`."""
+        return self.lr or (1e-4 if d_model >= 1024 else 1e-2)
 
     def depth(self, n_layers: int) -> int:
         """How many blocks get a LoRA, and are retained: one beyond the last target layer, as published."""
@@ -114,7 +123,7 @@ class CircuitBreaker(Tuned):
             max_steps=config.max_steps,
             batch_size=2 * config.batch_size,
             micro_batch_size=config.micro_batch_size,
-            lr_lora=config.lr,
+            lr_lora=config.learning_rate(self.omni.d_model),
             warmup=0.0,
             max_reply_tokens=config.max_reply_tokens,
             seed=config.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -86,6 +87,14 @@ class Gated(TrainedDefense):
             source=self.source,
             safety_prompt=self.safety_prompt,
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As for any defence, and safety attention, which is not among the model's weights."""
+        digest = hashlib.sha256(self.casa.config.model_dump_json().encode())
+        for name, value in sorted(self.casa.parts.groups()[1].items()):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+        return super().identity | {"gate": digest.hexdigest()}
 
     def close(self) -> None:
         """Take the gate off; the model is the base again."""

@@ -13,9 +13,12 @@ from casa_mech.casa.config import CasaConfig, TrainSettings
 from casa_mech.defenses.base import Defense
 from casa_mech.defenses.casa import CasaDefense, CasaSettings
 from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
+from casa_mech.defenses.coca import Coca, CocaSettings
 from casa_mech.defenses.gated import GateSettings
+from casa_mech.defenses.moras import Moras, MorasSettings
 from casa_mech.defenses.none import NoSettings, Undefended
 from casa_mech.defenses.refusal_token import RefusalToken, RefusalTokenSettings
+from casa_mech.defenses.safecode import SafeCode, SafeCodeSettings
 from casa_mech.defenses.ssft import Ssft, SsftSettings, SsftToken, SsftTokenSettings
 from casa_mech.defenses.trained import TrainedDefense, saved_as
 from casa_mech.errors import InputError, ModelError
@@ -101,6 +104,9 @@ _ENTRIES = (
         recipe=Recipe((CasaConfig, TrainSettings), CasaDefense.attach, CasaDefense.load, "casa"),
     ),
     # At decoding time.
+    Entry("coca", CocaSettings, "a safety principle's effect on the logits, made larger", Coca),
+    Entry("safecode", SafeCodeSettings, "contrast with a noised picture, refusals pushed by a verdict", SafeCode),
+    Entry("moras", MorasSettings, "first states steered towards unsafe prototypes, by risk", Moras),
 )
 DEFENSES: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 """All defences, in the order of the comparison's rows."""
@@ -133,29 +139,35 @@ def load_defense(
         InputError: an unknown defence or option (the known ones are listed), or a path missing or not wanted.
         ModelError: the folder holds another defence, or does not fit the model.
     """
-    entry = defense_entry(name)
-    chosen = options(name, (entry.settings,), settings)[0]
-    defense = _loaded(entry, omni, path, chosen)
+    entry, chosen = check_defense(name, path, settings)
+    if entry.recipe is not None:
+        defense: Defense = entry.recipe.load(omni, Path(str(path)), chosen)
+    else:
+        assert entry.build is not None
+        defense = entry.build(omni, chosen)
     defense.safety_prompt = defense.safety_prompt or safety_prompt
     return defense
 
 
-def _loaded(entry: Entry, omni: Omni, path: Path | str | None, settings: Any) -> Defense:
-    name, recipe = entry.name, entry.recipe
-    if recipe is None:
+def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any]) -> tuple[Entry, Any]:
+    """What `load_defense` refuses without looking at a model; the entry, and `settings` as its record.
+
+    Raises:
+        InputError, ModelError: as `load_defense`.
+    """
+    entry = defense_entry(name)
+    chosen = options(name, (entry.settings,), settings)[0]
+    if entry.recipe is None:
         if path is not None:
             raise InputError(f"defense {name!r} is not trained, so there is nothing to load from {path}; leave it out")
-        assert entry.build is not None
-        return entry.build(omni, settings)
-    if path is None:
+    elif path is None:
         raise InputError(
             f"defense {name!r} has to be trained first: casa-mech train --defense {name} --out DIR; "
             "then give DIR as path= (--gate DIR)"
         )
-    found = saved_as(path)
-    if found != recipe.saved_as:
+    elif (found := saved_as(path)) != entry.recipe.saved_as:
         raise ModelError(f"{path} holds the defense {found!r}, not {name!r}; give the folder of one")
-    return recipe.load(omni, Path(path), settings)
+    return entry, chosen
 
 
 def options(name: str, kinds: Sequence[type[BaseModel]], given: Mapping[str, Any]) -> list[Any]:
