@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from casa_mech.casa.config import Settings
-from casa_mech.defenses.prompts import with_safety_prompt
+from casa_mech.defenses.prompts import with_safety_prompt, wording
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni, with_system
 from casa_mech.queries import Query, Reply
@@ -69,6 +69,18 @@ class Defense(ABC):
         raise InputError(f"the defence {self.name!r} does not score queries")
 
     @property
+    def label(self) -> str:
+        """Its name in tables, the safety prompt told."""
+        return f"{self.name} + safety prompt" if self.safety_prompt and self.name != "safety-prompt" else self.name
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that its replies depend on beside the queries and the model's weights as they are, as JSON values."""
+        settings = getattr(self, "settings", None)
+        own = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else None
+        return {"description": self.describe().model_dump(mode="json"), "settings": own}
+
+    @property
     def has_scores(self) -> bool:
         """Whether `scores` works."""
         return type(self).scores is not Defense.scores
@@ -83,7 +95,10 @@ class Defense(ABC):
     def _prepared(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[Query]:
         # The settings' system prompt first: a query that has one already would not get it any more.
         queries = with_system(queries, settings.system)
-        return [with_safety_prompt(query) for query in queries] if self.safety_prompt else queries
+        if not self.safety_prompt:
+            return queries
+        prompt = wording(self.omni, "safety")
+        return [with_safety_prompt(query, prompt) for query in queries]
 
     def close(self) -> None:  # noqa: B027  (most defences change nothing that would have to be given back)
         """Give the model back as it was."""

@@ -120,7 +120,7 @@ class Tuned(TrainedDefense):
         """
         directory = Path(directory)
         saved = read_saved(directory)
-        warning = check_base(saved, Base.of(omni), directory)
+        warning = check_base(saved.base, Base.of(omni), directory)
         lora = read_tensors(directory / WEIGHTS)
         defense = cls(omni, cls.config_type(**saved.config))
         try:

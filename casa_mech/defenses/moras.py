@@ -1,0 +1,301 @@
+"""MoRAS: steer a reply's first positions towards unsafe prototypes, by risk (arXiv 2510.13698; method notes §3)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from casa_mech.defenses.base import Defense, DefenseSettings, Description
+from casa_mech.defenses.decoding import decoded_replies
+from casa_mech.defenses.media import need_image
+from casa_mech.defenses.prompts import in_micro_world, with_text_before, wording
+from casa_mech.errors import InputError
+from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.queries import Query, Reply, TextPart
+from casa_mech.queries.files import QuerySource, read_files
+from casa_mech.trace.contrast import Sampling, pick
+from casa_mech.trace.generate import continue_from
+from casa_mech.trace.steer import first_steps
+
+MIN_PROTOTYPES = 10
+MIN_SIDE = 10
+FULL_RISK = 0.99
+Text = Literal["image_question", "image_opening", "audio_question", "audio_opening", "instruction"]
+TEXTS: tuple[Text, ...] = get_args(Text)
+
+
+class MorasSettings(DefenseSettings):
+    """Options of MoRAS; constants as in the released code."""
+
+    positions: int = Field(3, ge=1)
+    """N, the response positions that are read and steered."""
+    gamma: float = Field(0.3, gt=0, le=1)
+    """Weight of each further position in the similarity."""
+    context_tokens: int = Field(40, ge=1)
+    """Most tokens of the sentence about the picture (or clip)."""
+    prototypes: QuerySource | None = None
+    """Unsafe text queries, whose mean states are the prototypes; None: `n_prototypes` of the micro-world's."""
+    calibration: tuple[QuerySource, ...] = ()
+    """Harmful and benign queries that fix S_base, a label for each source; empty: the micro-world's, with pictures."""
+    n_prototypes: int = Field(50, ge=1)
+    """How many prototypes to take from the micro-world."""
+    n_calibration: int = Field(50, ge=1)
+    """How many calibration queries of each side to take from the micro-world."""
+    seed: int = 0
+    """Of the micro-world's queries."""
+    image_question: str | None = None
+    """What is asked about a picture; None for the package's text, as in the next four."""
+    image_opening: str | None = None
+    """How the answer about a picture begins."""
+    audio_question: str | None = None
+    """What is asked about a clip."""
+    audio_opening: str | None = None
+    """How the answer about a clip begins."""
+    instruction: str | None = None
+    """The text before the request whose risk is measured."""
+    extend: bool = True
+    """Take text (no context) and audio (a transcript as context) too, which the paper does not define."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What MoRAS knows of a model. `prototypes` [position, d_model]; `base`: S_base; `slope`: k; sizes of the sets."""
+
+    prototypes: Tensor
+    base: float
+    slope: float
+    n_prototypes: int
+    n_harmful: int
+    n_benign: int
+
+
+class Moras(Defense):
+    """Modality-aware risk-adaptive steering.
+
+    A query's risk is how near, in vocabulary space, the first states of the reply to it are to the mean first states of
+    replies to unsafe text, when the model has been told what the media hold and to refuse what is unsafe. In the reply
+    itself, to the query as it was asked, these positions are moved towards the prototypes by the risk.
+
+    Raises:
+        InputError: (on making one) sets of queries that are too small or one-sided, or none for this model.
+    """
+
+    name = "moras"
+
+    def __init__(
+        self,
+        omni: Omni,
+        settings: MorasSettings = MorasSettings(),
+        prototypes: Sequence[Query] | None = None,
+        calibration: Sequence[Query] | None = None,
+    ) -> None:
+        super().__init__(omni)
+        self.settings = settings
+        unsafe = _prototype_queries(omni, settings) if prototypes is None else list(prototypes)
+        labelled = _calibration_queries(omni, settings) if calibration is None else list(calibration)
+        check_sets(unsafe, labelled)
+        self.calibration = self._calibrate(unsafe, labelled)
+
+    def describe(self) -> Description:
+        """States; a sentence about each medium and a probe of N tokens come before the reply."""
+        return Description(
+            name=self.name,
+            changes=("states",),
+            extra_forwards=self.settings.context_tokens + self.settings.positions,
+            source="arXiv 2510.13698 and its released code",
+            safety_prompt=self.safety_prompt,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As of every defence, with its texts as worded for this model and what was calibrated."""
+        known = self.calibration
+        texts = [self._text(name) for name in TEXTS]
+        digest = hashlib.sha256(known.prototypes.float().cpu().numpy().tobytes()).hexdigest()
+        return super().identity | {"texts": texts, "base": known.base, "prototypes": digest}
+
+    def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
+        """The risk of each query, in [0, 1]."""
+        queries = self._prepared(queries, settings)
+        need_image(queries, self.name, self.settings.extend)
+        found: dict[int, float] = {}
+        with torch.no_grad():
+            for group in self.omni.batches(queries, settings.batch_size):
+                risks = self._risks([queries[index] for index in group])
+                found |= zip(group, risks.tolist(), strict=True)
+        return [found[index] for index in range(len(queries))]
+
+    def _replies(self, queries: Sequence[Query], settings: GenerationSettings, progress: bool) -> list[Reply]:
+        need_image(queries, self.name, self.settings.extend)
+
+        def answer(group: list[int]) -> list[list[int]]:
+            chosen = [queries[index] for index in group]
+            return self._steered(chosen, self._risks(chosen), settings)
+
+        return decoded_replies(self.omni, queries, settings, progress, answer, self.name)
+
+    def _steered(self, queries: Sequence[Query], risks: Tensor, settings: GenerationSettings) -> list[list[int]]:
+        """Ids of each reply: the first N positions steered, the rest as the model has it."""
+        batch = self.omni.encode(queries)
+        sampling = Sampling.of(settings, len(queries), self.omni.device)
+        steps = min(self.settings.positions, settings.max_new_tokens)
+        mean = self.calibration.prototypes
+        first = first_steps(
+            self.omni,
+            batch,
+            steps,
+            pick=lambda logits: pick(logits, sampling),
+            edit=lambda position, states: steer(states, mean[position], risks),
+        )
+        written: list[list[int]] = first.ids.tolist()
+        still = [row for row, ids in enumerate(written) if self.omni.end_id not in ids]
+        left = settings.max_new_tokens - steps
+        if still and left > 0:
+            kwargs = settings.kwargs() | {"max_new_tokens": left}
+            more = continue_from(self.omni, batch, first.cache, [written[row] for row in still], still, kwargs)
+            for row, ids in zip(still, more.tolist(), strict=True):
+                written[row] += ids
+        return written
+
+    def _risks(self, queries: Sequence[Query]) -> Tensor:
+        known = self.calibration
+        return risk(self._similarities(queries, known.prototypes), known.base, known.slope)
+
+    def _similarities(self, queries: Sequence[Query], prototypes: Tensor) -> Tensor:
+        """Similarity [query] to the prototypes of each query, under the instruction and with what its media hold."""
+        instruction = self._text("instruction")
+        contexts = self.contexts(queries)
+        probes = [
+            with_text_before(query, f"{instruction} {context}".strip()).model_copy(update={"prefill": ""})
+            for query, context in zip(queries, contexts, strict=True)
+        ]
+        states = first_steps(self.omni, self.omni.encode(probes), self.settings.positions).states
+        return similarity(states, prototypes, self.omni.model.lm_head, self.settings.gamma)
+
+    def contexts(self, queries: Sequence[Query]) -> list[str]:
+        """A sentence about each query's picture or clip (both, one after the other), without regard to what is asked;
+        empty for text."""
+        found = [""] * len(queries)
+        kinds: tuple[tuple[str, Text, Text], ...] = (
+            ("image", "image_question", "image_opening"),
+            ("audio", "audio_question", "audio_opening"),
+        )
+        for kind, question_name, opening_name in kinds:
+            asked = [row for row, query in enumerate(queries) if kind in query.modalities]
+            question, opening = self._text(question_name), self._text(opening_name)
+            probes = [_media_question(queries[row], kind, question, opening) for row in asked]
+            settings = GenerationSettings(max_new_tokens=self.settings.context_tokens, batch_size=max(1, len(asked)))
+            for row, reply in zip(asked, self.omni.generate(probes, settings), strict=True):
+                found[row] = f"{found[row]} {opening} {reply.text}".strip()
+        return found
+
+    def _text(self, name: Text) -> str:
+        given = getattr(self.settings, name)
+        return wording(self.omni, name) if given is None else given
+
+    def _calibrate(self, unsafe: Sequence[Query], labelled: Sequence[Query], batch_size: int = 16) -> Calibration:
+        n = self.settings.positions
+        with torch.no_grad():
+            groups = [[unsafe[i] for i in group] for group in self.omni.batches(unsafe, batch_size)]
+            states = torch.cat([first_steps(self.omni, self.omni.encode(group), n).states for group in groups])
+            mean = states.mean(dim=0)
+            groups = [[labelled[i] for i in group] for group in self.omni.batches(labelled, batch_size)]
+            base = float(torch.cat([self._similarities(group, mean) for group in groups]).mean())
+        harmful = sum(query.label == "harmful" for query in labelled)
+        return Calibration(mean, base, slope(base), len(unsafe), harmful, len(labelled) - harmful)
+
+
+def slope(base: float) -> float:
+    """k = ln(0.99 / 0.01) / (1 - S_base): the risk is 0.99 at similarity 1 (15.955 at S_base 0.712).
+
+    Raises:
+        InputError: all similarities are 1, so no risk can be told from another.
+    """
+    if 1 - base < 1e-6:
+        raise InputError("the calibration queries are all exactly as similar to the prototypes as can be; use others")
+    return math.log(FULL_RISK / (1 - FULL_RISK)) / (1 - base)
+
+
+def similarity(states: Tensor, prototypes: Tensor, head: nn.Module, gamma: float) -> Tensor:
+    """Cosine [batch] in vocabulary space of states [batch, position, d_model] and prototypes [position, d_model]: that
+    of the sums over positions n of gamma^n times the head's softmax."""
+    weights = gamma ** torch.arange(len(prototypes), device=states.device, dtype=torch.float32)
+    found = (head(states).float().softmax(dim=-1) * weights[:, None]).sum(dim=-2)
+    wanted = (head(prototypes.to(states.dtype)).float().softmax(dim=-1) * weights[:, None]).sum(dim=-2)
+    return nn.functional.cosine_similarity(found, wanted[None], dim=-1)
+
+
+def risk(similarities: Tensor, base: float, slope: float) -> Tensor:
+    """sigmoid(k (s - S_base)) of similarities [batch]."""
+    return torch.sigmoid(slope * (similarities - base))
+
+
+def steer(states: Tensor, prototype: Tensor, risks: Tensor) -> Tensor:
+    """(1 - r) h + r mu for states [batch, d_model], one position's prototype [d_model] and risks [batch]."""
+    r = risks.to(states.dtype)[:, None]
+    return (1 - r) * states + r * prototype.to(states.dtype)
+
+
+def check_sets(prototypes: Sequence[Query], calibration: Sequence[Query]) -> None:
+    """Refuse sets that MoRAS cannot be fitted on.
+
+    Raises:
+        InputError: too few prototypes or ones with media, unlabelled queries, or too few of a side; the message says
+            how many are needed.
+    """
+    media = next((query for query in prototypes if query.modalities != {"text"}), None)
+    if media is not None:
+        raise InputError(f"query {media.id}: MoRAS takes its prototypes from text alone; leave out pictures and clips")
+    if len(prototypes) < MIN_PROTOTYPES:
+        raise InputError(
+            f"{len(prototypes)} unsafe text queries are too few for MoRAS's prototypes: at least {MIN_PROTOTYPES} are "
+            "needed (the paper has 50)"
+        )
+    plain = next((query for query in calibration if query.label is None), None)
+    if plain is not None:
+        raise InputError(f"query {plain.id}: MoRAS's calibration set needs a label, harmful or benign, on every query")
+    harmful = sum(query.label == "harmful" for query in calibration)
+    benign = len(calibration) - harmful
+    if min(harmful, benign) < MIN_SIDE:
+        raise InputError(
+            f"MoRAS's calibration set has {harmful} harmful and {benign} benign queries: at least {MIN_SIDE} of each "
+            "are needed (the paper has 50 of each)"
+        )
+
+
+def _media_question(query: Query, kind: str, question: str, opening: str) -> Query:
+    parts = (*(part for part in query.parts if part.kind == kind), TextPart(text=question))
+    return query.model_copy(update={"parts": parts, "prefill": opening, "history": ()})
+
+
+def _prototype_queries(omni: Omni, settings: MorasSettings) -> list[Query]:
+    if settings.prototypes is not None:
+        return read_files(settings.prototypes)
+    _need_micro_world(omni, "prototypes")
+    from casa_mech.organism.world import default_world
+
+    return default_world().requests(settings.n_prototypes, settings.seed, "harmful", "seen", "seen")
+
+
+def _calibration_queries(omni: Omni, settings: MorasSettings) -> list[Query]:
+    if settings.calibration:
+        return [query for source in settings.calibration for query in read_files(source)]
+    _need_micro_world(omni, "calibration")
+    from casa_mech.attacks.registry import apply_attack
+    from casa_mech.organism.world import default_world
+
+    # Another seed than the prototypes', so that the two sets are drawn apart.
+    plain = default_world().requests(2 * settings.n_calibration, settings.seed + 1, None, "seen", "seen")
+    return apply_attack("image", plain, settings.seed)
+
+
+def _need_micro_world(omni: Omni, option: str) -> None:
+    if not in_micro_world(omni):
+        raise InputError(f"defense 'moras' needs queries to be fitted on: set {option} to your own (see MorasSettings)")

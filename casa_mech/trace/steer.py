@@ -1,0 +1,89 @@
+"""The first positions of a reply, traced: the states that the head reads, and what it makes of them when changed.
+
+Only these positions are traced. The prompt's cache goes from step to step, and whoever decodes on gets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import nnsight
+import torch
+from torch import LongTensor, Tensor
+
+from casa_mech.omni import Omni, OmniBatch
+
+Edit = Callable[[int, Tensor], Tensor]
+"""(position from 0, states [batch, d_model] after the final norm) → states [batch, d_model] for the head."""
+Pick = Callable[[Tensor], LongTensor]
+"""Logits [batch, vocab] → ids [batch]."""
+
+
+@dataclass(frozen=True)
+class FirstSteps:
+    """The first `step` positions of each reply. `ids` [batch, step]; `states` [batch, step, d_model] after the final
+    norm, before any edit; `cache`: keys and values of the prompt and of all ids but the last, for decoding on."""
+
+    ids: LongTensor
+    states: Tensor
+    cache: Any
+
+
+def first_steps(
+    omni: Omni, batch: OmniBatch, steps: int, pick: Pick | None = None, edit: Edit | None = None
+) -> FirstSteps:
+    """Decode `steps` tokens, each from the state that `edit` makes of the final-norm state at its position.
+
+    Args:
+        omni: the model.
+        batch: prompts; a prefill is part of them, so positions are counted from the first token of the model's own.
+        steps: how many.
+        pick: chooses tokens; greedy when left out.
+        edit: what the head reads instead; nothing is changed when left out.
+    """
+    pick, edit = pick or _likeliest, edit or _unchanged
+    inputs = dict(batch.to(omni.device).inputs)
+    mask = inputs["attention_mask"]
+    ids, states = [], []
+    with torch.no_grad():
+        for step in range(steps):
+            state, logits, cache = _step(omni, inputs, step, edit)
+            token = pick(logits.float())
+            ids.append(token)
+            states.append(state)
+            mask = torch.cat([mask, mask.new_ones(len(token), 1)], dim=1)
+            inputs = {
+                "input_ids": token[:, None],
+                "attention_mask": mask,
+                "position_ids": _next_positions(omni, mask),
+                "past_key_values": cache,
+            }
+    return FirstSteps(torch.stack(ids, dim=1), torch.stack(states, dim=1), cache)
+
+
+def _step(omni: Omni, inputs: dict[str, Any], step: int, edit: Edit) -> tuple[Tensor, Tensor, Any]:
+    model = omni.nnsight
+    with model.trace(**inputs, use_cache=True):
+        state = model.model.language_model.norm.output[:, -1]
+        # The head is given the one position that is needed, so its [batch, position, vocab] output never exists.
+        model.lm_head.input = edit(step, state).unsqueeze(1)
+        logits = nnsight.save(model.lm_head.output[:, 0])
+        state = nnsight.save(state)
+        cache = nnsight.save(model.output.past_key_values)
+    return state, logits, cache
+
+
+def _next_positions(omni: Omni, mask: Tensor) -> Tensor:
+    """M-RoPE position [3, batch, 1] of the newest token: text after a picture counts on from the picture's own."""
+    position = mask.long().sum(dim=1, keepdim=True) - 1 + omni.model.model.rope_deltas
+    return position[None].expand(3, -1, -1)
+
+
+def _likeliest(logits: Tensor) -> LongTensor:
+    return logits.argmax(dim=-1)
+
+
+def _unchanged(_: int, state: Tensor) -> Tensor:
+    return state
