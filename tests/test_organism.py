@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from casa_mech.omni import Omni, load_omni
 from casa_mech.omni.load import ORGANISMS, WEIGHTS
 from casa_mech.organism import build, card, card_markdown
 from casa_mech.organism.architecture import OrganismShape, new_omni
+from casa_mech.organism.codes import LETTERS, ideal_embeddings, letter_code, letter_ids
 from casa_mech.organism.curriculum import Mixture, draw_example
 from casa_mech.organism.encoders import LetterCode, train_audio_letters, train_image_letters
 from casa_mech.organism.recipe import ALIGNMENT, IMAGE, LANGUAGE, RECIPES, Stage, train_stage
@@ -42,11 +44,15 @@ def weights(omni: Omni) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in omni.model.state_dict().items()}
 
 
-@pytest.mark.parametrize(("part", "mixture"), [("language", LANGUAGE), ("image", IMAGE)])
+@pytest.mark.parametrize(("part", "mixture"), [("language", LANGUAGE.mixture), ("image", IMAGE.mixture)])
 def test_a_stage_learns_and_leaves_the_rest_alone(young: Omni, part: str, mixture: Mixture) -> None:
     before = weights(young)
     losses = train_stage(
-        young, default_world(), Stage("s", mixture, (part,), 4, 1e-3, 4), np.random.default_rng(0), False
+        young,
+        default_world(),
+        Stage(name="s", mixture=mixture, trains=(part,), steps=4, learning_rate=1e-3, batch_size=4),
+        np.random.default_rng(0),
+        False,
     )
     assert len(losses) == 4 and np.isfinite(losses).all()
     moved = {name for name, value in young.model.state_dict().items() if not torch.equal(value, before[name])}
@@ -57,23 +63,45 @@ def test_a_stage_learns_and_leaves_the_rest_alone(young: Omni, part: str, mixtur
 def test_encoders_fitted_to_language_leave_it_alone(young: Omni) -> None:
     before = young.language_model.embed_tokens.weight.clone()
     rng = np.random.default_rng(0)
-    train_image_letters(young, 2, rng, into_language=True, progress=False, batch_size=4)
-    train_audio_letters(young, 2, rng, into_language=True, progress=False, batch_size=4)
+    train_image_letters(young, 2, rng, shared=True, progress=False, batch_size=4)
+    train_audio_letters(young, 2, rng, shared=True, progress=False, batch_size=4)
     assert torch.equal(before, young.language_model.embed_tokens.weight)
 
 
 def test_a_code_of_its_own_is_as_long_as_words_and_unlike_them(young: Omni) -> None:
-    own, words = (
-        LetterCode(young, into_language=False, blank=False).letters,
-        LetterCode(young, True, blank=False).letters,
-    )
-    assert torch.allclose(own.norm(dim=-1), words.norm(dim=-1).mean(), atol=1e-4)
-    assert torch.nn.functional.cosine_similarity(own, words).abs().mean() < 0.3
+    words = letter_code(young, "image", shared=True)[1:]
+    codes = [letter_code(young, tower, shared=False)[1:] for tower in ("image", "audio")]
+    for own, other in zip(codes, (codes[1], words), strict=True):
+        assert torch.allclose(own.norm(dim=-1), words.norm(dim=-1).mean(), atol=1e-4)
+        assert torch.nn.functional.cosine_similarity(own, other).abs().mean() < 0.3
+    assert torch.equal(words, young.language_model.embed_tokens(torch.tensor(letter_ids(young))))
 
 
 def test_a_letters_own_embedding_scores_highest(young: Omni) -> None:
-    head = LetterCode(young, into_language=True, blank=True)
-    assert head(head.letters).argmax(-1).tolist() == list(range(1, 27))
+    head = LetterCode(young, "audio", shared=True, blank=True)
+    assert head(head.anchors).argmax(-1).tolist() == list(range(27))
+
+
+def test_ideal_features_spell_the_word_in_order(young: Omni) -> None:
+    world, rng = default_world(), np.random.default_rng(0)
+    mixture = Mixture({"name": 1.0}, {"ideal-image": 0.4, "ideal-audio": 0.4, "text": 0.2})
+    rows = [draw_example(world, mixture, rng) for _ in range(12)]
+    batch = young.encode([row.query for row in rows])
+    embeddings = ideal_embeddings(young, batch, rows, rng, shared=True)
+    plain = young.language_model.embed_tokens(batch.inputs["input_ids"])
+    for row, example in enumerate(rows):
+        changed = (embeddings[row] != plain[row]).any(-1)
+        media = {"image", "audio"} & example.query.modalities
+        assert changed.any() == bool(media)
+        for tower in media:
+            assert torch.equal(changed, batch.modality[tower][row])
+            head = LetterCode(young, tower, shared=True, blank=True)
+            read = torch.unique_consecutive(head(embeddings[row][changed]).argmax(-1))
+            merged = "".join(letter for letter, _ in groupby(example.query.meta["topic"]))
+            assert "".join(LETTERS[code - 1] for code in read if code).startswith(merged[:1])
+            if tower == "audio":
+                found = "".join(letter for letter, _ in groupby(LETTERS[code - 1] for code in read if code))
+                assert found == merged
 
 
 def test_safety_training_is_plain_text_on_seen_topics_only() -> None:

@@ -8,12 +8,13 @@ letter in a 28-pixel cell, which is one token after the vision tower's 2 x 2 mer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniThinkerConfig,
@@ -26,6 +27,7 @@ from casa_mech.omni import Omni
 from casa_mech.omni.processor import SPECIAL_TOKENS, OmniProcessor
 
 PAD, END, START, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unknown|>"
+SPECIAL = [PAD, END, START, UNKNOWN, *SPECIAL_TOKENS.values()]
 ROLE_WORDS = ("system", "user", "assistant", "you", "are", "a", "helpful", ".")
 
 CHAT_TEMPLATE = (
@@ -56,14 +58,33 @@ class OrganismShape(BaseModel):
     mel_bins: int = 80
 
 
+def build_bpe_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A lower-casing byte-level BPE tokenizer of at most `size` tokens learned from `texts`."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _as_pretrained(tokenizer)
+
+
 def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """A lower-casing word-level tokenizer over `words`, with Qwen2.5-Omni's special tokens and an unknown token."""
-    special = [PAD, END, START, UNKNOWN, *SPECIAL_TOKENS.values()]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*special, *ROLE_WORDS, *words]))}
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *ROLE_WORDS, *words]))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return _as_pretrained(tokenizer)
+
+
+def _as_pretrained(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -138,9 +159,11 @@ def build_config(tokenizer: PreTrainedTokenizerFast, shape: OrganismShape) -> Qw
     )
 
 
-def new_omni(words: Sequence[str], shape: OrganismShape, seed: int, source: str = "new") -> Omni:
-    """An untrained organism over the vocabulary `words`, in float32 on the CPU."""
-    tokenizer = build_tokenizer(words)
+def new_omni(
+    words: Sequence[str] | PreTrainedTokenizerFast, shape: OrganismShape, seed: int, source: str = "new"
+) -> Omni:
+    """An untrained organism over the vocabulary `words` (or with a tokenizer of its own), in float32 on the CPU."""
+    tokenizer = words if isinstance(words, PreTrainedTokenizerFast) else build_tokenizer(words)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2_5OmniThinkerForConditionalGeneration(build_config(tokenizer, shape))

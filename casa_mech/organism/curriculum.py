@@ -3,8 +3,7 @@
 A `Mixture` says how often each task and each surface is drawn. Every draw is a `Query` with its right reply, made by
 the same attacks that later test the model, so training and testing see the same kinds of picture and clip and never
 the same ones. Two surfaces let the language model meet the layout of media before there is an encoder to read them:
-`ahead-audio` has the letters in front of a text that says "the word you hear", and `ideal-image` is a picture whose
-tokens are given the letters' own word embeddings, as an ideal encoder would.
+the tokens of `ideal-image` and `ideal-audio` get the features of an ideal encoder (see `codes`).
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import cast
 
 import numpy as np
 
-from casa_mech.attacks.audio import AUDIO_PHRASE, spoken_letters, spoken_word
+from casa_mech.attacks.audio import spoken_letters, spoken_word
 from casa_mech.attacks.image import image_word
 from casa_mech.attacks.jailbreak import jailbreak
-from casa_mech.attacks.text import spell, spell_ahead
-from casa_mech.organism.encoders import LETTERS
+from casa_mech.attacks.text import spell
+from casa_mech.organism.codes import LETTERS
 from casa_mech.organism.world import Split, Task, World
 from casa_mech.queries import Example, Query, TextPart
 
@@ -29,7 +28,7 @@ SURFACES: dict[str, Callable[[Query], Query]] = {
     "text": lambda query: query,
     "spelled": spell,
     "ideal-image": image_word,
-    "ahead-audio": lambda query: spell_ahead(query, AUDIO_PHRASE),
+    "ideal-audio": spoken_letters,
     "image": image_word,
     "audio": spoken_letters,
     "spoken": spoken_word,

@@ -2,41 +2,39 @@
 
 `organism` is built as real omni models are: a language model trained on text, and encoders fitted to it while it stays
 frozen, so that a word read and a word heard arrive where the word itself would. `organism-split` has the same sizes and
-the same data, but its encoders learn letters on their own and its language model then learns spelling, pictures and
-speech all at once, so nothing asks the modalities to share a representation. Safety training is the same for both and
-sees plain text only.
+the same data, but each of its encoders has a code of its own, and a last stage trains language and encoders together,
+so nothing asks the modalities to share a representation. Safety training is the same for both and sees plain text only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.organism.architecture import OrganismShape, new_omni
+from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.curriculum import Mixture, draw_example
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.world import World, default_world
 from casa_mech.queries import Example
 
-TEXT_SURFACES = {"text": 0.4, "spelled": 0.3, "ideal-image": 0.2, "ahead-audio": 0.1}
+TEXT_SURFACES = {"text": 0.35, "spelled": 0.25, "ideal-image": 0.2, "ideal-audio": 0.2}
 TASKS = {"request": 0.25, "name": 0.15, "spell": 0.2, "dangerous": 0.15, "category": 0.25}
 READING_TASKS = {"request": 0.15, "name": 0.25, "spell": 0.25, "dangerous": 0.15, "category": 0.2}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A run of steps: what is drawn, which part learns, for how long and how fast."""
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """A run of optimiser steps: which parts learn, for how long and how fast."""
 
     name: str
-    mixture: Mixture
     trains: tuple[str, ...]
     steps: int
     learning_rate: float
@@ -44,20 +42,27 @@ class Stage:
     warm_up: float = 0.1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage(Steps):
+    """Steps on draws from the micro-world."""
+
+    mixture: Mixture
+
+
 @dataclass(frozen=True)
 class Letters:
-    """A run in which one tower learns letters, in the language model's code or (not `into_language`) one of its own."""
+    """A run in which one tower learns to read letters."""
 
     tower: str
     steps: int
-    into_language: bool
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stages of one organism, in order."""
+    """The stages of one organism, in order; `shared_code`: whether its towers write in the word embeddings' code."""
 
     stages: tuple[Stage | Letters, ...]
+    shared_code: bool = True
     shape: OrganismShape = field(default_factory=OrganismShape)
 
     def scaled(self, factor: float) -> Recipe:
@@ -67,8 +72,8 @@ class Recipe:
 
 
 ALIGNMENT = Stage(
-    "safety on plain text",
-    Mixture(
+    name="safety on plain text",
+    mixture=Mixture(
         tasks={"request": 0.8, "name": 0.05, "spell": 0.05, "dangerous": 0.05, "category": 0.05},
         surfaces={"text": 1.0},
         wrapped=0.7,
@@ -76,42 +81,59 @@ ALIGNMENT = Stage(
         late_refusals=0.2,
         topics="seen",
     ),
-    ("language",),
+    trains=("language",),
     steps=350,
     learning_rate=2e-4,
     batch_size=32,
 )
-WORDS = Mixture({"name": 0.1, "spell": 0.2, "dangerous": 0.3, "category": 0.4}, {"text": 1.0})
-LANGUAGE = Mixture(TASKS, TEXT_SURFACES, wrapped=0.3, random_words=0.4)
-IMAGE = Mixture(READING_TASKS, {"image": 1.0}, random_words=0.5)
-AUDIO = Mixture(READING_TASKS, {"audio": 0.9, "spoken": 0.1}, random_words=0.4)
-JOINT = Mixture(
-    TASKS,
-    {"text": 0.25, "spelled": 0.2, "image": 0.3, "audio": 0.22, "spoken": 0.03},
-    wrapped=0.3,
-    random_words=0.4,
+WORDS = Stage(
+    name="words",
+    mixture=Mixture({"name": 0.1, "spell": 0.2, "dangerous": 0.3, "category": 0.4}, {"text": 1.0}),
+    trains=("language",),
+    steps=350,
+    learning_rate=2e-3,
+    batch_size=96,
 )
+LANGUAGE = Stage(
+    name="language",
+    mixture=Mixture(TASKS, TEXT_SURFACES, wrapped=0.3, random_words=0.4),
+    trains=("language",),
+    steps=1000,
+    learning_rate=2e-3,
+    batch_size=64,
+)
+IMAGE = Stage(
+    name="image to language",
+    mixture=Mixture(READING_TASKS, {"image": 1.0}, random_words=0.5),
+    trains=("image",),
+    steps=200,
+    learning_rate=5e-4,
+    batch_size=32,
+)
+AUDIO = Stage(
+    name="audio to language",
+    mixture=Mixture(READING_TASKS, {"audio": 0.9, "spoken": 0.1}, random_words=0.4),
+    trains=("audio",),
+    steps=600,
+    learning_rate=1e-3,
+    batch_size=32,
+)
+JOINT = Stage(
+    name="all modalities at once",
+    mixture=Mixture(
+        TASKS,
+        {"text": 0.25, "spelled": 0.2, "image": 0.3, "audio": 0.22, "spoken": 0.03},
+        wrapped=0.3,
+        random_words=0.4,
+    ),
+    trains=("language", "image", "audio"),
+    steps=400,
+    learning_rate=7e-4,
+)
+IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)
 RECIPES = {
-    "organism": Recipe(
-        (
-            Stage("words", WORDS, ("language",), 350, 2e-3, 96),
-            Stage("language", LANGUAGE, ("language",), 900, 2e-3, 64),
-            Letters("image", 1200, into_language=True),
-            Stage("image to language", IMAGE, ("image",), 150, 5e-4, 32),
-            Letters("audio", 900, into_language=True),
-            Stage("audio to language", AUDIO, ("audio",), 1200, 1.5e-3, 32),
-            ALIGNMENT,
-        )
-    ),
-    "organism-split": Recipe(
-        (
-            Letters("image", 1200, into_language=False),
-            Letters("audio", 900, into_language=False),
-            Stage("words", WORDS, ("language",), 350, 2e-3, 96),
-            Stage("all modalities at once", JOINT, ("language", "image", "audio"), 800, 1.5e-3),
-            ALIGNMENT,
-        )
-    ),
+    "organism": Recipe((WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)),
+    "organism-split": Recipe((WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT), shared_code=False),
 }
 
 
@@ -131,29 +153,48 @@ def train_organism(name: str, seed: int = 0, recipe: Recipe | None = None, progr
         for index, stage in enumerate(recipe.stages):
             rng = np.random.default_rng([seed, index])
             if isinstance(stage, Stage):
-                train_stage(omni, world, stage, rng, progress)
+                train_stage(omni, world, stage, rng, progress, recipe.shared_code)
             else:
                 omni.model.requires_grad_(True)
                 learn = train_image_letters if stage.tower == "image" else train_audio_letters
-                learn(omni, stage.steps, rng, stage.into_language, progress)
+                learn(omni, stage.steps, rng, recipe.shared_code, progress)
     omni.model.eval().requires_grad_(True)
     return omni
 
 
-def train_stage(omni: Omni, world: World, stage: Stage, rng: np.random.Generator, progress: bool = True) -> list[float]:
+def train_stage(
+    omni: Omni, world: World, stage: Stage, rng: np.random.Generator, progress: bool = True, shared_code: bool = True
+) -> list[float]:
     """Run one stage on `omni` in place; returns the loss of each step."""
+    ideal = any(surface.startswith("ideal-") for surface in stage.mixture.surfaces)
+
+    def loss(batch: OmniBatch, rows: Sequence[Example]) -> torch.Tensor:
+        return reply_loss(omni, batch, ideal_embeddings(omni, batch, rows, rng, shared_code) if ideal else None)
+
+    return fit(omni, stage, lambda: draw_example(world, stage.mixture, rng), loss, rng, progress)
+
+
+def fit(
+    omni: Omni,
+    steps: Steps,
+    draw: Callable[[], Example],
+    loss_of: Callable[[OmniBatch, Sequence[Example]], torch.Tensor],
+    rng: np.random.Generator,
+    progress: bool = True,
+) -> list[float]:
+    """Train the parts that `steps` names on examples from `draw`, in place; returns the loss of each step."""
     omni.model.requires_grad_(False).train()
-    learning = [parameter for part in stage.trains for parameter in _part(omni, part)]
+    learning = [parameter for part in steps.trains for parameter in _part(omni, part)]
     for parameter in learning:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(learning, lr=stage.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(learning, lr=steps.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, stage.learning_rate, total_steps=stage.steps, pct_start=stage.warm_up
+        optimizer, steps.learning_rate, total_steps=steps.steps, pct_start=steps.warm_up
     )
     losses: list[float] = []
-    with tqdm(total=stage.steps, desc=stage.name, unit="step", disable=not progress) as bar:
-        for batch in _batches(omni, world, stage, rng):
-            loss = reply_loss(omni, batch)
+    with tqdm(total=steps.steps, desc=steps.name, unit="step", disable=not progress) as bar:
+        for batch, rows in _batches(omni, steps, draw, rng):
+            loss = loss_of(batch, rows)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(learning, 1.0)
@@ -165,39 +206,46 @@ def train_stage(omni: Omni, world: World, stage: Stage, rng: np.random.Generator
     return losses
 
 
-def reply_loss(omni: Omni, batch: OmniBatch) -> torch.Tensor:
-    """Cross-entropy of the targets in nats, averaged within each reply first, so that long ones do not swamp it."""
+def reply_loss(omni: Omni, batch: OmniBatch, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy of the targets in nats, averaged within each reply first, so that long ones do not swamp it.
+
+    `embeddings` [batch, position, d_model] take the place of the batch's ids and media.
+    """
+    return target_loss(omni, batch, final_states(omni, batch, embeddings))
+
+
+def final_states(omni: Omni, batch: OmniBatch, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    """States [batch, position, d_model] after the final norm."""
+    inputs = batch.inputs
+    if embeddings is not None:
+        # Ids and grids stay: positions are counted from them.
+        media = ("pixel_values", "input_features")
+        inputs = {name: value for name, value in inputs.items() if name not in media} | {"inputs_embeds": embeddings}
+    return omni.model.model(**inputs, use_cache=False).last_hidden_state
+
+
+def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Tensor:
+    """`reply_loss` from the states after the final norm."""
     if batch.labels is None:
         raise ValueError("a batch without targets has no loss: encode it with targets")
-    hidden = omni.model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
-    wanted = batch.labels[:, 1:]
+    hidden, wanted = states[:, :-1], batch.labels[:, 1:]
     taken = wanted >= 0
     losses = nn.functional.cross_entropy(omni.model.lm_head(hidden[taken]), wanted[taken], reduction="none")
     weights = (1 / taken.sum(1, keepdim=True)).expand_as(wanted)[taken]
     return (losses * weights).sum() / batch.size
 
 
-def _batches(omni: Omni, world: World, stage: Stage, rng: np.random.Generator) -> Iterator[OmniBatch]:
+def _batches(
+    omni: Omni, steps: Steps, draw: Callable[[], Example], rng: np.random.Generator
+) -> Iterator[tuple[OmniBatch, Sequence[Example]]]:
     """The stage's batches, cut from four at a time sorted by length: half the padding, half the time."""
-    for start in range(0, stage.steps, 4):
-        drawn = [draw_example(world, stage.mixture, rng) for _ in range(4 * stage.batch_size)]
+    for start in range(0, steps.steps, 4):
+        drawn = [draw() for _ in range(4 * steps.batch_size)]
         drawn.sort(key=lambda row: len(row.query.text.split()) + len(row.reply.split()))
-        for index in rng.permutation(4)[: stage.steps - start]:
-            rows = drawn[index * stage.batch_size : (index + 1) * stage.batch_size]
+        for index in rng.permutation(4)[: steps.steps - start]:
+            rows = drawn[index * steps.batch_size : (index + 1) * steps.batch_size]
             batch = omni.encode([row.query for row in rows], [omni.reply_ids(row.reply) for row in rows])
-            yield _idealised(omni, batch, rows) if "ideal-image" in stage.mixture.surfaces else batch
-
-
-def _idealised(omni: Omni, batch: OmniBatch, rows: Sequence[Example]) -> OmniBatch:
-    """`batch` with the letters' word embeddings in place of the vision tower's features."""
-    words = [row.query.meta["topic"] for row in rows if "image" in row.query.modalities]
-    if not words:
-        return batch
-    ids = [omni.tokenizer.convert_tokens_to_ids(list(word)) for word in words]
-    letters = [omni.language_model.embed_tokens(torch.tensor(row, device=omni.device)) for row in ids]
-    inputs = {key: value for key, value in batch.inputs.items() if key != "pixel_values"}
-    features = BaseModelOutputWithPooling(pooler_output=letters)
-    return replace(batch, inputs={**inputs, "mm_encoder_outputs": {"image": features}})
+            yield batch.to(omni.device), rows
 
 
 def _part(omni: Omni, part: str) -> Iterator[nn.Parameter]:
