@@ -229,7 +229,7 @@ class Casa:
         """
         directory = Path(directory)
         stored = read_stored(directory)
-        warning = check_base(stored, Base.of(omni), directory)
+        warning = check_base(stored.base, Base.of(omni), directory)
         lora = read_tensors(directory / WEIGHTS)
         casa = cls.attach(omni, stored.config)
         try:

@@ -109,13 +109,12 @@ def read_stored(directory: Path) -> Stored:
         raise ModelError(f"{path} is corrupt ({str(error).splitlines()[0]}); save the gate again") from None
 
 
-def check_base(stored: Stored, base: Base, directory: Path) -> str | None:
-    """A warning when the gate was trained on other weights of the same shape, else None.
+def check_base(trained: Base, base: Base, directory: Path) -> str | None:
+    """A warning when the gate in `directory` was `trained` on other weights of `base`'s shape, else None.
 
     Raises:
         ModelError: the shapes differ.
     """
-    trained = stored.base
     for what in ("d_model", "n_layers", "tied"):
         theirs, ours = getattr(trained, what), getattr(base, what)
         if theirs != ours:

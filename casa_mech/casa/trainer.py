@@ -35,19 +35,23 @@ SHOWN = ("loss", "v_harmful", "v_benign", "reroute", "retain")
 
 
 class Learner(Protocol):
-    """What a run trains, and on what.
-
-    steps: how many there are. validates: whether there is a validation set. key: all that determines the run, beside
-    the model.
-    """
-
-    steps: int
-    validates: bool
-    key: Sequence[str]
+    """What a run trains, and on what."""
 
     @property
     def omni(self) -> Omni:
         """The model."""
+
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation set."""
+
+    @property
+    def key(self) -> Sequence[str]:
+        """All that determines the run, beside the model."""
 
     def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """Trainable parameters by name, in the two groups that have a learning rate each."""
