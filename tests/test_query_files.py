@@ -11,7 +11,7 @@ from PIL import Image
 
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import TEMPORARY, writing, writing_folder
-from casa_mech.queries.files import QuerySource, read_queries
+from casa_mech.queries.files import QuerySource, read_files
 
 ROWS = [{"goal": "how do i bake a cake", "n": 1}, {"goal": "wie backt man Küchlein, bitte", "n": 2}]
 
@@ -33,7 +33,7 @@ def _write(path: Path, rows: list[dict]) -> Path:
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
 def test_every_table_type_gives_the_same_queries(tmp_path: Path, suffix: str) -> None:
     path = _write(tmp_path / f"prompts{suffix}", ROWS)
-    queries = read_queries(QuerySource(path=path, column="goal", label="benign"))
+    queries = read_files(QuerySource(path=path, column="goal", label="benign"))
     assert [query.text for query in queries] == [row["goal"] for row in ROWS]
     assert [query.id for query in queries] == [f"prompts{suffix}:1", f"prompts{suffix}:2"]
     assert {query.label for query in queries} == {"benign"}
@@ -44,15 +44,15 @@ def test_media_columns_and_folders(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "b.wav", np.ones(1600, dtype=np.float32) * 0.1, 16_000)
     table = _write(tmp_path / "t.csv", [{"goal": "look", "picture": "a.png", "clip": "b.wav"}])
     source = QuerySource(path=table, column="goal", image_column="picture", audio_column="clip")
-    assert read_queries(source)[0].modalities == {"text", "image", "audio"}
-    folder = read_queries(QuerySource(path=tmp_path, label="harmful", text="say it"))
+    assert read_files(source)[0].modalities == {"text", "image", "audio"}
+    folder = read_files(QuerySource(path=tmp_path, label="harmful", text="say it"))
     assert [query.modalities for query in folder] == [{"image", "text"}, {"audio", "text"}]
-    assert read_queries(QuerySource(path=tmp_path / "a.png"))[0].modalities == {"image"}
+    assert read_files(QuerySource(path=tmp_path / "a.png"))[0].modalities == {"image"}
 
 
 def test_limit_takes_from_the_start(tmp_path: Path) -> None:
     path = _write(tmp_path / "t.csv", ROWS)
-    assert len(read_queries(QuerySource(path=path, column="goal", limit=1))) == 1
+    assert len(read_files(QuerySource(path=path, column="goal", limit=1))) == 1
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_limit_takes_from_the_start(tmp_path: Path) -> None:
         (lambda d: _write(d / "t.json", [{"goal": None}]), {"path": "t.json", "column": "goal"}, "row 1: empty prompt"),
         (lambda d: (d / "t.json").write_text("{"), {"path": "t.json", "column": "goal"}, "not a readable json"),
         (lambda d: (d / "t.json").write_text("[1]"), {"path": "t.json", "column": "goal"}, "list of objects"),
-        (lambda d: (d / "t.csv").write_text(""), {"path": "t.csv", "column": "goal"}, "not a readable csv"),
+        (lambda d: (d / "t.csv").write_text(""), {"path": "t.csv", "column": "goal"}, "is empty"),
         (lambda d: (d / "t.csv").write_text("goal\n"), {"path": "t.csv", "column": "goal"}, "holds no rows"),
         (lambda d: (d / "t.csv").write_bytes(b"goal\n\xff\xfe"), {"path": "t.csv", "column": "goal"}, "not a readable"),
         (lambda d: (d / "t.parquet").write_text("x"), {"path": "t.parquet", "column": "goal"}, "not a readable"),
@@ -79,7 +79,7 @@ def test_bad_files_are_one_line(tmp_path: Path, make, source: dict, message: str
     make(tmp_path)
     fields = {**source, "path": tmp_path / source["path"]}
     with pytest.raises(InputError, match=message) as caught:
-        read_queries(QuerySource(**fields))
+        read_files(QuerySource(**fields))
     assert "\n" not in str(caught.value)
 
 

@@ -1,5 +1,8 @@
-"""Queries: the frozen records that flow through the house (see docs/architecture.md)."""
+"""Queries: the frozen records that flow through the house (see docs/architecture.md), and how they are read."""
 
+from casa_mech.queries.benchmarks import BENCHMARKS, Benchmark, read_benchmark, read_mme_results, read_queries
+from casa_mech.queries.files import QuerySource, read_files, read_source
+from casa_mech.queries.overlap import decontaminate, matches, overlaps, split_queries, underlying
 from casa_mech.queries.query import (
     AudioPart,
     Example,
@@ -12,5 +15,31 @@ from casa_mech.queries.query import (
     TextPart,
     Turn,
 )
+from casa_mech.queries.reading import Reading
 
-__all__ = ["AudioPart", "Example", "ImagePart", "Label", "Part", "Query", "Reply", "SafetyToken", "TextPart", "Turn"]
+__all__ = [
+    "AudioPart",
+    "BENCHMARKS",
+    "Benchmark",
+    "Example",
+    "ImagePart",
+    "Label",
+    "Part",
+    "Query",
+    "QuerySource",
+    "Reading",
+    "Reply",
+    "SafetyToken",
+    "TextPart",
+    "Turn",
+    "decontaminate",
+    "matches",
+    "overlaps",
+    "read_benchmark",
+    "read_files",
+    "read_mme_results",
+    "read_queries",
+    "read_source",
+    "split_queries",
+    "underlying",
+]

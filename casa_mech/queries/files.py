@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from casa_mech.errors import InputError
+from casa_mech.queries.minors import concerns_minors
 from casa_mech.queries.query import AudioPart, Example, ImagePart, Label, Part, Query, TextPart
+from casa_mech.queries.reading import Reading
+from casa_mech.queries.tables import TABLE_SUFFIXES, cell, read_records, read_table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff")
 
@@ -28,6 +28,7 @@ class QuerySource(BaseModel):
     image_column, audio_column: columns of paths, relative to the table's folder.
     text: a prompt to go with each picture or clip that has none of its own.
     limit: at most so many queries, from the start.
+    drop_minors: leave out rows that mention minors in a sexual or harmful setting.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +40,7 @@ class QuerySource(BaseModel):
     audio_column: str | None = None
     text: str | None = None
     limit: int | None = None
+    drop_minors: bool = True
 
     @property
     def is_table(self) -> bool:
@@ -46,8 +48,17 @@ class QuerySource(BaseModel):
         return self.path.suffix.lower() in TABLE_SUFFIXES
 
 
-def read_queries(source: QuerySource) -> list[Query]:
+def read_files(source: QuerySource) -> list[Query]:
     """The source's queries, in order; ids are `<file name>:<row>` (rows from 1, headings not counted) or file names.
+
+    Raises:
+        InputError: as `read_source`.
+    """
+    return list(read_source(source).queries)
+
+
+def read_source(source: QuerySource) -> Reading:
+    """As `read_files`, with the account of what was left out.
 
     Raises:
         InputError: no such file, a type that is not read, a broken table, a missing column (the message lists those
@@ -56,28 +67,48 @@ def read_queries(source: QuerySource) -> list[Query]:
     path = source.path
     if not path.exists():
         raise InputError(f"no file or folder {path}; check the path")
+    queries: Iterable[Query]
     if source.is_table and path.is_file():
-        queries = _from_table(source)
+        rows, queries = _from_table(source)
     elif path.is_dir():
-        queries = _from_folder(source)
+        files = _media_in(source)
+        rows = len(files)
+        queries = (_from_media(file, source, f"{path.name}/{file.name}") for file in files)
     elif path.suffix.lower() in IMAGE_SUFFIXES + AUDIO_SUFFIXES:
-        queries = [_from_media(path, source, path.name)]
+        rows, queries = 1, [_from_media(path, source, path.name)]
     else:
         raise InputError(
             f"{path}: files of type '{path.suffix or 'no suffix'}' are not read; give a table "
             f"({', '.join(TABLE_SUFFIXES)}), a picture, a clip, or a folder of pictures or clips"
         )
-    if not queries:
+    if not rows:
         raise InputError(f"{path}: holds no rows; give a file with at least one query")
-    return queries[: source.limit]
+    return _screened(source, rows, queries)
 
 
-def _from_folder(source: QuerySource) -> list[Query]:
+def _screened(source: QuerySource, rows: int, queries: Iterable[Query]) -> Reading:
+    kept: list[Query] = []
+    dropped = []
+    for query in queries:
+        if source.limit is not None and len(kept) >= source.limit:
+            break
+        if source.drop_minors and concerns_minors([query.text], query.label):
+            dropped.append(query.id)
+        else:
+            kept.append(query)
+    if not kept:
+        raise InputError(f"{source.path}: every row mentions minors in a sexual or harmful setting, so none is left")
+    unscreened = sum(not query.text for query in kept)
+    name = source.path.name
+    return Reading(name, tuple(kept), rows, tuple(dropped), unscreened=unscreened, files=(str(source.path),))
+
+
+def _media_in(source: QuerySource) -> list[Path]:
     suffixes = IMAGE_SUFFIXES + AUDIO_SUFFIXES
     files = sorted(file for file in source.path.iterdir() if file.is_file() and file.suffix.lower() in suffixes)
     if not files:
         raise InputError(f"{source.path}: no pictures or clips in this folder; it may hold {', '.join(suffixes)}")
-    return [_from_media(file, source, f"{source.path.name}/{file.name}") for file in files]
+    return files
 
 
 def _from_media(path: Path, source: QuerySource, query_id: str) -> Query:
@@ -86,19 +117,19 @@ def _from_media(path: Path, source: QuerySource, query_id: str) -> Query:
     return Query(id=query_id, parts=(part, *text), label=source.label, source=source.path.name)
 
 
-def _from_table(source: QuerySource) -> list[Query]:
+def _from_table(source: QuerySource) -> tuple[int, Iterable[Query]]:
+    table = read_table(source.path)
+    there = ", ".join(map(str, table.columns))
     if source.column is None and source.image_column is None and source.audio_column is None:
-        columns = ", ".join(map(str, _read_table(source.path).columns))
-        raise InputError(f"{source.path}: say which column holds the prompts (--column); it has {columns}")
-    table = _read_table(source.path)
+        raise InputError(f"{source.path}: say which column holds the prompts (--column); it has {there}")
     for column in (source.column, source.image_column, source.audio_column):
         if column is not None and column not in table.columns:
-            raise InputError(f"{source.path}: no column '{column}'; it has {', '.join(map(str, table.columns))}")
-    records = table.head(source.limit).to_dict("records") if source.limit else table.to_dict("records")
-    return [_from_row(source, number, record) for number, record in enumerate(records, start=1)]
+            raise InputError(f"{source.path}: no column '{column}'; it has {there}")
+    records = table.to_dict("records")
+    return len(table), (_from_row(source, number, record) for number, record in enumerate(records, start=1))
 
 
-def _from_row(source: QuerySource, number: int, record: dict[str, object]) -> Query:
+def _from_row(source: QuerySource, number: int, record: Mapping[Any, object]) -> Query:
     where = f"{source.path} row {number}"
     parts: list[Part] = []
     if source.image_column is not None:
@@ -112,14 +143,14 @@ def _from_row(source: QuerySource, number: int, record: dict[str, object]) -> Qu
 
 
 def _cell_text(value: object, where: str, column: str) -> str:
-    text = "" if value is None or value != value else str(value).strip()  # NaN is the one value unequal to itself
+    text = cell(value)
     if not text:
         raise InputError(f"{where}: empty prompt in column '{column}'; fill it or drop the row")
     return text
 
 
 def _media_path(value: object, source: QuerySource, where: str, suffixes: tuple[str, ...]) -> Path:
-    text = "" if value is None or value != value else str(value).strip()
+    text = cell(value)
     if not text:
         raise InputError(f"{where}: no file named; fill the cell or drop the row")
     path = source.path.parent / text
@@ -130,55 +161,35 @@ def _media_path(value: object, source: QuerySource, where: str, suffixes: tuple[
     return path
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    import pandas as pd
+@dataclass(frozen=True)
+class ExampleReading:
+    """Examples, and the ids of the rows left out because they mention minors in a sexual or harmful setting."""
 
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            separator = "," if suffix == ".csv" else "\t"
-            return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        if suffix == ".parquet":
-            return pd.read_parquet(path)
-        if suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            return _records_table([json.loads(line) for line in lines if line.strip()], path)
-        return _records_table(json.loads(path.read_text(encoding="utf-8-sig")), path)
-    except InputError:
-        raise
-    except (ValueError, OSError) as error:  # parser, decoder and Arrow errors are all ValueErrors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable {suffix[1:]} table ({reason}); check the file") from None
+    examples: Sequence[Example]
+    dropped: tuple[str, ...] = ()
 
 
-def _records_table(content: object, path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    if isinstance(content, dict):
-        # A mapping with one list of records in it ({"data": [...]}) is as common as a bare list.
-        lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 else content
-    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
-        raise InputError(f"{path}: expected a list of objects, one for each query")
-    return pd.DataFrame(cast("list[dict[str, object]]", content))
-
-
-def read_examples(path: Path, column: str, reply_column: str, label_column: str) -> list[Example]:
+def read_examples(path: Path, column: str, reply_column: str, label_column: str) -> ExampleReading:
     """A training set from a table: prompts, the replies wanted, and labels (harmful or benign), text only.
 
     Raises:
-        InputError: as `read_queries`; also an empty reply, or a label that is neither; the message names the row.
+        InputError: as `read_source`; also an empty reply, or a label that is neither; the message names the row.
     """
-    queries = read_queries(QuerySource(path=path, column=column))
-    table = _read_table(path)
-    for name in (reply_column, label_column):
-        if name not in table.columns:
-            raise InputError(f"{path}: no column '{name}'; it has {', '.join(map(str, table.columns))}")
+    queries = read_files(QuerySource(path=path, column=column, drop_minors=False))
     examples = []
-    pairs = zip(queries, table[reply_column], table[label_column], strict=True)
-    for number, (query, reply, label) in enumerate(pairs, start=1):
+    dropped = []
+    for number, (query, record) in enumerate(zip(queries, read_records(path), strict=True), start=1):
+        for name in (reply_column, label_column):
+            if name not in record:
+                raise InputError(f"{path}: no column '{name}'; it has {', '.join(map(str, record))}")
+        label = record[label_column]
         if label not in ("harmful", "benign"):
             raise InputError(f"{path} row {number}: label {label!r} in column '{label_column}'; use harmful or benign")
-        text = _cell_text(reply, f"{path} row {number}", reply_column)
-        examples.append(Example(query=query.model_copy(update={"label": label}), reply=text))
-    return examples
+        text = _cell_text(record[reply_column], f"{path} row {number}", reply_column)
+        if concerns_minors([query.text, text], label):
+            dropped.append(query.id)
+        else:
+            examples.append(Example(query=query.model_copy(update={"label": label}), reply=text))
+    if not examples:
+        raise InputError(f"{path}: every row mentions minors in a sexual or harmful setting, so none is left")
+    return ExampleReading(examples, tuple(dropped))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from casa_mech.errors import InputError, RunError
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.queries import Query
-from casa_mech.queries.files import QuerySource, read_queries
+from casa_mech.queries.files import QuerySource, read_source
 from casa_mech.study.evaluate import check_media, evaluate, save_evaluation
 from casa_mech.study.threads import settle_threads
 
@@ -85,7 +85,11 @@ def evaluate_files(
     Raises:
         InputError: a source or a row that cannot be used. RunError: `out` cannot be written or holds other files.
     """
-    queries = [_named(query, attack) for source in sources for query in read_queries(source)]
+    readings = [read_source(source) for source in sources]
+    for reading in readings:
+        if reading.dropped:
+            note(f"{reading.name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
+    queries = [_named(query, attack) for reading in readings for query in reading.queries]
     if out is not None:
         check_target(out)
     check_media(queries)
@@ -110,6 +114,7 @@ def evaluate_files(
         "model": system.model,
         "gate": str(system.gate) if system.gate else None,
         "queries": len(table),
+        "dropped_minors": sum(len(reading.dropped) for reading in readings),
         "unknown_words": round(unknown, 4),
         "judge": str(table["judge"].iloc[0]),
         "out": str(out) if out else None,

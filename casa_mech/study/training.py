@@ -13,7 +13,7 @@ from casa_mech.errors import InputError, RunError
 from casa_mech.files import write_text
 from casa_mech.omni import load_omni
 from casa_mech.organism.world import default_world
-from casa_mech.queries.files import read_examples
+from casa_mech.queries.files import ExampleReading, read_examples
 from casa_mech.study.threads import settle_threads
 
 
@@ -55,11 +55,14 @@ def train_gate(
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not work.is_dir())):
         raise RunError(f"{out} holds other files: choose a new or empty folder with --out")
     seed = settings.seed
-    examples = read_examples(data, *columns) if data else default_world().training_examples(n_examples, seed)
+    made = [] if data else default_world().training_examples(n_examples, seed)
+    read = read_examples(data, *columns) if data else ExampleReading(made)
+    examples = read.examples
     gate = Casa.attach(settle_threads(load_omni(model, device=device, dtype=dtype)), config)
     work.mkdir(parents=True, exist_ok=True)
     log = gate.train(examples, settings, out=work, resume=True, progress=True)
     metrics = (work / "metrics.jsonl").read_text(encoding="utf-8")
     gate.save_pretrained(out)  # takes the place of the folder, the checkpoints in `work` included
     write_text(out / "metrics.jsonl", metrics)
-    return {"model": model, "out": str(out), "examples": len(examples), "steps": len(log), "last": log[-1]}
+    trained = {"examples": len(examples), "dropped_minors": len(read.dropped), "steps": len(log), "last": log[-1]}
+    return {"model": model, "out": str(out), **trained}

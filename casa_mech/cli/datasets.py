@@ -1,0 +1,157 @@
+"""`casa-mech datasets`: the public benchmarks that are read by name, what is on this machine, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from casa_mech.cli.app import Json, app, note, show
+from casa_mech.errors import InputError
+
+if TYPE_CHECKING:
+    from casa_mech.queries import Query, Reading
+
+datasets_app = typer.Typer(help="The public benchmarks: list them, and compare them.", invoke_without_command=True)
+app.add_typer(
+    datasets_app,
+    name="datasets",
+    epilog="Example:  casa-mech datasets --data ~/benchmarks --count   "
+    "(and: casa-mech datasets overlap advbench redteam-2k)",
+)
+Data = Annotated[Path | None, typer.Option(help="Folder with the sets [the one CASA_MECH_DATA names].")]
+
+
+@datasets_app.callback()
+def datasets(
+    context: typer.Context,
+    data: Data = None,
+    count: Annotated[bool, typer.Option("--count", help="Read what is found and count its rows (slower).")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the public benchmarks: modality, label, rows, licence, where to get them, and whether they are found.
+
+    Rows are those the publishers state. With --count, of the files found here: `read`, `dropped` (left out because they
+    mention minors in a sexual or harmful setting) and `no_picture` (read as text, for want of their picture).
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from casa_mech.queries.benchmarks.locate import data_folder, listing
+    from casa_mech.queries.benchmarks.registry import BENCHMARKS
+
+    folder = _folder(data) or data_folder()
+    files = listing(folder) if folder else ()
+    rows = [_row(name, folder, files, count) for name in BENCHMARKS]
+    if folder is None:
+        note("no folder to look in: give --data, or set CASA_MECH_DATA")
+    show({"data": str(folder) if folder else None, "datasets": rows}, as_json)
+
+
+@datasets_app.command(epilog="Example:  casa-mech datasets overlap advbench redteam-2k mine.csv:prompt --data ~/sets")
+def overlap(
+    sets: Annotated[list[str], typer.Argument(help="Benchmarks (name or name:split) or tables (file:column).")],
+    data: Data = None,
+    pairs: Annotated[Path | None, typer.Option(help="Write every matching pair of ids to this CSV file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count what sets share: the same text (normalised), and nearly the same (common word 8-grams over half of it).
+
+    A set beside itself shows how much it repeats. `exact` and `near` count queries of the first that the second has.
+    """
+    from dataclasses import asdict
+
+    from casa_mech.queries.overlap import overlaps
+
+    if len(set(sets)) != len(sets):
+        raise InputError("a set is named twice; each is compared with itself anyway")
+    folder = _folder(data)
+    readers = {name: _reader(name, folder) for name in sets}
+    readings = {name: _left(name, reader()) for name, reader in readers.items()}
+    found = [asdict(entry) for entry in overlaps(readings)]
+    if pairs is not None:
+        _write_pairs(readings, pairs)
+    show({"pairs": str(pairs) if pairs else None, "overlaps": found}, as_json)
+
+
+def _folder(data: Path | None) -> Path | None:
+    if data is not None and not data.is_dir():
+        raise InputError(f"--data {data} is no folder; give the one that holds the data sets")
+    return data
+
+
+def _row(name: str, folder: Path | None, files: tuple[Path, ...], count: bool) -> dict[str, Any]:
+    from casa_mech.queries.benchmarks.locate import find_files
+    from casa_mech.queries.benchmarks.registry import BENCHMARKS
+
+    benchmark = BENCHMARKS[name]
+    found = find_files(benchmark, folder, files, shared=True) if folder else {}
+    places = [path for paths in found.values() for path in paths]
+    row: dict[str, Any] = {
+        "name": name,
+        "modality": benchmark.modality,
+        "label": benchmark.label or "both",
+        "rows": benchmark.rows,
+        "found": str(places[0]) if places else "-",
+    }
+    if count:
+        row |= _counts(name, folder) if places else dict.fromkeys(("read", "dropped", "no_picture"), "-")
+    return row | {"licence": benchmark.licence, "origin": benchmark.origin, "splits": " ".join(benchmark.splits) or "-"}
+
+
+def _counts(name: str, folder: Path | None) -> dict[str, int]:
+    from casa_mech.queries.benchmarks.read import read_benchmark
+
+    reading = read_benchmark(name, _place(name, folder), missing_media="text")
+    return {"read": len(reading.queries), "dropped": len(reading.dropped), "no_picture": reading.without_media}
+
+
+def _place(name: str, folder: Path | None) -> Path | None:
+    """The folder to read a set from: for clips, which are known by their folder only, the one of the set's name."""
+    from casa_mech.queries.benchmarks.registry import BENCHMARKS
+
+    return folder / name if folder and BENCHMARKS[name].modality == "audio" else folder
+
+
+def _reader(name: str, folder: Path | None) -> Callable[[], Reading]:
+    """What reads the set, so that a wrong name is said before any set is read."""
+    from casa_mech.queries.benchmarks.read import TABLE, read_benchmark
+    from casa_mech.queries.benchmarks.registry import BENCHMARKS
+
+    stem, _, last = name.rpartition(":")
+    if name in BENCHMARKS or stem in BENCHMARKS:
+        known, split = (name, None) if name in BENCHMARKS else (stem, last)
+        BENCHMARKS[known].check_split(split)
+        return partial(read_benchmark, known, _place(known, folder), split, missing_media="text")
+    if stem and Path(stem).exists():
+        return partial(read_benchmark, TABLE, stem, columns={"column": last})
+    raise InputError(
+        f"'{name}' is neither a benchmark ({', '.join(BENCHMARKS)}) nor a table with its column (file.csv:prompt)"
+    )
+
+
+def _left(name: str, reading: Reading) -> tuple[Query, ...]:
+    if reading.dropped:
+        note(f"{name}: left out {len(reading.dropped)} rows that mention minors in a sexual or harmful setting")
+    return reading.queries
+
+
+def _write_pairs(readings: Mapping[str, Sequence[Query]], target: Path) -> None:
+    from dataclasses import asdict
+
+    import pandas as pd
+
+    from casa_mech.files import writing
+    from casa_mech.queries.overlap import duplicates, matches
+
+    rows = [
+        {"first_set": first, "second_set": second, **asdict(match)}
+        for first, here in readings.items()
+        for second, there in readings.items()
+        for match in (duplicates(here) if first == second else matches(here, there))
+    ]
+    columns = ["first_set", "second_set", "first", "second", "kind", "share"]
+    with writing(target) as temporary:
+        pd.DataFrame(rows, columns=columns).to_csv(temporary, index=False)

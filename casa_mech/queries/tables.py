@@ -1,0 +1,131 @@
+"""Tables from files (CSV, TSV, JSON, JSONL, parquet), with one-line errors for what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from casa_mech.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_SEPARATORS: Mapping[str, str] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The table in `path`; the cells of CSV and TSV are text. A byte-order mark is passed over.
+
+    Raises:
+        InputError: an empty file, another separator than the suffix says, rows longer than the headings, or content
+            that is no table of that type; the message names the file.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty; download or export it again")
+        if suffix in (".csv", ".tsv"):
+            return _separated(path, "," if suffix == ".csv" else "\t")
+        if suffix == ".parquet":
+            import pandas as pd
+
+            return pd.read_parquet(path)
+        return _records_table(read_json(path), path)
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:  # parser, decoder and Arrow errors are all ValueErrors
+        raise unreadable(path, error) from None
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The rows of `read_table`, each a mapping from column to cell; a `.txt` file gives one row `{"text": line}` each.
+
+    Raises:
+        InputError: as `read_table`.
+    """
+    if path.suffix.lower() == ".txt":
+        return [{"text": line} for line in read_lines(path)]
+    return cast("list[dict[str, Any]]", read_table(path).to_dict("records"))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        InputError: the file is empty or no UTF-8 text.
+    """
+    try:
+        lines = [line.rstrip("\r\n") for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except (ValueError, OSError) as error:
+        raise unreadable(path, error) from None
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{path} is empty; download or export it again")
+    return [line for line in lines if line.strip()]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a `.json` file, or the list of the lines' contents of a `.jsonl` file.
+
+    Raises:
+        InputError: no JSON; the message names the file and the place.
+    """
+    try:
+        if path.suffix.lower() == ".jsonl":
+            return [json.loads(line) for line in read_lines(path)]
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
+        raise unreadable(path, error) from None
+
+
+def cell(value: object) -> str:
+    """A cell as text without outer blanks; "" for nothing (None, NaN)."""
+    return "" if value is None or value != value else str(value).strip()  # NaN is the one value unequal to itself
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    """The one line for a file that is not what its suffix says."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    hint = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "check the file"
+    return InputError(f"{path}: not a readable {path.suffix.lower()[1:]} table ({reason}); {hint}")
+
+
+def _separated(path: Path, separator: str) -> pd.DataFrame:
+    import pandas as pd
+
+    with path.open(encoding="utf-8-sig") as lines:
+        headings = lines.readline()
+    others = [other for other in _SEPARATORS if other != separator and other in headings]
+    if separator not in headings and others:
+        raise InputError(
+            f"{path}: its columns are separated by {_SEPARATORS[others[0]]}, but a {path.suffix} file is read with "
+            f"{_SEPARATORS[separator]}; save it with commas as .csv, or with tabs as .tsv"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            # Without index_col=False, a row longer than the headings would shift all columns without a word.
+            return pd.read_csv(
+                path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
+            )
+        except pd.errors.ParserWarning:
+            raise InputError(
+                f"{path}: rows have more cells than there are headings; put cells that hold a separator in quotes"
+            ) from None
+
+
+def _records_table(content: object, path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    if isinstance(content, dict):
+        # A mapping with one list of records in it ({"data": [...]}) is as common as a bare list.
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else content
+    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
+        raise InputError(f"{path}: expected a list of objects, one for each query")
+    return pd.DataFrame(cast("list[dict[str, object]]", content))
