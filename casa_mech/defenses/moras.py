@@ -19,7 +19,7 @@ from casa_mech.defenses.prompts import in_micro_world, with_text_before, wording
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply, TextPart
-from casa_mech.queries.files import QuerySource, read_files
+from casa_mech.queries.files import QuerySource
 from casa_mech.trace.contrast import Sampling, pick
 from casa_mech.trace.generate import continue_from
 from casa_mech.trace.steer import first_steps
@@ -277,7 +277,7 @@ def _media_question(query: Query, kind: str, question: str, opening: str) -> Que
 
 def _prototype_queries(omni: Omni, settings: MorasSettings) -> list[Query]:
     if settings.prototypes is not None:
-        return read_files(settings.prototypes)
+        return _read([settings.prototypes])
     _need_micro_world(omni, "prototypes")
     from casa_mech.organism.world import default_world
 
@@ -286,7 +286,7 @@ def _prototype_queries(omni: Omni, settings: MorasSettings) -> list[Query]:
 
 def _calibration_queries(omni: Omni, settings: MorasSettings) -> list[Query]:
     if settings.calibration:
-        return [query for source in settings.calibration for query in read_files(source)]
+        return _read(settings.calibration)
     _need_micro_world(omni, "calibration")
     from casa_mech.attacks.registry import apply_attack
     from casa_mech.organism.world import default_world
@@ -294,6 +294,12 @@ def _calibration_queries(omni: Omni, settings: MorasSettings) -> list[Query]:
     # Another seed than the prototypes', so that the two sets are drawn apart.
     plain = default_world().requests(2 * settings.n_calibration, settings.seed + 1, None, "seen", "seen")
     return apply_attack("image", plain, settings.seed)
+
+
+def _read(sources: Sequence[QuerySource]) -> list[Query]:
+    from casa_mech.queries.files import read_files
+
+    return [query for source in sources for query in read_files(source)]
 
 
 def _need_micro_world(omni: Omni, option: str) -> None:
