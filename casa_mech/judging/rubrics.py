@@ -230,9 +230,10 @@ def read_rubric(path: Path | str) -> Rubric:
 
 
 def _lines(name: str, choices: str, text: str) -> list[str]:
-    # Marks that models put around such lines; no minus sign, or "-1" would read as 1.
+    # Marks that models put around such lines. A dash or a number leads them only, or "-1" would read as 1.
+    lead = r"(?:[ \t\r*_#>`\"'().•-]|\d[.)])*"
     mark = r"[ \t\r*_#>`\"'().]*"
-    return re.findall(rf"^{mark}{name}{mark}[:=]{mark}({choices}){mark}$", text, re.IGNORECASE | re.MULTILINE)
+    return re.findall(rf"^{lead}{name}{mark}[:=]{mark}({choices}){mark}$", text, re.IGNORECASE | re.MULTILINE)
 
 
 def _number(name: str, text: str, low: int, high: int) -> int | None:
