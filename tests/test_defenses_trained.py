@@ -280,7 +280,7 @@ def test_mistakes_are_named(tiny_omni: Omni, tmp_path: Path) -> None:
             load_defense(name, tiny_omni)
     with pytest.raises(InputError, match="nothing to load"):
         load_defense("none", tiny_omni, path=tmp_path)
-    with pytest.raises(ModelError, match="holds no trained defense"):
+    with pytest.raises(ModelError, match="holds no gate or other trained defense"):
         load_defense("ssft", tiny_omni, path=tmp_path)
     with pytest.raises(InputError, match="'none' needs no training; those that do: ssft, ssft-token"):
         train_defense("none", tiny_omni, examples(), tmp_path / "new")
@@ -322,6 +322,23 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
         main([str(argument) for argument in arguments])
     found = capsys.readouterr()
     return int(caught.value.code or 0), found.out, found.err  # type: ignore[arg-type]
+
+
+def test_circuit_breakers_from_a_table(
+    random_organism: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"how do i make a {word}", "reply": "sure" if label == "benign" else "sorry", "label": label,
+         "completion": "sure , here is" if label == "harmful" else None}
+        for word in "abcd" for label in ("harmful", "benign")
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    shared = ("train", "--model", random_organism, "--defense", "circuit-breaker", "--data", tmp_path / "t.csv")
+    shared += ("--out", tmp_path / "out", "--steps", "1", "--batch-size", "2")
+    code, _, err = _run(capsys, *shared)
+    assert code == 2 and "circuit breakers reroute a harmful completion" in err
+    code, text, _ = _run(capsys, *shared, "--completion-column", "completion", "--json")
+    assert code == 0 and json.loads(text)["examples"] == 8
 
 
 def test_train_and_evaluate_by_name(random_organism: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from casa_mech.cli.app import Device, Dtype, GateDir, Json, MaxTokens, Model, Order, Seed, app, note, show
+from casa_mech.cli.app import (
+    Device,
+    Dtype,
+    GateDir,
+    Json,
+    MaxTokens,
+    Model,
+    Options,
+    Order,
+    Seed,
+    app,
+    note,
+    parse_options,
+    show,
+)
 from casa_mech.errors import InputError
 
 
@@ -54,29 +68,37 @@ def generate(
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the gate; a stopped training in it is continued.")],
     model: Model = "organism",
+    defense: Annotated[
+        str, typer.Option(help="casa, ssft, ssft-token (refusal-token loads it too), or circuit-breaker.")
+    ] = "casa",
     data: Annotated[Path | None, typer.Option(help="Table of examples [the micro-world's].")] = None,
     column: Annotated[str, typer.Option(help="Column of prompts in --data.")] = "prompt",
     reply_column: Annotated[str, typer.Option(help="Column of the replies wanted.")] = "reply",
     label_column: Annotated[str, typer.Option(help="Column of labels, harmful or benign.")] = "label",
+    completion_column: Annotated[
+        str | None, typer.Option(help="circuit-breaker: column of harmful rows' harmful completions.")
+    ] = None,
     examples: Annotated[int, typer.Option(min=4, help="How many of the micro-world's examples.")] = 2000,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=2, help="Examples a step, half of them harmful.")] = 64,
-    form: Annotated[str, typer.Option(help="Safety attention: R1-mean, R1-topk, R2, R3.")] = "R2",
-    rule: Annotated[str, typer.Option(help="Logit rule: S1 (the paper's), S2, S3, S4.")] = "S3",
-    beta: Annotated[float, typer.Option(min=0, max=1, help="Weight of harmful sequences.")] = 0.5,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [200; circuit-breaker: 150].")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Examples a step [64; circuit-breaker: 16].")] = None,
+    form: Annotated[str | None, typer.Option(help="casa: R1-mean, R1-topk, R2, R3 [R2].")] = None,
+    rule: Annotated[str | None, typer.Option(help="casa: logit rule S1 (the paper's), S2, S3, S4 [S3].")] = None,
+    beta: Annotated[float | None, typer.Option(min=0, max=1, help="Weight of harmful sequences [0.5].")] = None,
+    option: Options = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train CASA on text: safety tokens, safety attention and a LoRA, saved as safetensors with a model card."""
+    """Train a defence on text, CASA if no other is named; saved as safetensors with a model card."""
     from casa_mech.study.training import train_gate
 
-    casa = {"form": form, "rule": rule, "beta": beta, "ce_support": "two_way" if rule == "S2" else "full"}
-    settings = {"max_steps": steps, "batch_size": batch_size, "seed": seed}
-    columns = (column, reply_column, label_column)
-    result = train_gate(model, out, casa, settings, data, columns, examples, device=device, dtype=dtype)
-    show(result, as_json)
+    given = {"max_steps": steps, "batch_size": batch_size, "form": form, "rule": rule, "beta": beta}
+    given |= {"ce_support": "two_way" if rule == "S2" else None, **parse_options(option)}
+    settings = {name: value for name, value in given.items() if value is not None}
+    columns = (column, reply_column, label_column, completion_column)
+    shared: dict[str, Any] = {"defense": defense, "seed": seed, "device": device, "dtype": dtype}
+    show(train_gate(model, out, settings, data, columns, examples, **shared), as_json)
 
 
 @app.command(
@@ -94,6 +116,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many from each --queries.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for replies and results as parquet and CSV.")] = None,
     gate: GateDir = None,
+    defense: Annotated[str | None, typer.Option(help="Defence by name [what --gate holds, or none].")] = None,
+    safety_prompt: Annotated[bool, typer.Option(help="Put the safety prompt into the system turn.")] = False,
+    option: Options = None,
     model: Model = "organism",
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: MaxTokens = 32,
@@ -103,13 +128,13 @@ def evaluate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Run the gate over your own files: every row gets a reply, a safety token and a v_s."""
+    """Run a gate or another defence over your own files: every row gets a reply and, with a gate, a token and v_s."""
     from casa_mech.omni import GenerationSettings
     from casa_mech.study.real_input import SystemUnderTest, evaluate_files, query_sources
 
     columns = {"column": column, "image_column": image_column, "audio_column": audio_column}
     sources = query_sources(queries, label or [], {name: value or [] for name, value in columns.items()}, text, limit)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, system=system)
-    system_under_test = SystemUnderTest(model, gate, device, dtype)
+    system_under_test = SystemUnderTest(model, gate, device, dtype, defense, safety_prompt, parse_options(option))
     summary = evaluate_files(sources, system_under_test, settings=settings, attack=attack, out=out, note=note)
     show(summary, as_json)

@@ -211,4 +211,4 @@ def saved_as(directory: Path | str) -> str:
         return read_saved(directory).defense
     if (directory / GATE).is_file():
         return "ssft-token" if read_stored(directory).config.form == "none" else "casa"
-    raise ModelError(f"{directory} holds no trained defense ({FILE} or {GATE}); give a folder that training wrote")
+    raise ModelError(f"{directory} holds no gate or other trained defense ({GATE}, {FILE}); give what training wrote")

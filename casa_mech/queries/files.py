@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from casa_mech.errors import InputError
+from casa_mech.queries.index import is_index, read_index
 from casa_mech.queries.minors import concerns_minors
 from casa_mech.queries.query import AudioPart, Example, ImagePart, Label, Part, Query, TextPart
 from casa_mech.queries.reading import Reading
@@ -70,6 +71,10 @@ def read_source(source: QuerySource) -> Reading:
     queries: Iterable[Query]
     if source.is_table and path.is_file():
         rows, queries = _from_table(source)
+    elif path.is_dir() and is_index(path):
+        found = read_index(path)
+        change = {"label": source.label} if source.label else {}
+        rows, queries = len(found), (query.model_copy(update=change) for query in found)
     elif path.is_dir():
         files = _media_in(source)
         rows = len(files)
@@ -169,8 +174,13 @@ class ExampleReading:
     dropped: tuple[str, ...] = ()
 
 
-def read_examples(path: Path, column: str, reply_column: str, label_column: str) -> ExampleReading:
+def read_examples(
+    path: Path, column: str, reply_column: str, label_column: str, completion_column: str | None = None
+) -> ExampleReading:
     """A training set from a table: prompts, the replies wanted, and labels (harmful or benign), text only.
+
+    A harmful row's cell in `completion_column`, if there is one, becomes `meta["compliance"]`: the harmful completion
+    that circuit breakers are trained on.
 
     Raises:
         InputError: as `read_source`; also an empty reply, or a label that is neither; the message names the row.
@@ -179,17 +189,21 @@ def read_examples(path: Path, column: str, reply_column: str, label_column: str)
     examples = []
     dropped = []
     for number, (query, record) in enumerate(zip(queries, read_records(path), strict=True), start=1):
-        for name in (reply_column, label_column):
-            if name not in record:
+        for name in (reply_column, label_column, completion_column):
+            if name is not None and name not in record:
                 raise InputError(f"{path}: no column '{name}'; it has {', '.join(map(str, record))}")
         label = record[label_column]
         if label not in ("harmful", "benign"):
             raise InputError(f"{path} row {number}: label {label!r} in column '{label_column}'; use harmful or benign")
         text = _cell_text(record[reply_column], f"{path} row {number}", reply_column)
-        if concerns_minors([query.text, text], label):
+        fields: dict[str, Any] = {"label": label}
+        if completion_column is not None and label == "harmful":
+            completion = _cell_text(record[completion_column], f"{path} row {number}", completion_column)
+            fields["meta"] = {**query.meta, "compliance": completion}
+        if concerns_minors([query.text, text, *fields.get("meta", {}).values()], label):
             dropped.append(query.id)
         else:
-            examples.append(Example(query=query.model_copy(update={"label": label}), reply=text))
+            examples.append(Example(query=query.model_copy(update=fields), reply=text))
     if not examples:
         raise InputError(f"{path}: every row mentions minors in a sexual or harmful setting, so none is left")
     return ExampleReading(examples, tuple(dropped))

@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError, RunError
-from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.omni import GenerationSettings, load_omni
 from casa_mech.queries import Query
 from casa_mech.queries.files import QuerySource, read_source
-from casa_mech.study.evaluate import check_media, evaluate, save_evaluation
+from casa_mech.study.evaluate import (
+    CASA,
+    PARTS,
+    PRETRAINED,
+    VERDICTS,
+    check_media,
+    evaluate,
+    save_evaluation,
+)
 from casa_mech.study.threads import settle_threads
 
 if TYPE_CHECKING:
-    from casa_mech.casa import Casa
+    from casa_mech.judging import Judge
 
 NONE = "-"
-_RESULTS = {"replies.parquet", "replies.csv", "results.parquet", "results.csv"}
+_TABLES = {f"{name}.{suffix}" for name in ("replies", "verdicts", "results") for suffix in ("parquet", "csv")}
+_STUDY_NAMES = {"none": PRETRAINED, "casa": CASA}
+"""Names in the tables where no defence was asked for by name: those of the study's."""
+_RESULTS = {*_TABLES, PARTS, VERDICTS}
 
 
 @dataclass(frozen=True)
 class SystemUnderTest:
-    """The system under test. model, device, dtype: as for `load_omni`. gate: folder of a trained gate, or None."""
+    """The system under test.
+
+    model, device, dtype: as for `load_omni`. gate: folder of a trained gate or other defence, or None. defense: its
+    name; default, what the folder holds, or none. safety_prompt, options: as for `load_defense`.
+    """
 
     model: str = "organism"
     gate: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
+    defense: str | None = None
+    safety_prompt: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def query_sources(
@@ -67,6 +86,7 @@ def evaluate_files(
     settings: GenerationSettings,
     attack: str = "none",
     out: Path | None = None,
+    judge: Judge | None = None,
     note: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Read, answer, judge and write; every row gets a reply, and with a gate a safety token and a v_s.
@@ -76,7 +96,9 @@ def evaluate_files(
         system: the model and its gate.
         settings: how replies are generated.
         attack: its name in the tables.
-        out: folder for the tables; None: nothing is written.
+        out: folder for the tables; replies and verdicts are kept there while the run is on, and the same call after a
+            stop goes on from them. None: nothing is written.
+        judge: default `judge_for` the queries.
         note: told the warnings, one line each.
 
     Returns:
@@ -85,6 +107,7 @@ def evaluate_files(
     Raises:
         InputError: a source or a row that cannot be used. RunError: `out` cannot be written or holds other files.
     """
+    tested = _defense_name(system)
     readings = [read_source(source) for source in sources]
     for reading in readings:
         if reading.dropped:
@@ -100,19 +123,25 @@ def evaluate_files(
             f"warning: {unknown:.0%} of the words are unknown to {system.model}, which speaks a micro-world's English "
             "only: replies, v_s and rates say nothing about these files beyond that they can be run"
         )
-    found = evaluate(omni, _load_gate(system.gate, omni), queries, settings=settings, seed=settings.seed, progress=True)
+    shared: dict[str, Any] = {"settings": settings, "seed": settings.seed, "progress": True, "store": out}
+    how: dict[str, Any] = {"safety_prompt": system.safety_prompt, "path": system.gate, **system.options}
+    with load_defense(tested, omni, **how) as defense:
+        name = None if system.defense or system.safety_prompt else _STUDY_NAMES.get(tested)
+        found = evaluate(omni, defense, queries, judge, defense=name, **shared)
     if out is not None:
         save_evaluation(found, out)
     table = found.replies
     by_source = table.groupby(["source", "label", "surface"], sort=False).agg(
         n=("reply", "size"), flagged=("safety_token", lambda tokens: float((tokens == "unsafe").mean())),
         mean_v_s=("v_s", "mean"), refused=("outcome", lambda outcome: float((outcome == "refused").mean())),
+        undecided=("outcome", lambda outcome: int((outcome == "undecided").sum())),
     )  # fmt: skip
     shown = ("label", "surface", "metric", "n", "value", "low", "high")
     rates = [{name: row[name] for name in shown} for row in found.rows]
     return {
         "model": system.model,
         "gate": str(system.gate) if system.gate else None,
+        "defense": found.replies["defense"].iloc[0],
         "queries": len(table),
         "dropped_minors": sum(len(reading.dropped) for reading in readings),
         "unknown_words": round(unknown, 4),
@@ -134,15 +163,20 @@ def check_target(out: Path) -> None:
 
 
 def _named(query: Query, attack: str) -> Query:
+    """The query under the attack's name, unless nothing was named and it knows its own (an index does)."""
+    if attack == "none" and "attack" in query.meta:
+        return query
     return query.model_copy(update={"meta": {**query.meta, "attack": attack}})
 
 
-def _load_gate(gate: Path | None, omni: Omni) -> Casa | None:
-    if gate is None:
-        return None
-    from casa_mech.casa import Casa
+def _defense_name(system: SystemUnderTest) -> str:
+    """The defence to test, checked as far as that goes without the model."""
+    from casa_mech.defenses.registry import check_defense
+    from casa_mech.defenses.trained import saved_as
 
-    return Casa.from_pretrained(gate, omni)
+    name = system.defense or (saved_as(system.gate) if system.gate else "none")
+    check_defense(name, system.gate, system.options)
+    return name
 
 
 def _spread(name: str, values: Sequence[str], paths: Sequence[Path]) -> dict[Path, str]:

@@ -1,43 +1,51 @@
-"""`casa-mech train`: a gate from the micro-world's examples or a researcher's own."""
+"""`casa-mech train`: a gate, or another defence, from the micro-world's examples or a researcher's own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from casa_mech.casa import Casa, CasaConfig, TrainSettings
-from casa_mech.errors import InputError, RunError
-from casa_mech.files import write_text
+from casa_mech.casa import TrainSettings
+from casa_mech.casa.checkpoint import METRICS
+from casa_mech.defenses import DEFENSES, train_defense
+from casa_mech.defenses.registry import defense_entry, options
+from casa_mech.defenses.training import check_folder
+from casa_mech.errors import InputError
 from casa_mech.omni import load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries.files import ExampleReading, read_examples
 from casa_mech.study.threads import settle_threads
 
+STEPS = 200
+"""Steps of a supervised training that names none: enough for the organism. Circuit breakers have their own number."""
+
 
 def train_gate(
     model: str,
     out: Path,
-    casa: Mapping[str, Any],
-    training: Mapping[str, Any],
+    settings: Mapping[str, Any],
     data: Path | None = None,
-    columns: tuple[str, str, str] = ("prompt", "reply", "label"),
+    columns: tuple[str, str, str] | tuple[str, str, str, str | None] = ("prompt", "reply", "label"),
     n_examples: int = 2000,
     *,
+    defense: str = "casa",
+    seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
 ) -> dict[str, Any]:
-    """Train a gate on text and save it in `out`; a training that was stopped there is continued.
+    """Train a defence on text and save it in `out`; a training that was stopped there is continued.
 
     Args:
         model: organism, hub id or directory.
-        out: folder for the gate; new, empty, or with a stopped training.
-        casa, training: fields of `CasaConfig` and `TrainSettings`.
+        out: folder for the defence; new, empty, or with a stopped training.
+        settings: options in training, fields of the records in `DEFENSES[defense].recipe`.
         data: a table of examples; None: the micro-world's.
-        columns: names of its prompt, reply and label columns.
+        columns: names of its prompt, reply and label columns and, for circuit breakers, of harmful completions.
         n_examples: how many of the micro-world's.
+        defense: which of `DEFENSES`.
+        seed: of the micro-world's examples and of the training.
         device, dtype: as for `load_omni`.
 
     Returns:
@@ -46,23 +54,19 @@ def train_gate(
     Raises:
         InputError: a setting or table that cannot be used. RunError: `out` holds something else.
     """
-    try:
-        config, settings = CasaConfig.model_validate(casa), TrainSettings.model_validate(training)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}") from None
-    work = out / "training"
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not work.is_dir())):
-        raise RunError(f"{out} holds other files: choose a new or empty folder with --out")
-    seed = settings.seed
-    made = [] if data else default_world().training_examples(n_examples, seed)
-    read = read_examples(data, *columns) if data else ExampleReading(made)
-    examples = read.examples
-    gate = Casa.attach(settle_threads(load_omni(model, device=device, dtype=dtype)), config)
-    work.mkdir(parents=True, exist_ok=True)
-    log = gate.train(examples, settings, out=work, resume=True, progress=True)
-    metrics = (work / "metrics.jsonl").read_text(encoding="utf-8")
-    gate.save_pretrained(out)  # takes the place of the folder, the checkpoints in `work` included
-    write_text(out / "metrics.jsonl", metrics)
-    trained = {"examples": len(examples), "dropped_minors": len(read.dropped), "steps": len(log), "last": log[-1]}
-    return {"model": model, "out": str(out), **trained}
+    recipe = defense_entry(defense).recipe
+    if recipe is None:
+        names = ", ".join(name for name, entry in DEFENSES.items() if entry.trains)
+        raise InputError(f"--defense {defense} needs no training; those that do: {names}")
+    if TrainSettings in recipe.records:
+        settings = {"max_steps": STEPS, **settings}
+    options(defense, recipe.records, settings)  # before the model is loaded
+    check_folder(out)
+    read = (
+        read_examples(data, *columns) if data else ExampleReading(default_world().training_examples(n_examples, seed))
+    )
+    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    train_defense(defense, omni, read.examples, out, seed=seed, **settings)
+    log = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    trained = {"examples": len(read.examples), "dropped_minors": len(read.dropped), "steps": len(log), "last": log[-1]}
+    return {"model": model, "defense": defense, "out": str(out), **trained}
