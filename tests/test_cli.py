@@ -185,7 +185,8 @@ def test_evaluate_mixes_files_in_one_call(
     assert list(replies["label"]) == ["harmful", "harmful", "benign", "harmful", "harmful", "unlabelled"]
     assert list(pd.read_csv(out / "replies.csv")["query_id"]) == list(replies["query_id"])
     assert set(pd.read_parquet(out / "results.parquet")["attack"]) == {"real"}
-    assert {path.name for path in out.iterdir()} == {"replies.parquet", "replies.csv", "results.parquet", "results.csv"}
+    tables = {f"{name}.{suffix}" for name in ("replies", "verdicts", "results") for suffix in ("parquet", "csv")}
+    assert {path.name for path in out.iterdir()} == {*tables, "parts", "verdicts.jsonl"}
 
 
 @pytest.mark.parametrize(

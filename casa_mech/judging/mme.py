@@ -66,9 +66,8 @@ def mme_scores(frame: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> pd.
     rows = [_subtask(name, judged[judged["subtask"] == name], rights[name], drawn[name]) for name in rights]
     for group, names in MME_GROUPS.items():
         if set(names) <= set(rights):
-            rows.append(
-                _group(group, [row for row in rows if row["group"] == group], sum(drawn[name] for name in names))
-            )
+            whole = np.sum([drawn[name] for name in names], axis=0)
+            rows.append(_group(group, [row for row in rows if row["group"] == group], whole))
     return pd.DataFrame(rows)
 
 

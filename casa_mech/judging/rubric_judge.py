@@ -23,10 +23,14 @@ class Completion:
 
 
 class Backend(Protocol):
-    """A language model that answers prompts. `identity`: text that changes whenever its answers could."""
+    """A language model that answers prompts."""
 
     name: str
-    identity: str
+
+    @property
+    def identity(self) -> str:
+        """Text that changes whenever its answers could."""
+        ...
 
     def complete(self, prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, Completion]]:
         """(place in `prompts`, answer) as they are finished, in any order; `JudgeDown` after the finished ones."""

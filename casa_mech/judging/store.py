@@ -77,7 +77,7 @@ class VerdictStore:
     def get(self, key: str, query_id: str) -> Verdict | None:
         """The verdict stored under `key`, given to `query_id`; None where there is none."""
         line = self._lines.get(key)
-        return line and Verdict(query_id=query_id, **line.model_dump(exclude={"key"}))
+        return None if line is None else Verdict(query_id=query_id, **line.model_dump(exclude={"key"}))
 
     def add(self, key: str, verdict: Verdict) -> None:
         """Store a verdict; it takes the place of an earlier one under the same key."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from torch import nn
 
 from casa_mech.defenses.base import Defense
 from casa_mech.errors import InputError, RunError
@@ -75,6 +76,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
     store: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Generate, judge and count.
 
@@ -90,7 +92,9 @@ def evaluate(
         seed: for the intervals of AUROCs.
         progress: whether to draw a bar.
         store: folder in which replies are kept in parts, and verdicts, while the run is on; the same call after a stop
-            goes on from there. Replies of a `Defense` are kept if it has an `identity`, which says what they depend on.
+            goes on from there.
+        identity: JSON values that say what the replies of a `Defense` depend on, beside the model's weights and the
+            settings. Without it they are not kept. Needless for a `Casa` or the bare model.
 
     Raises:
         InputError: no queries, or media that cannot be read; nothing has been generated then.
@@ -102,7 +106,7 @@ def evaluate(
     judge = judge or judge_for(queries)
     settings = settings or GenerationSettings()
     defense = defense or _default_name(casa)
-    replies = _answers(omni, casa, queries, settings, order, progress, store, defense)
+    replies = _answers(omni, casa, queries, settings, order, progress, store, identity)
     verdicts = judge_all(judge, queries, replies, store and VerdictStore(store / VERDICTS))
     table = reply_table(omni.source, defense, queries, replies, verdicts)
     return Evaluation(table, result_rows(table, seed), verdict_table(verdicts))
@@ -122,7 +126,7 @@ def _answers(
     order: Order,
     progress: bool,
     store: Path | None,
-    name: str,
+    identity: Mapping[str, Any] | None,
 ) -> list[Reply]:
     from casa_mech.casa import Casa
 
@@ -134,24 +138,16 @@ def _answers(
             return casa.generate(group, chosen, order=order, progress=bar)
         return casa.generate(group, chosen, progress=bar)
 
-    modules = [omni.model]
-    system: object = None
-    if isinstance(casa, Casa):
-        attention = casa.safety_gate.attention
-        # Rows of their own: two of many thousand in the embedding, a sample of its values would miss them.
-        modules += [casa.parts.tokens.rows, *([attention] if attention is not None else [])]
-        system = [casa.config.model_dump(mode="json"), order]
-    elif casa is not None:
-        system = getattr(casa, "identity", None)
-    if store is None or (casa is not None and system is None):
+    if store is None or not (casa is None or isinstance(casa, Casa) or identity):
         return generate(queries, settings.seed, progress)
-    identity = {
-        "defense": name,
-        "system": system,
-        "weights": weights_digest(modules),
-        "settings": settings.model_dump(mode="json"),
-    }
-    parts = ReplyParts(store / PARTS, identity)
+    modules: list[nn.Module] = [omni.model]
+    whole: dict[str, Any] = {"system": dict(identity or {}), "settings": settings.model_dump(mode="json")}
+    if isinstance(casa, Casa):
+        whole |= {"casa": casa.config.model_dump(mode="json"), "order": order}
+        # Rows of their own: two of many thousand in the embedding, a sample of its values would miss them.
+        attention = casa.safety_gate.attention
+        modules += [casa.parts.tokens.rows, *([attention] if attention is not None else [])]
+    parts = ReplyParts(store / PARTS, {**whole, "weights": weights_digest(modules)})
     return parts.collect(queries, generate, _groups(omni, settings), settings.seed, progress)
 
 

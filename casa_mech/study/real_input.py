@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError, RunError
+from casa_mech.files import TEMPORARY, file_sha256
 from casa_mech.omni import GenerationSettings, load_omni
 from casa_mech.queries import Query
 from casa_mech.queries.files import QuerySource, read_source
@@ -127,7 +129,7 @@ def evaluate_files(
     how: dict[str, Any] = {"safety_prompt": system.safety_prompt, "path": system.gate, **system.options}
     with load_defense(tested, omni, **how) as defense:
         name = None if system.defense or system.safety_prompt else _STUDY_NAMES.get(tested)
-        found = evaluate(omni, defense, queries, judge, defense=name, **shared)
+        found = evaluate(omni, defense, queries, judge, defense=name, identity=_identity(tested, system), **shared)
     if out is not None:
         save_evaluation(found, out)
     table = found.replies
@@ -158,8 +160,13 @@ def check_target(out: Path) -> None:
     Raises:
         RunError: the folder holds other files, or is a file.
     """
-    if out.exists() and (not out.is_dir() or {entry.name for entry in out.iterdir()} - _RESULTS):
+    if out.exists() and (not out.is_dir() or not holds_only(out, _RESULTS)):
         raise RunError(f"{out} holds other files than an evaluation's: choose a new or empty folder with --out")
+
+
+def holds_only(folder: Path, names: Collection[str]) -> bool:
+    """Whether `folder` holds nothing but `names`, and what a killed process left half-written."""
+    return all(entry.name in names or entry.name.startswith(TEMPORARY) for entry in folder.iterdir())
 
 
 def _named(query: Query, attack: str) -> Query:
@@ -177,6 +184,17 @@ def _defense_name(system: SystemUnderTest) -> str:
     name = system.defense or (saved_as(system.gate) if system.gate else "none")
     check_defense(name, system.gate, system.options)
     return name
+
+
+def _identity(tested: str, system: SystemUnderTest) -> dict[str, Any]:
+    """What the defence's replies depend on, for the replies that are kept: how it was made, and from which files."""
+    files = sorted(path for path in system.gate.rglob("*") if path.is_file()) if system.gate else []
+    return {
+        "defense": tested,
+        "safety_prompt": system.safety_prompt,
+        "options": json.loads(json.dumps(dict(system.options), default=str, sort_keys=True)),
+        "files": [[path.name, file_sha256(path)] for path in files],
+    }
 
 
 def _spread(name: str, values: Sequence[str], paths: Sequence[Path]) -> dict[Path, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError
@@ -68,4 +69,10 @@ def _divergences(
     led = [[token, *target] for token, target in zip(tokens, targets, strict=True)]
     gated = reply_logits(omni, omni.encode(group, led))
     # The first logits of the gated reply are those of the safety token, which the base model does not write.
-    return [float(kl_divergence(one, other[1:]).mean()) for one, other in zip(base, gated, strict=True)]
+    pairs = [(_widened(one, other.shape[1]), other[1:]) for one, other in zip(base, gated, strict=True)]
+    return [float(kl_divergence(one, other).mean()) for one, other in pairs]
+
+
+def _widened(logits: Tensor, vocab: int) -> Tensor:
+    """Logits [position, vocab] over a vocabulary that the safety tokens made larger; the base model never says them."""
+    return torch.nn.functional.pad(logits, (0, vocab - logits.shape[1]), value=-torch.inf)
