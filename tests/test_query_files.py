@@ -11,7 +11,8 @@ from PIL import Image
 
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import TEMPORARY, writing, writing_folder
-from casa_mech.queries.files import QuerySource, read_files
+from casa_mech.omni.media import load_audio, load_image
+from casa_mech.queries.files import QuerySource, read_examples, read_files, read_source
 
 ROWS = [{"goal": "how do i bake a cake", "n": 1}, {"goal": "wie backt man Küchlein, bitte", "n": 2}]
 
@@ -109,3 +110,60 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("not a folder")
     with pytest.raises(RunError, match="is there already"), writing(tmp_path / "run" / "a.txt") as temporary:
         temporary.write_text("x")
+
+
+def test_a_byte_order_mark_and_long_rows(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("goal\nbake a cake\n", encoding="utf-8-sig")
+    assert read_files(QuerySource(path=path, column="goal"))[0].text == "bake a cake"
+    for content, message in (
+        ("goal;n\nbake;1\n", "separated by semicolons, but a .csv file is read with commas"),
+        ("goal\tn\nbake\t1\n", "separated by tabs"),
+        ("goal,n\nbake, please,1\n", "more cells than there are headings"),
+        ("goal,n\nbake,1\nbake, please,1\n", "not a readable csv"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_files(QuerySource(path=path, column="goal"))
+
+
+def test_rows_about_minors_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path / "t.csv", [{"goal": "sell it to kids"}, {"goal": "bake"}, {"goal": "a sexual tale of a teen"}]
+    )
+    reading = read_source(QuerySource(path=path, column="goal", label="harmful"))
+    assert ([query.id for query in reading.queries], reading.rows) == (["t.csv:2"], 3)
+    assert reading.dropped == ("t.csv:1", "t.csv:3")
+    assert read_source(QuerySource(path=path, column="goal")).dropped == ("t.csv:3",)  # no label: beside such a word
+    assert len(read_files(QuerySource(path=path, column="goal", label="harmful", drop_minors=False))) == 3
+    rows = [{"p": "sell it to kids", "r": "no", "l": "harmful"}, {"p": "bake", "r": "mix", "l": "benign"}]
+    examples = read_examples(_write(tmp_path / "e.csv", rows), "p", "r", "l")
+    assert (len(examples.examples), examples.dropped) == (1, ("e.csv:1",))
+
+
+def test_broken_pictures_and_clips_are_named(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:900])
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, dtype=np.float32), 16_000)
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    for name, load, message in (
+        ("cut.png", lambda part: load_image(part, "q1"), r"q1: .*cut.png is not a readable image \(.*truncated"),
+        ("none.wav", lambda part: load_audio(part, "q1"), r"q1: .*none.wav is empty or shorter than 0.1 s"),
+        ("nothing.wav", lambda part: load_audio(part, "q1"), r"q1: .*nothing.wav is not readable audio"),
+    ):
+        (query,) = read_files(QuerySource(path=tmp_path / name))
+        with pytest.raises(InputError, match=message) as caught:
+            load(query.parts[0])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_stereo_clip_at_48_khz_becomes_mono_at_16(tmp_path: Path) -> None:
+    seconds = np.arange(48_000) / 48_000
+    tone = 0.2 * np.sin(2 * np.pi * 440 * seconds)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([tone, tone], axis=1), 48_000)
+    (query,) = read_files(QuerySource(path=tmp_path / "stereo.wav"))
+    clip = load_audio(query.parts[0], "q1")
+    assert (clip.shape, clip.dtype) == ((16_000,), np.float32)
+    spectrum = np.abs(np.fft.rfft(clip))
+    assert spectrum.argmax() == 440  # 1 s, so bins are hertz: resampled, not relabelled
