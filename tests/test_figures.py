@@ -9,7 +9,10 @@ from casa_mech.files import file_sha256
 from casa_mech.study.manifest import Manifest
 
 GALLERY = Path(__file__).parents[1] / "figures"
+APART = ("figstep_comparison",)
+"""Made from public data that the repository does not hold; tests/test_attack_figstep.py makes its numbers again."""
 NAMES = sorted(path.stem for path in GALLERY.glob("*.png"))
+STUDY = [name for name in NAMES if name not in APART]
 
 
 def test_the_gallery_is_that_of_the_default_study() -> None:
@@ -17,7 +20,7 @@ def test_the_gallery_is_that_of_the_default_study() -> None:
     assert manifest.settings["profile"] == "default" and manifest.settings["model"] == "organism"
     assert Manifest.read(GALLERY / "smoke" / "manifest.json").settings["profile"] == "smoke"
     listed = [Path(name).stem for name in manifest.outputs if name.startswith("figures/")]
-    assert sorted(listed) == NAMES
+    assert sorted(listed) == STUDY
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".csv"])
@@ -26,7 +29,7 @@ def test_every_picture_has_its_vector_and_its_numbers(suffix: str) -> None:
     assert sorted(path.stem for path in GALLERY.glob(f"*{suffix}")) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STUDY)
 def test_numbers_are_those_the_manifest_hashed(name: str) -> None:
     path = GALLERY / f"{name}.csv"
     assert len(pd.read_csv(path)) > 0

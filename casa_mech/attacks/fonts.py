@@ -6,6 +6,7 @@ Debian's fonts-freefont-ttf and fonts-liberation; the fallbacks come with matplo
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,44 +65,56 @@ def find_font(use: Use) -> FontChoice:
     Raises:
         InputError: not even a fallback is there.
     """
-    return _find_font(use, os.environ.get(FONT_FOLDER_VARIABLE, ""))
+    return fonts_for(use)[0]
+
+
+def fonts_for(use: Use) -> tuple[FontChoice, ...]:
+    """All fonts for `use` that are installed, the best first.
+
+    Raises:
+        InputError: there is none.
+    """
+    return _fonts_for(use, os.environ.get(FONT_FOLDER_VARIABLE, ""))
 
 
 @lru_cache(maxsize=16)
-def _find_font(use: Use, own: str) -> FontChoice:
-    wanted = _FACES[use][0].files[0]
+def _fonts_for(use: Use, own: str) -> tuple[FontChoice, ...]:
+    wanted, found = _FACES[use][0].files[0], []
     for face in _FACES[use]:
-        for file in face.files:
-            path = _installed(own).get(file)
-            if path is None:
-                continue
-            name = " ".join(part or "" for part in _loaded(path, 16).getname())
-            if face.exact:
-                return FontChoice(name, path, True)
-            note = (
-                f"{wanted} is not installed, so {name} draws the {use} pictures and letters differ from the "
-                f"benchmark's: apt install {_PACKAGES[use]}, or set {FONT_FOLDER_VARIABLE} to a folder that holds it"
-            )
-            return FontChoice(name, path, False, note)
-    raise InputError(f"no font to draw {use} pictures: install matplotlib, or set {FONT_FOLDER_VARIABLE} to a folder")
+        path = next((_installed(own)[file] for file in face.files if file in _installed(own)), None)
+        if path is None:
+            continue
+        name = " ".join(part or "" for part in _loaded(path, 16).getname())
+        package = _PACKAGES.get(use, "fonts-dejavu-core")
+        note = (
+            f"{wanted} is not installed, so {name} draws the {use} pictures and letters differ from the benchmark's: "
+            f"apt install {package}, or set {FONT_FOLDER_VARIABLE} to a folder that holds it"
+        )
+        found.append(FontChoice(name, path, face.exact, "" if face.exact else note))
+    if not found:
+        raise InputError(
+            f"no font to draw {use} pictures: install matplotlib, or set {FONT_FOLDER_VARIABLE} to a folder"
+        )
+    return tuple(found)
 
 
-def undrawable(text: str, font: ImageFont.FreeTypeFont) -> str:
+def undrawable(text: str, font: FontChoice) -> str:
     """The first character of `text` that `font` has no shape for, or ""."""
-    return next((letter for letter in text if ord(letter) > 126 and _is_missing(letter, str(font.path))), "")
+    return next((letter for letter in text if ord(letter) > 126 and _is_missing(letter, font.path)), "")
 
 
 @lru_cache(maxsize=4096)
-def _is_missing(letter: str, path: str) -> bool:
+def _is_missing(letter: str, path: Path) -> bool:
     # U+FFFFF is a private place that these fonts leave empty: what stands for it stands for every missing letter.
-    font = _loaded(Path(path), 32)
+    font = _loaded(path, 32)
     return not letter.isspace() and bytes(font.getmask(letter)) == bytes(font.getmask("\U000fffff"))
 
 
 @lru_cache(maxsize=64)
 def _loaded(path: Path, size: int) -> ImageFont.FreeTypeFont:
     try:
-        return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+        # From bytes: given a path that fails, Pillow looks for another file of that name.
+        return ImageFont.truetype(io.BytesIO(path.read_bytes()), size, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
         raise InputError(f"{path} is not a readable font ({error}): remove it or install it again") from None
 

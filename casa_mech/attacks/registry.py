@@ -130,6 +130,37 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
 )
 
 
+SUMMARIES: Mapping[str, str] = MappingProxyType(
+    {
+        "plain": "the request as it is",
+        "jailbreak": "a wrapper around the text (--wrappers)",
+        "spelled": "the key word letter by letter, in the text",
+        "letter-spaced": "the whole text letter by letter",
+        "image": "the key word in a strip of 28-pixel cells; the text points to it",
+        "rendered": "the whole text in a picture",
+        "figstep": "FigStep: a list with three empty points, in a picture",
+        "figstep-text": "FigStep's control: the same list in the text",
+        "typo": "MM-SafetyBench TYPO: the key phrase in a picture; the text points to it",
+        "sd-typo": "MM-SafetyBench SD+TYPO: a given picture above the TYPO picture (--picture)",
+        "audio": "the key word spelled aloud; the text points to it",
+        "spoken": "the key word said whole; the text points to it",
+        "spoken-question": "the whole text said aloud (AIAH, setting 1)",
+        "distractor-silence": "the request as text beside a silent clip (AIAH, setting 2)",
+        "distractor-noise": "beside Gaussian noise of the spoken question's mean and variance",
+        "distractor-speech": "beside a harmless spoken sentence",
+        "aiah-text": "AIAH's control: the plain question (setting 3)",
+        "aiah-letters": "AIAH's control: the key word's letters in the text, in its template",
+        "aiah-word": "AIAH's control: the key word said whole, in its template",
+        "aiah-speech": "AIAH: the key word spelled aloud, in its template",
+        "multi-turn": "the key word in an earlier turn; the request says it",
+        "split": "the key word in a picture, the verb in a clip",
+        **{f"prefill-{k}": f"{k} tokens of a complying answer as the reply's opening" for k in PREFILL_LENGTHS},
+    }
+)
+"""What each attack does, in one line. A key word is `meta["key_phrase"]` or `meta["topic"]`, a verb `meta["verb"]`, a
+complying answer `meta["compliance"]`."""
+
+
 def attack_named(name: str) -> Attack:
     """The attack of that name; `prefill-K` for any whole number K too, listed or not. InputError for an unknown one."""
     if name in ATTACKS:

@@ -10,7 +10,7 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from casa_mech.attacks.fonts import Use, find_font, undrawable
+from casa_mech.attacks.fonts import FontChoice, find_font, undrawable
 from casa_mech.errors import InputError
 
 FIGSTEP_SIDE, FIGSTEP_COLUMNS, FIGSTEP_POINTS = 760, 15, 3
@@ -29,8 +29,10 @@ def figstep_text(instruction: str) -> str:
     return "\n".join([textwrap.fill(instruction, width=FIGSTEP_COLUMNS), *points])
 
 
-def figstep_picture(instruction: str) -> Image.Image:
+def figstep_picture(instruction: str, font: FontChoice | None = None) -> Image.Image:
     """FigStep's picture of an instruction: RGB, 760 x 760, black FreeMono Bold of 80 px on white, at (20, 10).
+
+    `font` takes the place of the best that is installed.
 
     Ten lines fit. As in the original, points of the list that do not fit are cut off; where the instruction itself
     would be cut, the picture grows downwards instead.
@@ -38,11 +40,12 @@ def figstep_picture(instruction: str) -> Image.Image:
     Raises:
         InputError: nothing to draw, or a character that the font cannot draw.
     """
-    lines = _drawable(figstep_text(instruction), instruction, "figstep").split("\n")
+    font = font or find_font("figstep")
+    lines = _drawable(figstep_text(instruction), instruction, font).split("\n")
     words = len(lines) - FIGSTEP_POINTS
     fits = words <= (FIGSTEP_SIDE - 10) // _FIGSTEP_PITCH
     size = (FIGSTEP_SIDE, FIGSTEP_SIDE if fits else 10 + _FIGSTEP_PITCH * len(lines))
-    return _drawn(lines, size, "figstep", _FIGSTEP_SIZE, (_FIGSTEP_LEFT, _FIGSTEP_BASELINE), _FIGSTEP_PITCH)
+    return _drawn(lines, size, font.at(_FIGSTEP_SIZE), (_FIGSTEP_LEFT, _FIGSTEP_BASELINE), _FIGSTEP_PITCH)
 
 
 def typo_picture(phrase: str) -> Image.Image:
@@ -54,9 +57,10 @@ def typo_picture(phrase: str) -> Image.Image:
     Raises:
         InputError: nothing to draw, or a character that the font cannot draw.
     """
-    font = find_font("typo").at(_TYPO_SIZE)
-    lines = wrap_pixels(_drawable(phrase, phrase, "typo"), font, TYPO_WIDTH, lead=" ")
-    return _drawn(lines, (TYPO_WIDTH, 90 * (len(lines) + 1)), "typo", _TYPO_SIZE, (0, _TYPO_BASELINE), _TYPO_PITCH)
+    choice = find_font("typo")
+    font = choice.at(_TYPO_SIZE)
+    lines = wrap_pixels(_drawable(phrase, phrase, choice), font, TYPO_WIDTH, lead=" ")
+    return _drawn(lines, (TYPO_WIDTH, 90 * (len(lines) + 1)), font, (0, _TYPO_BASELINE), _TYPO_PITCH)
 
 
 def page_picture(text: str) -> Image.Image:
@@ -65,12 +69,13 @@ def page_picture(text: str) -> Image.Image:
     Raises:
         InputError: nothing to draw, or a character that the font cannot draw.
     """
-    font = find_font("page").at(_PAGE_SIZE)
+    choice = find_font("page")
+    font = choice.at(_PAGE_SIZE)
     lines: list[str] = []
-    for paragraph in _drawable(text, text, "page").split("\n"):
+    for paragraph in _drawable(text, text, choice).split("\n"):
         lines += wrap_pixels(paragraph, font, PAGE_WIDTH - 2 * _PAGE_MARGIN) if paragraph.strip() else [""]
     size = (PAGE_WIDTH, 2 * _PAGE_MARGIN + _PAGE_PITCH * len(lines))
-    return _drawn(lines, size, "page", _PAGE_SIZE, (_PAGE_MARGIN, _PAGE_MARGIN + _PAGE_SIZE), _PAGE_PITCH)
+    return _drawn(lines, size, font, (_PAGE_MARGIN, _PAGE_MARGIN + _PAGE_SIZE), _PAGE_PITCH)
 
 
 def stack_pictures(top: Image.Image, bottom: Image.Image) -> Image.Image:
@@ -102,21 +107,20 @@ def wrap_pixels(text: str, font: ImageFont.FreeTypeFont, width: int, lead: str =
 
 
 def _drawn(
-    lines: list[str], size: tuple[int, int], use: Use, font_size: int, origin: tuple[int, int], pitch: int
+    lines: list[str], size: tuple[int, int], font: ImageFont.FreeTypeFont, origin: tuple[int, int], pitch: int
 ) -> Image.Image:
     picture = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(picture), find_font(use).at(font_size)
+    pen = ImageDraw.Draw(picture)
     for index, line in enumerate(lines):
         # "ls": the baseline's left end. By baselines, another font stands where the benchmark's would.
         pen.text((origin[0], origin[1] + pitch * index), line, font=font, fill="black", anchor="ls")
     return picture
 
 
-def _drawable(text: str, asked: str, use: Use) -> str:
+def _drawable(text: str, asked: str, choice: FontChoice) -> str:
     if not asked.strip():
         raise InputError("there is nothing to draw: the text is empty")
-    choice = find_font(use)
-    missing = undrawable(text, choice.at(32))
+    missing = undrawable(text, choice)
     if missing:
         raise InputError(
             f"{choice.name} cannot draw {missing!r} (U+{ord(missing):04X}): leave it out, or set CASA_MECH_FONTS to a "
