@@ -107,12 +107,13 @@ def _rows(
 ) -> Iterator[tuple[str, Row, File]]:
     """The rows of the split, each with its query's id."""
     seen: set[str] = set()
+    chosen = benchmark.select.get(split) if split is not None else None
     for record, file in records:
         where = f"{file.path or benchmark.remote.get(file.split, benchmark.name)} row {file.number}"
         row = benchmark.row(record, file)
         if not row.text:
             raise InputError(f"{where}: empty prompt; fill it or drop the row")
-        if split in benchmark.select and not benchmark.select[split](row):
+        if chosen is not None and not chosen(row):
             continue
         key = row.key or (f"{file.split}-{file.number}" if file.split != WHOLE else str(file.number))
         query_id = f"{benchmark.id_prefix}:{key}"
