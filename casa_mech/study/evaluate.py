@@ -220,12 +220,17 @@ def save_evaluation(evaluation: Evaluation, folder: Path | str) -> None:
     """
     bare = evaluation.replies.drop(columns=list(_JUDGED))
     for name, table in (("replies", bare), ("verdicts", evaluation.verdicts)):
-        with writing(Path(folder) / f"{name}.parquet") as temporary:
-            table.to_parquet(temporary)
-        with writing(Path(folder) / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
+        write_both(table, Path(folder) / name)
     for suffix in ("parquet", "csv"):
         write_table(evaluation.rows, Path(folder) / f"results.{suffix}")
+
+
+def write_both(table: pd.DataFrame, path: Path) -> None:
+    """Write `table` as `path` with the suffixes .parquet and .csv, each whole or not at all."""
+    with writing(path.with_suffix(".parquet")) as temporary:
+        table.to_parquet(temporary)
+    with writing(path.with_suffix(".csv")) as temporary:
+        table.to_csv(temporary, index=False)
 
 
 def read_evaluation(folder: Path | str) -> pd.DataFrame:

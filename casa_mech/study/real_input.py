@@ -19,6 +19,7 @@ from casa_mech.study.evaluate import (
     PARTS,
     PRETRAINED,
     VERDICTS,
+    Evaluation,
     check_media,
     evaluate,
     save_evaluation,
@@ -132,26 +133,29 @@ def evaluate_files(
         found = evaluate(omni, defense, queries, judge, defense=name, identity=_identity(tested, system), **shared)
     if out is not None:
         save_evaluation(found, out)
-    table = found.replies
-    by_source = table.groupby(["source", "label", "surface"], sort=False).agg(
+    return {
+        "model": system.model,
+        "gate": str(system.gate) if system.gate else None,
+        "defense": found.replies["defense"].iloc[0],
+        "queries": len(found.replies),
+        "dropped_minors": sum(len(reading.dropped) for reading in readings),
+        "unknown_words": round(unknown, 4),
+        "judge": str(found.replies["judge"].iloc[0]),
+        "out": str(out) if out else None,
+        **_summary(found),
+    }
+
+
+def _summary(found: Evaluation) -> dict[str, Any]:
+    """The rates by source and in all."""
+    by_source = found.replies.groupby(["source", "label", "surface"], sort=False).agg(
         n=("reply", "size"), flagged=("safety_token", lambda tokens: float((tokens == "unsafe").mean())),
         mean_v_s=("v_s", "mean"), refused=("outcome", lambda outcome: float((outcome == "refused").mean())),
         undecided=("outcome", lambda outcome: int((outcome == "undecided").sum())),
     )  # fmt: skip
     shown = ("label", "surface", "metric", "n", "value", "low", "high")
     rates = [{name: row[name] for name in shown} for row in found.rows]
-    return {
-        "model": system.model,
-        "gate": str(system.gate) if system.gate else None,
-        "defense": found.replies["defense"].iloc[0],
-        "queries": len(table),
-        "dropped_minors": sum(len(reading.dropped) for reading in readings),
-        "unknown_words": round(unknown, 4),
-        "judge": str(table["judge"].iloc[0]),
-        "out": str(out) if out else None,
-        "sources": by_source.reset_index().to_dict("records"),
-        "results": rates,
-    }
+    return {"sources": by_source.reset_index().to_dict("records"), "results": rates}
 
 
 def check_target(out: Path) -> None:

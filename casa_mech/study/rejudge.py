@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import writing
 from casa_mech.judging import Judge, Verdict, VerdictStore, agreement, judge_all, write_table
 from casa_mech.judging.agreement import LEVELS, Level
 from casa_mech.judging.http_api import HttpBackend
@@ -19,7 +18,7 @@ from casa_mech.judging.store import stored_tokens
 from casa_mech.judging.verdict import request_text
 from casa_mech.queries import Query
 from casa_mech.queries.tables import read_table
-from casa_mech.study.evaluate import UNLABELLED, VERDICTS, result_rows, verdict_table
+from casa_mech.study.evaluate import UNLABELLED, VERDICTS, result_rows, verdict_table, write_both
 from casa_mech.study.real_input import holds_only
 
 _FILES = {VERDICTS, *(f"{name}.{suffix}" for name in ("verdicts", "results") for suffix in ("parquet", "csv"))}
@@ -69,10 +68,7 @@ def judge_replies(
     verdicts = judge_all(judge, queries, replies, store, retry_undecided=retry_undecided, progress=progress)
     rows = result_rows(_judged(table, queries, verdicts), seed)
     given = verdict_table(verdicts)
-    with writing(out / "verdicts.parquet") as temporary:
-        given.to_parquet(temporary)
-    with writing(out / "verdicts.csv") as temporary:
-        given.to_csv(temporary, index=False)
+    write_both(given, out / "verdicts")
     for suffix in ("parquet", "csv"):
         write_table(rows, out / f"results.{suffix}")
     shown = [name for name in RESULT_COLUMNS if name not in ("model", "seed")]
