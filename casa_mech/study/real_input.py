@@ -136,18 +136,16 @@ def evaluate_files(
     return {
         "model": system.model,
         "gate": str(system.gate) if system.gate else None,
-        "defense": found.replies["defense"].iloc[0],
         "queries": len(found.replies),
         "dropped_minors": sum(len(reading.dropped) for reading in readings),
         "unknown_words": round(unknown, 4),
-        "judge": str(found.replies["judge"].iloc[0]),
         "out": str(out) if out else None,
         **_summary(found),
     }
 
 
 def _summary(found: Evaluation) -> dict[str, Any]:
-    """The rates by source and in all."""
+    """Defence, judge, and the rates by source and in all."""
     by_source = found.replies.groupby(["source", "label", "surface"], sort=False).agg(
         n=("reply", "size"), flagged=("safety_token", lambda tokens: float((tokens == "unsafe").mean())),
         mean_v_s=("v_s", "mean"), refused=("outcome", lambda outcome: float((outcome == "refused").mean())),
@@ -155,7 +153,8 @@ def _summary(found: Evaluation) -> dict[str, Any]:
     )  # fmt: skip
     shown = ("label", "surface", "metric", "n", "value", "low", "high")
     rates = [{name: row[name] for name in shown} for row in found.rows]
-    return {"sources": by_source.reset_index().to_dict("records"), "results": rates}
+    named = {name: str(found.replies[name].iloc[0]) for name in ("defense", "judge")}
+    return {**named, "sources": by_source.reset_index().to_dict("records"), "results": rates}
 
 
 def check_target(out: Path) -> None:
