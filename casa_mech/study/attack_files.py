@@ -130,7 +130,8 @@ class _Maker:
             return self._attacked(query)
         except InputError as error:
             if not self.attack.skip_unfit:
-                raise
+                hint = " (a table's column: --meta KEY=COLUMN)" if "set meta[" in str(error) else ""
+                raise InputError(f"{error}{hint}") from None
             self.unfit[str(error).replace(repr(query.id), "…")] += 1
             return None
 
