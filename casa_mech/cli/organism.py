@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,17 +14,31 @@ from casa_mech.cli.app import Json, Seed, check_choice, organism_app, show
 @organism_app.command("build", epilog="Example:  casa-mech organism build organism --out my-organism")
 def organism_build(
     name: Annotated[str, typer.Argument(help="organism or organism-split.")] = "organism",
+    corpus: Annotated[
+        Path | None, typer.Option(help="Folder of public prompt sets: train the larger sibling for real English.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the weights [organism-weights/NAME].")] = None,
     seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="Where the sibling is trained: cpu, cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Train an embedded model from its micro-world (up to 40 minutes on two cores)."""
+    """Train an embedded model from its micro-world (up to 40 minutes on two cores), or a sibling from a corpus."""
     from casa_mech.organism import build
 
+    if corpus is not None:
+        from casa_mech.organism.corpus import read_corpus
+        from casa_mech.organism.sibling import build_sibling
+
+        target = out or Path("organism-weights") / "corpus"
+        _print_build(build_sibling(read_corpus(corpus, seed), target, seed, device=device), "corpus", target, as_json)
+        return
     check_choice("NAME", name, ("organism", "organism-split"))
     target = out or Path("organism-weights") / name
-    build(name, out=target, seed=seed)
-    show({"name": name, "out": str(target), "seed": seed}, as_json)
+    _print_build(build(name, out=target, seed=seed)["build"], name, target, as_json)
+
+
+def _print_build(record: dict[str, Any], name: str, target: Path, as_json: bool) -> None:
+    show({"name": name, "out": str(target), **record}, as_json)
 
 
 @organism_app.command("card", epilog="Example:  casa-mech organism card organism-split --n 300 --json")

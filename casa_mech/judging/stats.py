@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import bootstrap_interval, mean_interval, members
 from casa_mech.queries import Query
+from casa_mech.queries.overlap import normalised
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,16 +32,21 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def cluster_of(item: Query | Mapping[str, Any]) -> Hashable:
-    """What counts as one independent draw: queries about the same topic belong together, others stand alone.
+    """What counts as one independent draw: queries about one topic, or that ask the same, belong together.
 
-    `item` is a query or a row of a table of replies (`topic`, `query_id`). All renderings of a query keep its id, so
-    they are one draw.
+    `item` is a query or a row of a table of replies (`topic`, `meta`, `query_id`). All renderings of a query keep its
+    id, so they are one draw, too.
     """
     if isinstance(item, Query):
-        return item.meta.get("topic") or item.id
-    topic = item.get("topic")
+        topic, request, own = item.meta.get("topic"), item.meta.get("request"), item.id
+    else:
+        topic, request, own = item.get("topic"), _meta(item.get("meta")).get("request"), item["query_id"]
     # An empty cell of a table can come back as NaN.
-    return topic if isinstance(topic, str) and topic else item["query_id"]
+    return topic if isinstance(topic, str) and topic else normalised(request or "") or own
+
+
+def _meta(cell: Any) -> Mapping[str, str]:
+    return json.loads(cell) if isinstance(cell, str) and cell else cell if isinstance(cell, Mapping) else {}
 
 
 def clusters_of(frame: pd.DataFrame) -> list[Hashable]:

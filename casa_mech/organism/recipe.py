@@ -74,16 +74,16 @@ class Recipe:
 ALIGNMENT = Stage(
     name="safety on plain text",
     mixture=Mixture(
-        tasks={"request": 0.8, "name": 0.05, "spell": 0.05, "dangerous": 0.05, "category": 0.05},
+        tasks={"request": 0.7, "name": 0.05, "spell": 0.05, "dangerous": 0.1, "category": 0.1},
         surfaces={"text": 1.0},
-        wrapped=0.7,
+        wrapped=0.6,
         refuse=True,
         late_refusals=0.2,
         topics="seen",
     ),
     trains=("language",),
-    steps=350,
-    learning_rate=2e-4,
+    steps=450,
+    learning_rate=1.5e-4,
     batch_size=32,
 )
 WORDS = Stage(
@@ -98,7 +98,7 @@ LANGUAGE = Stage(
     name="language",
     mixture=Mixture(TASKS, TEXT_SURFACES, wrapped=0.3, random_words=0.4),
     trains=("language",),
-    steps=1000,
+    steps=1100,
     learning_rate=2e-3,
     batch_size=64,
 )
@@ -114,7 +114,7 @@ AUDIO = Stage(
     name="audio to language",
     mixture=Mixture(READING_TASKS, {"audio": 0.9, "spoken": 0.1}, random_words=0.4),
     trains=("audio",),
-    steps=600,
+    steps=250,
     learning_rate=1e-3,
     batch_size=32,
 )
@@ -127,7 +127,7 @@ JOINT = Stage(
         random_words=0.4,
     ),
     trains=("language", "image", "audio"),
-    steps=400,
+    steps=250,
     learning_rate=7e-4,
 )
 IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)

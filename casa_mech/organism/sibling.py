@@ -1,0 +1,155 @@
+"""Train the larger sibling: language from the user's prompts, towers fitted to it, then safety on plain text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor, nn
+
+from casa_mech.files import write_text, writing_folder
+from casa_mech.omni import GenerationSettings, Omni, OmniBatch
+from casa_mech.organism.architecture import OrganismShape, build_bpe_tokenizer, new_omni
+from casa_mech.organism.build import save_organism
+from casa_mech.organism.codes import ideal_embeddings
+from casa_mech.organism.corpus import ANSWER, CHARACTERS, REFUSALS, REPEAT, REQUEST, Corpus, corpus_record, script_of
+from casa_mech.organism.encoders import train_audio_letters, train_image_letters
+from casa_mech.organism.recipe import Steps, final_states, fit, target_loss
+from casa_mech.queries import Example, Label
+
+SHAPE = OrganismShape(d_model=256, layers=4, heads=8, kv_heads=4, d_mlp=704, rope_theta=1000.0, audio_width=192)
+VOCABULARY = 8000
+CARD = "corpus.json"
+LANGUAGE = Steps(name="language", trains=("language",), steps=750, learning_rate=1.5e-3, batch_size=24)
+IMAGE_LETTERS, AUDIO_LETTERS = 600, 900
+IMAGE = Steps(name="image to language", trains=("image",), steps=100, learning_rate=5e-4, batch_size=16)
+AUDIO = Steps(name="audio to language", trains=("audio",), steps=150, learning_rate=5e-4, batch_size=16)
+SAFETY = Steps(name="safety on plain text", trains=("language",), steps=250, learning_rate=3e-4, batch_size=32)
+SURFACES = ("text", "image", "audio")
+SURFACE_SHARES = (0.6, 0.22, 0.18)
+
+
+def train_sibling(
+    corpus: Corpus, seed: int = 0, scale: float = 1.0, device: str = "cpu", progress: bool = True
+) -> Omni:
+    """Train a sibling (about 9M parameters) on `corpus` and return it in float32.
+
+    Args:
+        corpus: see `corpus.read_corpus`.
+        seed: of the weights and every draw.
+        scale: factor on the number of steps, for trying the pipeline out.
+        device: where to train.
+        progress: whether to draw progress bars.
+    """
+    texts = [*corpus.harmful, *corpus.benign, ANSWER, *REFUSALS, *REPEAT.values(), *REQUEST.values()]
+    omni = new_omni(build_bpe_tokenizer([*texts, "system user assistant"], VOCABULARY), SHAPE, seed, "corpus")
+    omni.model.to(device)
+    script = script_of(corpus)
+
+    def run(steps: Steps, surfaces: Sequence[float], language: bool, refuse: bool) -> None:
+        rng = np.random.default_rng([seed, *steps.name.encode()])
+        chosen = replace(steps, steps=max(1, round(steps.steps * scale)))
+        loss = _loss(omni, rng, language)
+        fit(omni, chosen, lambda: _draw(corpus, rng, surfaces, refuse), loss, rng, progress)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        run(LANGUAGE, SURFACE_SHARES, language=True, refuse=False)
+        for tower, learn, letters, steps in (
+            ("image", train_image_letters, IMAGE_LETTERS, IMAGE),
+            ("audio", train_audio_letters, AUDIO_LETTERS, AUDIO),
+        ):
+            omni.model.requires_grad_(True)
+            rng = np.random.default_rng([seed, *tower.encode()])
+            learn(omni, max(1, round(letters * scale)), rng, True, progress, batch_size=16, script=script)
+            run(steps, [float(tower == surface) for surface in SURFACES], language=False, refuse=False)
+        run(SAFETY, (1.0, 0.0, 0.0), language=False, refuse=True)
+    omni.model.eval().requires_grad_(True)
+    return omni
+
+
+def build_sibling(
+    corpus: Corpus,
+    out: Path,
+    seed: int = 0,
+    scale: float = 1.0,
+    n: int = 100,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a sibling, measure what it reads, and write weights and `corpus.json` to `out`, all or nothing."""
+    began = time.perf_counter()
+    omni = train_sibling(corpus, seed, scale, device, progress)
+    record = {
+        "parameters": sum(parameter.numel() for parameter in omni.model.parameters()),
+        "corpus": corpus_record(corpus),
+        "seed": seed,
+        "scale": scale,
+        "seconds": round(time.perf_counter() - began),
+        "reading": reading(omni, corpus, n, seed),
+    }
+    omni.model.to("cpu")
+    with writing_folder(out) as folder:
+        save_organism(omni, folder)
+        write_text(folder / CARD, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def reading(omni: Omni, corpus: Corpus, n: int, seed: int) -> list[dict[str, Any]]:
+    """Character error rate of repeating `n` corpus prompts on each surface, with a bootstrap interval over prompts.
+
+    Errors are insertions, deletions and substitutions as a share of the prompts' characters; the clips and pictures
+    are fresh draws of prompts that the towers were trained on.
+    """
+    rows = []
+    for surface in SURFACES:
+        rng = np.random.default_rng([seed, 17, *surface.encode()])
+        pool = replace(corpus, harmful=corpus.readable("harmful"), benign=corpus.readable("benign"))
+        labels: tuple[Label, Label] = ("harmful", "benign")
+        drawn = [pool.draw(labels[index % 2], surface, "repeat", rng, False) for index in range(n)]
+        found = omni.generate([row.query for row in drawn], GenerationSettings(max_new_tokens=32, batch_size=25))
+        wanted = [row.reply.lower() for row in drawn]
+        errors = np.array(
+            [Levenshtein.distance(reply.text.strip().lower(), text) for reply, text in zip(found, wanted, strict=True)]
+        )
+        lengths = np.array([len(text) for text in wanted])
+        picks = rng.integers(n, size=(1000, n))
+        low, high = np.quantile(errors[picks].sum(1) / lengths[picks].sum(1), [0.025, 0.975])
+        rate = float(errors.sum() / lengths.sum())
+        row = {"measure": "character_error_rate", "surface": surface, "n": n}
+        rows.append(row | {"value": rate, "low": float(low), "high": float(high)})
+    return rows
+
+
+def _draw(corpus: Corpus, rng: np.random.Generator, surfaces: Sequence[float], refuse: bool) -> Example:
+    surface = SURFACES[int(rng.choice(len(SURFACES), p=surfaces))]
+    # In safety training every second request is harmful, else in proportion to nothing: harmful prompts are few.
+    label: Label = "harmful" if rng.random() < (0.5 if refuse else 0.3) else "benign"
+    task = "repeat" if rng.random() < (0.1 if refuse else 0.5) else "request"
+    return corpus.draw(label, surface, task, rng, refuse)
+
+
+def _loss(omni: Omni, rng: np.random.Generator, language: bool) -> Callable[[OmniBatch, Sequence[Example]], Tensor]:
+    """The replies' loss; while the language is learned that of the typed prompts too, and media have ideal features."""
+
+    def loss(batch: OmniBatch, rows: Sequence[Example]) -> Tensor:
+        embeddings = ideal_embeddings(omni, batch, rows, rng, True, CHARACTERS) if language else None
+        states = final_states(omni, batch, embeddings)
+        replies = target_loss(omni, batch, states)
+        return replies + _prompt_loss(omni, batch, states) if language else replies
+
+    return loss
+
+
+def _prompt_loss(omni: Omni, batch: OmniBatch, states: Tensor) -> Tensor:
+    """Cross-entropy in nats of the prompts' own tokens: what teaches the model the language."""
+    taken = batch.modality["text"][:, 1:]
+    wanted = batch.inputs["input_ids"][:, 1:][taken]
+    return nn.functional.cross_entropy(omni.model.lm_head(states[:, :-1][taken]), wanted)
