@@ -22,6 +22,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder [runs/MODEL-PROFILE-seedN].")] = None,
     seed: Seed = 0,
     param: Annotated[list[str] | None, typer.Option("--param", "-p", help="A notebook parameter, NAME=VALUE.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Notebooks at a time [one a core for an organism, else one].")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -32,7 +33,7 @@ def run(
 
     settings = settings_of(model=model, control=control, profile=profile, seed=seed, device=device, dtype=dtype)
     parameters = dict(_pair(text) for text in param or ())
-    root = run_study(settings, out, only or (), parameters, arguments=sys.argv[1:])
+    root = run_study(settings, out, only or (), parameters, arguments=sys.argv[1:], jobs=jobs)
     manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
     result = {"out": str(root), "figures": _names(root, "figures/*.png"), "tables": _names(root, "tables/*.parquet")}
     show({**result, "seconds": manifest["timings"]["total"]}, as_json)

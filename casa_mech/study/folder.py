@@ -84,6 +84,8 @@ class RunFolder:
     def artifact(self, kind: str, name: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
         """The folder `kind/name`, built by `build(folder)` unless a complete one with the same `key` is there.
 
+        Of several processes that ask for it at once, one builds it and the others wait.
+
         Args:
             kind: group, such as `gates`.
             name: name in the group.
@@ -91,12 +93,24 @@ class RunFolder:
             build: writes the content into the (temporary) folder that it is given.
         """
         folder = self.root / kind / name
-        if not is_complete(folder, key):
-            with writing_folder(folder) as temporary:
-                build(temporary)
-                done = {"key": dict(key), "files": _hashes(temporary)}
-                (temporary / _DONE).write_text(json.dumps(done, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if is_complete(folder, key):
+            return folder
+        lock = self.root / ".locks" / f"{kind}-{name}.lock".replace("/", "-")
+        try:
+            lock.parent.mkdir(exist_ok=True)
+            # Reentrant within a process: building one artifact may ask for another.
+            with FileLock(lock, is_singleton=True):
+                if not is_complete(folder, key):
+                    self._build(folder, key, build)
+        except OSError as error:
+            raise storage_error(error, self.root) from None
         return folder
+
+    def _build(self, folder: Path, key: Mapping[str, Any], build: Callable[[Path], None]) -> None:
+        with writing_folder(folder) as temporary:
+            build(temporary)
+            done = {"key": dict(key), "files": _hashes(temporary)}
+            (temporary / _DONE).write_text(json.dumps(done, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def is_complete(folder: Path, key: Mapping[str, Any]) -> bool:

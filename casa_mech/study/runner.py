@@ -7,11 +7,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
 
 from casa_mech.errors import CasaMechError, RunError
 from casa_mech.files import writing
+from casa_mech.omni.load import WEIGHTS
 from casa_mech.study import manifest as records
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.notebooks import Notebook, check_parameters, find_notebooks
@@ -25,6 +28,7 @@ def run_study(
     parameters: Mapping[str, object] | None = None,
     arguments: Sequence[str] = (),
     notebooks_folder: Path | None = None,
+    jobs: int = 0,
 ) -> Path:
     """Execute the suite and return the run folder. A folder that a stopped run left is continued.
 
@@ -35,6 +39,7 @@ def run_study(
         parameters: further notebook parameters, such as `n_eval`.
         arguments: the command line, for the manifest.
         notebooks_folder: where the notebooks are; default beside the package.
+        jobs: notebooks at a time; 0: `default_jobs`.
 
     Raises:
         InputError: an unknown notebook or parameter; nothing has been started then.
@@ -44,18 +49,54 @@ def run_study(
     given = check_parameters(notebooks, parameters or {})
     folder = RunFolder.open(out or settings.default_folder, settings)
     started, began = records.now(), time.perf_counter()
-    timings: dict[str, float] = {}
     with folder.locked():
-        for number, notebook in enumerate(notebooks, start=1):
-            print(f"[{number}/{len(notebooks)}] {notebook.name}", file=sys.stderr, flush=True)
-            at = time.perf_counter()
+        tasks = []
+        for notebook in notebooks:
             values = {**_settings_parameters(settings, folder), **given[notebook.name]}
-            _execute(notebook, {name: values[name] for name in values if name in notebook.parameters}, folder)
-            timings[notebook.name] = round(time.perf_counter() - at, 2)
+            tasks.append((notebook, {name: values[name] for name in values if name in notebook.parameters}))
+        timings = _execute_all(tasks, folder, min(jobs or default_jobs(settings), len(tasks)))
         timings["total"] = round(time.perf_counter() - began, 2)
         timings["peak_memory_bytes"] = records.peak_memory()
         _write_manifest(folder, settings, given, arguments, timings, started)
     return folder.root
+
+
+def default_jobs(settings: StudySettings) -> int:
+    """Notebooks at a time: one for each of up to four cores where the model is an organism's size, else one."""
+    small = (WEIGHTS / settings.model).is_dir() and settings.device in ("auto", "cpu")
+    return min(4, os.cpu_count() or 1) if small else 1
+
+
+def _execute_all(tasks: Sequence[tuple[Notebook, dict[str, Any]]], folder: RunFolder, jobs: int) -> dict[str, float]:
+    """Run the notebooks, `jobs` at a time, and return the seconds of each; the first failure stops what has not begun.
+
+    Each has a process of its own (and its kernel's). What several of them need is made by the first to ask for it; the
+    others wait for that (`RunFolder.artifact`).
+    """
+    if jobs == 1:
+        return {task[0].name: _timed(*task, folder, f"[{n}/{len(tasks)}]") for n, task in enumerate(tasks, start=1)}
+    # Two processes with a thread for each core would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    timings: dict[str, float] = {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = {
+            pool.submit(_timed, *task, folder, f"[{n}/{len(tasks)}]"): task[0].name
+            for n, task in enumerate(tasks, start=1)
+        }
+        try:
+            for done in as_completed(running):
+                timings[running[done]] = done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {task[0].name: timings[task[0].name] for task in tasks}
+
+
+def _timed(notebook: Notebook, values: dict[str, Any], folder: RunFolder, place: str) -> float:
+    print(f"{place} {notebook.name}", file=sys.stderr, flush=True)
+    at = time.perf_counter()
+    _execute(notebook, values, folder)
+    return round(time.perf_counter() - at, 2)
 
 
 def _settings_parameters(settings: StudySettings, folder: RunFolder) -> dict[str, Any]:
