@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from casa_mech.study.evaluate import check_media, evaluate, result_rows
 from casa_mech.study.folder import RunFolder, is_complete
 from casa_mech.study.manifest import Manifest, data_hashes, versions
 from casa_mech.study.notebooks import check_parameters, find_notebooks
-from casa_mech.study.runner import run_study
+from casa_mech.study.runner import default_jobs, run_study
 from casa_mech.study.settings import PROFILES, StudySettings, settings_of
 
 SIZES = {"n_eval": 4, "n_probe": 6, "train_examples": 16, "train_steps": 2, "train_batch": 4, "max_new_tokens": 3}
@@ -54,6 +56,33 @@ def test_folder_is_bound_to_its_settings(tmp_path: Path) -> None:
     RunFolder.open(tmp_path / "run", StudySettings(device="cpu"))
     with pytest.raises(RunError, match="seed=0, not 1"):
         RunFolder.open(tmp_path / "run", StudySettings(seed=1))
+
+
+def _ask(root: Path, made: Path) -> None:
+    def build(folder: Path) -> None:
+        with made.open("a") as log:
+            log.write("built\n")
+        time.sleep(0.3)
+        (folder / "content.txt").write_text("done")
+
+    RunFolder(root).artifact("things", "one", {"n": 1}, build)
+
+
+def test_what_several_processes_need_is_made_once(tmp_path: Path) -> None:
+    root = RunFolder.open(tmp_path / "run", StudySettings()).root
+    processes = [get_context("fork").Process(target=_ask, args=(root, tmp_path / "made")) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert (tmp_path / "made").read_text() == "built\n"
+
+
+def test_only_small_models_run_side_by_side() -> None:
+    assert default_jobs(StudySettings(model="Qwen/Qwen2.5-Omni-3B")) == 1
+    assert default_jobs(StudySettings(device="cuda")) == 1
+    assert default_jobs(StudySettings()) >= 1
 
 
 @pytest.mark.parametrize(

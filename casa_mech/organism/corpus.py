@@ -167,7 +167,8 @@ def read_corpus(directory: Path, seed: int = 0) -> Corpus:
 
 def _read(name: str, split: str | None, directory: Path, limit: int | None = None, seed: int = 0) -> list[Query]:
     """The set's queries, or none where its files are not in `directory`."""
-    if not find_files(benchmark_named(name), directory):
+    found = find_files(benchmark_named(name), directory)
+    if not found or (split is not None and split not in found):
         return []
     return read_queries(name, directory, split, limit, seed, missing_media="text")
 
