@@ -14,6 +14,7 @@ from casa_mech.defenses.prompts import with_text_after
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply
+from casa_mech.trace.fork import read_prompts
 from casa_mech.trace.steer import first_steps
 
 SHORT = GenerationSettings(max_new_tokens=9, batch_size=4)
@@ -59,7 +60,7 @@ def moras(tiny_omni: Omni, unsafe_texts: list[Query], labelled: list[Query]) -> 
 
 def test_first_states_are_those_after_the_final_norm(tiny_omni: Omni, queries: list[Query]) -> None:
     batch = tiny_omni.encode(queries)
-    found = first_steps(tiny_omni, batch, 3)
+    found = first_steps(tiny_omni, batch.inputs, 3)
     for row, query in enumerate(queries):
         ids = found.ids[row].tolist()
         full = tiny_omni.encode([query], [ids])
@@ -96,7 +97,7 @@ def test_steering_goes_from_nothing_to_the_prototype() -> None:
 
 
 def test_no_risk_is_plain_decoding(moras: Moras, queries: list[Query], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moras, "_risks", lambda queries: torch.zeros(len(queries)))
+    monkeypatch.setattr(moras, "_risks", lambda _, queries: torch.zeros(len(queries)))
     assert texts(moras.generate(queries, SHORT)) == texts(moras.omni.generate(queries, SHORT))
     sampled = SHORT.model_copy(update={"do_sample": True, "max_new_tokens": 3})
     assert texts(moras.generate(queries, sampled)) == texts(moras.omni.generate(queries, sampled))
@@ -108,8 +109,9 @@ def test_full_risk_puts_the_prototypes_in_and_then_stops(
     omni = moras.omni
     omni.model.generation_config.eos_token_id = None
     with torch.no_grad():
+        read = read_prompts(omni, omni.encode(queries))
         forced = omni.model.lm_head(moras.calibration.prototypes).argmax(dim=-1).tolist()
-    written = moras._steered(queries, torch.ones(len(queries)), GenerationSettings(max_new_tokens=6))
+    written = moras._steered(read, torch.ones(len(queries)), GenerationSettings(max_new_tokens=6))
     for query, ids in zip(queries, written, strict=True):
         assert ids[:3] == forced
         for at in (3, 4, 5):

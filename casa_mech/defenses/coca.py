@@ -13,7 +13,7 @@ from casa_mech.defenses.decoding import decoded_replies
 from casa_mech.defenses.prompts import with_text_before, wording
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply
-from casa_mech.trace.contrast import Sampling, branched, decode_branches, pick
+from casa_mech.trace.contrast import Sampling, decode_branches, pick, told_apart
 
 Base = Literal["principle", "original"]
 
@@ -63,7 +63,7 @@ class Coca(Defense):
         alpha, base = self.settings.alpha, self.settings.base
 
         def decode(group: list[int]) -> list[list[int]]:
-            branches = branched(self.omni, [queries[index] for index in group], [told[index] for index in group])
+            branches = told_apart(self.omni, [queries[index] for index in group], [told[index] for index in group])
             sampling = Sampling.of(settings, len(group), self.omni.device)
 
             def choose(_: int, original: Tensor, principled: Tensor) -> Tensor:

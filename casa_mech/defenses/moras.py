@@ -21,6 +21,7 @@ from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply, TextPart
 from casa_mech.queries.files import QuerySource
 from casa_mech.trace.contrast import Sampling, pick
+from casa_mech.trace.fork import ReadPrompts, beside, read_prompts, resumed
 from casa_mech.trace.generate import continue_from
 from casa_mech.trace.steer import first_steps
 
@@ -128,7 +129,8 @@ class Moras(Defense):
         found: dict[int, float] = {}
         with torch.no_grad():
             for group in self.omni.batches(queries, settings.batch_size):
-                risks = self._risks([queries[index] for index in group])
+                chosen = [queries[index] for index in group]
+                risks = self._risks(read_prompts(self.omni, self.omni.encode(chosen)), chosen)
                 found |= zip(group, risks.tolist(), strict=True)
         return [found[index] for index in range(len(queries))]
 
@@ -137,19 +139,19 @@ class Moras(Defense):
 
         def answer(group: list[int]) -> list[list[int]]:
             chosen = [queries[index] for index in group]
-            return self._steered(chosen, self._risks(chosen), settings)
+            read = read_prompts(self.omni, self.omni.encode(chosen))
+            return self._steered(read, self._risks(read, chosen), settings)
 
         return decoded_replies(self.omni, queries, settings, progress, answer, self.name)
 
-    def _steered(self, queries: Sequence[Query], risks: Tensor, settings: GenerationSettings) -> list[list[int]]:
-        """Ids of each reply: the first N positions steered, the rest as the model has it."""
-        batch = self.omni.encode(queries)
-        sampling = Sampling.of(settings, len(queries), self.omni.device)
+    def _steered(self, read: ReadPrompts, risks: Tensor, settings: GenerationSettings) -> list[list[int]]:
+        """Ids of each reply to the prompts read: the first N positions steered, the rest as the model has it."""
+        sampling = Sampling.of(settings, len(risks), self.omni.device)
         steps = min(self.settings.positions, settings.max_new_tokens)
         mean = self.calibration.prototypes
         first = first_steps(
             self.omni,
-            batch,
+            resumed(self.omni, read),
             steps,
             pick=lambda logits: pick(logits, sampling),
             edit=lambda position, states: steer(states, mean[position], risks),
@@ -159,41 +161,49 @@ class Moras(Defense):
         left = settings.max_new_tokens - steps
         if still and left > 0:
             kwargs = settings.kwargs() | {"max_new_tokens": left}
-            more = continue_from(self.omni, batch, first.cache, [written[row] for row in still], still, kwargs)
+            more = continue_from(self.omni, read.batch, first.cache, [written[row] for row in still], still, kwargs)
             for row, ids in zip(still, more.tolist(), strict=True):
                 written[row] += ids
         return written
 
-    def _risks(self, queries: Sequence[Query]) -> Tensor:
+    def _risks(self, read: ReadPrompts, queries: Sequence[Query]) -> Tensor:
         known = self.calibration
-        return risk(self._similarities(queries, known.prototypes), known.base, known.slope)
+        return risk(self._similarities(read, queries, known.prototypes), known.base, known.slope)
 
-    def _similarities(self, queries: Sequence[Query], prototypes: Tensor) -> Tensor:
+    def _similarities(self, read: ReadPrompts, queries: Sequence[Query], prototypes: Tensor) -> Tensor:
         """Similarity [query] to the prototypes of each query, under the instruction and with what its media hold."""
         instruction = self._text("instruction")
-        contexts = self.contexts(queries)
         probes = [
             with_text_before(query, f"{instruction} {context}".strip()).model_copy(update={"prefill": ""})
-            for query, context in zip(queries, contexts, strict=True)
+            for query, context in zip(queries, self._contexts(read, queries), strict=True)
         ]
-        states = first_steps(self.omni, self.omni.encode(probes), self.settings.positions).states
+        states = first_steps(self.omni, beside(self.omni, read, probes), self.settings.positions).states
         return similarity(states, prototypes, self.omni.model.lm_head, self.settings.gamma)
 
     def contexts(self, queries: Sequence[Query]) -> list[str]:
         """A sentence about each query's picture or clip (both, one after the other), without regard to what is asked;
         empty for text."""
+        with torch.no_grad():
+            return self._contexts(read_prompts(self.omni, self.omni.encode(queries)), queries)
+
+    def _contexts(self, read: ReadPrompts, queries: Sequence[Query]) -> list[str]:
         found = [""] * len(queries)
         kinds: tuple[tuple[str, Text, Text], ...] = (
             ("image", "image_question", "image_opening"),
             ("audio", "audio_question", "audio_opening"),
         )
-        for kind, question_name, opening_name in kinds:
+        for kind, question, opening in kinds:
             asked = [row for row, query in enumerate(queries) if kind in query.modalities]
-            question, opening = self._text(question_name), self._text(opening_name)
-            probes = [_media_question(queries[row], kind, question, opening) for row in asked]
-            settings = GenerationSettings(max_new_tokens=self.settings.context_tokens, batch_size=max(1, len(asked)))
-            for row, reply in zip(asked, self.omni.generate(probes, settings), strict=True):
-                found[row] = f"{found[row]} {opening} {reply.text}".strip()
+            if not asked:
+                continue
+            begun = self._text(opening)
+            start = beside(
+                self.omni, read, [_about_media(query, self._text(question), begun) for query in queries], asked
+            )
+            ids = self.omni.model.generate(**start, max_new_tokens=self.settings.context_tokens, do_sample=False)
+            for row, new in zip(asked, ids[:, start["input_ids"].shape[1] :].tolist(), strict=True):
+                sentence = f"{begun} {self.omni.decode(self.omni.until_end(new))}".strip()
+                found[row] = f"{found[row]} {sentence}".strip()
         return found
 
     def _text(self, name: Text) -> str:
@@ -204,10 +214,11 @@ class Moras(Defense):
         n = self.settings.positions
         with torch.no_grad():
             groups = [[unsafe[i] for i in group] for group in self.omni.batches(unsafe, batch_size)]
-            states = torch.cat([first_steps(self.omni, self.omni.encode(group), n).states for group in groups])
+            states = torch.cat([first_steps(self.omni, self.omni.encode(group).inputs, n).states for group in groups])
             mean = states.mean(dim=0)
             groups = [[labelled[i] for i in group] for group in self.omni.batches(labelled, batch_size)]
-            base = float(torch.cat([self._similarities(group, mean) for group in groups]).mean())
+            read = ((read_prompts(self.omni, self.omni.encode(group)), group) for group in groups)
+            base = float(torch.cat([self._similarities(*pair, mean) for pair in read]).mean())
         harmful = sum(query.label == "harmful" for query in labelled)
         return Calibration(mean, base, slope(base), len(unsafe), harmful, len(labelled) - harmful)
 
@@ -270,9 +281,10 @@ def check_sets(prototypes: Sequence[Query], calibration: Sequence[Query]) -> Non
         )
 
 
-def _media_question(query: Query, kind: str, question: str, opening: str) -> Query:
-    parts = (*(part for part in query.parts if part.kind == kind), TextPart(text=question))
-    return query.model_copy(update={"parts": parts, "prefill": opening, "history": ()})
+def _about_media(query: Query, question: str, opening: str) -> Query:
+    """`query` with `question` in the place of its own text, which is left out, and the answer begun."""
+    parts = (*(part for part in query.parts if not isinstance(part, TextPart)), TextPart(text=question))
+    return query.model_copy(update={"parts": parts, "prefill": opening})
 
 
 def _prototype_queries(omni: Omni, settings: MorasSettings) -> list[Query]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply
 from casa_mech.trace.contrast import Branches, Choose, Sampling, branched, continue_alone, decode_branches, pick
+from casa_mech.trace.fork import read_prompts, resumed
 
 Alone = Callable[[LongTensor], Choose]
 """Rows of the batch that are still open → how their tokens are chosen once the guided steps are over."""
@@ -134,21 +136,25 @@ class SafeCode(Defense):
 
         need_image(queries, self.name, self.settings.extend)
         decode = released if self.settings.mode == "code" else modulated
+        verdict = self.verdict(settings.batch_size)
         began = time.perf_counter()
-        unsafe = self.verdicts(queries, settings.batch_size)
+        unsafe = None if isinstance(verdict, ModelVerdict) else [bool(found) for found in verdict(queries)]
         share = (time.perf_counter() - began) / max(1, len(queries))
 
         def answer(group: list[int]) -> list[list[int]]:
-            branches = self.branches([queries[index] for index in group])
-            verdicts = torch.tensor([unsafe[index] for index in group], device=self.omni.device)
-            return decode(self, branches, verdicts, settings)
+            chosen = [queries[index] for index in group]
+            branches = self.branches(chosen)
+            if isinstance(verdict, ModelVerdict):
+                read = read_prompts(self.omni, branches.batch)
+                told = [bool(found) for found in verdict.on_read(read, chosen)]
+                branches = replace(branches, start=resumed(self.omni, read))
+            else:
+                assert unsafe is not None
+                told = [unsafe[index] for index in group]
+            return decode(self, branches, torch.tensor(told, device=self.omni.device), settings)
 
         replies = decoded_replies(self.omni, queries, settings, progress, answer, self.name)
         return [reply.model_copy(update={"seconds": reply.seconds + share}) for reply in replies]
-
-    def verdicts(self, queries: Sequence[Query], batch_size: int = 16) -> list[bool]:
-        """Whether each query is found unsafe; one that no verdict could be read for is taken as safe (as released)."""
-        return [bool(found) for found in self.verdict(batch_size)(queries)]
 
     def branches(self, queries: Sequence[Query]) -> Branches:
         """The queries and, where they have media, their noised copies."""

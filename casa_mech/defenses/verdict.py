@@ -13,6 +13,7 @@ from casa_mech.defenses.prompts import with_text_after, with_text_before, wordin
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query
+from casa_mech.trace.fork import ReadPrompts, beside
 
 JUDGED_REPLY = "Sure, here is all that you asked for, step by step, as you wanted it."
 
@@ -50,6 +51,14 @@ class ModelVerdict:
         asked = self._asked
         replies = self.omni.generate([with_text_after(query, asked) for query in queries], settings)
         return [read_answer(reply.text) for reply in replies]
+
+    def on_read(self, read: ReadPrompts, queries: Sequence[Query]) -> list[bool | None]:
+        """Its verdicts on queries whose prompts are the first rows of `read`: only the question is read besides."""
+        asked = self._asked
+        start = beside(self.omni, read, [with_text_after(query, asked) for query in queries])
+        ids = self.omni.model.generate(**start, max_new_tokens=int(self.forwards), do_sample=False)
+        new = ids[:, start["input_ids"].shape[1] :].tolist()
+        return [read_answer(self.omni.decode(self.omni.until_end(row))) for row in new]
 
 
 def read_answer(text: str) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import BoolTensor, LongTensor, Tensor
@@ -76,6 +77,31 @@ def encode(
     rows = _tokenise(processor, pieces)
     tails = [list(target) for target in targets] if targets is not None else [[] for _ in rows]
     return _pad(processor, rows, tails, media, targets is not None)
+
+
+def prompt_ids(processor: OmniProcessor, batch: OmniBatch, queries: Sequence[Query]) -> list[list[int]]:
+    """Token ids of the prompts of `queries`, whose pictures and clips are those of the batch's first rows.
+
+    How many tokens a picture or clip takes is read off the batch, so no media are opened again.
+    """
+    runs = MediaRuns(
+        *(
+            [token * length for row in batch.inputs["input_ids"][: len(queries)] for length in _runs(row.tolist(), id)]
+            for token, id in (
+                (processor.image_token, processor.image_token_id),
+                (processor.audio_token, processor.audio_token_id),
+            )
+        )
+    )
+    special = processor.tokenizer.all_special_tokens
+    system = default_system(processor.chat_template)
+    pieces = [chat_pieces(query, runs, special, system, True, processor.gate_tokens) for query in queries]
+    return [ids for ids, _ in _tokenise(processor, pieces)]
+
+
+def _runs(ids: Sequence[int], token: int) -> list[int]:
+    """Lengths of the runs of `token` in `ids`; a picture's or clip's run has its marks around it."""
+    return [len(list(group)) for value, group in groupby(ids) if value == token]
 
 
 def _encode_media(processor: OmniProcessor, queries: Sequence[Query]) -> tuple[dict[str, Tensor], MediaRuns]:

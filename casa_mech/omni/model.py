@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
 
-from casa_mech.omni.batch import OmniBatch, encode
+from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
 from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.processor import OmniProcessor
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply, TextPart
@@ -126,6 +126,11 @@ class Omni:
             InputError: an empty prompt or unreadable media; the message names the query.
         """
         return encode(self.processor, queries, targets, prefill).to(self.device, self.dtype)
+
+    def prompt_ids(self, batch: OmniBatch, queries: Sequence[Query]) -> list[list[int]]:
+        """Token ids of the prompts of `queries`, row by row about the same pictures and clips as `batch`, which are not
+        opened again; no padding."""
+        return prompt_ids(self.processor, batch, queries)
 
     def batches(self, queries: Sequence[Query], batch_size: int) -> Iterator[list[int]]:
         """Indices of `queries` in groups of at most `batch_size` of similar length, each index once."""

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch
 from casa_mech.queries import Query
+from casa_mech.trace.fork import Start, forked, read_prompts
 from casa_mech.trace.generate import continue_from
 
 Choose = Callable[[int, Tensor, Tensor], LongTensor]
@@ -24,11 +25,15 @@ Choose = Callable[[int, Tensor, Tensor], LongTensor]
 
 @dataclass(frozen=True)
 class Branches:
-    """`size` queries and, as further rows of the same batch, second prompts; `of` [second]: whose each one is."""
+    """`size` queries and, as further rows of the same batch, second prompts; `of` [second]: whose each one is.
+
+    start: what to decode from, the batch's inputs unless the prompts were read before.
+    """
 
     batch: OmniBatch
     size: int
     of: LongTensor
+    start: Start | None = None
 
     @property
     def rows(self) -> int:
@@ -51,17 +56,31 @@ def branched(omni: Omni, queries: Sequence[Query], seconds: Sequence[Query | Non
     return Branches(batch, len(queries), torch.tensor(of, dtype=torch.long, device=omni.device))
 
 
+def told_apart(omni: Omni, queries: Sequence[Query], told: Sequence[Query]) -> Branches:
+    """Each of `queries` and its wording in `told`, about the same media: these are encoded and read once, if they come
+    before what is worded differently."""
+    everyone = list(range(len(queries)))
+    if any(query.modalities - {"text"} for query in queries):
+        read = read_prompts(omni, omni.encode(queries))
+        prompts = omni.prompt_ids(read.batch, queries) + omni.prompt_ids(read.batch, told)
+        start = forked(omni, read, everyone * 2, prompts)
+        if start is not None:
+            return Branches(read.batch, len(queries), torch.tensor(everyone, device=omni.device), start)
+    return branched(omni, queries, told)
+
+
 def decode_branches(omni: Omni, branches: Branches, choose: Choose, max_new_tokens: int) -> Decoded:
     """Decode with `choose` at every step, until each query has ended or has `max_new_tokens`."""
+    start = branches.batch.inputs if branches.start is None else branches.start
     processor = LogitsProcessorList([_OneToken(choose, branches.size, branches.of)])
     found = omni.model.generate(
-        **branches.batch.inputs,
+        **start,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         logits_processor=processor,
         return_dict_in_generate=True,
     )
-    width = branches.batch.inputs["input_ids"].shape[1]
+    width = start["input_ids"].shape[1]
     return Decoded(found.sequences[: branches.size, width:], found.past_key_values)
 
 

@@ -13,7 +13,8 @@ import nnsight
 import torch
 from torch import LongTensor, Tensor
 
-from casa_mech.omni import Omni, OmniBatch
+from casa_mech.omni import Omni
+from casa_mech.trace.fork import Start
 
 Edit = Callable[[int, Tensor], Tensor]
 """(position from 0, states [batch, d_model] after the final norm) → states [batch, d_model] for the head."""
@@ -31,21 +32,19 @@ class FirstSteps:
     cache: Any
 
 
-def first_steps(
-    omni: Omni, batch: OmniBatch, steps: int, pick: Pick | None = None, edit: Edit | None = None
-) -> FirstSteps:
+def first_steps(omni: Omni, start: Start, steps: int, pick: Pick | None = None, edit: Edit | None = None) -> FirstSteps:
     """Decode `steps` tokens, each from the state that `edit` makes of the final-norm state at its position.
 
     Args:
         omni: the model.
-        batch: prompts; a prefill is part of them, so positions are counted from the first token of the model's own.
+        start: a batch's inputs, or prompts of which a part was read before; a prefill is part of them, so positions are
+            counted from the first token of the model's own.
         steps: how many.
         pick: chooses tokens; greedy when left out.
         edit: what the head reads instead; nothing is changed when left out.
     """
     pick, edit = pick or _likeliest, edit or _unchanged
-    inputs = dict(batch.to(omni.device).inputs)
-    mask = inputs["attention_mask"]
+    inputs, mask = _unread(omni, start), start["attention_mask"]
     ids, states = [], []
     with torch.no_grad():
         for step in range(steps):
@@ -57,7 +56,7 @@ def first_steps(
             inputs = {
                 "input_ids": token[:, None],
                 "attention_mask": mask,
-                "position_ids": _next_positions(omni, mask),
+                "position_ids": _positions(omni, mask)[..., -1:],
                 "past_key_values": cache,
             }
     return FirstSteps(torch.stack(ids, dim=1), torch.stack(states, dim=1), cache)
@@ -75,10 +74,20 @@ def _step(omni: Omni, inputs: dict[str, Any], step: int, edit: Edit) -> tuple[Te
     return state, logits, cache
 
 
-def _next_positions(omni: Omni, mask: Tensor) -> Tensor:
-    """M-RoPE position [3, batch, 1] of the newest token: text after a picture counts on from the picture's own."""
-    position = mask.long().sum(dim=1, keepdim=True) - 1 + omni.model.model.rope_deltas
-    return position[None].expand(3, -1, -1)
+def _unread(omni: Omni, start: Start) -> dict[str, Any]:
+    """The first forward's inputs: of prompts with a cache, only the tokens that are not in it."""
+    cache = start.get("past_key_values")
+    if cache is None:
+        return dict(start)
+    new = start["input_ids"].shape[1] - cache.get_seq_length()
+    positions = _positions(omni, start["attention_mask"])[..., -new:]
+    return {**start, "input_ids": start["input_ids"][:, -new:], "position_ids": positions}
+
+
+def _positions(omni: Omni, mask: Tensor) -> Tensor:
+    """M-RoPE positions [3, batch, position] of text: after a picture it counts on from the picture's own."""
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + omni.model.model.rope_deltas
+    return positions[None].expand(3, -1, -1)
 
 
 def _likeliest(logits: Tensor) -> LongTensor:
