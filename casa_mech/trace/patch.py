@@ -1,0 +1,118 @@
+"""Activation patching: a prompt's forward in which what chosen sites hold goes through an edit.
+
+What is exchanged with what, and what the effect means, belongs to `probes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import nnsight
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+
+from casa_mech.errors import InputError
+from casa_mech.omni import Omni, OmniBatch
+from casa_mech.trace.gate import Gate, GateReading
+from casa_mech.trace.sites import ENCODERS, Site, check_sites, site_module
+
+Edit = Callable[[Tensor], Tensor]
+"""Takes and returns what a site holds, [batch, position, size]; heads (`z`) lie side by side there, head · d_head."""
+
+
+FEATURES = ("pixel_values", "input_features")
+"""What the encoders take; grids and masks, which place what they give, stay."""
+
+
+@dataclass(frozen=True)
+class EditedPrompt:
+    """`logits` [batch, vocab] at the asked position, rewritten by the gate where there is one; its `reading`."""
+
+    logits: Tensor
+    reading: GateReading | None
+
+
+def edited_prompt(
+    omni: Omni,
+    batch: OmniBatch,
+    position: LongTensor,
+    edits: Mapping[Site, Edit],
+    gate: Gate | None = None,
+    hidden: BoolTensor | None = None,
+    embeddings: Tensor | None = None,
+) -> EditedPrompt:
+    """One forward over `batch` with `edits` put in, and the gate, if given, acting on the logits at `position` [batch].
+
+    Args:
+        omni: the model.
+        batch: the prompts.
+        position: [batch], where the logits are read.
+        edits: by site; an edit that returns what it is given changes nothing.
+        gate: it reads the edited states.
+        hidden: [batch, position], positions that no other position attends to and the gate does not read; all others
+            keep their place in the rotary embedding. `position` itself must not be hidden.
+        embeddings: [batch, position, d_model], the merged embeddings (site `"embeddings"`) if they are known: the
+            encoders, most of the work where there are media, are then left out.
+
+    Raises:
+        InputError: a site that the model does not have, an encoder's, or a prompt with nothing for the gate to read.
+    """
+    if set(edits) & set(ENCODERS):
+        raise InputError("an encoder's output is packed, not by position: edit 'embeddings', where it enters")
+    if embeddings is not None:
+        batch = replace(batch, inputs={name: value for name, value in batch.inputs.items() if name not in FEATURES})
+        edits = {**edits, "embeddings": _given(embeddings.to(omni.device), edits.get("embeddings"))}
+    wanted: set[Site] = {"norm", *edits, *([gate.layer] if gate else [])}
+    order = [(site, *site_module(omni, site), edits.get(site)) for site in check_sites(wanted, omni.n_layers)]
+    batch, position = batch.to(omni.device), position.to(omni.device)
+    mask = gate.mask(batch) if gate else None
+    seen = None
+    if hidden is not None:
+        hidden = hidden.to(omni.device)
+        seen = batch.inputs["attention_mask"].masked_fill(hidden, 0)
+        mask = None if mask is None else mask & ~hidden
+    with torch.no_grad():
+        return EditedPrompt(*_edited_prompt(omni, batch, position, order, gate, mask, seen))
+
+
+def _given(embeddings: Tensor, edit: Edit | None) -> Edit:
+    """`embeddings` whatever there is, and then `edit`."""
+    return lambda _: edit(embeddings) if edit else embeddings
+
+
+def _edited_prompt(
+    omni: Omni,
+    batch: OmniBatch,
+    position: LongTensor,
+    order: list[tuple[Site, Any, str, Edit | None]],
+    gate: Gate | None,
+    mask: BoolTensor | None,
+    seen: Tensor | None,
+) -> tuple[Tensor, GateReading | None]:
+    model = omni.nnsight
+    rows = torch.arange(batch.size, device=omni.device)
+    with model.trace(**batch.inputs, use_cache=False):
+        if seen is not None:
+            # Here, behind the thinker, which counts positions by the mask that it is given.
+            given, named = model.model.language_model.inputs
+            model.model.language_model.inputs = (given, {**named, "attention_mask": seen})
+        held = {}
+        for site, module, side, edit in order:
+            value = module.input if side == "input" else module.output
+            if edit is not None:
+                value = edit(value)
+                if side == "input":
+                    module.input = value
+                else:
+                    module.output = value
+            held[site] = value
+        model.lm_head.input = held["norm"][rows, position].unsqueeze(1)
+        logits = model.lm_head.output[:, 0]
+        reading = None
+        if gate is not None:
+            logits, reading = gate(held[gate.layer], mask, logits)
+        logits = nnsight.save(logits)
+        reading = nnsight.save(reading)
+    return logits, reading

@@ -1,0 +1,60 @@
+"""Many positions of one forward: what a model that has read k tokens of a continuation holds and would say, all k at
+once. Attention is causal, so position k of the longest continuation is the last position of its first k tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nnsight
+import torch
+from torch import LongTensor, Tensor
+
+from casa_mech.omni import Omni, OmniBatch
+from casa_mech.trace.sites import Site, check_sites, site_module
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`states`: for each site [batch, step, d_model]; `logits` [batch, step, vocab]; `whole` [batch, position,
+    d_model]: every position's states at the site that was asked for whole, or None."""
+
+    states: dict[Site, Tensor]
+    logits: Tensor
+    whole: Tensor | None
+
+
+def read_positions(
+    omni: Omni, batch: OmniBatch, positions: LongTensor, sites: Sequence[Site], whole: Site | None = None
+) -> Sweep:
+    """Hidden states at `sites` and logits at `positions` [batch, step], from one forward.
+
+    Raises:
+        InputError: a site that the model does not have.
+    """
+    wanted: set[Site] = {*sites, "norm", *([] if whole is None else [whole])}
+    order = [(site, *site_module(omni, site)) for site in check_sites(wanted, omni.n_layers)]
+    batch, positions = batch.to(omni.device), positions.to(omni.device)
+    with torch.no_grad():
+        states, logits, every = _read_positions(omni, batch, positions, order, whole)
+    return Sweep({site: states[site] for site in check_sites(sites, omni.n_layers)}, logits, every)
+
+
+def _read_positions(
+    omni: Omni, batch: OmniBatch, positions: LongTensor, order: list[tuple[Site, Any, str]], whole: Site | None
+) -> tuple[dict[Site, Tensor], Tensor, Tensor | None]:
+    model = omni.nnsight
+    rows = torch.arange(batch.size, device=omni.device).unsqueeze(1)
+    with model.trace(**batch.inputs, use_cache=False):
+        states = nnsight.save({})
+        every = None
+        for site, module, side in order:
+            hidden = module.input if side == "input" else module.output
+            if site == whole:
+                every = hidden.clone()
+            states[site] = hidden[rows, positions]
+        model.lm_head.input = states["norm"]
+        logits = nnsight.save(model.lm_head.output)
+        every = nnsight.save(every)
+    return states, logits, every
