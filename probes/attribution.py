@@ -1,0 +1,99 @@
+"""Direct logit attribution: how much each head, each MLP and the gate add to the safety tokens' logit difference.
+
+The residual stream at the gate's position is a sum of what the embeddings, the heads and the MLPs wrote. With the final
+norm's scale held at the value that it has, the head's logits are linear in that sum, so the difference (unsafe minus
+safe) is the sum of one number for each of them; what the gate's rule adds comes on top. After the decomposition of
+"A mathematical framework for transformer circuits" (Elhage et al., 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from casa_mech.casa import Casa
+from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.judging.stats import cluster_of
+from casa_mech.omni import OmniBatch
+from casa_mech.queries import Query
+from casa_mech.trace.capture import capture
+from casa_mech.trace.patch import edited_prompt
+
+GATE, EMBEDDINGS = "safety attention", "embeddings"
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """contributions: [query, component], in logits; each row sums to `difference`. components: `"embeddings"`,
+    `"head 0.0"` (block.head), `"mlp 0"`, ..., `"safety attention"` (what the rule adds because of v_s). difference:
+    [query], the rewritten logit of the unsafe token minus that of the safe one. index: `query_id, label, topic`."""
+
+    contributions: np.ndarray
+    components: tuple[str, ...]
+    difference: np.ndarray
+    index: pd.DataFrame
+
+    def table(self, seed: int = 0) -> pd.DataFrame:
+        """Mean contribution by label with cluster-bootstrap intervals: `component, label, mean, low, high, n`."""
+        rows = []
+        for label, group in self.index.groupby("label", sort=False):
+            topics = group["topic"].tolist()
+            for number, component in enumerate(self.components):
+                mean, low, high = mean_interval(self.contributions[group.index, number], topics, seed)
+                rows.append({"component": component, "label": label, "mean": mean, "low": low, "high": high})
+                rows[-1]["n"] = len(group)
+        return pd.DataFrame(rows)
+
+
+def attribute_token_difference(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -> Attribution:
+    """The token difference of each query at the gate's position (a prefill is left out), in its parts."""
+    omni, n_layers = casa.omni, casa.omni.n_layers
+    n_heads = omni.model.config.text_config.num_attention_heads
+    names = [EMBEDDINGS]
+    for layer in range(n_layers):
+        names += [f"head {layer}.{head}" for head in range(n_heads)] + [f"mlp {layer}"]
+    names.append(GATE)
+    contributions = np.empty((len(queries), len(names)))
+    difference = np.empty(len(queries))
+    for group in omni.batches(queries, batch_size):
+        batch = omni.encode([queries[index] for index in group], prefill=False)
+        reading = edited_prompt(omni, batch, batch.gate_position, {}, casa.safety_gate).reading
+        assert reading is not None
+        rewritten, own = (pair[:, 1] - pair[:, 0] for pair in (reading.pair.double(), reading.raw_pair.double()))
+        parts = torch.cat([_contributions(casa, batch), (rewritten - own).unsqueeze(1)], dim=1)
+        contributions[group] = parts.cpu().numpy()
+        difference[group] = rewritten.cpu().numpy()
+    records = [{"query_id": query.id, "label": query.label, "topic": str(cluster_of(query))} for query in queries]
+    return Attribution(contributions, tuple(names), difference, pd.DataFrame(records))
+
+
+def _contributions(casa: Casa, batch: OmniBatch) -> Tensor:
+    """[batch, component] of everything in the language model, in float64."""
+    omni, model = casa.omni, casa.omni.language_model
+    last, parts = omni.n_layers - 1, [f"{part}.{layer}" for layer in range(omni.n_layers) for part in ("z", "mlp")]
+    held = capture(omni, batch, ["embeddings", last, *parts], "last")
+    written = [held["embeddings"].unsqueeze(1)]
+    for layer in range(omni.n_layers):
+        written.append(_head_outputs(model.layers[layer].self_attn.o_proj, held[f"z.{layer}"]))
+        written.append(held[f"mlp.{layer}"].unsqueeze(1))
+    scale = torch.rsqrt(held[last].double().pow(2).mean(dim=-1) + model.norm.variance_epsilon)
+    safe, unsafe = casa.token_ids
+    head = omni.model.lm_head.weight.detach().double()
+    direction = (head[unsafe] - head[safe]) * model.norm.weight.detach().double()
+    return torch.cat(written, dim=1).double() @ direction * scale.unsqueeze(1)
+
+
+def _head_outputs(projection: torch.nn.Module, z: Tensor) -> Tensor:
+    """What each head writes to the residual stream [batch, head, d_model], from z [batch, head, d_head].
+
+    The projection itself is asked, one head at a time, so that a LoRA on it takes part. It has no bias in Qwen's.
+    """
+    n_heads = z.shape[1]
+    alone = z.unsqueeze(1) * torch.eye(n_heads, dtype=z.dtype, device=z.device)[None, :, :, None]
+    with torch.no_grad():
+        return projection(alone.flatten(2))

@@ -1,0 +1,84 @@
+"""Is v_s a probability? Reliability curve, Brier score and expected calibration error, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from casa_mech.errors import InputError
+from casa_mech.judging.bootstrap import bootstrap_interval, mean_interval
+from casa_mech.judging.stats import wilson
+
+Interval = tuple[float, float, float]
+"""(value, low, high)."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """curve: one row a bin that is not empty: `low_edge, high_edge, mean_score, share` (of harmful queries, with
+    Wilson's `low, high`) and `n`. brier: mean squared error of the score; a constant 1/2 scores 0.25. ece: mean over
+    queries of their bin's |share - mean score|. bias: mean score minus share. The three as (value, low, high) with a
+    cluster bootstrap; ece is biased upwards where bins are small, so its interval can lie above its value."""
+
+    curve: pd.DataFrame
+    brier: Interval
+    ece: Interval
+    bias: Interval
+    n: int
+
+
+def reliability(
+    scores: Sequence[float] | np.ndarray,
+    harmful: Sequence[bool] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    bins: int = 10,
+    seed: int = 0,
+) -> Reliability:
+    """Calibration of `scores` [n] in [0, 1] as probabilities of `harmful` [n], in `bins` of equal width.
+
+    Raises:
+        InputError: nothing to score, lengths that differ, or scores outside [0, 1].
+    """
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(harmful, dtype=np.float64)
+    if not len(values) or values.shape != truth.shape:
+        raise InputError(f"{len(values)} scores and {len(truth)} labels: give one label a score, and at least one")
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise InputError("calibration needs scores between 0 and 1: one of them is not")
+    place = np.minimum((values * bins).astype(int), bins - 1)
+    member = np.eye(bins)[place]
+
+    def error(weights: np.ndarray) -> np.ndarray:
+        return np.abs((weights * (truth - values)) @ member).sum(axis=1) / weights.sum(axis=1)
+
+    value = float(error(np.ones((1, len(values))))[0])
+    low, high = bootstrap_interval(error, clusters, len(values), seed)
+    return Reliability(
+        curve=_curve(values, truth, place, bins),
+        brier=mean_interval((values - truth) ** 2, clusters, seed),
+        ece=(value, low, high),
+        bias=mean_interval(values - truth, clusters, seed),
+        n=len(values),
+    )
+
+
+def _curve(values: np.ndarray, truth: np.ndarray, place: np.ndarray, bins: int) -> pd.DataFrame:
+    rows = []
+    for number in np.unique(place):
+        here = place == number
+        k, n = int(truth[here].sum()), int(here.sum())
+        low, high = wilson(k, n)
+        rows.append(
+            {
+                "low_edge": number / bins,
+                "high_edge": (number + 1) / bins,
+                "mean_score": values[here].mean(),
+                "share": k / n,
+                "low": low,
+                "high": high,
+                "n": n,
+            }
+        )
+    return pd.DataFrame(rows)
