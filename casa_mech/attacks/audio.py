@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Speech:
         drawn = draw_settings(rng, self.names)
         if speeds is not None:
             drawn = replace(drawn, speed=int(rng.choice(list(speeds))))
-        fixed = {"name": self.name, "speed": self.speed, "pitch": self.pitch}
+        fixed: dict[str, Any] = {"name": self.name, "speed": self.speed, "pitch": self.pitch}
         return replace(drawn, **{name: value for name, value in fixed.items() if value is not None})
 
     def say(self, text: str, settings: VoiceSettings, query: Query) -> np.ndarray:

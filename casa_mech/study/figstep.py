@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -118,7 +119,7 @@ def _mean(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), float(interval.low), float(interval.high)
 
 
-def _overlay(axis: object, table: pd.DataFrame, folder: Path) -> None:
+def _overlay(axis: Axes, table: pd.DataFrame, folder: Path) -> None:
     """The list's numbers of one picture, drawn in three colours; no word of the benchmark is shown."""
     from matplotlib.patches import Patch
 
@@ -133,11 +134,11 @@ def _overlay(axis: object, table: pd.DataFrame, folder: Path) -> None:
     canvas = np.full((*real.shape, 3), 255, dtype=np.uint8)
     for name, mask in zip(colours, (real & mine, real & ~mine, mine & ~real), strict=True):
         canvas[mask] = [int(colours[name][at : at + 2], 16) for at in (1, 3, 5)]
-    axis.imshow(canvas)  # type: ignore[attr-defined]
-    axis.set_axis_off()  # type: ignore[attr-defined]
-    axis.set_title("ink of the list's numbers")  # type: ignore[attr-defined]
+    axis.imshow(canvas)
+    axis.set_axis_off()
+    axis.set_title("ink of the list's numbers")
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8)  # type: ignore[attr-defined]
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8)
 
 
 def _font(name: str) -> FontChoice:
