@@ -8,7 +8,7 @@ import torch
 from casa_mech.defenses.prompts import with_text_after, with_text_before
 from casa_mech.omni import Omni
 from casa_mech.queries import Query, TextPart
-from casa_mech.trace.fork import Start, beside, forked, read_prompts, resumed
+from casa_mech.trace.fork import Start, beside, forked, joined, read_prompts, resumed
 from casa_mech.trace.steer import first_steps
 
 
@@ -55,6 +55,15 @@ def test_forks_take_rows_as_often_as_asked_and_leave_what_was_read(tiny_omni: Om
     assert found[0] == found[2]
     assert found[1:] == decoded(tiny_omni, beside(tiny_omni, read, asked, [1, 3]))
     assert decoded(tiny_omni, resumed(tiny_omni, read)) == plain
+
+
+def test_joined_prompts_go_on_side_by_side(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    told = variants(mixed_queries)["told"]
+    expected = [decoded(tiny_omni, tiny_omni.encode(queries).inputs) for queries in (mixed_queries, told)]
+    read = read_prompts(tiny_omni, tiny_omni.encode(mixed_queries))
+    other = read_prompts(tiny_omni, read.batch, beside(tiny_omni, read, told))
+    assert decoded(tiny_omni, resumed(tiny_omni, joined(tiny_omni, read, other))) == [*expected[0], *expected[1]]
+    assert decoded(tiny_omni, resumed(tiny_omni, joined(tiny_omni, other, read))) == [*expected[1], *expected[0]]
 
 
 def test_media_are_encoded_once(tiny_omni: Omni, mixed_queries: list[Query]) -> None:

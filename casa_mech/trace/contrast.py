@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch
 from casa_mech.queries import Query
-from casa_mech.trace.fork import Start, forked, read_prompts
+from casa_mech.trace.fork import Start, beside, joined, read_prompts, resumed
 from casa_mech.trace.generate import continue_from
 
 Choose = Callable[[int, Tensor, Tensor], LongTensor]
@@ -60,13 +60,13 @@ def told_apart(omni: Omni, queries: Sequence[Query], told: Sequence[Query]) -> B
     """Each of `queries` and its wording in `told`, about the same media: these are encoded and read once, if they come
     before what is worded differently."""
     everyone = list(range(len(queries)))
+    plain = read_prompts(omni, omni.encode(queries))
     if any(query.modalities - {"text"} for query in queries):
-        read = read_prompts(omni, omni.encode(queries))
-        prompts = omni.prompt_ids(read.batch, queries) + omni.prompt_ids(read.batch, told)
-        start = forked(omni, read, everyone * 2, prompts)
-        if start is not None:
-            return Branches(read.batch, len(queries), torch.tensor(everyone, device=omni.device), start)
-    return branched(omni, queries, told)
+        principled = read_prompts(omni, plain.batch, beside(omni, plain, told))
+    else:
+        principled = read_prompts(omni, omni.encode(told))
+    start = resumed(omni, joined(omni, plain, principled))
+    return Branches(plain.batch, len(queries), torch.tensor(everyone, device=omni.device), start)
 
 
 def decode_branches(omni: Omni, branches: Branches, choose: Choose, max_new_tokens: int) -> Decoded:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor, nn
 
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
@@ -24,31 +24,75 @@ media's features or `past_key_values`, a cache that lacks the last tokens."""
 
 @dataclass(frozen=True)
 class ReadPrompts:
-    """A batch of prompts with its cache and the M-RoPE offsets [row, 1] of text that follows."""
+    """A batch of prompts with its cache and the M-RoPE offsets [row, 1] of text that follows.
+
+    batch: whose pictures and clips they are about. input_ids, attention_mask: [row, position], as the cache holds them.
+    """
 
     batch: OmniBatch
+    input_ids: LongTensor
+    attention_mask: LongTensor
     cache: Any
     offsets: Tensor
 
 
-def read_prompts(omni: Omni, batch: OmniBatch) -> ReadPrompts:
-    """One forward over the prompts of `batch`, without the head."""
-    batch = batch.to(omni.device)
+def read_prompts(omni: Omni, batch: OmniBatch, start: Start | None = None) -> ReadPrompts:
+    """One forward over the prompts of `batch`, or over what of `start` is not read yet; without the head."""
+    start = batch.inputs if start is None else start
     with torch.no_grad():
-        cache = omni.model.model(**batch.inputs, use_cache=True).past_key_values
-    return ReadPrompts(batch, cache, omni.model.model.rope_deltas)
+        cache = omni.model.model(**unread(omni, start), use_cache=True).past_key_values
+    return ReadPrompts(batch, start["input_ids"], start["attention_mask"], cache, omni.model.model.rope_deltas)
+
+
+def unread(omni: Omni, start: Start) -> dict[str, Any]:
+    """A forward's inputs: of prompts with a cache, only the tokens that are not in it."""
+    cache = start.get("past_key_values")
+    if cache is None:
+        return dict(start)
+    new = start["input_ids"].shape[1] - cache.get_seq_length()
+    positions = text_positions(omni, start["attention_mask"])[..., -new:]
+    return {**start, "input_ids": start["input_ids"][:, -new:], "position_ids": positions}
+
+
+def text_positions(omni: Omni, mask: Tensor) -> Tensor:
+    """M-RoPE positions [3, row, position] of text: after a picture it counts on from the picture's own."""
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + omni.model.model.rope_deltas
+    return positions[None].expand(3, -1, -1)
 
 
 def resumed(omni: Omni, read: ReadPrompts) -> Start:
     """Go on from the prompts as they were read, whose cache is used up; only their last tokens are read again."""
     read.cache.crop(-1)  # the logits that follow a prompt come from reading its last token
     omni.model.model.rope_deltas = read.offsets
-    inputs = read.batch.inputs
-    return {
-        "input_ids": inputs["input_ids"],
-        "attention_mask": inputs["attention_mask"],
-        "past_key_values": read.cache,
-    }
+    return {"input_ids": read.input_ids, "attention_mask": read.attention_mask, "past_key_values": read.cache}
+
+
+def joined(omni: Omni, first: ReadPrompts, second: ReadPrompts) -> ReadPrompts:
+    """The rows of both, those of `first` first, padded on the left to one width; with the batch of `first`."""
+    width = max(first.input_ids.shape[1], second.input_ids.shape[1])
+    pad_id = omni.model.generation_config.pad_token_id
+
+    def both(one: Tensor, other: Tensor, dim: int, value: int = 0) -> Tensor:
+        return torch.cat([_padded(one, width, dim, value), _padded(other, width, dim, value)])
+
+    cache = copy(first.cache)
+    cache.layers = [copy(layer) for layer in first.cache.layers]
+    for layer, other in zip(cache.layers, second.cache.layers, strict=True):
+        layer.keys = both(layer.keys, other.keys, -2)
+        layer.values = both(layer.values, other.values, -2)
+    return ReadPrompts(
+        first.batch,
+        both(first.input_ids, second.input_ids, -1, pad_id),
+        both(first.attention_mask, second.attention_mask, -1),
+        cache,
+        torch.cat([first.offsets, second.offsets]),
+    )
+
+
+def _padded(tensor: Tensor, width: int, dim: int, value: int) -> Tensor:
+    missing = width - tensor.shape[dim]
+    # `pad` counts from the last axis, and has its left side first.
+    return nn.functional.pad(tensor, [0, 0] * (-dim - 1) + [missing, 0], value=value) if missing else tensor
 
 
 def forked(omni: Omni, read: ReadPrompts, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Start | None:
@@ -63,9 +107,8 @@ def forked(omni: Omni, read: ReadPrompts, rows: Sequence[int], prompts: Sequence
     Returns:
         None where a prompt's media are not all within what it shares with its row: it has to be read from the start.
     """
-    inputs = read.batch.inputs
     chosen = torch.tensor(list(rows), device=omni.device)
-    ids, mask = inputs["input_ids"][chosen], inputs["attention_mask"][chosen].clone()
+    ids, mask = read.input_ids[chosen], read.attention_mask[chosen].clone()
     width = ids.shape[1]
     media = {omni.processor.image_token_id, omni.processor.audio_token_id}
     rests: list[list[int]] = []

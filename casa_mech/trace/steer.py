@@ -14,7 +14,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from casa_mech.omni import Omni
-from casa_mech.trace.fork import Start
+from casa_mech.trace.fork import Start, text_positions, unread
 
 Edit = Callable[[int, Tensor], Tensor]
 """(position from 0, states [batch, d_model] after the final norm) → states [batch, d_model] for the head."""
@@ -44,7 +44,7 @@ def first_steps(omni: Omni, start: Start, steps: int, pick: Pick | None = None, 
         edit: what the head reads instead; nothing is changed when left out.
     """
     pick, edit = pick or _likeliest, edit or _unchanged
-    inputs, mask = _unread(omni, start), start["attention_mask"]
+    inputs, mask = unread(omni, start), start["attention_mask"]
     ids, states = [], []
     with torch.no_grad():
         for step in range(steps):
@@ -56,7 +56,7 @@ def first_steps(omni: Omni, start: Start, steps: int, pick: Pick | None = None, 
             inputs = {
                 "input_ids": token[:, None],
                 "attention_mask": mask,
-                "position_ids": _positions(omni, mask)[..., -1:],
+                "position_ids": text_positions(omni, mask)[..., -1:],
                 "past_key_values": cache,
             }
     return FirstSteps(torch.stack(ids, dim=1), torch.stack(states, dim=1), cache)
@@ -72,22 +72,6 @@ def _step(omni: Omni, inputs: dict[str, Any], step: int, edit: Edit) -> tuple[Te
         state = nnsight.save(state)
         cache = nnsight.save(model.output.past_key_values)
     return state, logits, cache
-
-
-def _unread(omni: Omni, start: Start) -> dict[str, Any]:
-    """The first forward's inputs: of prompts with a cache, only the tokens that are not in it."""
-    cache = start.get("past_key_values")
-    if cache is None:
-        return dict(start)
-    new = start["input_ids"].shape[1] - cache.get_seq_length()
-    positions = _positions(omni, start["attention_mask"])[..., -new:]
-    return {**start, "input_ids": start["input_ids"][:, -new:], "position_ids": positions}
-
-
-def _positions(omni: Omni, mask: Tensor) -> Tensor:
-    """M-RoPE positions [3, batch, position] of text: after a picture it counts on from the picture's own."""
-    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + omni.model.model.rope_deltas
-    return positions[None].expand(3, -1, -1)
 
 
 def _likeliest(logits: Tensor) -> LongTensor:
