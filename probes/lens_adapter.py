@@ -66,6 +66,7 @@ class ThinkerArchitectureAdapter(ArchitectureAdapter):
     residual stream are hooked. Mirrors TransformerLens's adapter of Qwen2.5-VL.
     """
 
+    cfg: Any
     _testing_lm_attr = _TEXT
     _testing_wire_rotary = False
 
