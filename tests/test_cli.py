@@ -16,7 +16,10 @@ from PIL import Image
 from casa_mech import cli
 from casa_mech.cli import main
 
-COMMANDS = ["run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"]
+COMMANDS = [
+    *("run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"),
+    *("attack", "figstep", "datasets", "datasets overlap", "judge run", "judge agreement"),
+]
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
