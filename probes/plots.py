@@ -90,7 +90,7 @@ def plot_planes(data: pd.DataFrame, title: str) -> Figure:
                 axis.set_xlabel(f"PC 1 ({here['explained_x'].iloc[0]:.0%} of variance)")
             share = f"PC 2 ({here['explained_y'].iloc[0]:.0%} of variance)"
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\n{share}")
-        return _titled(figure, title, axes[0][0])
+        return titled(figure, title, axes[0][0])
 
 
 def plot_probes(data: pd.DataFrame, title: str) -> Figure:
@@ -110,7 +110,7 @@ def plot_probes(data: pd.DataFrame, title: str) -> Figure:
                 _layers(axis, here, measure, surfaces)
                 axis.set_title(f"probe {name}")
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
-        return _titled(figure, title, axes[0][0])
+        return titled(figure, title, axes[0][0])
 
 
 def plot_training(data: pd.DataFrame, title: str) -> Figure:
@@ -128,7 +128,7 @@ def plot_training(data: pd.DataFrame, title: str) -> Figure:
         for column, colour, dash in (("v_s_harmful", HARMFUL, "-"), ("v_s_benign", BENIGN, "--")):
             right.plot(data["step"], data[column], color=colour, linestyle=dash, label=column.removeprefix("v_s_"))
         right.set(xlabel="step", ylabel="mean v_s of the batch", title="safety attention", ylim=(-0.03, 1.03))
-        return _titled(figure, title, right)
+        return titled(figure, title, right)
 
 
 def plot_gate(data: pd.DataFrame, title: str) -> Figure:
@@ -150,7 +150,7 @@ def plot_gate(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(xlabel="surface of the request", ylim=(-0.03, 1.03), title=moment or "")
         axes[0][0].set_ylabel("v_s (1: unsafe)")
-        return _titled(figure, title, axes[0][0])
+        return titled(figure, title, axes[0][0])
 
 
 def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]) -> Figure:
@@ -182,7 +182,7 @@ def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]
             axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{short} (n ≥ {smallest} a cell)")
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
-        return _titled(figure, title, axes[0][0])
+        return titled(figure, title, axes[0][0])
 
 
 def plot_published(data: pd.DataFrame, title: str) -> Figure:
@@ -205,7 +205,7 @@ def plot_published(data: pd.DataFrame, title: str) -> Figure:
             axis.set(xlim=(-3, 103), xlabel="attack success as published, %", title=model)
             axis.set_yticks(np.arange(len(attacks)), attacks)
         axes[0][0].invert_yaxis()
-        return _titled(figure, title, axes[0][0])
+        return titled(figure, title, axes[0][0])
 
 
 def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -> None:
@@ -235,7 +235,7 @@ def _boxes(axis: Axes, groups: list[np.ndarray], places: np.ndarray, colour: str
         label = ""
 
 
-def _titled(figure: Figure, title: str, named: Axes | None = None) -> Figure:
+def titled(figure: Figure, title: str, named: Axes | None = None) -> Figure:
     """Title, and the legend of `named` below the panels, where it covers no data."""
     figure.suptitle(title, fontsize=10, wrap=True)
     figure.tight_layout()

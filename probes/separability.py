@@ -1,33 +1,29 @@
 """Are harmful and benign requests separable in the hidden states, at which layer, and across modalities?
 
-The measures of the method specification's section 6: PCA with explained variance and silhouette, five-fold logistic
-probes, a shrinkage Fisher ratio, a permutation baseline, and the transfer of a probe from one modality to another.
-Folds keep a topic together, so a probe is always judged on topics that it has not seen.
+The measures of the method specification's section 6, for all sites at once: five-fold logistic probes with nested
+choice of the penalty, the matrix of transfers from one surface to another, difference-in-means probes, a shrinkage
+Fisher ratio, PCA with explained variance and silhouette, and the controls: permuted labels and prompt length. Folds
+keep a topic together, so a probe is always judged on topics that it has not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from sklearn.covariance import ledoit_wolf
+import torch
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score, silhouette_score
-from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
 from casa_mech.judging import auroc_interval
 from probes.activations import Activations
-
-Scorer = Callable[[np.ndarray], np.ndarray]
-PENALTIES = (0.003, 0.3)
-"""Inverse strengths of the probe's L2 penalty that are tried; the choice is made on the training folds only."""
+from probes.gaussian import fisher_ratios
+from probes.linear import Kind
+from probes.validation import PENALTIES, CrossValidated, chance_p, cross_validate, permuted_aurocs, selectivity
 
 RESAMPLES = 200
 """Bootstrap draws for a probe's interval."""
@@ -62,7 +58,7 @@ def pca_plane(activations: Activations, site: str) -> Plane:
     Raises:
         InputError: fewer than three queries, or a site that was not collected.
     """
-    states = _states(activations, site)
+    states = activations.at(site)
     if len(states) < 3:
         raise InputError(f"a plane needs at least three queries, not {len(states)}")
     pca = PCA(n_components=2).fit(states)
@@ -76,31 +72,19 @@ def pca_plane(activations: Activations, site: str) -> Plane:
     return Plane(points, (first, second), silhouette)
 
 
-def probe(fit: Activations, test: Activations, site: str, folds: int = 5, seed: int = 0) -> ProbeResult:
-    """AUROC of a logistic probe fitted on `fit` and judged on `test`, always on other topics.
+def probe(
+    fit: Activations, test: Activations, site: str, folds: int = 5, seed: int = 0, kind: Kind = "logistic"
+) -> ProbeResult:
+    """AUROC of a probe fitted on `fit` and judged on `test`, always on other topics.
 
-    The ordinary cross-validated probe is `probe(a, a, site)`; from text to audio it is `probe(text, audio, site)`.
+    The ordinary cross-validated probe is `probe(a, a, site)`; from text to audio it is `probe(text, audio, site)`. For
+    many sites use `transfer_matrix`, which solves them together.
 
     Raises:
-        InputError: one class only, or fewer topics than folds.
+        InputError: one class only, fewer topics of a class than folds, or states that are not finite.
     """
-    scores = _held_out_scores(fit, test, site, fit.harmful, folds, seed)
-    return _result(scores, test, seed)
-
-
-def permutation_baseline(
-    activations: Activations, site: str, repeats: int = 5, folds: int = 5, seed: int = 0
-) -> ProbeResult:
-    """The same probe on labels dealt anew among topics: what AUROC chance gives. low, high: the repeats' extremes."""
-    rng = np.random.default_rng(seed)
-    topics, member = np.unique(activations.topics, return_inverse=True)
-    label_of_topic = np.array([activations.harmful[member == number].mean() > 0.5 for number in range(len(topics))])
-    values = []
-    for repeat in range(repeats):
-        dealt = rng.permutation(label_of_topic)[member]
-        scores = _held_out_scores(activations, activations, site, dealt, folds, seed + repeat)
-        values.append(roc_auc_score(dealt, scores))
-    return ProbeResult(float(np.mean(values)), float(min(values)), float(max(values)), len(member))
+    own, carried = _cross_validate(fit, [site], kind, folds, seed, [test])
+    return _result((own if test is fit else carried).scores[0], test, seed)
 
 
 def fisher_ratio(states: np.ndarray, harmful: np.ndarray) -> float:
@@ -114,86 +98,121 @@ def fisher_ratio(states: np.ndarray, harmful: np.ndarray) -> float:
     """
     if min(harmful.sum(), (~harmful).sum()) < 2:
         raise InputError("the Fisher ratio needs at least two queries of each class")
-    one, other = states[harmful].astype(np.float64), states[~harmful].astype(np.float64)
-    gap = one.mean(axis=0) - other.mean(axis=0)
-    covariance = ledoit_wolf(one)[0] + ledoit_wolf(other)[0]
-    return float(gap @ np.linalg.solve(covariance + 1e-12 * np.eye(len(gap)), gap))
+    tensor = torch.tensor(states, dtype=torch.float64).unsqueeze(0)
+    ones = torch.ones(1, len(harmful), dtype=torch.float64)
+    return float(fisher_ratios(tensor, torch.tensor(harmful).unsqueeze(0), ones)[0, 0])
 
 
-def separability_table(activations: Activations, fit_surface: str = "text", seed: int = 0) -> pd.DataFrame:
-    """For each site and surface: the surface's own probe, the probe of `fit_surface` carried over, the chance baseline.
+def transfer_matrix(
+    activations: Activations, kind: Kind = "logistic", folds: int = 5, seed: int = 0, sites: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Probes fitted on each surface and judged on each, at every site, on unseen topics.
+
+    Args:
+        activations: several surfaces; index column `surface`.
+        kind: which probe. folds, seed: of the cross-validation. sites: which; all when not given.
 
     Returns:
-        Columns `site, surface, measure, auroc, low, high, n`; measures `probe`, `transfer`, `permuted`.
+        Columns `site, fit, surface, auroc, low, high, n, p`; the diagonal is the ordinary cross-validated probe. `p` is
+        that of an AUROC as high on labels dealt anew among topics.
+
+    Raises:
+        InputError: one class only, fewer topics of a class than folds, or states that are not finite.
     """
-    surfaces = list(dict.fromkeys(activations.index["surface"]))
-    parts = {surface: activations.where(surface=surface) for surface in surfaces}
+    names = list(sites or activations.sites)
+    parts = _by_surface(activations)
     rows = []
-    # Thousands of small fits: BLAS threads would only wait for each other, for minutes on a busy machine.
+    # Many small solves: BLAS threads would only wait for each other, for minutes on a busy machine.
     with threadpool_limits(1):
-        for site in activations.sites:
-            for surface, part in parts.items():
-                results = {"probe": probe(part, part, site, seed=seed)}
-                if surface != fit_surface:
-                    results["transfer"] = probe(parts[fit_surface], part, site, seed=seed)
-                else:
-                    results["permuted"] = permutation_baseline(part, site, seed=seed)
-                where = {"site": site, "surface": surface}
-                rows += [{**where, "measure": name, **vars(result)} for name, result in results.items()]
+        for fit, part in parts.items():
+            others = {surface: other for surface, other in parts.items() if surface != fit}
+            own, *carried = _cross_validate(part, names, kind, folds, seed, list(others.values()))
+            for surface, found in zip([fit, *others], [own, *carried], strict=True):
+                for site, scores in zip(names, found.scores, strict=True):
+                    result = _result(scores, parts[surface], seed)
+                    p_value = chance_p(scores, parts[surface].harmful, parts[surface].topics, seed)
+                    rows.append({"site": site, "fit": fit, "surface": surface, **vars(result), "p": p_value})
+    table = pd.DataFrame(rows)
+    order = {site: place for place, site in enumerate(names)}
+    return table.sort_values("site", key=lambda column: column.map(order), kind="stable").reset_index(drop=True)
+
+
+def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: int = 20) -> pd.DataFrame:
+    """What a probe's AUROC has to be compared with, at every site and surface.
+
+    Returns:
+        Columns `site, surface`, those of `probes.validation.Selectivity` (the probe, permuted labels, prompt length,
+        the probe among prompts of equal length), `permuted_low, permuted_high` (extremes over the deals),
+        `mean_difference` (that probe's AUROC), `fisher` (shrinkage Fisher ratio), `explained` (the first two
+        components' share of the variance) and `silhouette` (of the classes in their plane).
+
+    Raises:
+        InputError: one class only, fewer topics of a class than folds, or states that are not finite.
+    """
+    planes = {site: pca_plane(activations, site) for site in activations.sites}
+    rows = []
+    with threadpool_limits(1):
+        for surface, part in _by_surface(activations).items():
+            states, lengths = part.stacked(), _lengths(part)
+            (found,) = _cross_validate(part, part.sites, "logistic", folds, seed, [])
+            (means,) = _cross_validate(part, part.sites, "mean_difference", folds, seed, [])
+            chance = permuted_aurocs(states, part.harmful, part.topics, PENALTIES[1], repeats, folds=folds, seed=seed)
+            for place, site in enumerate(part.sites):
+                against = selectivity(found.scores[place], chance[place], part.harmful, lengths, part.topics, seed)
+                rows.append(
+                    {
+                        "site": site,
+                        "surface": surface,
+                        **asdict(against),
+                        "permuted_low": float(chance[place].min()),
+                        "permuted_high": float(chance[place].max()),
+                        "mean_difference": _result(means.scores[place], part, seed).auroc,
+                        "fisher": fisher_ratio(states[place], part.harmful),
+                        "explained": sum(planes[site].explained),
+                        "silhouette": planes[site].silhouette[surface],
+                    }
+                )
     return pd.DataFrame(rows)
 
 
-def _held_out_scores(
-    fit: Activations, test: Activations, site: str, labels: np.ndarray, folds: int, seed: int
-) -> np.ndarray:
-    """Probe scores [query of test], each from a probe that saw no query of its topic. `labels` are those of `fit`."""
-    n_topics = min(len(np.unique(fit.topics[labels])), len(np.unique(fit.topics[~labels])))
-    if n_topics < folds:
-        raise InputError(f"a probe of {folds} folds needs {folds} topics of each class, not {n_topics}: add queries")
-    source, target = _states(fit, site), _states(test, site)
-    scores = np.full(len(target), np.nan)
-    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    for train, held_out in splitter.split(source, labels, fit.topics):
-        inside = np.isin(test.topics, fit.topics[held_out])
-        if inside.any():
-            scored = _fit_probe(source[train], labels[train], fit.topics[train], seed)
-            scores[inside] = scored(target[inside])
-    unseen = np.isnan(scores)
-    if unseen.any():  # topics that `fit` has not at all: any probe is fair to them
-        scores[unseen] = _fit_probe(source, labels, fit.topics, seed)(target[unseen])
-    return scores
+def separability_table(
+    matrix: pd.DataFrame, against: pd.DataFrame, fit_surface: str = "text", positions: str = ""
+) -> pd.DataFrame:
+    """What `probes.plots.plot_probes` draws: each surface's own probe, the one of `fit_surface` carried over, chance.
 
+    Args:
+        matrix: of `transfer_matrix`. against: of `controls`. positions: written into that column.
 
-def _fit_probe(states: np.ndarray, labels: np.ndarray, topics: np.ndarray, seed: int) -> Scorer:
-    """Standardise and fit, with the penalty that does best on one inner split by topic; gives the scoring function.
-
-    Classes are weighted alike: folds by topic are not quite balanced, and an intercept that follows the training folds'
-    balance would push pooled scores the wrong way. Scores are in units of their spread on the training folds, so that
-    folds with different penalties can be pooled.
+    Returns:
+        Columns `site, surface, measure, auroc, low, high, n, positions`; measures `probe`, `transfer`, `permuted`.
     """
-    inner = StratifiedGroupKFold(n_splits=3, shuffle=True, random_state=seed)
-    train, held_out = next(inner.split(states, labels, topics))
-    fair = 0 < labels[held_out].sum() < len(held_out) and 0 < labels[train].sum() < len(train)
+    own = matrix[matrix["fit"] == matrix["surface"]].assign(measure="probe")
+    carried = matrix[(matrix["fit"] == fit_surface) & (matrix["surface"] != fit_surface)].assign(measure="transfer")
+    chance = against[against["surface"] == fit_surface].assign(measure="permuted")
+    chance = chance.assign(auroc=chance["permuted"], low=chance["permuted_low"], high=chance["permuted_high"])
+    columns = ["site", "surface", "measure", "auroc", "low", "high", "n"]
+    table = pd.concat([part[columns] for part in (own, carried, chance)], ignore_index=True)
+    order = {site: place for place, site in enumerate(dict.fromkeys(matrix["site"]))}
+    table = table.sort_values("site", key=lambda column: column.map(order), kind="stable")
+    return table.assign(positions=positions).reset_index(drop=True)
 
-    def build(penalty: float) -> Pipeline:
-        return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=2000, class_weight="balanced"))
 
-    def quality(penalty: float) -> float:
-        model = build(penalty).fit(states[train], labels[train])
-        return float(roc_auc_score(labels[held_out], model.decision_function(states[held_out])))
+def _cross_validate(
+    fit: Activations, sites: Sequence[str], kind: Kind, folds: int, seed: int, tests: Sequence[Activations]
+) -> list[CrossValidated]:
+    others = [(test.stacked(sites), test.topics) for test in tests]
+    return cross_validate(fit.stacked(sites), fit.harmful, fit.topics, kind, PENALTIES, folds, seed, others)
 
-    best = max(PENALTIES, key=quality) if fair else PENALTIES[0]
-    model = build(best).fit(states, labels)
-    spread = float(np.std(model.decision_function(states))) or 1.0
-    return lambda new: model.decision_function(new) / spread
+
+def _by_surface(activations: Activations) -> dict[str, Activations]:
+    surfaces = list(dict.fromkeys(activations.index["surface"]))
+    return {surface: activations.where(surface=surface) for surface in surfaces}
+
+
+def _lengths(part: Activations) -> np.ndarray:
+    return part.index["length"].to_numpy() if "length" in part.index else np.zeros(len(part.index))
 
 
 def _result(scores: np.ndarray, test: Activations, seed: int) -> ProbeResult:
     auroc, low, high = auroc_interval(list(scores), list(test.harmful), list(test.topics), seed, resamples=RESAMPLES)
     return ProbeResult(float(auroc), float(low), float(high), len(scores))
-
-
-def _states(activations: Activations, site: str) -> np.ndarray:
-    if site not in activations.states:
-        raise InputError(f"no activations at site '{site}'; collected were {', '.join(activations.sites)}")
-    return activations.states[site]

@@ -111,7 +111,7 @@ def cross_validate(
     grid = list(penalties) if kind in PENALISED else [1.0]
     tensor = torch.as_tensor(states, dtype=torch.float32, device=device)
     problems = _Problems.of(splits, grid)
-    weights, truth = (torch.from_numpy(array).to(tensor.device) for array in (problems.weights, labels))
+    weights, truth = (torch.tensor(array, device=tensor.device) for array in (problems.weights, labels))
     models = fit_batch(kind, tensor, truth, weights, problems.penalty(tensor))
     own = models.scores(tensor).cpu().numpy()
     chosen = problems.choose(own, labels)
@@ -166,6 +166,18 @@ def auroc_of(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     n_pos = int(labels.sum())
     ranks = rankdata(scores, axis=-1)[..., labels].sum(axis=-1)
     return (ranks - n_pos * (n_pos + 1) / 2) / (n_pos * (len(labels) - n_pos))
+
+
+def chance_p(scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray, seed: int = 0, draws: int = 999) -> float:
+    """One-sided p of the AUROC of `scores` [row], by dealing the labels anew among clusters."""
+    _, member = np.unique(clusters, return_inverse=True)
+    mostly = np.bincount(member, weights=labels) > np.bincount(member) / 2
+    rng = np.random.default_rng(seed)
+    dealt = np.stack([rng.permutation(mostly) for _ in range(draws)])[:, member]
+    sizes = dealt.sum(axis=1)
+    wins = (dealt @ rankdata(scores)) - sizes * (sizes + 1) / 2
+    chance = wins / np.maximum(sizes * (len(labels) - sizes), 1)
+    return float((1 + (chance >= auroc_of(scores, labels) - 1e-12).sum()) / (1 + draws))
 
 
 def matched_auroc(

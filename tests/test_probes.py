@@ -11,7 +11,9 @@ from casa_mech.errors import InputError
 from probes.activations import Activations
 from probes.gathering import INDEX_COLUMNS
 from probes.plots import plot_planes, plot_probes, plot_rates, save_figure
-from probes.separability import fisher_ratio, pca_plane, permutation_baseline, probe, separability_table
+from probes.separability import controls, fisher_ratio, pca_plane, probe, separability_table, transfer_matrix
+from probes.separability_plots import plot_controls, plot_matrix
+from probes.validation import permuted_aurocs
 
 N_TOPICS, PER_TOPIC, WIDTH = 30, 4, 16
 
@@ -52,9 +54,11 @@ def test_probe_nears_the_best_possible_score() -> None:
 
 
 def test_permuted_labels_give_chance() -> None:
-    found = permutation_baseline(_gaussians(4.0), "norm", repeats=8)
-    assert abs(found.auroc - 0.5) < 0.1
-    assert found.low < 0.5 < found.high
+    data = _gaussians(4.0)
+    found = permuted_aurocs(data.stacked(), data.harmful, data.topics, repeats=40)
+    assert found.shape == (1, 40)
+    assert abs(found.mean() - 0.5) < 0.1
+    assert found.min() < 0.5 < found.max()
 
 
 def test_topics_stay_together() -> None:
@@ -91,7 +95,11 @@ def test_plane_explains_and_separates() -> None:
 
 def test_table_and_figures_go_together(tmp_path: Path) -> None:
     both = _joined(_gaussians(2.0), _gaussians(2.0, "image", seed=1))
-    table = separability_table(both).assign(positions="mean")
+    matrix, against = transfer_matrix(both), controls(both)
+    table = separability_table(matrix, against, positions="mean")
+    assert len(matrix) == 4 and (matrix["p"] < 0.05).all()
+    assert len(plot_matrix(matrix.assign(positions="mean"), "claim").axes) == 1
+    assert len(plot_controls(against.assign(positions="mean"), "claim").axes) == 2
     assert set(table["measure"]) == {"probe", "transfer", "permuted"}
     assert (table["low"] <= table["high"]).all()
     saved = save_figure(plot_probes(table, "claim"), table, tmp_path / "probes")

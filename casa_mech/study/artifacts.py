@@ -22,7 +22,7 @@ from casa_mech.judging import KeywordJudge, MicroWorldJudge, published_rates, wr
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.world import default_world
-from casa_mech.queries import Label, Query
+from casa_mech.queries import Example, Label, Query
 from casa_mech.study.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.study.folder import RunFolder, key_digest
 from casa_mech.study.manifest import data_hashes
@@ -214,15 +214,19 @@ class Study:
         work = self.folder.path("gates", f"training-{slug(model)}-{key_digest(self._gate_key(model))}")
         work.mkdir(parents=True, exist_ok=True)
         casa = Casa.attach(self.omni(model), CasaConfig())
-        examples = default_world().training_examples(self.sizes.train_examples, _TRAIN + self.settings.seed)
-        casa.train(examples, self._train_settings, out=work, resume=True, progress=self.progress)
+        casa.train(self.training_examples(), self.train_settings, out=work, resume=True, progress=self.progress)
         casa.save_pretrained(new)
         shutil.copy(work / "metrics.jsonl", new / "metrics.jsonl")
         shutil.rmtree(work)
         self._gates[model] = casa
 
+    def training_examples(self) -> list[Example]:
+        """The plain-text requests and replies that gates are trained on."""
+        return default_world().training_examples(self.sizes.train_examples, _TRAIN + self.settings.seed)
+
     @cached_property
-    def _train_settings(self) -> TrainSettings:
+    def train_settings(self) -> TrainSettings:
+        """How gates are trained."""
         return TrainSettings(
             max_steps=self.sizes.train_steps,
             batch_size=self.sizes.train_batch,
@@ -235,14 +239,15 @@ class Study:
 
         def build(folder: Path) -> None:
             with self._gate_at(model, moment) as casa:
-                tables = [self._read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
+                tables = [self.read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
             table = pd.concat(tables, ignore_index=True).assign(moment=moment)
             table.to_parquet(folder / "readings.parquet")
 
         folder = self.folder.artifact("readings", f"{slug(model)}-{moment}", key, build)
         return pd.read_parquet(folder / "readings.parquet")
 
-    def _read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
+    def read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
+        """What a gate says to the probing requests of a surface and label: `surface, label, topic, ..., v_s`."""
         queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, _PROBE)
         replies = casa.gate(queries)
         return pd.DataFrame(
@@ -280,7 +285,7 @@ class Study:
         return {"model": self.omni(model).fingerprint(), "seed": self.settings.seed, "data": key_digest(data_hashes())}
 
     def _gate_key(self, model: str) -> dict[str, Any]:
-        training = {"examples": self.sizes.train_examples, "train": self._train_settings.model_dump(mode="json")}
+        training = {"examples": self.sizes.train_examples, "train": self.train_settings.model_dump(mode="json")}
         return {**self._model_key(model), **training, "casa": CasaConfig().model_dump(mode="json")}
 
 

@@ -11,8 +11,6 @@ from casa_mech.attacks import PREFILL_LENGTHS
 from casa_mech.study.artifacts import Study
 from casa_mech.study.evaluate import CASA, PRETRAINED
 from casa_mech.study.settings import slug
-from probes.activations import Activations
-from probes.separability import pca_plane, separability_table
 
 KINDS = {
     "plain": ("plain",),
@@ -22,61 +20,6 @@ KINDS = {
     "speech": ("audio", "spoken"),
     "prefill": tuple(f"prefill-{length}" for length in PREFILL_LENGTHS),
 }
-MEASURES = {"probe": "probe_auroc", "transfer": "transfer_auroc", "permuted": "permuted_auroc"}
-
-
-def plane_data(states: Sequence[Activations], site: str = "norm") -> pd.DataFrame:
-    """What `probes.plots.plot_planes` draws: every query in the PCA plane that all surfaces share."""
-    tables = []
-    for activations in states:
-        plane = pca_plane(activations, site)
-        data = activations.index[["query_id", "surface", "label", "topic"]].copy()
-        data["x"], data["y"] = plane.points[:, 0], plane.points[:, 1]
-        data["explained_x"], data["explained_y"] = plane.explained
-        tables.append(data.assign(positions=activations.positions, silhouette=data["surface"].map(plane.silhouette)))
-    return pd.concat(tables, ignore_index=True)
-
-
-def probe_table(states: Sequence[Activations], seed: int) -> pd.DataFrame:
-    """What `probes.plots.plot_probes` draws: the separability table of each choice of positions."""
-    tables = [separability_table(found, seed=seed).assign(positions=found.positions) for found in states]
-    return pd.concat(tables, ignore_index=True)
-
-
-def plane_claim(model: str, data: pd.DataFrame) -> str:
-    """The title of the PCA figure."""
-    values = data.groupby(["surface", "positions"], sort=False)["silhouette"].first().unstack()
-    listed = ", ".join(f"{surface} {row.max():.2f}" for surface, row in values.iterrows())
-    return f"{slug(model)} before CASA, final layer in two dimensions: best silhouette of harmful and benign {listed}"
-
-
-def probe_claim(model: str, table: pd.DataFrame, site: str = "norm") -> str:
-    """The title of the probe figure."""
-    chosen = table[(table["site"] == site) & (table["positions"] == "last")]
-    rows = chosen.set_index(["measure", "surface"])["auroc"]
-    own = ", ".join(f"{surface} {value:.2f}" for surface, value in rows["probe"].items())
-    carried = ", ".join(f"{surface} {value:.2f}" for surface, value in rows["transfer"].items())
-    where = f"{slug(model)}, final layer, last position: a probe finds harm in unseen topics"
-    return f"{where} with AUROC {own};\nfitted on text alone it carries over with {carried}"
-
-
-def probe_rows(model: str, table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The probe table in the result schema; `attack` holds the layer and positions that were read."""
-    return pd.DataFrame(
-        {
-            "model": model,
-            "defense": PRETRAINED,
-            "attack": "layer " + table["site"].astype(str) + ", " + table["positions"],
-            "surface": table["surface"],
-            "label": "both",
-            "metric": table["measure"].map(MEASURES),
-            "seed": seed,
-            "n": table["n"],
-            "value": table["auroc"],
-            "low": table["low"].clip(upper=table["auroc"]),
-            "high": table["high"].clip(lower=table["auroc"]),
-        }
-    )
 
 
 def training_data(log: pd.DataFrame) -> pd.DataFrame:

@@ -1,0 +1,120 @@
+"""Does the transfer of a probe predict the transfer of CASA?
+
+If a linear probe fitted on text already finds harm in pictures and speech, a gate trained on text alone should find it
+there too. A point is one gate: its model, how long it was trained, the layer it reads and the surface it is judged on;
+its two numbers are the probe's AUROC on that surface (base model, that layer, fitted on text) and the gate's (v_s).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import pearsonr, rankdata, spearmanr
+
+from casa_mech.errors import InputError
+
+POINT_COLUMNS = (
+    "model", "steps", "site", "surface", "probe", "probe_low", "probe_high", "casa", "casa_low", "casa_high", "n",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How well probe transfer predicts CASA's transfer.
+
+    spearman, low, high: rank correlation over all points, with its interval. pearson: of the numbers themselves.
+    within: rank correlation after each model's and surface's mean is taken out, with its interval: what is left when
+    what tells models and surfaces apart is not counted. p_value: of `spearman`, two-sided, by permutation. n: points.
+    clusters: how many gates they come from, which the intervals draw.
+    """
+
+    spearman: float
+    low: float
+    high: float
+    pearson: float
+    within: float
+    within_low: float
+    within_high: float
+    p_value: float
+    n: int
+    clusters: int
+
+
+def join_points(probes: pd.DataFrame, gates: pd.DataFrame, fit_surface: str = "text") -> pd.DataFrame:
+    """One row a gate and surface (`POINT_COLUMNS`) from the two sides' tables.
+
+    Args:
+        probes: `model, site, fit, surface, auroc, low, high` (`transfer_matrix` with the model's name).
+        gates: `model, steps, site, surface, auroc, low, high, n` (AUROC of v_s on the same requests).
+        fit_surface: the surface that both were trained on; it is left out, since nothing is transferred to it.
+
+    Raises:
+        InputError: no gate has a probe at its layer and surface.
+    """
+    sides = probes[(probes["fit"] == fit_surface) & (probes["surface"] != fit_surface)]
+    renamed = sides.rename(columns={"auroc": "probe", "low": "probe_low", "high": "probe_high"})
+    gate = gates.rename(columns={"auroc": "casa", "low": "casa_low", "high": "casa_high"})
+    keys = ["model", "site", "surface"]
+    points = gate.assign(site=gate["site"].astype(str)).merge(
+        renamed[[*keys, "probe", "probe_low", "probe_high"]], on=keys
+    )
+    if not len(points):
+        raise InputError("no gate reads a layer at which there is a probe: collect the gates' layers")
+    return points[list(POINT_COLUMNS)]
+
+
+def transfer_prediction(points: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> Prediction:
+    """The correlation of `probe` and `casa` over `points` (`POINT_COLUMNS`), whatever it is.
+
+    Intervals are percentile bootstraps over gates (model, steps, layer): the surfaces of one gate are not independent.
+    They hold the spread between gates, not the sampling of requests, nor that there are few models.
+
+    Raises:
+        InputError: fewer than four points, or a side that is the same everywhere.
+    """
+    if len(points) < 4:
+        raise InputError(
+            f"a correlation of {len(points)} points says nothing: give at least four (layers, models, steps)"
+        )
+    x, y = points["probe"].to_numpy(float), points["casa"].to_numpy(float)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        raise InputError("one side is the same at every point: there is nothing to predict")
+    groups = points.groupby(["model", "surface"], sort=False)
+    inner = [(points[side] - groups[side].transform("mean")).to_numpy() for side in ("probe", "casa")]
+    gate = points.groupby(["model", "steps", "site"], sort=False).ngroup().to_numpy()
+    rng = np.random.default_rng(seed)
+    number = int(gate.max()) + 1
+    members = [np.flatnonzero(gate == place) for place in range(number)]
+    draws = [np.concatenate([members[place] for place in rng.integers(number, size=number)]) for _ in range(resamples)]
+    low, high = _interval([_rank_correlation(x[rows], y[rows]) for rows in draws])
+    within_low, within_high = _interval([_rank_correlation(inner[0][rows], inner[1][rows]) for rows in draws])
+    found = float(spearmanr(x, y).statistic)
+    chance = np.array([_rank_correlation(x, rng.permutation(y)) for _ in range(resamples)])
+    return Prediction(
+        spearman=found,
+        low=low,
+        high=high,
+        pearson=float(pearsonr(x, y).statistic),
+        within=_rank_correlation(*inner),
+        within_low=within_low,
+        within_high=within_high,
+        p_value=float((1 + (np.abs(chance) >= abs(found) - 1e-12).sum()) / (1 + resamples)),
+        n=len(points),
+        clusters=number,
+    )
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    one, other = rankdata(x) - (len(x) + 1) / 2, rankdata(y) - (len(y) + 1) / 2
+    size = float(np.sqrt((one @ one) * (other @ other)))
+    return float(one @ other) / size if size > 0 else float("nan")
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    finite = np.array(values)[np.isfinite(values)]
+    if not len(finite):
+        return float("nan"), float("nan")
+    low, high = np.quantile(finite, (0.025, 0.975))
+    return float(low), float(high)
