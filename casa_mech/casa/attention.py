@@ -59,15 +59,34 @@ class SafetyAttention(nn.Module):
         """
         check_mask(mask)
         # One class sends no gradient into the prompt's representation: only the gate learns from v_s.
-        # Padding may hold anything, even NaN, which a weight of zero would let through.
-        states = states.detach().to(torch.float32).masked_fill(~mask.unsqueeze(-1), 0.0)
-        if self.normalise:
-            states = functional.rms_norm(states, (states.shape[-1],))
+        states = self._prepared(states.detach(), mask)
         scores = self._scores(states)
         if self.form == "R3":
             return self._compete(scores, mask)
         unsafe = scores[..., UNSAFE]
-        return self._pool(unsafe, states, mask) if self.form == "R2" else self._average(unsafe, mask)
+        if self.form != "R2":
+            return self._average(unsafe, mask)
+        logit, weights = self._pool(unsafe, states, mask)
+        return torch.sigmoid(logit), weights
+
+    def log_odds(self, states: Tensor, mask: BoolTensor) -> Tensor:
+        """The logit of v_s [batch], with its gradient into the states [batch, position, d_model]; `mask` as above.
+
+        For R2 it is what the sigmoid is given, so it tells apart what v_s, at 0 or 1 in float32, no longer does.
+        """
+        check_mask(mask)
+        states = self._prepared(states, mask)
+        scores = self._scores(states)
+        if self.form == "R2":
+            return self._pool(scores[..., UNSAFE], states, mask)[0]
+        v_s, _ = self._compete(scores, mask) if self.form == "R3" else self._average(scores[..., UNSAFE], mask)
+        return torch.logit(v_s, eps=1e-6)
+
+    def _prepared(self, states: Tensor, mask: BoolTensor) -> Tensor:
+        """States in float32, zero off the mask, normalised where no norm has seen them."""
+        # Padding may hold anything, even NaN, which a weight of zero would let through.
+        states = states.to(torch.float32).masked_fill(~mask.unsqueeze(-1), 0.0)
+        return functional.rms_norm(states, (states.shape[-1],)) if self.normalise else states
 
     def _scores(self, states: Tensor) -> Tensor:
         """a[batch, position, class] = q_class · k_position / sqrt(width)."""
@@ -85,11 +104,11 @@ class SafetyAttention(nn.Module):
         return weights.topk(k, dim=1).values.sum(dim=1) / count.clamp(max=k), weights
 
     def _pool(self, scores: Tensor, states: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
-        """R2: c = Σ softmax(a) W_v h; v_s = σ(u·c / sqrt(width) + b)."""
+        """R2: c = Σ softmax(a) W_v h; the logit of v_s is u·c / sqrt(width) + b."""
         weights = _masked_softmax(scores, mask)
         context = self.w_v(torch.einsum("bp,bpd->bd", weights, states))
         logit = context @ self.readout.weight[0] / math.sqrt(self.width) + self.readout.bias[0]
-        return torch.sigmoid(logit), weights
+        return logit, weights
 
     def _compete(self, scores: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
         """R3: p = softmax over the classes at each position; v_s = Σ ω p with ω = softmax of their log-sum-exp."""

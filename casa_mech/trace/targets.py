@@ -20,17 +20,24 @@ class Targets:
     row: LongTensor
 
 
-def plain_targets(omni: Omni, batch: OmniBatch) -> Targets:
-    """Teacher-forced forward over `batch`, whose `labels` must be set; keeps the autograd graph."""
+def plain_targets(omni: Omni, batch: OmniBatch, added: Tensor | None = None) -> Targets:
+    """Teacher-forced forward over `batch`, whose `labels` must be set; keeps the autograd graph.
+
+    `added` [batch, position, d_model] is added to the word embeddings; zeros, for their gradient.
+    """
     batch = batch.to(omni.device)
     assert batch.labels is not None
     predicted = batch.labels[:, 1:] != -100
-    return Targets(_logits(omni, batch, predicted), batch.labels[:, 1:][predicted], predicted.nonzero()[:, 0])
+    logits = _logits(omni, batch, predicted, added)
+    return Targets(logits, batch.labels[:, 1:][predicted], predicted.nonzero()[:, 0])
 
 
-def _logits(omni: Omni, batch: OmniBatch, predicted: Tensor) -> Tensor:
+def _logits(omni: Omni, batch: OmniBatch, predicted: Tensor, added: Tensor | None) -> Tensor:
     model = omni.nnsight
     with model.trace(**batch.inputs, use_cache=False):
+        if added is not None:
+            words = model.model.language_model.embed_tokens
+            words.output = words.output + added
         model.lm_head.input = model.model.language_model.norm.output[:, :-1][predicted]
         logits = nnsight.save(model.lm_head.output)
     return logits  # noqa: RET504  (bound in the trace)

@@ -1,0 +1,246 @@
+"""Greedy coordinate gradient: a suffix of ordinary words, exchanged one at a time (Zou et al., arXiv 2307.15043)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import LongTensor, Tensor
+from transformers import PreTrainedTokenizerBase
+
+from casa_mech.attacks.seeding import query_rng
+from casa_mech.casa import Casa
+from casa_mech.casa.config import Settings
+from casa_mech.errors import InputError
+from casa_mech.judging import Judge
+from casa_mech.omni import GenerationSettings, OmniBatch
+from casa_mech.queries import Query, TextPart
+from casa_mech.whitebox.objective import Aim, Objective, check_queries
+from casa_mech.whitebox.results import AttackResult, measure
+
+
+class SuffixSettings(Settings):
+    """One run of greedy coordinate gradient."""
+
+    aim: Aim = "joint"
+    tokens: int = Field(default=8, ge=1)
+    """Words of the suffix, a token each."""
+    steps: int = Field(default=10, ge=1)
+    """Rounds; in each, one word of each query's suffix may change."""
+    checkpoints: tuple[int, ...] = ()
+    """Fewer steps after which the suffix is measured, too."""
+    top_k: int = Field(default=32, ge=1)
+    """Words by their gradient from which a place's candidates are drawn."""
+    candidates: int = Field(default=32, ge=1)
+    """Suffixes that are tried for a query in one round."""
+    words: tuple[str, ...] = ()
+    """The words that a suffix may have; all ordinary ones when empty."""
+    opening_tokens: int = Field(default=8, ge=1)
+    """How many tokens of the complying answer are made likely."""
+    batch_size: int = Field(default=16, ge=1)
+    """Queries attacked at once."""
+    rows: int = Field(default=256, ge=1)
+    """Candidates in one forward."""
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _checkpoints_within(self) -> SuffixSettings:
+        wrong = [step for step in self.checkpoints if not 1 <= step < self.steps]
+        if wrong:
+            raise InputError(f"checkpoints={wrong[0]}: checkpoints are from 1 to fewer than the {self.steps} steps")
+        return self
+
+    @property
+    def reported(self) -> tuple[int, ...]:
+        """The step counts that results are given for."""
+        return (*sorted(set(self.checkpoints)), self.steps)
+
+
+def ordinary_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = ()) -> LongTensor:
+    """Ids [word], rising, of the tokens that are a word of letters which, after a space, is that very token again.
+
+    A suffix of them says in text what it says in tokens. With `words`, only those among them.
+
+    Raises:
+        InputError: fewer than two.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = sorted(set(tokenizer.get_vocab().values()) - special)
+    texts = [text.strip() for text in tokenizer.batch_decode([[token] for token in ids])]
+    plain = [(token, text) for token, text in zip(ids, texts, strict=True) if text.isascii() and text.isalpha()]
+    if words:
+        plain = [(token, text) for token, text in plain if text in set(words)]
+    again = tokenizer([f" {text}" for _, text in plain], add_special_tokens=False)["input_ids"] if plain else []
+    found = [token for (token, _), read in zip(plain, again, strict=True) if read == [token]]
+    if len(found) < 2:
+        which = "of the given words" if words else "of its words"
+        raise InputError(f"the tokenizer has {len(found)} usable tokens {which}: a suffix needs whole words of letters")
+    return torch.tensor(found)
+
+
+def suffix_attack(
+    casa: Casa,
+    queries: Sequence[Query],
+    settings: SuffixSettings,
+    judge: Judge | None = None,
+    generation: GenerationSettings = GenerationSettings(),
+) -> list[AttackResult]:
+    """Append a suffix to the text of each query and exchange its words, the best of many candidates in each step.
+
+    Args:
+        casa: the gate on its model; it is as it was afterwards.
+        queries: any mixture; pictures and clips are left alone.
+        settings: aim, length and steps.
+        judge: of the replies; the keyword judge, an upper bound, when not given.
+        generation: how the replies that are measured are generated.
+
+    Returns:
+        For each of `settings.reported` a result for each query, in their order.
+
+    Raises:
+        InputError: a tokenizer without usable words, and what `check_queries` refuses.
+    """
+    check_queries(queries, settings.aim)
+    allowed = ordinary_words(casa.omni.tokenizer, settings.words)
+    attacked: dict[tuple[int, int], Query] = {}
+    margins: dict[int, list[float]] = {}
+    for group in casa.omni.batches(queries, settings.batch_size):
+        chosen = [queries[index] for index in group]
+        suffixes, trajectory = _optimise(casa, chosen, settings, allowed)
+        for row, index in enumerate(group):
+            margins[index] = trajectory[:, row].tolist()
+            for steps, ids in zip(settings.reported, suffixes, strict=True):
+                attacked[steps, index] = _with_suffix(chosen[row], _text(casa, ids[row]))
+    order = [(steps, index) for steps in settings.reported for index in range(len(queries))]
+    before = measure(casa, queries, judge, generation)
+    after = measure(casa, [attacked[place] for place in order], judge, generation)
+    return [
+        AttackResult(
+            query=attacked[steps, index], attack="suffix", aim=settings.aim, budget=float(settings.tokens), steps=steps,
+            seed=settings.seed, before=before[index], after=found, trajectory=tuple(margins[index][: steps + 1]),
+        )
+        for (steps, index), found in zip(order, after, strict=True)
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Queries, some of them often, whose suffixes can be exchanged: `row` [copy] of the group, `at` [copy, token]."""
+
+    objective: Objective
+    row: LongTensor
+    at: LongTensor
+
+    def batch(self, suffixes: Tensor) -> OmniBatch:
+        """The batch with `suffixes` [copy, token] in it."""
+        batch = self.objective.batch
+        ids = batch.inputs["input_ids"].scatter(1, self.at, suffixes)
+        return replace(batch, inputs={**batch.inputs, "input_ids": ids})
+
+
+def _trial(
+    casa: Casa, queries: Sequence[Query], rows: Sequence[int], suffixes: Tensor, settings: SuffixSettings
+) -> _Trial:
+    """`queries[row]` for each of `rows`, with its suffix of `suffixes` [query, token]."""
+    carriers = [_with_suffix(queries[row], _text(casa, suffixes[row])) for row in rows]
+    objective = Objective(casa, carriers, settings.aim, settings.opening_tokens)
+    text = objective.batch.modality["text"]
+    # The suffix is the user's last text, so its tokens are the last in that role.
+    places = torch.arange(text.shape[1], device=text.device).expand_as(text).masked_fill(~text, -1)
+    at = places.topk(settings.tokens, dim=1).values.flip(1)
+    trial = _Trial(objective, torch.tensor(list(rows), device=text.device), at)
+    assert torch.equal(objective.batch.inputs["input_ids"].gather(1, at), suffixes[trial.row])
+    return trial
+
+
+def _optimise(
+    casa: Casa, queries: Sequence[Query], settings: SuffixSettings, allowed: LongTensor
+) -> tuple[list[Tensor], Tensor]:
+    """Suffixes [query, token] after each of `settings.reported` steps, and the margins of all steps [step, query]."""
+    device = casa.omni.device
+    rngs = [query_rng(query, settings.seed, "suffix") for query in queries]
+    drawn = np.stack([rng.integers(len(allowed), size=settings.tokens) for rng in rngs])
+    suffixes = allowed[torch.from_numpy(drawn)].to(device)
+    whole = _trial(casa, queries, range(len(queries)), suffixes, settings)
+    share = max(1, settings.rows // settings.candidates)
+    trials = [
+        _trial(casa, queries, np.repeat(part, settings.candidates).tolist(), suffixes, settings)
+        for part in np.split(np.arange(len(queries)), range(share, len(queries), share))
+    ]
+    reports, margins = [], []
+    with whole.objective.running():
+        for step in range(settings.steps + 1):
+            value, margin, slope = _gradient(casa, whole, suffixes, allowed, last=step == settings.steps)
+            margins.append(margin.cpu())
+            if step in settings.reported:
+                reports.append(suffixes)
+            if slope is None:
+                break
+            tried = _candidates(suffixes, slope, allowed.to(device), settings, rngs)
+            found = torch.cat([_values(trial, tried) for trial in trials]).view(len(queries), -1)
+            suffixes = _chosen(casa, suffixes, tried, value, found)
+    return reports, torch.stack(margins)
+
+
+def _gradient(
+    casa: Casa, trial: _Trial, suffixes: Tensor, allowed: LongTensor, last: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss [query], margin [query], and the loss's slope [query, token, word] in each place's one-hot of words."""
+    batch, matrix = trial.batch(suffixes), casa.omni.language_model.embed_tokens.weight.detach()
+    if last:
+        losses = trial.objective(batch)
+        return losses.value, losses.margin, None
+    added = matrix.new_zeros(*batch.inputs["input_ids"].shape, matrix.shape[1]).requires_grad_()
+    losses = trial.objective(batch, [added], added)
+    (slope,) = losses.slopes
+    here = slope.gather(1, trial.at.unsqueeze(-1).expand(-1, -1, slope.shape[-1]))
+    return losses.value, losses.margin, here @ matrix[allowed.to(matrix.device)].T
+
+
+def _values(trial: _Trial, tried: Tensor) -> Tensor:
+    """Losses [copy] of the candidates in `tried` [query, candidate, token] of the queries of `trial`."""
+    own = tried[trial.row.unique()].flatten(0, 1)
+    return trial.objective(trial.batch(own), watch=False).value
+
+
+def _candidates(
+    suffixes: Tensor, slope: Tensor, allowed: LongTensor, settings: SuffixSettings, rngs: Sequence[np.random.Generator]
+) -> Tensor:
+    """Suffixes [query, candidate, token], each with one word exchanged for one of the `top_k` of its place."""
+    best = (-slope).topk(min(settings.top_k, len(allowed)), dim=-1).indices
+    count = settings.candidates
+    place = torch.from_numpy(np.stack([rng.integers(suffixes.shape[1], size=count) for rng in rngs])).to(best.device)
+    rank = torch.from_numpy(np.stack([rng.integers(best.shape[2], size=count) for rng in rngs])).to(best.device)
+    query = torch.arange(len(rngs), device=best.device).unsqueeze(1)
+    tried = suffixes.unsqueeze(1).repeat(1, count, 1)
+    return tried.scatter(2, place.unsqueeze(-1), allowed[best[query, place, rank]].unsqueeze(-1))
+
+
+def _chosen(casa: Casa, suffixes: Tensor, tried: Tensor, value: Tensor, found: Tensor) -> Tensor:
+    """For each query the best of its candidates that is better than what there is and that its text says again."""
+    kept = suffixes.clone()
+    for row, order in enumerate(found.argsort(dim=1, stable=True).tolist()):
+        for index in order:
+            if found[row, index] >= value[row]:
+                break
+            if _reads_again(casa, tried[row, index]):
+                kept[row] = tried[row, index]
+                break
+    return kept
+
+
+def _reads_again(casa: Casa, ids: Tensor) -> bool:
+    read: list[int] = casa.omni.tokenizer(_text(casa, ids), add_special_tokens=False)["input_ids"]
+    return read == ids.tolist()
+
+
+def _text(casa: Casa, ids: Tensor) -> str:
+    """The words of `ids` [token], each after a space."""
+    return "".join(f" {casa.omni.tokenizer.decode([token]).strip()}" for token in ids.tolist())
+
+
+def _with_suffix(query: Query, suffix: str) -> Query:
+    return query.model_copy(update={"parts": (*query.parts, TextPart(text=suffix))})

@@ -1,0 +1,192 @@
+"""What an attacker minimises, with its gradient: through the gate (aware of it) or through the base model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+from torch.nn import functional
+
+from casa_mech.casa import Casa
+from casa_mech.casa.rules import rewrite
+from casa_mech.errors import InputError
+from casa_mech.omni import OmniBatch
+from casa_mech.queries import Query
+from casa_mech.trace.gate import Gate, GateReading, TokenRows, gated_prompt, gated_targets
+from casa_mech.trace.targets import plain_targets
+
+Aim = Literal["token", "v_s", "joint", "compliance"]
+"""What is minimised. "token": the rewritten logit of the unsafe token minus that of the safe one. "v_s": the logit of
+v_s. "joint": minus the log-probability of the safe token, of the two, and minus the mean log-probability of the
+complying answer's opening after it. "compliance": minus the mean log-probability of the opening in the base model; this
+attacker does not know of the gate."""
+AWARE: tuple[Aim, ...] = ("token", "v_s", "joint")
+"""The aims of an attacker who knows the gate."""
+
+
+@dataclass(frozen=True)
+class OpenReading(GateReading):
+    """A reading whose numbers have a gradient. `surrogate` [batch]: what stands in for the difference of the rewritten
+    logits where these are flat; `log_odds` [batch]: the logit of v_s."""
+
+    surrogate: Tensor
+    log_odds: Tensor
+
+
+class OpenGate:
+    """A gate as its attacker sees it: the same numbers, but gradients reach the prompt's states.
+
+    Training detaches these states, and rule S3 clamps v_s: both would hide the way in, not close it. For S3 the
+    surrogate is the difference of the raw logits plus the logit of v_s, unclamped; for other rules the difference.
+    """
+
+    def __init__(self, casa: Casa) -> None:
+        gate = casa.safety_gate
+        self.layer = gate.layer
+        self.mask = gate.mask
+        self._attention, self._ids, self._rule = gate.attention, gate.token_ids, casa.config.rule
+
+    def __call__(self, states: Tensor, mask: BoolTensor, logits: Tensor) -> tuple[Tensor, OpenReading]:
+        """As `SafetyGate`: states [batch, position, d_model], mask, logits [batch, vocab] → new logits, reading."""
+        none = torch.zeros_like(mask, dtype=torch.float32)
+        raw = logits[:, self._ids].to(torch.promote_types(logits.dtype, torch.float32))
+        apart = raw[:, 1] - raw[:, 0]
+        if self._attention is None:
+            return logits, OpenReading(torch.sigmoid(apart), raw, raw, none, apart, apart)
+        log_odds = self._attention.log_odds(states, mask)
+        v_s = torch.sigmoid(log_odds)
+        logits, raw, pair = rewrite(self._rule, logits, self._ids, v_s)
+        surrogate = apart + log_odds if self._rule == "S3" else pair[:, 1] - pair[:, 0]
+        return logits, OpenReading(v_s, pair, raw, none, surrogate, log_odds)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`value` [batch]: what the attacker minimises. `margin` [batch]: the unsafe token's rewritten logit minus the safe
+    one's; the gate says "safe" where it is not above 0. `slopes`: gradients of the sum of `value`, as asked for."""
+
+    value: Tensor
+    margin: Tensor
+    slopes: tuple[Tensor, ...] = ()
+
+
+class Objective:
+    """An aim on some queries, encoded once.
+
+    Args:
+        casa: the gate on its model.
+        queries: whom it is about; any mixture.
+        aim: see `Aim`.
+        opening_tokens: how many tokens of `meta["compliance"]` are the opening.
+
+    Raises:
+        InputError: no queries, one with a prefill, or, if the aim needs it, without a complying answer in its meta.
+    """
+
+    def __init__(self, casa: Casa, queries: Sequence[Query], aim: Aim, opening_tokens: int) -> None:
+        check_queries(queries, aim)
+        self._casa, self._aim = casa, aim
+        self._gate: Gate = OpenGate(casa)
+        safe = casa.token_ids[0]
+        targets = [[safe] if aim != "compliance" else [] for _ in queries]
+        if aim in ("joint", "compliance"):
+            for target, query in zip(targets, queries, strict=True):
+                target += casa.omni.reply_ids(query.meta["compliance"])[:-1][:opening_tokens]
+        self.batch: OmniBatch = casa.omni.encode(queries, targets, prefill=False)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A block in which many losses are computed: with LoRA merged where the gate's own model is asked."""
+        if self._aim == "compliance":
+            yield
+        else:
+            with self._casa.parts.adapter.merged():
+                yield
+
+    def __call__(
+        self, batch: OmniBatch, wrt: Sequence[Tensor] = (), added: Tensor | None = None, watch: bool = True
+    ) -> Losses:
+        """The losses on `batch`: `self.batch`, in which an attacker has exchanged features or words.
+
+        Args:
+            batch: the prompts with the opening.
+            wrt: what the slopes are in: tensors that the batch's features, or `added`, were made of.
+            added: [batch, position, d_model] added to the word embeddings; zeros, for their gradient.
+            watch: whether an aim that does not ask the gate reads its margin all the same (NaN otherwise).
+        """
+        with torch.set_grad_enabled(bool(wrt)):
+            if self._aim != "compliance":
+                value, margin = self._gated(batch, added)
+                return Losses(value.detach(), margin, _slopes(value, wrt))
+            with self._casa.disabled():
+                found = plain_targets(self._casa.omni, batch, added)
+                value = _mean_loss(found.logits, found.tokens, found.row, batch.size)
+                # In here: the token rows are written back at the block's end, into weights that the graph holds.
+                slopes = _slopes(value, wrt)
+        value = value.detach()
+        return Losses(value, self._margin(batch) if watch else torch.full_like(value, torch.nan), slopes)
+
+    def _gated(self, batch: OmniBatch, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        omni, rows = self._casa.omni, self._casa.parts.tokens.rows
+        gated = gated_targets(omni, batch, self._gate, rows if added is None else _Added(rows, added))
+        reading = gated.reading
+        assert isinstance(reading, OpenReading)
+        if self._aim == "joint":
+            rest = torch.ones_like(gated.row, dtype=torch.bool).index_fill(0, gated.first, False)
+            value = functional.softplus(reading.surrogate) + _mean_loss(
+                gated.logits[rest], gated.tokens[rest], gated.row[rest], batch.size
+            )
+        else:
+            value = reading.surrogate if self._aim == "token" else reading.log_odds
+        return value, (reading.pair[:, 1] - reading.pair[:, 0]).detach()
+
+    def _margin(self, batch: OmniBatch) -> Tensor:
+        found = gated_prompt(self._casa.omni, batch, self._casa.safety_gate, batch.gate_position, use_cache=False)
+        return found.reading.pair[:, 1] - found.reading.pair[:, 0]
+
+
+class _Added:
+    """The safety tokens' rows, and a tensor added to all embeddings."""
+
+    def __init__(self, rows: TokenRows, added: Tensor) -> None:
+        self._added = added
+        self._rows = rows
+        self.score = rows.score
+
+    def embed(self, embeddings: Tensor, input_ids: LongTensor) -> Tensor:
+        return self._rows.embed(embeddings, input_ids) + self._added
+
+
+def check_queries(queries: Sequence[Query], aim: Aim) -> None:
+    """Refuse what no attack can work on.
+
+    Raises:
+        InputError: no queries, one with a prefill, or without the complying answer that the aim reads.
+    """
+    if not queries:
+        raise InputError("there are no queries to attack: give at least one")
+    for query in queries:
+        if query.prefill:
+            raise InputError(
+                f"query {query.id!r} has a prefill: attack the plain query, and add the prefill afterwards"
+            )
+        if aim in ("joint", "compliance") and not query.meta.get("compliance", "").strip():
+            raise InputError(
+                f"query {query.id!r} has no meta['compliance'], whose opening the aim {aim!r} makes likely: add it, or "
+                "aim at 'token' or 'v_s'"
+            )
+
+
+def _slopes(value: Tensor, wrt: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value.sum(), list(wrt)) if wrt else ()
+
+
+def _mean_loss(logits: Tensor, tokens: LongTensor, row: LongTensor, size: int) -> Tensor:
+    """Mean over each query's tokens of minus their log-probability [batch]."""
+    losses = functional.cross_entropy(logits.float(), tokens, reduction="none")
+    total = losses.new_zeros(size).index_add(0, row, losses)
+    return total / losses.new_zeros(size).index_add(0, row, torch.ones_like(losses))

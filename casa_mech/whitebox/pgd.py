@@ -1,0 +1,272 @@
+"""Projected gradient descent on a picture's pixels or a clip's samples (Madry et al., arXiv 1706.06083).
+
+The optimiser never sees an input that could not be a file: every forward is given pixels rounded to 8 bits and samples
+rounded to 16, and the gradient passes the rounding as if it were not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from casa_mech.attacks.seeding import query_rng
+from casa_mech.casa import Casa
+from casa_mech.casa.config import Settings
+from casa_mech.errors import InputError
+from casa_mech.judging import Judge
+from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni.chat import media_parts
+from casa_mech.omni.media import SAMPLE_RATE, load_audio, load_image
+from casa_mech.queries import AudioPart, ImagePart, Query
+from casa_mech.whitebox.front_end import log_mel, patches, processed_picture
+from casa_mech.whitebox.objective import Aim, Objective, check_queries
+from casa_mech.whitebox.results import AttackResult, Measured, measure
+
+Medium = Literal["image", "audio"]
+FEATURES: Mapping[Medium, str] = {"image": "pixel_values", "audio": "input_features"}
+RANGE: Mapping[Medium, tuple[int, int]] = {"image": (0, 255), "audio": (-32768, 32767)}
+"""The whole numbers that a file can hold; media are in these levels throughout."""
+FULL: Mapping[Medium, int] = {"image": 255, "audio": 32768}
+"""Levels of full scale: what a budget is a share of."""
+_FIRST_STEP = 2.5
+"""Budgets that all steps together can walk: enough to cross the box and turn round."""
+
+
+class PgdSettings(Settings):
+    """One run of projected gradient descent."""
+
+    budget: float = Field(gt=0, le=1)
+    """The largest change of a pixel or sample, as a share of full scale; 8 / 255, say."""
+    aim: Aim = "joint"
+    steps: int = Field(default=20, ge=1)
+    checkpoints: tuple[int, ...] = ()
+    """Fewer steps after which the best example so far is measured, too."""
+    step_size: float | None = Field(default=None, gt=0)
+    """Share of the budget that a step walks; 2.5 / steps when not given."""
+    random_start: bool = False
+    """Begin anywhere within the budget instead of at the clean input."""
+    opening_tokens: int = Field(default=8, ge=1)
+    """How many tokens of the complying answer are made likely."""
+    batch_size: int = Field(default=16, ge=1)
+    """Queries attacked at once."""
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _checkpoints_within(self) -> PgdSettings:
+        wrong = [step for step in self.checkpoints if not 1 <= step < self.steps]
+        if wrong:
+            raise InputError(f"checkpoints={wrong[0]}: checkpoints are from 1 to fewer than the {self.steps} steps")
+        return self
+
+    @property
+    def reported(self) -> tuple[int, ...]:
+        """The step counts that results are given for."""
+        return (*sorted(set(self.checkpoints)), self.steps)
+
+    def levels(self, medium: Medium) -> int:
+        """The budget in whole levels of the file.
+
+        Raises:
+            InputError: less than one level.
+        """
+        levels = int(self.budget * FULL[medium] + 1e-6)
+        if levels < 1:
+            bits = {"image": 8, "audio": 16}[medium]
+            raise InputError(
+                f"budget={self.budget:g} is below one {bits}-bit level (1/{FULL[medium]}): nothing can change"
+            )
+        return levels
+
+
+def pgd_pixels(
+    casa: Casa,
+    queries: Sequence[Query],
+    settings: PgdSettings,
+    judge: Judge | None = None,
+    generation: GenerationSettings = GenerationSettings(),
+) -> list[AttackResult]:
+    """Change the pixels of the pictures in each query's last turn.
+
+    The budget holds at the size at which the model sees the picture: what is larger or smaller is resized first.
+
+    Args:
+        casa: the gate on its model; it is as it was afterwards.
+        queries: each with a picture; text and clips are left alone.
+        settings: budget, aim and steps.
+        judge: of the replies; the keyword judge, an upper bound, when not given.
+        generation: how the replies that are measured are generated.
+
+    Returns:
+        For each of `settings.reported` a result for each query, in their order.
+
+    Raises:
+        InputError: a query without a picture, and what `check_queries` refuses.
+    """
+    return _attack(casa, queries, "image", settings, judge, generation)
+
+
+def pgd_waveform(
+    casa: Casa,
+    queries: Sequence[Query],
+    settings: PgdSettings,
+    judge: Judge | None = None,
+    generation: GenerationSettings = GenerationSettings(),
+) -> list[AttackResult]:
+    """Change the samples of the clips in each query's last turn; mono, 16 kHz, 16 bits. As `pgd_pixels` otherwise.
+
+    Raises:
+        InputError: a query without a clip, and what `check_queries` refuses.
+    """
+    return _attack(casa, queries, "audio", settings, judge, generation)
+
+
+def _attack(
+    casa: Casa,
+    queries: Sequence[Query],
+    medium: Medium,
+    settings: PgdSettings,
+    judge: Judge | None,
+    generation: GenerationSettings,
+) -> list[AttackResult]:
+    check_queries(queries, settings.aim)
+    for query in queries:
+        if medium not in query.modalities:
+            thing, way = {"image": ("picture", "'image' or 'figstep'"), "audio": ("clip", "'audio' or 'spoken'")}[
+                medium
+            ]
+            raise InputError(f"query {query.id!r} has no {thing} to change: make one first, with the attack {way}")
+    budget = settings.levels(medium)
+    attacked: dict[tuple[int, int], Query] = {}
+    margins: dict[int, list[float]] = {}
+    for group in casa.omni.batches(queries, settings.batch_size):
+        chosen = [queries[index] for index in group]
+        examples, trajectory = _optimise(casa, chosen, medium, settings, budget)
+        for row, index in enumerate(group):
+            margins[index] = trajectory[:, row].tolist()
+            for steps, media in zip(settings.reported, examples, strict=True):
+                attacked[steps, index] = _with_media(chosen[row], medium, media[row])
+    order = [(steps, index) for steps in settings.reported for index in range(len(queries))]
+    before = measure(casa, queries, judge, generation)
+    after = measure(casa, [attacked[place] for place in order], judge, generation)
+
+    def result(place: tuple[int, int], found: Measured) -> AttackResult:
+        steps, index = place
+        return AttackResult(
+            query=attacked[place], attack=f"pgd-{medium}", aim=settings.aim, budget=settings.budget, steps=steps,
+            seed=settings.seed, before=before[index], after=found, trajectory=tuple(margins[index][: steps + 1]),
+        )  # fmt: skip
+
+    return [result(place, found) for place, found in zip(order, after, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Media:
+    """All pictures or clips of some queries in levels, as float tensors; `owner`: the row of the query whose last turn
+    each is in, -1 for those of earlier turns, which are not changed."""
+
+    clean: list[Tensor]
+    owner: list[int]
+
+
+def _load(omni: Omni, queries: Sequence[Query], medium: Medium) -> _Media:
+    clean, owner = [], []
+    for row, query in enumerate(queries):
+        parts = list(media_parts(query))
+        first_own = len(parts) - sum(part.kind != "text" for part in query.parts)
+        for place, part in enumerate(parts):
+            if isinstance(part, ImagePart) and medium == "image":
+                picture = load_image(part, f"query {query.id}")
+                levels = processed_picture(omni.processor.image_processor, picture).astype(np.float32)
+            elif isinstance(part, AudioPart) and medium == "audio":
+                levels = np.rint(load_audio(part, f"query {query.id}") * FULL["audio"])
+            else:
+                continue
+            clean.append(torch.tensor(levels, dtype=torch.float32, device=omni.device).clamp(*RANGE[medium]))
+            owner.append(row if place >= first_own else -1)
+    return _Media(clean, owner)
+
+
+def _features(omni: Omni, levels: Sequence[Tensor], medium: Medium) -> Tensor:
+    if medium == "image":
+        return patches(omni.processor.image_processor, levels).to(omni.dtype)
+    return log_mel(omni.processor.feature_extractor, [clip / FULL["audio"] for clip in levels]).to(omni.dtype)
+
+
+def _optimise(
+    casa: Casa, queries: Sequence[Query], medium: Medium, settings: PgdSettings, budget: int
+) -> tuple[list[list[list[Tensor]]], Tensor]:
+    """The best examples after each of `settings.reported` steps, [report][query][medium] in levels, and the margins of
+    all steps [step, query]."""
+    omni = casa.omni
+    media = _load(omni, queries, medium)
+    objective = Objective(casa, queries, settings.aim, settings.opening_tokens)
+    own = [row >= 0 for row in media.owner]
+    rngs = _rngs(queries, media, settings)
+    moved = [_start(clean, settings, budget, rng) for clean, rng in zip(media.clean, rngs, strict=True)]
+    stride = budget * (settings.step_size or _FIRST_STEP / settings.steps)
+    best = [clean.clone() for clean in media.clean]
+    lowest = torch.full((len(queries),), torch.inf, device=omni.device)
+    reports, margins = [], []
+    with objective.running():
+        for step in range(settings.steps + 1):
+            last = step == settings.steps
+            leaves = [level.detach().requires_grad_(not last) for level in moved]
+            rounded = [leaf + (leaf.round() - leaf).detach() for leaf in leaves]
+            inputs = {**objective.batch.inputs, FEATURES[medium]: _features(omni, rounded, medium)}
+            losses = objective(replace(objective.batch, inputs=inputs), () if last else leaves)
+            margins.append(losses.margin.cpu())
+            better = losses.value < lowest
+            lowest = torch.where(better, losses.value, lowest)
+            best = [
+                level.detach() if row >= 0 and better[row] else kept
+                for level, kept, row in zip(rounded, best, media.owner, strict=True)
+            ]
+            if step in settings.reported:
+                reports.append([[part for part, row in zip(best, media.owner, strict=True) if row == query]
+                                for query in range(len(queries))])  # fmt: skip
+            if last:
+                break
+            moved = [
+                _stepped(leaf.detach(), slope, clean, budget, stride, RANGE[medium]) if mine else clean
+                for leaf, slope, clean, mine in zip(leaves, losses.slopes, media.clean, own, strict=True)
+            ]
+    return reports, torch.stack(margins)
+
+
+def _rngs(queries: Sequence[Query], media: _Media, settings: PgdSettings) -> list[np.random.Generator | None]:
+    """A generator for each medium, those of one query sharing one; None for what is not changed."""
+    found = {row: query_rng(queries[row], settings.seed, "pgd") for row in set(media.owner) if row >= 0}
+    return [found.get(row) for row in media.owner]
+
+
+def _start(clean: Tensor, settings: PgdSettings, budget: int, rng: np.random.Generator | None) -> Tensor:
+    if rng is None or not settings.random_start:
+        return clean
+    return clean + torch.tensor(
+        rng.uniform(-budget, budget, tuple(clean.shape)), dtype=clean.dtype, device=clean.device
+    )
+
+
+def _stepped(level: Tensor, slope: Tensor, clean: Tensor, budget: int, stride: float, ends: tuple[int, int]) -> Tensor:
+    walked = level - stride * slope.sign()
+    return torch.minimum(torch.maximum(walked, clean - budget), clean + budget).clamp(*ends)
+
+
+def _with_media(query: Query, medium: Medium, levels: Sequence[Tensor]) -> Query:
+    """`query` with its pictures or clips exchanged for `levels`, as arrays that a file holds exactly."""
+    rest = iter(levels)
+    parts = []
+    for part in query.parts:
+        if isinstance(part, ImagePart) and medium == "image":
+            part = ImagePart(image=next(rest).round().to(torch.uint8).cpu().numpy())
+        elif isinstance(part, AudioPart) and medium == "audio":
+            samples = (next(rest).round() / FULL["audio"]).cpu().numpy().astype(np.float32)
+            part = AudioPart(audio=samples, rate=SAMPLE_RATE)
+        parts.append(part)
+    return query.model_copy(update={"parts": tuple(parts)})
