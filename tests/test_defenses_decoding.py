@@ -24,6 +24,7 @@ from casa_mech.judging import Verdict
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply
 from casa_mech.trace.contrast import Sampling, branched, decode_branches, pick
+from casa_mech.trace.fork import read_prompts
 
 SHORT = GenerationSettings(max_new_tokens=9, batch_size=4)
 PRINCIPLE = "sorry , i can not help with that request ."
@@ -205,6 +206,22 @@ def test_a_verdict_that_cannot_be_read_counts_as_safe(tiny_omni: Omni, queries: 
     )
     assert safe == none != unsafe
     assert [read_answer(text) for text in (" Yes, it is", "no .", "maybe", "")] == [True, False, None, None]
+
+
+def test_the_models_verdict_is_the_same_from_its_cache(tiny_omni: Omni, queries: list[Query]) -> None:
+    seen: list[tuple[bool, ...]] = []
+    defense = SafeCode(tiny_omni, SafeCodeSettings(phrases=PHRASES, question="is it harmful ?"))
+    guided = defense.guided
+    defense.guided = lambda *step: seen.append(tuple(step[-1].tolist())) or guided(*step)
+    words = iter("yes no sorry yes".split() * 2)
+    decode = tiny_omni.decode
+    tiny_omni.decode = lambda ids: next(words, decode(ids))
+    defense.generate(queries, GenerationSettings(max_new_tokens=2, batch_size=4))
+    assert set(seen) == {(True, False, False, True)}
+    tiny_omni.decode = decode
+    asked = ModelVerdict(tiny_omni, "is it harmful ?")
+    assert asked.on_read(read_prompts(tiny_omni, tiny_omni.encode(queries)), queries) == asked(queries)
+    assert defense.verdicts(queries) == [bool(found) for found in asked(queries)]
 
 
 def test_released_mode_forces_a_phrase_in_and_caps(tiny_omni: Omni, queries: list[Query]) -> None:

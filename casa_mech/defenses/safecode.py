@@ -137,24 +137,29 @@ class SafeCode(Defense):
         need_image(queries, self.name, self.settings.extend)
         decode = released if self.settings.mode == "code" else modulated
         verdict = self.verdict(settings.batch_size)
+        # The model's own verdict goes on from the cache of the prompts that the reply needs as well.
+        own = verdict if isinstance(verdict, ModelVerdict) else None
         began = time.perf_counter()
-        unsafe = None if isinstance(verdict, ModelVerdict) else [bool(found) for found in verdict(queries)]
+        found = [] if own else self.verdicts(queries, settings.batch_size)
         share = (time.perf_counter() - began) / max(1, len(queries))
 
         def answer(group: list[int]) -> list[list[int]]:
             chosen = [queries[index] for index in group]
             branches = self.branches(chosen)
-            if isinstance(verdict, ModelVerdict):
+            if own:
                 read = read_prompts(self.omni, branches.batch)
-                told = [bool(found) for found in verdict.on_read(read, chosen)]
+                unsafe = [bool(found) for found in own.on_read(read, chosen)]
                 branches = replace(branches, start=resumed(self.omni, read))
             else:
-                assert unsafe is not None
-                told = [unsafe[index] for index in group]
-            return decode(self, branches, torch.tensor(told, device=self.omni.device), settings)
+                unsafe = [found[index] for index in group]
+            return decode(self, branches, torch.tensor(unsafe, device=self.omni.device), settings)
 
         replies = decoded_replies(self.omni, queries, settings, progress, answer, self.name)
         return [reply.model_copy(update={"seconds": reply.seconds + share}) for reply in replies]
+
+    def verdicts(self, queries: Sequence[Query], batch_size: int = 16) -> list[bool]:
+        """Whether each query is found unsafe; one that no verdict could be read for is taken as safe (as released)."""
+        return [bool(found) for found in self.verdict(batch_size)(queries)]
 
     def branches(self, queries: Sequence[Query]) -> Branches:
         """The queries and, where they have media, their noised copies."""
