@@ -44,7 +44,9 @@ class LensTables:
 def lens_tables(study: Study, model: str = "") -> LensTables:
     """The lens on CASA's gate: made on the first call, then found in the run folder."""
     model = model or study.settings.model
-    key = {**study._model_key(model), "n": study.sizes.n_probe, "gate": key_digest(study._gate_key(model))}
+    made = {"draws": [_JUDGED, _FIT], "kl_epochs": KL_EPOCHS, "surfaces": list(HEAD_SURFACES), "top": TOP_HEADS}
+    gate = key_digest(study._gate_key(model))
+    key = {**study._model_key(model), "n": study.sizes.n_probe, "gate": gate, **made}
 
     def build(folder: Path) -> None:
         for name, table in vars(_measure(study, model)).items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from casa_mech.judging import auroc_interval, value_row
 from casa_mech.judging.bootstrap import mean_interval
@@ -35,11 +36,11 @@ class Claim:
     refuted_if: str
 
 
-def claim_table(claims: Sequence[Claim]) -> pd.DataFrame:
-    """The claims to read, a column each."""
-    frame = pd.DataFrame([asdict(claim) for claim in claims])
-    frame.index = [f"claim {number}" for number in range(1, len(claims) + 1)]
-    return frame.T
+def claim_table(claims: Sequence[Claim]) -> Styler:
+    """The claims to read in a notebook, a column each, no sentence cut short."""
+    names = [f"claim {number}" for number in range(1, len(claims) + 1)]
+    frame = pd.DataFrame([asdict(claim) for claim in claims], index=names).T
+    return frame.style.format(precision=3).set_properties(**{"text-align": "left", "white-space": "pre-wrap"})
 
 
 def depth_claim(study: Study, tables: LensTables, seed: int, draws: int = 999) -> Claim:
