@@ -319,7 +319,8 @@ class _Part:
 
     def flush(self) -> None:
         """Write what there is."""
-        rows = pd.concat([pd.DataFrame(rows) for rows in self._rows], ignore_index=True) if self._rows else []
+        tables = [pd.DataFrame(rows) for rows in self._rows]
+        rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         if len(rows):
             # Rows of one position together, so that reading one choice touches one stretch of the file.
             order = np.argsort(rows["position"].to_numpy(), kind="stable")

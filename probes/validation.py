@@ -253,8 +253,10 @@ def selectivity(
     by_length = auroc_interval(list(lengths.astype(float)), list(labels), groups, seed, resamples=200)
     chance = float(permuted.mean())
     p_value = (1 + int((permuted >= value).sum())) / (1 + len(permuted))
-    matched = matched_auroc(scores, labels, lengths, clusters, seed)
-    return Selectivity(value, low, high, chance, value - chance, p_value, *by_length, *matched, len(labels))
+    *matched, pairs = matched_auroc(scores, labels, lengths, clusters, seed)
+    return Selectivity(
+        value, low, high, chance, value - chance, p_value, *by_length, *matched, pairs=pairs, n=len(labels)
+    )
 
 
 @dataclass(frozen=True)

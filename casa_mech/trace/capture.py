@@ -125,7 +125,7 @@ def _trace(omni: Omni, batch: OmniBatch, order: list[Site], cuts: Sequence[Cut])
         found = nnsight.save({})
         for site, place in places:
             if place is None:
-                hidden, valid = _placed(batch, site, towers[site].output)
+                hidden, valid = _placed(batch, site, towers[str(site)].output)
             else:
                 hidden, valid = (place[0].input if place[1] == "input" else place[0].output), None
             found[site] = [cut_states(hidden, cut, valid) for cut in cuts]
