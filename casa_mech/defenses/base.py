@@ -78,7 +78,8 @@ class Defense(ABC):
         """All that its replies depend on beside the queries and the model's weights as they are, as JSON values."""
         settings = getattr(self, "settings", None)
         own = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else None
-        return {"description": self.describe().model_dump(mode="json"), "settings": own}
+        prompt = wording(self.omni, "safety") if self.safety_prompt else None
+        return {"description": self.describe().model_dump(mode="json"), "settings": own, "safety_prompt": prompt}
 
     @property
     def has_scores(self) -> bool:

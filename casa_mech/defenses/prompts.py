@@ -11,6 +11,7 @@ with the most harmful requests refused plus benign ones answered, the instructio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -43,7 +44,7 @@ PromptName = Literal[
     "audio_opening",
     "instruction",
 ]
-WORDINGS = MappingProxyType(
+WORDINGS: Mapping[PromptName, Wording] = MappingProxyType(
     {
         "safety": Wording(
             SAFETY_PROMPT,
