@@ -89,8 +89,8 @@ def plot_prediction(data: pd.DataFrame, title: str) -> Figure:
             )  # fmt: skip
         ends = [min(data["probe_low"].min(), data["casa_low"].min(), 0.5), 1.0]
         axis.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
-        axis.set_xlabel(f"AUROC of a text probe on the other surface, same layer (n = {int(data['n'].min())} a point)")
-        axis.set_ylabel("AUROC of v_s on that surface, gate trained on text")
+        axis.set_xlabel(f"AUROC of the text probe there, gate's layer (n = {int(data['n'].min())} a point)")
+        axis.set_ylabel("AUROC of v_s there, gate trained on text")
         handles = [_key(name, colour=SERIES[place % len(SERIES)], marker="s") for place, name in enumerate(models)]
         handles += [_key(name, marker=MARKERS[place]) for place, name in enumerate(surfaces)]
         handles += [_key(f"{longest} steps")]

@@ -149,7 +149,7 @@ def prediction_claim(points: pd.DataFrame, seed: int) -> str:
     """The title of the prediction figure."""
     found = transfer_prediction(points, seed=seed)
     return (
-        f"Over {found.clusters} gates, the transfer of a text probe and of CASA go together with a rank correlation of "
+        f"Transfer from text of a linear probe and of CASA, {found.clusters} gates: rank correlation "
         f"{found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}];\n"
         f"within a model and surface {found.within:.2f} [{found.within_low:.2f}, {found.within_high:.2f}]"
     )
@@ -166,9 +166,10 @@ def closing_claims(
     away = here[(here["fit"] == "text") & (here["surface"] != "text")].set_index("surface")
     least = away["auroc"].idxmin()
     found = transfer_prediction(points, seed=seed)
+    finds = "finds" if (own["low"] > 0.5).all() else "is not shown to find"
     return [
         _claim(
-            f"{slug(model)}: before CASA a linear probe finds harm in unseen topics on every surface; the weakest is "
+            f"{slug(model)}: before CASA a linear probe {finds} harm in unseen topics on every surface; the weakest is "
             f"{weakest}, where among prompts of equal length it has {lengths.at[weakest, 'matched']:.2f} "
             f"[{lengths.at[weakest, 'matched_low']:.2f}, {lengths.at[weakest, 'matched_high']:.2f}]",
             "probe_controls", own.loc[weakest], "labels dealt anew among topics, 999 draws",
