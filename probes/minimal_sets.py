@@ -115,6 +115,7 @@ def minimal_sets(
         prompt = _prompt(casa, query, removed_from)
         removed, v_s, margins = _greedy(prompt, largest)
         turned = prompt.read(_random_sets(prompt.removable, len(removed), draws, rng))[1] * margins[0] < 0
+        tokens, roles = _named(casa, prompt.batch, query, removed)
         found.append(
             MinimalSet(
                 query_id=query.id,
@@ -122,7 +123,9 @@ def minimal_sets(
                 topic=str(cluster_of(query)),
                 decision="unsafe" if margins[0] > 0 else "safe",
                 flipped=margins[-1] * margins[0] < 0,
-                **_named(casa, prompt.batch, query, removed),
+                positions=tuple(removed),
+                tokens=tokens,
+                roles=roles,
                 readable=int(prompt.readable.sum()),
                 v_s=tuple(v_s),
                 chance=float(turned.float().mean()),
@@ -204,12 +207,9 @@ def _random_sets(removable: BoolTensor, size: int, draws: int, rng: np.random.Ge
 
 def _named(
     casa: Casa, batch: OmniBatch, query: Query, removed: Sequence[int]
-) -> dict[str, tuple[int, ...] | tuple[str, ...]]:
-    """The removed positions with their tokens and roles. The batch is of one query, so that it has no padding."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The removed positions' tokens and roles. The batch is of one query, so that it has no padding."""
     roles, ids = position_roles(batch)[0], batch.inputs["input_ids"][0]
     key = key_positions(casa.omni, batch, [query])[0]
-    return {
-        "positions": tuple(removed),
-        "tokens": tuple(casa.omni.tokenizer.decode([int(ids[place])]).strip() for place in removed),
-        "roles": tuple(KEY if key[place] else ROLES[int(roles[place])] for place in removed),
-    }
+    tokens = tuple(casa.omni.tokenizer.decode([int(ids[place])]).strip() for place in removed)
+    return tokens, tuple(KEY if key[place] else ROLES[int(roles[place])] for place in removed)

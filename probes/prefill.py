@@ -94,18 +94,6 @@ class PrefillSweep:
         return table.assign(**{name: values.reshape(-1) for name, values in columns.items()})
 
 
-def opening_ids(omni: Omni, refusals: Sequence[str]) -> list[int]:
-    """Ids of the tokens with which `refusals` begin, in a reply.
-
-    Raises:
-        InputError: no refusals.
-    """
-    ids = {ids[0] for ids in omni.tokenizer(list(refusals), add_special_tokens=False)["input_ids"] if ids}
-    if not ids:
-        raise InputError("there are no refusals to take openings from: give at least one text")
-    return sorted(ids)
-
-
 def compliance_ids(omni: Omni, queries: Sequence[Query], tokens: int) -> list[list[int]]:
     """The first `tokens` ids of each query's `meta["compliance"]`.
 
@@ -141,7 +129,7 @@ def prefill_sweep(
         system: the model.
         queries: requests with `meta["compliance"]`; a prefill of their own is left out.
         lengths: numbers of tokens, 0 among them or not.
-        openings: ids that open a refusal (`opening_ids`).
+        openings: ids that open a refusal (`probes.directions.opening_ids`).
         sites: default the embeddings, every block's output and the final norm's.
 
     Raises:

@@ -5,7 +5,7 @@ What is exchanged with what, and what the effect means, belongs to `probes`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,7 +86,7 @@ def _edited_prompt(
     omni: Omni,
     batch: OmniBatch,
     position: LongTensor,
-    order: list[tuple[Site, Any, str, Edit | None]],
+    order: Sequence[tuple[Site, Any, str, Edit | None]],
     gate: Gate | None,
     mask: BoolTensor | None,
     seen: Tensor | None,

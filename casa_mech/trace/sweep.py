@@ -42,7 +42,7 @@ def read_positions(
 
 
 def _read_positions(
-    omni: Omni, batch: OmniBatch, positions: LongTensor, order: list[tuple[Site, Any, str]], whole: Site | None
+    omni: Omni, batch: OmniBatch, positions: LongTensor, order: Sequence[tuple[Site, Any, str]], whole: Site | None
 ) -> tuple[dict[Site, Tensor], Tensor, Tensor | None]:
     model = omni.nnsight
     rows = torch.arange(batch.size, device=omni.device).unsqueeze(1)
