@@ -82,3 +82,20 @@ def _curve(values: np.ndarray, truth: np.ndarray, place: np.ndarray, bins: int) 
             }
         )
     return pd.DataFrame(rows)
+
+
+def spiegelhalter(scores: Sequence[float] | np.ndarray, harmful: Sequence[bool] | np.ndarray) -> float:
+    """Two-sided p of Spiegelhalter's Z test that `scores` [n] are calibrated probabilities of `harmful` [n].
+
+    Z compares the Brier score with the one that the scores promise (Spiegelhalter, Statistics in Medicine 5, 1986).
+    Scores of exactly 0, 1 or 1/2 say nothing about it; where all are such and fit, p is 1, and one that is wrong makes
+    it 0. Queries count as independent.
+    """
+    from scipy.stats import norm
+
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(harmful, dtype=np.float64)
+    slope = 1 - 2 * values
+    excess, spread = float(((truth - values) * slope).sum()), float((slope**2 * values * (1 - values)).sum())
+    if spread == 0:
+        return 1.0 if excess == 0 else 0.0
+    return float(2 * norm.sf(abs(excess) / np.sqrt(spread)))

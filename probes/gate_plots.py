@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from probes.calibration import Reliability
@@ -23,8 +24,8 @@ def finished(figure: Figure, title: str, named: Axes | None = None) -> Figure:
     """`figure` with its title, wrapped, and the legend of `named` below the panels; closed, for who displays it."""
     width = int(13.5 * figure.get_size_inches()[0])
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, width)]
-    figure.suptitle("\n".join(lines), fontsize=10)
     figure.tight_layout()
+    figure.suptitle("\n".join(lines), fontsize=10, y=1.0, va="bottom")
     if named is not None:
         handles, names = named.get_legend_handles_labels()
         figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, len(names)))
@@ -91,27 +92,28 @@ def _draw_words(axis: Axes, found: AttentionMap) -> None:
 
 
 def _draw_media(axis: Axes, found: AttentionMap) -> None:
+    """The first picture, tinted where the weights over it lie, or the first clip with their course, each scaled to its
+    highest; the share of all attention that the medium gets is written below."""
     axis.grid(False)
     total = max(found.weights.sum(), 1e-12)
     if found.picture is not None and found.grid is not None:
         height, width = found.picture.shape[:2]
-        axis.imshow(found.picture, extent=(0, width, height, 0))
-        shade = np.ma.masked_less(found.grid / total, 1e-3)
-        axis.imshow(shade, extent=(0, width, height, 0), cmap="inferno", alpha=0.55, vmin=0, vmax=1)
-        axis.set(xlabel="pixels", yticks=[])
+        axis.imshow(found.picture, extent=(0, width, height, 0), cmap="gray")
+        tint = np.zeros((*found.grid.shape, 4))
+        tint[..., :3] = to_rgb(SERIES[1])
+        tint[..., 3] = 0.8 * found.grid / max(found.grid.max(), 1e-12)
+        axis.imshow(tint, extent=(0, width, height, 0))
+        axis.set(yticks=[], xlabel=f"pixels; {found.grid.sum() / total:.0%} of the attention, where tinted")
     elif found.spectrogram is not None and found.sound is not None:
-        seconds = found.spectrogram.shape[1] / 100
-        axis.imshow(
-            found.spectrogram,
-            origin="lower",
-            aspect="auto",
-            extent=(0, seconds, 0, len(found.spectrogram)),
-            cmap="gray",
-        )
-        weights = np.repeat(found.sound / total, 2)
+        bands, frames = found.spectrogram.shape
+        seconds = frames / 100
+        extent = (0, seconds, 0, bands)
+        axis.imshow(found.spectrogram, origin="lower", aspect="auto", extent=extent, cmap="gray")
+        course = np.repeat(found.sound / max(found.sound.max(), 1e-12), 2)
         edges = np.repeat(np.linspace(0, seconds, len(found.sound) + 1), 2)[1:-1]
-        axis.plot(edges, weights * len(found.spectrogram), color=SERIES[1], linewidth=1.5)
-        axis.set(xlabel="seconds", ylabel="mel band; line: share", ylim=(0, len(found.spectrogram)))
+        axis.plot(edges, course * 0.95 * bands, color=SERIES[1], linewidth=1.5)
+        axis.set(ylabel="mel band", ylim=(0, bands))
+        axis.set_xlabel(f"seconds; {found.sound.sum() / total:.0%} of the attention, as the line goes")
     else:
         axis.axis("off")
 
