@@ -250,3 +250,8 @@ def test_bench_measures_both_ratios(random_organism: Path, capsys: pytest.Captur
     found = json.loads(out)
     assert code == 0
     assert found["generation"]["ratio"] > 0 and found["training_step"]["ratio"] > 0
+
+
+def test_bench_names_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = _run(capsys, "bench", "--part", "everything")
+    assert code == 2 and "no benchmark 'everything'; there are gate, defenses, probes" in err

@@ -47,18 +47,21 @@ def doctor(model: Model = "organism", device: Device = "auto", dtype: Dtype = "a
     show(examine(model, device, dtype), as_json)
 
 
-@app.command(epilog="Example:  casa-mech bench --repeats 5 --json")
+@app.command(epilog="Example:  casa-mech bench --part gate --part lens --repeats 5 --json")
 def bench(
     model: Model = "organism",
+    part: Annotated[
+        list[str] | None, typer.Option(help="gate, defenses, probes, lens, prefill or all (may be repeated) [gate].")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median is reported.")] = 5,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure the speed ratios: gated against plain generation, a CASA step against a plain peft step."""
-    from casa_mech.study.bench import measure
+    """Measure speed ratios, both sides in one process: the gate, the defences, extraction and probes, the lens."""
+    from casa_mech.study.bench import measure_parts
 
-    show(measure(model, repeats, device, dtype), as_json)
+    show(measure_parts(part or ["gate"], model, repeats, device, dtype), as_json)
 
 
 def _pair(text: str) -> tuple[str, str]:
