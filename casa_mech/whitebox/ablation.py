@@ -19,7 +19,7 @@ from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query
 from casa_mech.whitebox.objective import Aim
-from casa_mech.whitebox.results import AttackResult, measure
+from casa_mech.whitebox.results import AttackResult, Measured, measure
 
 
 def ablate(
@@ -29,6 +29,7 @@ def ablate(
     judge: Judge | None = None,
     generation: GenerationSettings = GenerationSettings(),
     aim: Aim = "compliance",
+    before: Sequence[Measured] | None = None,
 ) -> list[AttackResult]:
     """Ask a model without `directions` each of `queries`; the model is as it was afterwards.
 
@@ -39,6 +40,7 @@ def ablate(
         judge: of the replies; the keyword judge, an upper bound, when not given.
         generation: how replies are generated.
         aim: what the attacker found the directions for: "compliance" (refusal; the gate is not known) or "v_s".
+        before: the queries on the intact model, measured (see `measure`), where that was done already.
 
     Returns:
         Results with the queries as they are; budget: how many directions; steps: 0.
@@ -48,7 +50,7 @@ def ablate(
     """
     if not queries:
         raise InputError("there are no queries to attack: give at least one")
-    before = measure(casa, queries, judge, generation)
+    before = before or measure(casa, queries, judge, generation)
     with ablated(casa.omni, directions) as count:
         after = measure(casa, queries, judge, generation)
     return [

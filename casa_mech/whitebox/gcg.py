@@ -19,7 +19,7 @@ from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, OmniBatch
 from casa_mech.queries import Query, TextPart
 from casa_mech.whitebox.objective import Aim, Objective, check_queries
-from casa_mech.whitebox.results import AttackResult, measure
+from casa_mech.whitebox.results import AttackResult, Measured, measure
 
 
 class SuffixSettings(Settings):
@@ -38,8 +38,10 @@ class SuffixSettings(Settings):
     """Suffixes that are tried for a query in one round."""
     words: tuple[str, ...] = ()
     """The words that a suffix may have; all ordinary ones when empty."""
-    opening_tokens: int = Field(default=8, ge=1)
-    """How many tokens of the complying answer are made likely."""
+    opening_tokens: int = Field(default=16, ge=1)
+    """How many tokens of the complying answer are made likely; fewer may leave out what it is about."""
+    watch: bool = True
+    """Whether an attacker who does not know of the gate has its margins recorded all the same (else they are NaN)."""
     batch_size: int = Field(default=16, ge=1)
     """Queries attacked at once."""
     rows: int = Field(default=256, ge=1)
@@ -87,6 +89,7 @@ def suffix_attack(
     settings: SuffixSettings,
     judge: Judge | None = None,
     generation: GenerationSettings = GenerationSettings(),
+    before: Sequence[Measured] | None = None,
 ) -> list[AttackResult]:
     """Append a suffix to the text of each query and exchange its words, the best of many candidates in each step.
 
@@ -96,6 +99,7 @@ def suffix_attack(
         settings: aim, length and steps.
         judge: of the replies; the keyword judge, an upper bound, when not given.
         generation: how the replies that are measured are generated.
+        before: the clean queries, measured (see `measure`), where that was done already.
 
     Returns:
         For each of `settings.reported` a result for each query, in their order.
@@ -115,7 +119,7 @@ def suffix_attack(
             for steps, ids in zip(settings.reported, suffixes, strict=True):
                 attacked[steps, index] = _with_suffix(chosen[row], _text(casa, ids[row]))
     order = [(steps, index) for steps in settings.reported for index in range(len(queries))]
-    before = measure(casa, queries, judge, generation)
+    before = before or measure(casa, queries, judge, generation)
     after = measure(casa, [attacked[place] for place in order], judge, generation)
     return [
         AttackResult(
@@ -173,7 +177,7 @@ def _optimise(
     reports, margins = [], []
     with whole.objective.running():
         for step in range(settings.steps + 1):
-            value, margin, slope = _gradient(casa, whole, suffixes, allowed, last=step == settings.steps)
+            value, margin, slope = _gradient(casa, whole, suffixes, allowed, settings.watch, step == settings.steps)
             margins.append(margin.cpu())
             if step in settings.reported:
                 reports.append(suffixes)
@@ -186,15 +190,15 @@ def _optimise(
 
 
 def _gradient(
-    casa: Casa, trial: _Trial, suffixes: Tensor, allowed: LongTensor, last: bool
+    casa: Casa, trial: _Trial, suffixes: Tensor, allowed: LongTensor, watch: bool, last: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss [query], margin [query], and the loss's slope [query, token, word] in each place's one-hot of words."""
     batch, matrix = trial.batch(suffixes), casa.omni.language_model.embed_tokens.weight.detach()
     if last:
-        losses = trial.objective(batch)
+        losses = trial.objective(batch, watch=watch)
         return losses.value, losses.margin, None
     added = matrix.new_zeros(*batch.inputs["input_ids"].shape, matrix.shape[1]).requires_grad_()
-    losses = trial.objective(batch, [added], added)
+    losses = trial.objective(batch, [added], added, watch)
     (slope,) = losses.slopes
     here = slope.gather(1, trial.at.unsqueeze(-1).expand(-1, -1, slope.shape[-1]))
     return losses.value, losses.margin, here @ matrix[allowed.to(matrix.device)].T

@@ -51,8 +51,10 @@ class PgdSettings(Settings):
     """Share of the budget that a step walks; 2.5 / steps when not given."""
     random_start: bool = False
     """Begin anywhere within the budget instead of at the clean input."""
-    opening_tokens: int = Field(default=8, ge=1)
-    """How many tokens of the complying answer are made likely."""
+    opening_tokens: int = Field(default=16, ge=1)
+    """How many tokens of the complying answer are made likely; fewer may leave out what it is about."""
+    watch: bool = True
+    """Whether an attacker who does not know of the gate has its margins recorded all the same (else they are NaN)."""
     batch_size: int = Field(default=16, ge=1)
     """Queries attacked at once."""
     seed: int = Field(default=0, ge=0)
@@ -90,6 +92,7 @@ def pgd_pixels(
     settings: PgdSettings,
     judge: Judge | None = None,
     generation: GenerationSettings = GenerationSettings(),
+    before: Sequence[Measured] | None = None,
 ) -> list[AttackResult]:
     """Change the pixels of the pictures in each query's last turn.
 
@@ -101,6 +104,7 @@ def pgd_pixels(
         settings: budget, aim and steps.
         judge: of the replies; the keyword judge, an upper bound, when not given.
         generation: how the replies that are measured are generated.
+        before: the clean queries, measured (see `measure`), where that was done already.
 
     Returns:
         For each of `settings.reported` a result for each query, in their order.
@@ -108,7 +112,7 @@ def pgd_pixels(
     Raises:
         InputError: a query without a picture, and what `check_queries` refuses.
     """
-    return _attack(casa, queries, "image", settings, judge, generation)
+    return _attack(casa, queries, "image", settings, judge, generation, before)
 
 
 def pgd_waveform(
@@ -117,13 +121,14 @@ def pgd_waveform(
     settings: PgdSettings,
     judge: Judge | None = None,
     generation: GenerationSettings = GenerationSettings(),
+    before: Sequence[Measured] | None = None,
 ) -> list[AttackResult]:
     """Change the samples of the clips in each query's last turn; mono, 16 kHz, 16 bits. As `pgd_pixels` otherwise.
 
     Raises:
         InputError: a query without a clip, and what `check_queries` refuses.
     """
-    return _attack(casa, queries, "audio", settings, judge, generation)
+    return _attack(casa, queries, "audio", settings, judge, generation, before)
 
 
 def _attack(
@@ -133,6 +138,7 @@ def _attack(
     settings: PgdSettings,
     judge: Judge | None,
     generation: GenerationSettings,
+    before: Sequence[Measured] | None,
 ) -> list[AttackResult]:
     check_queries(queries, settings.aim)
     for query in queries:
@@ -152,7 +158,7 @@ def _attack(
             for steps, media in zip(settings.reported, examples, strict=True):
                 attacked[steps, index] = _with_media(chosen[row], medium, media[row])
     order = [(steps, index) for steps in settings.reported for index in range(len(queries))]
-    before = measure(casa, queries, judge, generation)
+    before = before or measure(casa, queries, judge, generation)
     after = measure(casa, [attacked[place] for place in order], judge, generation)
 
     def result(place: tuple[int, int], found: Measured) -> AttackResult:
@@ -219,7 +225,7 @@ def _optimise(
             leaves = [level.detach().requires_grad_(not last) for level in moved]
             rounded = [leaf + (leaf.round() - leaf).detach() for leaf in leaves]
             inputs = {**objective.batch.inputs, FEATURES[medium]: _features(omni, rounded, medium)}
-            losses = objective(replace(objective.batch, inputs=inputs), () if last else leaves)
+            losses = objective(replace(objective.batch, inputs=inputs), () if last else leaves, watch=settings.watch)
             margins.append(losses.margin.cpu())
             better = losses.value < lowest
             lowest = torch.where(better, losses.value, lowest)
