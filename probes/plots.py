@@ -154,7 +154,7 @@ def plot_gate(data: pd.DataFrame, title: str) -> Figure:
 
 
 def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]) -> Figure:
-    """Rates with Wilson intervals: a row an attack, a column a model and metric, pretrained beside CASA.
+    """Rates with Wilson intervals: a row of panels a model, a column a metric, an attack a line, defences side by side.
 
     Args:
         data: the result schema (`model, defense, attack, metric, n, value, low, high`).
@@ -162,12 +162,13 @@ def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]
         panels: (metric, axis label), drawn in this order for each model.
     """
     models, defenses = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["defense"]))
-    columns = [(model, metric, name) for metric, name in panels for model in models]
+    cells = [(model, metric, name) for model in models for metric, name in panels]
     attacks = {metric: list(dict.fromkeys(data[data["metric"] == metric]["attack"])) for metric, _ in panels}
-    height = 1.4 + 0.38 * max(len(names) for names in attacks.values())
+    height = 1.2 + 0.36 * max(len(names) for names in attacks.values())
     with style():
-        figure, axes = plt.subplots(1, len(columns), figsize=(3.3 * len(columns), height), sharex=True, squeeze=False)
-        for axis, (model, metric, name) in zip(axes[0], columns, strict=True):
+        size = (3.1 * len(panels), 0.7 + height * len(models))
+        figure, axes = plt.subplots(len(models), len(panels), figsize=size, sharex=True, squeeze=False)
+        for axis, (model, metric, name) in zip(axes.flat, cells, strict=True):
             part = data[(data["model"] == model) & (data["metric"] == metric)]
             for number, defense in enumerate(defenses):
                 rows = part[part["defense"] == defense].set_index("attack").reindex(attacks[metric])
@@ -180,6 +181,7 @@ def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]
             smallest = int(part["n"].min()) if len(part) else 0
             short = model.rstrip("/").split("/")[-1]
             axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{short} (n ≥ {smallest} a cell)")
+            axis.tick_params(labelbottom=True)
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
         return titled(figure, title, axes[0][0])
