@@ -35,7 +35,7 @@ from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, Positions
 from casa_mech.trace.sites import ENCODERS, Site
-from probes.gathering import INDEX_COLUMNS, Plan, fingerprint, index_rows, known_of, prompt_lengths, query_digest
+from probes.gathering import INDEX_COLUMNS, Plan, fingerprint, index_columns, known_of, prompt_lengths, query_digest
 from probes.shards import next_number, read_about, read_index, shard_tensor, write_about, write_part
 
 
@@ -176,7 +176,7 @@ class ActivationStore:
             total=len(queries), initial=len(queries) - len(todo), disable=not progress, desc="activations"
         ) as bar:
             for group, batch, cuts, states in plan.run([queries[place] for place in todo], omni, batch_size, todo):
-                part.add([queries[place] for place in group], batch, cuts, states)
+                part.add(queries, group, batch, cuts, states)
                 bar.update(len(group))
         part.flush()
         return cls.open(out)
@@ -301,15 +301,24 @@ class _Part:
         self._store, self._limit = store, limit
         self._dtype: torch.dtype = getattr(torch, store._about["dtype"])
         index = store._index
-        self._number, self._order = next_number(store.root), 1 + int(index["order"].max()) if len(index) else 0
+        self._number, self._first = next_number(store.root), 1 + int(index["order"].max()) if len(index) else 0
         self._clear()
 
     def add(
-        self, queries: Sequence[Query], batch: OmniBatch, cuts: list[Cut], states: dict[Site, list[Tensor]]
+        self,
+        queries: Sequence[Query],
+        group: Sequence[int],
+        batch: OmniBatch,
+        cuts: list[Cut],
+        states: dict[Site, list[Tensor]],
     ) -> None:
-        """Take a batch's vectors."""
-        self._rows += [index_rows(queries, batch, cut, self._order) for cut in cuts]
-        self._order += len(queries)
+        """Take the vectors of a batch, made of `group`'s places in `queries`."""
+        chosen = [queries[place] for place in group]
+        order = self._first + np.asarray(group)
+        digests = np.array([query_digest(query) for query in chosen], dtype=object)
+        for cut in cuts:
+            for name, column in index_columns(chosen, batch, cut, order, digests).items():
+                self._columns.setdefault(name, []).append(column)
         for site, found in states.items():
             kept = [state.to("cpu", self._dtype) for state in found]
             self._states.setdefault(str(site), []).extend(kept)
@@ -319,20 +328,19 @@ class _Part:
 
     def flush(self) -> None:
         """Write what there is."""
-        tables = [pd.DataFrame(rows) for rows in self._rows]
-        rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-        if len(rows):
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        if columns and len(columns["row"]):
             # Rows of one position together, so that reading one choice touches one stretch of the file.
-            order = np.argsort(rows["position"].to_numpy(), kind="stable")
-            rows = rows.iloc[order].reset_index(drop=True)
+            order = np.argsort(columns["position"].astype(str), kind="stable")
+            rows = pd.DataFrame({name: column[order] for name, column in columns.items()})
             rows["shard"], rows["row"] = self._number, np.arange(len(rows))
-            states = {site: torch.cat(found)[torch.from_numpy(order)] for site, found in self._states.items()}
+            states = {site: torch.cat(found)[torch.tensor(order)] for site, found in self._states.items()}
             write_part(self._store.root, self._number, states, rows)
             self._number += 1
         self._clear()
 
     def _clear(self) -> None:
-        self._rows: list[dict[str, Any]] = []
+        self._columns: dict[str, list[np.ndarray]] = {}
         self._states: dict[str, list[Tensor]] = {}
         self._bytes = 0
 

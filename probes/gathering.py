@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -114,33 +115,36 @@ def query_digest(query: Query) -> str:
     return digest.hexdigest()[:16]
 
 
-def index_rows(queries: Sequence[Query], batch: OmniBatch, cut: Cut, order: int) -> dict[str, Any]:
-    """The index columns of one cut."""
+def index_columns(
+    queries: Sequence[Query], batch: OmniBatch, cut: Cut, order: np.ndarray, digests: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The index's columns [pick] for one cut of a batch.
+
+    Args:
+        queries: the batch's. batch, cut: what was read. order, digests: [batch], each query's place and digest.
+    """
     row, column = cut.row.cpu().numpy(), cut.column.cpu().numpy()
-    known = [known_of(query) for query in queries]
-    columns: dict[str, Any] = {name: [known[place][name] for place in row] for name in INDEX_COLUMNS}
-    digests = [query_digest(query) for query in queries]
+    known = pd.DataFrame([known_of(query) for query in queries], dtype=object)
+    media = {kind: batch.modality[kind] for kind in ("audio", "image")}
     if cut.mask is None:
-        token = batch.inputs["input_ids"].cpu().numpy()[row, column]
-        counts = {kind: batch.modality[kind].cpu().numpy()[row, column].astype(int) for kind in ("audio", "image")}
-        total = np.ones(len(row), dtype=int)
+        token, total = batch.inputs["input_ids"].cpu().numpy()[row, column], np.ones(len(row), dtype=int)
+        counts = {kind: mask.cpu().numpy()[row, column].astype(int) for kind, mask in media.items()}
     else:
-        token = np.full(len(row), -1)
-        within = {kind: cut.mask & batch.modality[kind][cut.row] for kind in ("audio", "image")}
-        counts = {kind: mask.sum(dim=1).cpu().numpy() for kind, mask in within.items()}
-        total = cut.mask.sum(dim=1).cpu().numpy()
-    place = {
-        "order": order + row,
-        "digest": [digests[member] for member in row],
+        token, total = np.full(len(row), -1), cut.mask.sum(dim=1).cpu().numpy()
+        counts = {kind: (cut.mask & mask[cut.row]).sum(dim=1).cpu().numpy() for kind, mask in media.items()}
+    return {
+        **{name: known[name].to_numpy()[row] for name in INDEX_COLUMNS},
+        "order": order[row],
+        "digest": digests[row],
         "length": prompt_lengths(batch)[row],
-        "position": cut.positions,
+        "position": np.full(len(row), cut.positions, dtype=object),
         "at": cut.at.cpu().numpy(),
         "token": token,
         "tokens": total,
         "audio_tokens": counts["audio"],
         "image_tokens": counts["image"],
+        "row": row,
     }
-    return columns | place
 
 
 def media_tokens(omni: Omni) -> list[int]:

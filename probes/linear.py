@@ -136,7 +136,8 @@ class Probe(ClassifierMixin, BaseEstimator):
     def _solve(self, states: Tensor, labels: Tensor, weights: Tensor, factors: Tensor) -> Models:
         raise NotImplementedError
 
-    def _keep(self, models: LinearModels) -> None:
+    def _keep(self, models: Models) -> None:
+        assert isinstance(models, LinearModels)
         self.coef_ = models.coef[0].numpy()
         self.intercept_ = models.intercept[0].numpy()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -122,7 +123,7 @@ def _matrix(axis: Axes, part: pd.DataFrame, surfaces: Sequence[str]) -> None:
 def _controls(axis: Axes, part: pd.DataFrame) -> None:
     x = np.arange(len(part))
     for number, (column, (name, low, high, dash)) in enumerate(_LINES.items()):
-        look = {"linestyle": dash, "marker": MARKERS[number], "color": SERIES[number]}
+        look: dict[str, Any] = {"linestyle": dash, "marker": MARKERS[number], "color": SERIES[number]}
         axis.plot(x, part[column], markersize=4, label=name, **look)
         if low:
             axis.fill_between(x, part[low], part[high], color=SERIES[number], alpha=0.15, linewidth=0)

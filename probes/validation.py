@@ -253,10 +253,12 @@ def selectivity(
     by_length = auroc_interval(list(lengths.astype(float)), list(labels), groups, seed, resamples=200)
     chance = float(permuted.mean())
     p_value = (1 + int((permuted >= value).sum())) / (1 + len(permuted))
-    *matched, pairs = matched_auroc(scores, labels, lengths, clusters, seed)
+    matched, matched_low, matched_high, pairs = matched_auroc(scores, labels, lengths, clusters, seed)
     return Selectivity(
-        value, low, high, chance, value - chance, p_value, *by_length, *matched, pairs=pairs, n=len(labels)
-    )
+        auroc=value, low=low, high=high, permuted=chance, selectivity=value - chance, p_value=p_value,
+        length=by_length[0], length_low=by_length[1], length_high=by_length[2],
+        matched=matched, matched_low=matched_low, matched_high=matched_high, pairs=pairs, n=len(labels),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

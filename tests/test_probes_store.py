@@ -158,6 +158,15 @@ def test_unknown_names_list_the_known_ones(tiny_omni: Omni, store: ActivationSto
         probe(one, one, "norm")
 
 
+def test_frames_follow_the_order_given(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
+    backwards = mixed_queries[::-1]
+    found = ActivationStore.collect(tiny_omni, backwards, ["norm"], ("last", "mean"), tmp_path / "s", batch_size=1)
+    memory = collect(tiny_omni, backwards, ["norm"], "last", batch_size=1)
+    for position in ("last", "mean"):
+        assert list(found.frame(position)["query_id"]) == [query.id for query in backwards]
+    np.testing.assert_allclose(found.activations("last").states["norm"], memory.states["norm"], atol=1e-6)
+
+
 def test_damage_is_refused_with_its_reason(store: ActivationStore) -> None:
     path = store.root / "shards" / "00000.safetensors"
     whole, tensors = path.read_bytes(), load_file(path)

@@ -29,7 +29,9 @@ IN_BLOCK = ("pre", "z", "attention", "mlp")
 
 def all_sites(n_layers: int) -> list[Site]:
     """Every site of a model of `n_layers` blocks, in the order in which the model runs them."""
-    blocks = [site for layer in range(n_layers) for site in (*(f"{part}.{layer}" for part in IN_BLOCK), layer)]
+    blocks: list[Site] = []
+    for layer in range(n_layers):
+        blocks += [*(f"{part}.{layer}" for part in IN_BLOCK), layer]
     return [*ENCODERS, "embeddings", *blocks, "norm"]
 
 
