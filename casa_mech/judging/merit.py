@@ -47,9 +47,9 @@ def outcome_rows(part: pd.DataFrame, where: Mapping[str, Any], interval: Interva
         interval: "wilson", or "cluster" for a bootstrap over `cluster_of` where draws share a cluster.
 
     Returns:
-        The rates of `OUTCOME_METRICS` and `BESIDE` over decided replies, `undecided`, upper rates where there are undecided ones,
-        `flagged` (given the unsafe token), each rate also by the topic's split (`flagged:held_out`), and `judge_score`
-        (the mean of a rubric's score).
+        The rates of `OUTCOME_METRICS` and `BESIDE` over decided replies, `undecided`, upper rates where there are
+        undecided ones, `flagged` (given the unsafe token), each rate also by the topic's split (`flagged:held_out`),
+        and `judge_score` (the mean of a rubric's score).
     """
     decided = part[part["outcome"] != UNDECIDED]
     rows: list[Row] = []
