@@ -92,7 +92,7 @@ def test_claims_are_computed_from_the_tables(study: Study, made: WhiteBoxTables)
     # A difference that is not there is reported as such.
     still = WhiteBoxTables(made.picture.assign(success=False), made.clip, made.suffix, made.ablation)
     none = whitebox.pixel_claim(study, still)
-    assert none.value == 0 and none.p == 1
+    assert none.value == 0 and none.p == 1 and none.low < 0 < none.high
 
 
 def test_figures_and_rows_stand_on_the_tables(study: Study, tables: WhiteBoxTables) -> None:

@@ -66,7 +66,7 @@ class Effort:
 EFFORTS: Mapping[ProfileName, Effort] = MappingProxyType(
     {
         "smoke": Effort(8, (8,), (328,), 8, 2, 2, 8, 4),
-        "default": Effort(48, (2, 8, 32), (33, 328), 8, 8, 6, 16, 8),
+        "default": Effort(48, (1, 8, 32), (33, 328), 8, 8, 6, 16, 8),
         "full": Effort(100, (1, 2, 4, 8, 16, 32), (33, 104, 328, 1036), 8, 40, 40, 64, 12),
     }
 )
@@ -266,6 +266,10 @@ def _paired(
     """A claim on the mean of `first` minus `second`, of the same queries; interval and test go by topic."""
     gap, clusters, seed = (first - second).to_numpy(), topics.tolist(), study.settings.seed
     value, low, high = mean_interval(gap, clusters, seed)
+    if (gap == gap[0]).all():
+        # No spread to draw from: as wide as a rate of 0 in as many draws as there are topics.
+        reach = wilson(0, len(set(clusters)))[1]
+        low, high = max(-1.0, value - reach), min(1.0, value + reach)
     p = permutation_test(first.to_numpy(), second.to_numpy(), clusters, seed)
     whole = f"{statement}\n(difference {100 * value:.0f} points [{100 * low:.0f}, {100 * high:.0f}], n = {len(gap)})"
     return Claim(whole, figure, len(gap), value, low, high, "paired permutation over topics", p, refuted)

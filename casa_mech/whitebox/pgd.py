@@ -34,7 +34,7 @@ RANGE: Mapping[Medium, tuple[int, int]] = {"image": (0, 255), "audio": (-32768, 
 """The whole numbers that a file can hold; media are in these levels throughout."""
 FULL: Mapping[Medium, int] = {"image": 255, "audio": 32768}
 """Levels of full scale: what a budget is a share of."""
-_FIRST_STEP = 2.5
+_WALK = 2.5
 """Budgets that all steps together can walk: enough to cross the box and turn round."""
 
 
@@ -48,7 +48,7 @@ class PgdSettings(Settings):
     checkpoints: tuple[int, ...] = ()
     """Fewer steps after which the best example so far is measured, too."""
     step_size: float | None = Field(default=None, gt=0)
-    """Share of the budget that a step walks; 2.5 / steps when not given."""
+    """Share of the budget that a step walks on average, 2.5 / steps when not given; steps shrink evenly to nothing."""
     random_start: bool = False
     """Begin anywhere within the budget instead of at the clean input."""
     opening_tokens: int = Field(default=16, ge=1)
@@ -215,7 +215,7 @@ def _optimise(
     own = [row >= 0 for row in media.owner]
     rngs = _rngs(queries, media, settings)
     moved = [_start(clean, settings, budget, rng) for clean, rng in zip(media.clean, rngs, strict=True)]
-    stride = budget * (settings.step_size or _FIRST_STEP / settings.steps)
+    stride = budget * (settings.step_size or _WALK / settings.steps)
     best = [clean.clone() for clean in media.clean]
     lowest = torch.full((len(queries),), torch.inf, device=omni.device)
     reports, margins = [], []
@@ -238,8 +238,10 @@ def _optimise(
                                 for query in range(len(queries))])  # fmt: skip
             if last:
                 break
+            # A wide box needs wide steps to cross it, and small ones to end anywhere but in its corners.
+            shrunk = stride * (2 - (2 * step + 1) / settings.steps)
             moved = [
-                _stepped(leaf.detach(), slope, clean, budget, stride, RANGE[medium]) if mine else clean
+                _stepped(leaf.detach(), slope, clean, budget, shrunk, RANGE[medium]) if mine else clean
                 for leaf, slope, clean, mine in zip(leaves, losses.slopes, media.clean, own, strict=True)
             ]
     return reports, torch.stack(margins)
