@@ -266,7 +266,7 @@ def plot_removals(data: pd.DataFrame, title: str) -> Figure:
 
 
 def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str) -> Figure:
-    """Left: share given the unsafe token with nothing, the refusal direction or random ones ablated. Right: cosines of
+    """Left: share given the unsafe token, by what is ablated. Right: cosines of
     the gate's directions, with the band in which 95 % of random directions lie.
 
     Args:
@@ -280,7 +280,7 @@ def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str) -> Figu
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), gridspec_kw={"width_ratios": [1.3, 1]})
         for number, run in enumerate(runs):
             rows = data[data["run"] == run].set_index(["surface", "label"]).reindex(groups)
-            x = np.arange(len(groups)) + 0.22 * (number - (len(runs) - 1) / 2)
+            x = np.arange(len(groups)) + 0.19 * (number - (len(runs) - 1) / 2)
             error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
             left.errorbar(x, rows["value"], yerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2, label=run)
         left.set_xticks(np.arange(len(groups)), [f"{surface}\n{label}" for surface, label in groups], fontsize=8)

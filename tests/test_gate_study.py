@@ -51,7 +51,8 @@ def test_directions_are_found_or_said_to_be_second_best(study: Study) -> None:
     table = gate_analysis.cosines(study)
     assert table["cosine"].abs().max() <= 1 and len(table) == 9
     ablated = gate_analysis.ablation(study, 2)
-    assert set(ablated["run"]) == {"nothing", "refusal direction", "random direction"}
+    assert set(ablated["run"]) == set(gate_analysis.RUNS)
+    assert (ablated.groupby(["surface", "run"])["query_id"].count() == [4, 4, 20, 4] * 3).all()
 
 
 def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:

@@ -34,6 +34,8 @@ from probes.safety_attention import AttentionMap, attention_maps, cosine_table, 
 PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
 """Surfaces on which states are exchanged, and their attacks."""
 RANDOM_DIRECTIONS = 5
+RUNS = ("nothing", "refusal direction", "gated model's own", "random direction")
+"""What is ablated."""
 _FIT, _MEASURE = 4_000, 5_000  # draws for directions and for what is measured, apart from all others of a study
 
 
@@ -217,25 +219,25 @@ def cosines(study: Study) -> pd.DataFrame:
 
 
 def ablation(study: Study, n: int) -> pd.DataFrame:
-    """The gate with the model's refusal direction projected out of every write to the residual stream, and with random
-    directions.
+    """The gate with a direction projected out of every write to the residual stream: the refusal direction that the
+    model had before CASA, the one in which the gated model parts the classes after its middle block, and random ones.
 
     Returns:
-        The columns of `ablate_directions`, `surface` and `run`: `nothing`, `refusal direction` or `random direction`.
+        The columns of `ablate_directions`, `surface` and `run`, one of `RUNS`.
     """
 
     def build() -> pd.DataFrame:
-        casa, direction = study.gate(), refusal_direction(study).unit
-        rng = np.random.default_rng(study.settings.seed)
-        directions = np.vstack([direction, rng.standard_normal((RANDOM_DIRECTIONS, len(direction)))])
+        casa, middle = study.gate(), study.omni().n_layers // 2
+        own = _mean_difference(states_for_directions(study, [middle]), str(middle))
+        random = np.random.default_rng(study.settings.seed).standard_normal((RANDOM_DIRECTIONS, len(own)))
+        directions = np.vstack([refusal_direction(study).unit, own, random])
         tables = [
             ablate_directions(casa, study.queries(attack, label, n, _MEASURE), directions).assign(surface=surface)
             for surface, attack in PATCHED.items()
             for label in LABELS
         ]
         table = pd.concat(tables, ignore_index=True)
-        names = {-1: "nothing", 0: "refusal direction"}
-        return table.assign(run=table["ablated"].map(names).fillna("random direction"))
+        return table.assign(run=[RUNS[min(index, 2) + 1] for index in table["ablated"]])
 
     return kept_table(study, "ablation", {"n": n, "random": RANDOM_DIRECTIONS}, build)
 

@@ -13,6 +13,7 @@ from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import permutation_test, rate_interval
 from casa_mech.study.artifacts import Study
 from casa_mech.study.evaluate import CASA
+from casa_mech.study.gate_analysis import RUNS
 from casa_mech.study.lens_claims import Claim
 from casa_mech.study.settings import slug
 from probes.attribution import GATE
@@ -21,7 +22,7 @@ from probes.patching import INSERT
 from probes.safety_attention import AttentionMap, attention_shares
 
 WHOLE = "whole prompt"
-NOTHING, REFUSAL, RANDOM = "nothing", "refusal direction", "random direction"
+NOTHING, REFUSAL, OWN, RANDOM = RUNS
 
 
 def examples(maps: Mapping[str, Sequence[AttentionMap]]) -> list[AttentionMap]:
@@ -188,7 +189,8 @@ def ablation_claim(study: Study, table: pd.DataFrame) -> Claim:
     harmful = table[table["label"] == "harmful"]
     share = harmful.groupby(["surface", "query_id", "topic", "run"], sort=False)["unsafe"].mean().unstack()
     parts = [
-        f"{surface} {part[NOTHING].mean():.0%} → {part[REFUSAL].mean():.0%} (random: {part[RANDOM].mean():.0%})"
+        f"{surface} {part[NOTHING].mean():.0%} → {part[REFUSAL].mean():.0%} (gated model's own: "
+        f"{part[OWN].mean():.0%}, random: {part[RANDOM].mean():.0%})"
         for surface, part in share.groupby("surface", sort=False)
     ]
     text = share.loc["text"].astype(float)
