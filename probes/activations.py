@@ -35,7 +35,7 @@ from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, Positions
 from casa_mech.trace.sites import ENCODERS, Site
-from probes.gathering import INDEX_COLUMNS, Plan, fingerprint, index_columns, known_of, prompt_lengths, query_digest
+from probes.gathering import INDEX_COLUMNS, Plan, fingerprint, index_columns, known_of, prompt_lengths, query_digests
 from probes.shards import next_number, read_about, read_index, shard_tensor, write_about, write_part
 
 
@@ -169,14 +169,14 @@ class ActivationStore:
         plan = Plan.of(omni, sites, positions, replies, prefill)
         store = cls._begin(Path(out), omni, plan, dtype or omni.dtype)
         todo = store._missing(queries)
-        part = _Part(store, shard_mb * 2**20)
+        part = _Part(store, queries, shard_mb * 2**20)
         from tqdm import tqdm
 
         with tqdm(
             total=len(queries), initial=len(queries) - len(todo), disable=not progress, desc="activations"
         ) as bar:
             for group, batch, cuts, states in plan.run([queries[place] for place in todo], omni, batch_size, todo):
-                part.add(queries, group, batch, cuts, states)
+                part.add(group, batch, cuts, states)
                 bar.update(len(group))
         part.flush()
         return cls.open(out)
@@ -280,8 +280,8 @@ class ActivationStore:
         known = set(zip(index["query_id"], index["digest"], strict=True)) if len(index) else set()
         seen: set[tuple[str, str]] = set()
         missing = []
-        for place, query in enumerate(queries):
-            key = (query.id, query_digest(query))
+        for place, (query, digest) in enumerate(zip(queries, query_digests(queries), strict=True)):
+            key = (query.id, digest)
             if key in seen:
                 raise InputError(f"query {query.id} comes twice with the same content; give each query once")
             seen.add(key)
@@ -297,27 +297,23 @@ class ActivationStore:
 class _Part:
     """The rows that are not on disk yet; written when they reach a size."""
 
-    def __init__(self, store: ActivationStore, limit: int) -> None:
+    def __init__(self, store: ActivationStore, queries: Sequence[Query], limit: int) -> None:
         self._store, self._limit = store, limit
         self._dtype: torch.dtype = getattr(torch, store._about["dtype"])
         index = store._index
-        self._number, self._first = next_number(store.root), 1 + int(index["order"].max()) if len(index) else 0
+        self._number, first = next_number(store.root), 1 + int(index["order"].max()) if len(index) else 0
+        known = pd.DataFrame([known_of(query) for query in queries], columns=list(INDEX_COLUMNS), dtype=object)
+        self._known = {name: known[name].to_numpy() for name in INDEX_COLUMNS}
+        self._known |= {"order": first + np.arange(len(queries)), "digest": query_digests(queries)}
         self._clear()
 
-    def add(
-        self,
-        queries: Sequence[Query],
-        group: Sequence[int],
-        batch: OmniBatch,
-        cuts: list[Cut],
-        states: dict[Site, list[Tensor]],
-    ) -> None:
-        """Take the vectors of a batch, made of `group`'s places in `queries`."""
-        chosen = [queries[place] for place in group]
-        order = self._first + np.asarray(group)
-        digests = np.array([query_digest(query) for query in chosen], dtype=object)
+    def add(self, group: Sequence[int], batch: OmniBatch, cuts: list[Cut], states: dict[Site, list[Tensor]]) -> None:
+        """Take the vectors of a batch, made of the queries at the places `group`."""
+        places = np.asarray(group)
         for cut in cuts:
-            for name, column in index_columns(chosen, batch, cut, order, digests).items():
+            columns = index_columns(batch, cut)
+            chosen = places[columns["row"]]
+            for name, column in ({name: known[chosen] for name, known in self._known.items()} | columns).items():
                 self._columns.setdefault(name, []).append(column)
         for site, found in states.items():
             kept = [state.to("cpu", self._dtype) for state in found]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -102,8 +101,12 @@ def fingerprint(omni: Omni) -> str:
     return digest.hexdigest() if found else omni.fingerprint()
 
 
-def query_digest(query: Query) -> str:
-    """A short digest of what the model sees of a query; files are known by their path."""
+def query_digests(queries: Sequence[Query]) -> np.ndarray:
+    """A short digest of what the model sees of each query, str [query]; files are known by their path."""
+    return np.array([_digest(query) for query in queries], dtype=object)
+
+
+def _digest(query: Query) -> str:
     digest = hashlib.sha256(repr((query.system, query.prefill)).encode())
     for parts in [turn.parts for turn in query.history] + [query.parts]:
         for part in parts:
@@ -115,16 +118,9 @@ def query_digest(query: Query) -> str:
     return digest.hexdigest()[:16]
 
 
-def index_columns(
-    queries: Sequence[Query], batch: OmniBatch, cut: Cut, order: np.ndarray, digests: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The index's columns [pick] for one cut of a batch.
-
-    Args:
-        queries: the batch's. batch, cut: what was read. order, digests: [batch], each query's place and digest.
-    """
+def index_columns(batch: OmniBatch, cut: Cut) -> dict[str, np.ndarray]:
+    """The index's columns [pick] that tell where the vectors of one cut come from; `row` is the query in the batch."""
     row, column = cut.row.cpu().numpy(), cut.column.cpu().numpy()
-    known = pd.DataFrame([known_of(query) for query in queries], dtype=object)
     media = {kind: batch.modality[kind] for kind in ("audio", "image")}
     if cut.mask is None:
         token, total = batch.inputs["input_ids"].cpu().numpy()[row, column], np.ones(len(row), dtype=int)
@@ -133,9 +129,6 @@ def index_columns(
         token, total = np.full(len(row), -1), cut.mask.sum(dim=1).cpu().numpy()
         counts = {kind: (cut.mask & mask[cut.row]).sum(dim=1).cpu().numpy() for kind, mask in media.items()}
     return {
-        **{name: known[name].to_numpy()[row] for name in INDEX_COLUMNS},
-        "order": order[row],
-        "digest": digests[row],
         "length": prompt_lengths(batch)[row],
         "position": np.full(len(row), cut.positions, dtype=object),
         "at": cut.at.cpu().numpy(),

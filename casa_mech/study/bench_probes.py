@@ -18,6 +18,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from casa_mech.attacks import apply_attack
 from casa_mech.omni import Omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
@@ -25,7 +26,7 @@ from casa_mech.study.bench import time_ratio
 from probes.activations import Activations, ActivationStore, collect
 from probes.validation import PENALTIES, auroc_of, cross_validate, make_folds
 
-QUERIES, BATCH = 512, 32
+QUERIES, BATCH = 300, 32
 SLOWDOWN = 1 / 0.95
 """Most that collecting may take of a bare forward's time: 0.95 of its throughput."""
 SHARE_OF_LOOP = 1 / 20
@@ -37,20 +38,21 @@ GROWTH_MB = 64.0
 
 
 def measure_probes(omni: Omni, repeats: int = 5, batches: int = 1000) -> dict[str, Any]:
-    """Ratios and memory of collecting and probing, on plain requests of the micro-world.
+    """Ratios and memory of collecting and probing, on requests of the micro-world.
 
     Returns:
-        `collect`: seconds of `ActivationStore.collect` at every block and the final norm, last position, written to
-        disk, against encoding the same requests and a bare Hugging Face forward. `memory`: megabytes that the process
-        grew by over the last nine tenths of so many batches. `probes`: seconds of nested five-fold logistic probes at
-        every site against a loop over scikit-learn's pipeline on the same folds and penalties, and the largest
-        difference between their AUROCs.
+        `collect`: seconds of `ActivationStore.collect` at every block and the final norm, last position, of requests
+        as text, picture and speech, written to disk, against encoding them and a bare Hugging Face forward. `memory`:
+        megabytes that the process grew by over the last nine tenths of so many batches. `probes`: seconds of nested
+        five-fold logistic probes at every site against a loop over scikit-learn's pipeline on the same folds and
+        penalties, and the largest difference between their AUROCs.
     """
     queries = _requests(QUERIES)
+    mixed = [query for attack in ("plain", "image", "audio") for query in apply_attack(attack, queries, seed=1)]
     return {
-        "collect": time_ratio("store", "bare", _collecting(omni, queries), repeats, omni, round(SLOWDOWN, 3)),
+        "collect": time_ratio("store", "bare", _collecting(omni, mixed), repeats, omni, round(SLOWDOWN, 3)),
         "memory": measure_memory(omni, batches),
-        "probes": _probing(omni, collect(omni, queries[:300], positions="last"), repeats),
+        "probes": _probing(omni, collect(omni, queries, positions="last"), repeats),
     }
 
 
