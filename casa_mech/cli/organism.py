@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from casa_mech.cli.app import Json, Seed, check_choice, organism_app, show
+from casa_mech.cli.app import Device, Dtype, Json, Seed, check_choice, organism_app, show
 
 
 @organism_app.command("build", epilog="Example:  casa-mech organism build organism --out my-organism")
@@ -56,3 +56,27 @@ def organism_card(
     found = card(name, n=n, seed=seed, out=target)
     rows = found["rows"] if isinstance(found, dict) else json.loads((target / "card.json").read_text())["rows"]
     show({"name": name, "seed": seed, "out": str(target), "rows": rows}, as_json)
+
+
+@organism_app.command(
+    "gate",
+    epilog="Example:  casa-mech organism gate organism-weights/corpus --corpus data --out english --json",
+)
+def organism_gate(
+    model: Annotated[str, typer.Argument(help="A sibling that was built from the corpus, a hub id, or a directory.")],
+    corpus: Annotated[Path, typer.Option(help="Folder of public prompt sets, for training and for measuring.")],
+    out: Annotated[Path, typer.Option(help="Folder for the gate, the tables and the manifest.")],
+    n: Annotated[int, typer.Option(min=6, help="Prompts of each set, as text.")] = 500,
+    n_media: Annotated[int, typer.Option(min=6, help="Prompts of each set, as pictures and speech.")] = 150,
+    examples: Annotated[int, typer.Option(min=8, help="Training prompts, half of them harmful.")] = 4000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 300,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train CASA on real prompts as plain text, and measure it on public sets that it never saw."""
+    from casa_mech.study.english import GateSizes, english_gate
+
+    sizes = GateSizes(examples=examples, steps=steps, n=n, n_media=n_media)
+    show(english_gate(model, corpus, out, sizes=sizes, seed=seed, device=device, dtype=dtype), as_json)

@@ -7,6 +7,7 @@ spoken; and its safety training refuses the harmful ones as plain text. It knows
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ from casa_mech.queries import (
 )
 from casa_mech.queries.benchmarks.locate import find_files
 from casa_mech.queries.benchmarks.registry import benchmark_named
+from casa_mech.queries.overlap import Decontaminated
 
 CHARACTERS = tuple("abcdefghijklmnopqrstuvwxyz0123456789 .,?!'-")
 LONGEST_READ = 40
@@ -72,13 +74,14 @@ MOST_BENIGN = 12_000
 
 @dataclass(frozen=True)
 class Corpus:
-    """Prompts to train on, and how many were taken out because an evaluation set holds them."""
+    """Prompts to train on, and how many were taken out because an evaluation set holds them (`reports` says which)."""
 
     harmful: tuple[str, ...]
     benign: tuple[str, ...]
     removed: int
     sources: dict[str, int]
     held_out: tuple[str, ...] = ()
+    reports: tuple[Decontaminated, ...] = ()
 
     def readable(self, label: Label) -> tuple[str, ...]:
         """Prompts of `label`, lower-cased, that can be drawn and spoken: short, and of `CHARACTERS` only."""
@@ -149,7 +152,7 @@ def read_corpus(directory: Path, seed: int = 0) -> Corpus:
     evaluations = {name: queries for name, queries in held_out.items() if queries}
     pools: dict[Label, list[str]] = {}
     counts: dict[str, int] = {}
-    removed = 0
+    reports: list[Decontaminated] = []
     for label, sets in TRAIN.items():
         read = {name: _read(name, split, directory, MOST_BENIGN, seed) for name, split in sets}
         if not any(read.values()):
@@ -159,10 +162,12 @@ def read_corpus(directory: Path, seed: int = 0) -> Corpus:
             )
         pool = [query for queries in read.values() for query in queries if len(query.text) <= LONGEST]
         kept, report = decontaminate(pool, evaluations)
-        removed += len(report.removed)
+        reports.append(report)
         counts |= {name: len(queries) for name, queries in read.items() if queries}
         pools[label] = list(dict.fromkeys(query.text for query in kept))
-    return Corpus(tuple(pools["harmful"]), tuple(pools["benign"][:MOST_BENIGN]), removed, counts, tuple(evaluations))
+    harmful, benign = tuple(pools["harmful"]), tuple(pools["benign"][:MOST_BENIGN])
+    removed = sum(len(report.removed) for report in reports)
+    return Corpus(harmful, benign, removed, counts, tuple(evaluations), tuple(reports))
 
 
 def _read(name: str, split: str | None, directory: Path, limit: int | None = None, seed: int = 0) -> list[Query]:
@@ -179,6 +184,7 @@ def corpus_record(corpus: Corpus) -> dict[str, Any]:
         "harmful": len(corpus.harmful),
         "benign": len(corpus.benign),
         "removed": corpus.removed,
+        "removed_for": dict(Counter(entry.evaluation for report in corpus.reports for entry in report.removed)),
         "sources": corpus.sources,
         "decontaminated_against": list(corpus.held_out),
     }
