@@ -239,7 +239,7 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
         table = pd.concat(tables, ignore_index=True)
         return table.assign(run=[RUNS[min(index, 2) + 1] for index in table["ablated"]])
 
-    return kept_table(study, "ablation", {"n": n, "random": RANDOM_DIRECTIONS}, build)
+    return kept_table(study, "ablation", {"n": n, "random": RANDOM_DIRECTIONS, "runs": list(RUNS)}, build)
 
 
 def attribution(study: Study, n: int) -> Attribution:
