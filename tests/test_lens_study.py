@@ -13,6 +13,7 @@ from casa_mech.omni import load_omni
 from casa_mech.study import lens_claims as claims
 from casa_mech.study.artifacts import Study
 from casa_mech.study.bench_lens import measure_extraction
+from casa_mech.study.claim import claim_table
 from casa_mech.study.lens import (
     LensTables,
     attention_data,
@@ -58,7 +59,7 @@ def test_claims_stand_on_their_tables(study: Study, tables: LensTables) -> None:
     (best,) = best_heads(tables.heads, 1)
     rows = tables.heads.set_index(["layer", "head"]).loc[[best]].query("surface == 'text' and split != 'seen'")
     assert found[2].value == pytest.approx(rows["support_logit"].mean()) and found[2].n == len(rows)
-    assert list(claims.claim_table(found).columns) == ["claim 1", "claim 2", "claim 3"]
+    assert list(claim_table(found).columns) == ["claim 1", "claim 2", "claim 3"]
 
 
 def test_depth_claim_names_the_first_depth_that_separates(study: Study, tables: LensTables) -> None:

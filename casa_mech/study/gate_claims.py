@@ -12,9 +12,9 @@ from casa_mech.judging import value_row
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import permutation_test, rate_interval
 from casa_mech.study.artifacts import Study
+from casa_mech.study.claim import Claim
 from casa_mech.study.evaluate import CASA
 from casa_mech.study.gate_analysis import RUNS
-from casa_mech.study.lens_claims import Claim
 from casa_mech.study.settings import slug
 from probes.attribution import GATE
 from probes.calibration import Reliability, reliability, spiegelhalter

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas.io.formats.style import Styler
 
 from casa_mech.judging import auroc_interval, value_row
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import permutation_test
 from casa_mech.study.artifacts import Study
+from casa_mech.study.claim import Claim
 from casa_mech.study.evaluate import CASA
 from casa_mech.study.lens import LensTables, best_heads
 from casa_mech.study.settings import slug
 
 TUNED, PLAIN = "tuned lens", "logit lens"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One statement and what it stands on: a figure, a value with its 95 % interval, a test, and its refutation."""
-
-    statement: str
-    figure: str
-    n: int
-    value: float
-    low: float
-    high: float
-    test: str
-    p: float
-    refuted_if: str
-
-
-def claim_table(claims: Sequence[Claim]) -> Styler:
-    """The claims to read in a notebook, a column each, no sentence cut short."""
-    names = [f"claim {number}" for number in range(1, len(claims) + 1)]
-    frame = pd.DataFrame([asdict(claim) for claim in claims], index=names).T
-    return frame.style.format(precision=3).set_properties(**{"text-align": "left", "white-space": "pre-wrap"})
 
 
 def depth_claim(study: Study, tables: LensTables, seed: int, draws: int = 999) -> Claim:

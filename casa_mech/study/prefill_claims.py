@@ -10,9 +10,9 @@ import pandas as pd
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import holm, permutation_test, rate_interval
 from casa_mech.study.artifacts import Study
+from casa_mech.study.claim import Claim
 from casa_mech.study.evaluate import CASA, PRETRAINED
 from casa_mech.study.gate_claims import name_of
-from casa_mech.study.lens_claims import Claim
 from casa_mech.study.prefill_analysis import DEPTH_LENGTH, SSFT, SYSTEMS, PrefillTables
 from probes.prefill_depth import EARLIER, LAST, depth_shares
 

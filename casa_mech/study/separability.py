@@ -12,9 +12,9 @@ from casa_mech.casa import Casa, CasaConfig
 from casa_mech.judging import auroc_interval
 from casa_mech.omni import load_omni
 from casa_mech.study.artifacts import LABELS, SURFACES, Study
+from casa_mech.study.claim import Claim
 from casa_mech.study.evaluate import PRETRAINED
 from casa_mech.study.folder import key_digest
-from casa_mech.study.lens_claims import Claim
 from casa_mech.study.settings import slug
 from casa_mech.study.threads import settle_threads
 from probes.activations import Activations

@@ -19,9 +19,9 @@ from casa_mech.judging import Judge, mean_interval, permutation_test, value_row,
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Query
 from casa_mech.study.artifacts import SURFACES, Study
+from casa_mech.study.claim import Claim
 from casa_mech.study.evaluate import CASA, PRETRAINED
 from casa_mech.study.gate_analysis import kept_table, refusal_direction
-from casa_mech.study.lens_claims import Claim
 from casa_mech.study.settings import ProfileName, slug
 from casa_mech.whitebox import (
     Aim,
