@@ -11,8 +11,8 @@ from casa_mech.judging import check_published, mean_interval, permutation_test, 
 from casa_mech.study.artifacts import Study
 from casa_mech.study.benchmark_judges import ALL, COMPLIED, JudgeTables
 from casa_mech.study.benchmarks import NO, YES, common
+from casa_mech.study.claim import Claim
 from casa_mech.study.evaluate import CASA, PRETRAINED
-from casa_mech.study.lens_claims import Claim
 from casa_mech.study.settings import slug
 
 DRAWS = 999

@@ -1,0 +1,129 @@
+"""The rows of a comparison: a defence by name with its options, in training and at test time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from casa_mech.casa.config import Settings, TrainSettings
+from casa_mech.defenses.registry import DEFENSES, Entry, defense_entry, options
+from casa_mech.errors import InputError
+
+PROMPTED = "+safety-prompt"
+"""What a name on the command line ends in when the safety prompt is switched on."""
+DEFAULT_DEFENSES = (
+    "none", "safety-prompt", "ssft", "ssft-token", "refusal-token", "circuit-breaker", "casa", f"casa{PROMPTED}",
+    "coca", "safecode", "moras",
+)  # fmt: skip
+REFERENCE = "casa"
+"""The row that all others are tested against."""
+
+
+class System(Settings):
+    """One row: a defence, how it is trained and how it is used."""
+
+    defense: str
+    """One of the known defences."""
+    safety_prompt: bool = False
+    """Put the safety prompt into every system turn."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Its options at test time."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Its options in training, where they differ from those of all."""
+    examples: int | None = Field(default=None, ge=4)
+    """How many training examples; None for as many as the others get."""
+    path: str | None = None
+    """Folder of trained weights; `{seed}` stands for the seed. None: they are trained."""
+    name: str = ""
+    """Its name in the tables; empty for the defence's own, the safety prompt told."""
+
+    @property
+    def label(self) -> str:
+        """Its name in the tables."""
+        told = self.safety_prompt and self.defense != "safety-prompt"
+        return self.name or (f"{self.defense} + safety prompt" if told else self.defense)
+
+    @property
+    def entry(self) -> Entry:
+        """The defence's entry in the registry."""
+        return defense_entry(self.defense)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.entry.trains
+
+    def folder(self, seed: int) -> Path | None:
+        """Where its trained weights are, if they are given."""
+        return None if self.path is None else Path(self.path.replace("{seed}", str(seed)))
+
+    def used(self, seed: int) -> dict[str, Any]:
+        """Its options at test time, with the grid's seed where the defence has one of its own."""
+        seeded = {"seed": seed} if "seed" in self.entry.settings.model_fields else {}
+        return {**seeded, **self.options}
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """All options at test time, the defaults written out, as JSON values."""
+        (record,) = options(self.defense, (self.entry.settings,), self.used(seed))
+        dumped: dict[str, Any] = json.loads(record.model_dump_json())
+        return dumped
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        options(self.defense, (self.entry.settings,), self.options)
+        recipe = self.entry.recipe
+        if recipe is None and (self.training or self.path or self.examples):
+            raise InputError(f"defense {self.defense!r} is not trained: leave out training, examples and path")
+        if recipe is not None:
+            options(self.defense, recipe.records, self.training)
+        return self
+
+
+def system_named(text: str) -> System:
+    """The row that a name on the command line stands for: `casa`, or `casa+safety-prompt`.
+
+    Raises:
+        InputError: no such defence; the known ones are listed.
+    """
+    name, plus, switch = text.strip().partition("+")
+    if name not in DEFENSES or (plus and f"+{switch}" != PROMPTED):
+        raise InputError(
+            f"unknown defense {text.strip()!r}; defenses: {', '.join(DEFENSES)}, each also with {PROMPTED} behind it"
+        )
+    return System(defense=name, safety_prompt=bool(plus))
+
+
+def check_systems(systems: Sequence[System]) -> None:
+    """Refuse rows that the tables could not tell apart.
+
+    Raises:
+        InputError: no row, or two of one name.
+    """
+    if not systems:
+        raise InputError(f"a comparison needs at least one defense; defenses: {', '.join(DEFENSES)}")
+    labels = [system.label for system in systems]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise InputError(f"two rows are called {twice!r}: name each once, or give them names of their own")
+
+
+def training_records(system: System, shared: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], list[Any]]:
+    """A row's options in training, and the records they make, the defaults written out.
+
+    `shared` are the settings that all supervised trainings have in common; circuit breakers, whose schedule is their
+    own, take no more than its number of steps.
+    """
+    recipe = system.entry.recipe
+    assert recipe is not None
+    if TrainSettings in recipe.records:
+        given = dict(shared)
+    else:
+        fields = recipe.records[0].model_fields
+        steps = shared.get("max_steps")
+        given = {} if steps is None else {"max_steps": min(int(steps), fields["max_steps"].default)}
+    given |= {"seed": seed, **system.training}
+    return given, options(system.defense, recipe.records, given)
