@@ -1,4 +1,4 @@
-"""Figures of the comparison: defence × attack, safety against over-refusal against cost, ablations, published rates."""
+"""Figures of the comparison: defence × attack, safety against utility against cost, ablations, published rates."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from probes.plots import BENIGN, HARMFUL, MARKERS, SERIES, style
 
-PANELS = {"attack_success": "attack success (%)", "over_refusal": "over-refusal of benign twins (%)"}
-_TEXT = {"attack_success": (HARMFUL, "^"), "over_refusal": (BENIGN, "o")}
+PANELS = {"attack_success": "attack success (%)", "benign_answered": "benign twins answered (%)"}
+_TEXT = {"attack_success": (HARMFUL, "^"), "benign_answered": (BENIGN, "o")}
 
 
 def plot_grid(data: pd.DataFrame, title: str) -> Figure:
@@ -43,20 +43,20 @@ def plot_grid(data: pd.DataFrame, title: str) -> Figure:
 
 
 def plot_tradeoff(data: pd.DataFrame, title: str) -> Figure:
-    """Attack success against over-refusal, a point a defence, its area the seconds a query takes.
+    """Attack success against benign twins answered, a point a defence, its area the seconds a query takes.
 
     Args:
-        data: columns `defense, n, attack_success, over_refusal` (each with `_low` and `_high`), `relative_seconds` (NaN
-            for the model itself, which is 1), `trained` (how many numbers its training sets).
+        data: columns `defense, n, attack_success, benign_answered` (each with `_low` and `_high`), `relative_seconds`
+            (NaN for the model itself, which is 1), `trained` (how many numbers its training sets).
         title: the claim.
     """
     with style():
         figure, axis = plt.subplots(figsize=(8.2, 4.8))
         for number, row in enumerate(data.to_dict("records")):
-            x, y = 100 * row["attack_success"], 100 * row["over_refusal"]
+            x, y = 100 * row["attack_success"], 100 * row["benign_answered"]
             error = {
                 "xerr": [[x - 100 * row["attack_success_low"]], [100 * row["attack_success_high"] - x]],
-                "yerr": [[y - 100 * row["over_refusal_low"]], [100 * row["over_refusal_high"] - y]],
+                "yerr": [[y - 100 * row["benign_answered_low"]], [100 * row["benign_answered_high"] - y]],
             }
             times = 1.0 if np.isnan(row["relative_seconds"]) else row["relative_seconds"]
             colour, marker = SERIES[number % len(SERIES)], MARKERS[(number // len(SERIES) + number) % len(MARKERS)]
@@ -66,14 +66,14 @@ def plot_tradeoff(data: pd.DataFrame, title: str) -> Figure:
                 x, y, s=45 * times, color=colour, marker=marker, alpha=0.85, edgecolors="black", linewidths=0.5,
                 label=f"{row['defense']}: {times:.2f}× time{trained}",
             )  # fmt: skip
-        axis.set(xlabel="attack success, mean over attacks (%)", ylabel="over-refusal of benign twins (%)")
+        axis.set(xlabel="attack success, mean over attacks (%)", ylabel="benign twins answered, mean over attacks (%)")
         axis.set_title(f"n = {int(data['n'].min())} replies a rate; area: seconds a query")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, markerscale=0.8)
         return _finished(figure, title)
 
 
 def plot_ablations(data: pd.DataFrame, title: str) -> Figure:
-    """A panel an axis: attack success and over-refusal of each of its levels; the base's name is in capitals.
+    """A panel an axis: attack success and benign twins answered of each of its levels; the base's name is in capitals.
 
     Args:
         data: columns `axis, level, base, metric, n, value, low, high`, over all attacks; fractions.
@@ -103,7 +103,7 @@ def plot_ablations(data: pd.DataFrame, title: str) -> Figure:
 
 
 def plot_by_attack(data: pd.DataFrame, title: str) -> Figure:
-    """Attack success and over-refusal by attack, a marker a level, with intervals.
+    """Attack success and benign twins answered by attack, a marker a level, with intervals.
 
     Args:
         data: columns `level, metric, scope, n, value, low, high`; fractions.
@@ -149,7 +149,7 @@ def plot_published_rates(data: pd.DataFrame, title: str) -> Figure:
                 _bars(axis, rows, y, SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)], defense)
             axis.set(xlim=(-3, 103), xlabel="attack success as published (%)", title=f"{model}, {table} table")
             axis.set_yticks(np.arange(len(attacks)), attacks)
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3), fontsize=8)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), fontsize=8)
         axes[0][0].invert_yaxis()
         return _finished(figure, title)
 
