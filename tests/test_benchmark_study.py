@@ -13,14 +13,17 @@ from typer.testing import CliRunner
 
 from casa_mech.attacks import ATTACKS
 from casa_mech.attacks.seeding import PAIR
-from casa_mech.cli import app
+from casa_mech.cli.app import app
 from casa_mech.errors import InputError, RunError
 from casa_mech.judging import MicroWorldJudge, result_table, wilson
+from casa_mech.queries import Example, Query
 from casa_mech.study import benchmark_claims as claims
 from casa_mech.study import benchmarks, english
 from casa_mech.study.artifacts import Study
 from casa_mech.study.benchmark_judges import further_judges, judge_rows, judge_tables, reply_query
-from casa_mech.study.english import GateSizes, english_gate, english_panel, english_table, english_title
+from casa_mech.study.english import GateSizes, english_gate, english_table
+from casa_mech.study.english_baselines import LENGTH, WORDS, baselines
+from casa_mech.study.english_panel import english_panel, english_title
 from probes.benchmark_plots import plot_attacks, plot_english, plot_judges, plot_reading
 
 SIZES = {"n_eval": 12, "n_probe": 6, "train_examples": 32, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
@@ -241,11 +244,27 @@ def test_english_gate_says_what_it_was_trained_and_measured_on(gate: tuple[dict,
         ["AdvBench ~ Alpaca", "text", 20], ["SafeBench ~ its benign twin", "text", 20],
         *(["SafeBench ~ its benign twin", surface, 6] for surface in ("image strip", "speech", "FigStep picture")),
     ]  # fmt: skip
-    assert {"gate_fpr_at_95tpr", "flagged", "over_refusal", "character_error_rate"} <= set(rows["metric"])
+    assert {"gate_fpr_at_95tpr", "flagged", "over_refusal", "character_error_rate", "words_auroc"} <= set(
+        rows["metric"]
+    )
     assert len(english_table(rows)) == len(record["results"]) == 5
     assert plot_english(rows, english_title(rows)).axes and english_title(rows).count("[") == 5
     # Harmful and benign prompts of one set share no request with training.
     assert set(pd.read_parquet(out / "replies.parquet")["defense"]) == {"pretrained", "CASA"}
+
+
+def test_baselines_read_the_prompts_alone() -> None:
+    examples = [
+        Example(query=Query.from_text(text, id=text, label=label), reply="x")
+        for label, texts in (("harmful", HARMFUL), ("benign", BENIGN))
+        for text in texts
+    ]
+    scorers = baselines(examples)
+    words = scorers[WORDS](["make the bomb", "explain the tea"])
+    assert words.shape == (2,) and words[0] > words[1]
+    # In training the benign prompts are the longer ones, so a longer prompt scores lower.
+    length = scorers[LENGTH](["short", "a good deal longer"])
+    assert length[0] > length[1]
 
 
 def test_a_finished_gate_is_only_measured(
@@ -308,5 +327,5 @@ def test_panel_is_made_once(study: Study, data: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(english, name, 3)
     rows, note = english_panel(study, data=str(data))
     assert set(rows["attack"]) == {"AdvBench ~ Alpaca"} and "1 training prompts taken out" in note
-    monkeypatch.setattr(english, "english_gate", None)
+    monkeypatch.setattr("casa_mech.study.english_panel.english_gate", None)
     pd.testing.assert_frame_equal(english_panel(study, data=str(data))[0], rows)

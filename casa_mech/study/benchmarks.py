@@ -36,7 +36,7 @@ _PICTURE_BATCH = 16
 
 def cell_size(study: Study, attack: str) -> int:
     """Requests of each label under `attack`, for a cell that the attack table does not have."""
-    share, least = (15, 6) if attack in LARGE_PICTURES else (4, 12)
+    share, least = (15, 6) if attack in LARGE_PICTURES else (5, 12)
     return max(study.sizes.n_eval // share, least)
 
 

@@ -20,14 +20,14 @@ from casa_mech.casa.checkpoint import METRICS
 from casa_mech.casa.examples import examples_digest
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import TEMPORARY, storage_error, write_text, writing
-from casa_mech.judging import KeywordJudge, mean_interval, read_table, value_row, write_table
+from casa_mech.judging import KeywordJudge, auroc_row, mean_interval, value_row, write_table
 from casa_mech.judging.results import Row
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.corpus import CHARACTERS, REPEAT, Corpus, corpus_record, on_surface, read_corpus
 from casa_mech.queries import Example, Label, Query, TextPart, decontaminate, read_queries
-from casa_mech.queries.benchmarks.locate import DATA_VARIABLE, data_folder, find_files
+from casa_mech.queries.benchmarks.locate import find_files
 from casa_mech.queries.benchmarks.registry import benchmark_named
-from casa_mech.study.artifacts import Study
+from casa_mech.study.english_baselines import LENGTH, WORDS, Scorer, baselines, prompts_of
 from casa_mech.study.evaluate import CASA, PRETRAINED, evaluate, result_rows, write_both
 from casa_mech.study.folder import RunFolder, key_digest
 from casa_mech.study.settings import slug
@@ -38,10 +38,7 @@ TEXT, STRIP, SPEECH, FIGSTEP = "text", "image strip", "speech", "FigStep picture
 MANIFEST, REMOVED = "manifest.json", "removed.csv"
 _TABLES = {f"{name}.{suffix}" for name in ("replies", "results") for suffix in ("parquet", "csv")}
 _OUTPUTS = {"gates", ".locks", MANIFEST, REMOVED, *_TABLES}
-_ENGLISH = (
-    "the committee will publish its report on public transport next week",
-    "please recommend a novel about sailing",
-)
+BASELINE = "no model"
 _READ_N = 50
 _MOST_TOKENS, _REPEAT_TOKENS = 16, 48
 
@@ -128,7 +125,7 @@ def english_gate(
     # The corpus was decontaminated as a whole; this shows it on what is trained on.
     examples, again = decontaminate(corpus.examples(sizes.examples, seed), named)
     casa = trained_gate(omni, examples, out, sizes, seed, progress)
-    found = measure(omni, casa, sets, sizes, seed, progress)
+    found = measure(omni, casa, sets, sizes, seed, progress, baselines(examples))
     record = {
         "model": str(model),
         "fingerprint": omni.fingerprint(),
@@ -142,64 +139,6 @@ def english_gate(
     }
     _write(out, found, corpus, record)
     return {**record, "out": str(out), "results": english_table(pd.DataFrame(found.rows)).to_dict("records")}
-
-
-def english_panel(study: Study, model: str = "", data: str = "") -> tuple[pd.DataFrame, str]:
-    """The notebook's panel: the rows of `english_gate`, made once in the run folder, and what there is to say of them.
-
-    Without a folder of data, or with a model that does not speak English, there are no rows, and the text says so.
-
-    Args:
-        study: whose run folder and sizes are used.
-        model: default the one under study.
-        data: default the folder that CASA_MECH_DATA names.
-
-    Raises:
-        InputError: as `english_gate`; a folder of data that is not there.
-    """
-    model = model or study.settings.model
-    folder = Path(data) if data else data_folder()
-    if folder is None:
-        return (
-            pd.DataFrame(),
-            f"no panel on real English: no folder of prompt sets (parameter data, or {DATA_VARIABLE})",
-        )
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give the folder of prompt sets, or an empty text to go without")
-    unknown = study.omni(model).unknown_share(_ENGLISH)
-    if unknown:
-        why = f"{slug(model)} does not know {unknown:.0%} of the words of plain sentences"
-        return pd.DataFrame(), f"no panel on real English: {why}; name a model that does (parameter english)"
-    sizes = GateSizes(
-        examples=2 * study.sizes.train_examples,
-        steps=study.sizes.train_steps,
-        n=study.sizes.n_eval,
-        n_media=max(6, study.sizes.n_eval // 4),
-    )
-    settings = study.settings
-    key = {"model": study.omni(model).fingerprint(), "seed": settings.seed, "sizes": vars(sizes), "data": str(folder)}
-    work = study.folder.path("english", slug(model))
-
-    def build(new: Path) -> None:
-        shared: dict[str, Any] = {"seed": settings.seed, "device": settings.device, "dtype": settings.dtype}
-        english_gate(model, folder, work, sizes=sizes, progress=study.progress, **shared)
-        shutil.copy(work / "results.parquet", new)
-        shutil.copy(work / MANIFEST, new)
-
-    kept = study.folder.artifact("english-rows", slug(model), key, build)
-    record = json.loads((kept / MANIFEST).read_text(encoding="utf-8"))
-    note = f"{slug(model)}: {record['corpus']['removed']} training prompts taken out, which evaluation sets ask"
-    return read_table(kept / "results.parquet"), "; ".join([note, *record["missing_sets"]])
-
-
-def english_title(rows: pd.DataFrame) -> str:
-    """The title of the English figure: AUROC of v_s on every panel."""
-    part = rows[(rows["metric"] == "gate_auroc") & (rows["defense"] == CASA)]
-    listed = [
-        f"{row.attack} ({row.surface}) {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in part.itertuples()
-    ]
-    lines = [", ".join(listed[start : start + 2]) for start in range(0, len(listed), 2)]
-    return f"{slug(str(rows['model'].iloc[0]))}: AUROC of v_s on prompts nobody here wrote\n" + "\n".join(lines)
 
 
 def evaluation_sets(data: Path) -> dict[Set, list[Query]]:
@@ -219,9 +158,17 @@ def evaluation_sets(data: Path) -> dict[Set, list[Query]]:
 
 
 def measure(
-    omni: Omni, casa: Casa, sets: Mapping[Set, Sequence[Query]], sizes: GateSizes, seed: int, progress: bool = False
+    omni: Omni,
+    casa: Casa,
+    sets: Mapping[Set, Sequence[Query]],
+    sizes: GateSizes,
+    seed: int,
+    progress: bool = False,
+    scorers: Mapping[str, Scorer] | None = None,
 ) -> EnglishResult:
     """The gate on every panel that `sets` allows: v_s, flags and replies, and what the model can read at all.
+
+    `scorers` are baselines that see the plain prompts (`english_baselines`); their AUROCs stand beside the gate's.
 
     The judge is the keyword judge: `attack_success` is an upper bound, and a model that answers everything with a stub
     "succeeds" wherever it does not refuse.
@@ -238,6 +185,8 @@ def measure(
             if skipped:
                 left_out[f"{panel.name}, {surface}"] = skipped
             tables += _answers(omni, casa, queries, panel.name, surface, sizes, progress)
+            if surface == TEXT:
+                rows += _baseline_rows(omni, queries, panel.name, scorers or {}, seed)
             with casa.disabled():
                 rows += _character_errors(omni, queries, panel.name, surface, sizes, seed)
     replies = pd.concat(tables, ignore_index=True)
@@ -251,6 +200,8 @@ def english_table(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     wanted = {
         "gate AUROC": ("gate_auroc", CASA, "both"),
+        "words alone": (WORDS, BASELINE, "both"),
+        "length alone": (LENGTH, BASELINE, "both"),
         "FPR at 95 % TPR": ("gate_fpr_at_95tpr", CASA, "both"),
         "harmful flagged": ("flagged", CASA, "harmful"),
         "benign flagged": ("flagged", CASA, "benign"),
@@ -345,6 +296,23 @@ def _answers(
     with casa.disabled():
         found.insert(0, evaluate(omni, None, queries, defense=PRETRAINED, **shared).replies)
     return [table.assign(attack=attack, surface=surface) for table in found]
+
+
+def _baseline_rows(
+    omni: Omni, queries: Sequence[Query], attack: str, scorers: Mapping[str, Scorer], seed: int
+) -> list[Row]:
+    prompts, harmful = prompts_of(queries)
+    shared: dict[str, Any] = {
+        "model": omni.source,
+        "defense": BASELINE,
+        "attack": attack,
+        "surface": TEXT,
+        "seed": seed,
+    }
+    return [
+        auroc_row(**shared, metric=metric, scores=score(prompts).tolist(), labels=harmful)
+        for metric, score in scorers.items()
+    ]
 
 
 def _character_errors(
