@@ -149,7 +149,7 @@ def plot_published_rates(data: pd.DataFrame, title: str) -> Figure:
                 _bars(axis, rows, y, SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)], defense)
             axis.set(xlim=(-3, 103), xlabel="attack success as published (%)", title=f"{model}, {table} table")
             axis.set_yticks(np.arange(len(attacks)), attacks)
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), fontsize=8)
+            axis.legend(loc="upper right", fontsize=8)  # the rates there are low
         axes[0][0].invert_yaxis()
         return _finished(figure, title)
 
