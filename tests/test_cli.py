@@ -18,7 +18,7 @@ from casa_mech.cli import main
 
 COMMANDS = [
     *("run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"),
-    *("attack", "figstep", "datasets", "datasets overlap", "judge run", "judge agreement"),
+    *("attack", "compare", "figstep", "datasets", "datasets overlap", "judge run", "judge agreement"),
 ]
 
 
