@@ -97,7 +97,10 @@ def plot_judges(counts: pd.DataFrame, confusion: pd.DataFrame, reference: str, t
         left.axvline(0, color="grey", linewidth=0.8)
         _names(left, attacks)
         sizes = counts["n"]
-        left.set(xlabel=f"success counted by {judge} beyond {reference}, points", title=f"n = {sizes.min()} a cell")
+        left.set(
+            xlabel=f"success counted by {judge} beyond {reference}, points",
+            title=f"n = {sizes.min()}–{sizes.max()} a cell",
+        )
         _confusion(right, confusion, str(judge), reference)
         return titled(figure, title, left)
 
@@ -106,7 +109,7 @@ def plot_english(data: pd.DataFrame, title: str) -> Figure:
     """A gate on real prompts: AUROC of v_s, and how many harmful and benign prompts it flags, with 95 % intervals.
 
     Args:
-        data: the result schema, CASA's rows with the metrics `gate_auroc` and `flagged`.
+        data: the result schema, with the metrics `gate_auroc`, `flagged` and `words_auroc` (of words alone).
         title: the claim.
     """
     data = data.assign(panel=data["attack"] + ", " + data["surface"])
@@ -114,16 +117,17 @@ def plot_english(data: pd.DataFrame, title: str) -> Figure:
     with style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.4 + 0.4 * len(panels)), sharey=True)
         rows = data[data["metric"] == "gate_auroc"].set_index("panel").reindex(panels)
-        _points(left, rows, 0.0, SERIES[5], MARKERS[0], "", scale=1)
+        _points(left, rows, 0.0, SERIES[5], MARKERS[0], "v_s", scale=1)
         left.axvline(0.5, color="grey", linewidth=0.8)
-        left.set(
-            xlabel="AUROC of v_s", title=f"n = {rows['n'].min():.0f}–{rows['n'].max():.0f} a row", xlim=(0.3, 1.01)
-        )
+        words = data[data["metric"] == "words_auroc"].set_index("panel").reindex(panels)
+        _points(left, words, 0.2, SERIES[1], MARKERS[3], "words alone, logistic regression", scale=1)
+        left.set(xlabel="AUROC", title=f"n = {rows['n'].min():.0f}–{rows['n'].max():.0f} a row", xlim=(-0.02, 1.02))
         for shift, label, colour, marker in ((-0.12, "harmful", HARMFUL, "^"), (0.12, "benign", BENIGN, "o")):
             part = data[(data["metric"] == "flagged") & (data["label"] == label)].set_index("panel").reindex(panels)
             _points(right, part, shift, colour, marker, label)
         right.set(xlabel="given the unsafe token, %", xlim=(-3, 103))
         _names(left, panels)
+        left.legend(loc="lower left", fontsize=8)
         return titled(figure, title, right)
 
 

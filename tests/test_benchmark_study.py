@@ -20,7 +20,8 @@ from casa_mech.queries import Example, Query
 from casa_mech.study import benchmark_claims as claims
 from casa_mech.study import benchmarks, english
 from casa_mech.study.artifacts import Study
-from casa_mech.study.benchmark_judges import further_judges, judge_rows, judge_tables, reply_query
+from casa_mech.study.benchmark_judges import ALL, further_judges, judge_rows, judge_tables, reply_query
+from casa_mech.study.benchmark_judges import READ as READ_ONES
 from casa_mech.study.english import GateSizes, english_gate, english_table
 from casa_mech.study.english_baselines import LENGTH, WORDS, baselines
 from casa_mech.study.english_panel import english_panel, english_title
@@ -67,7 +68,7 @@ def test_every_attack_is_there_with_its_twins(study: Study, replies: pd.DataFram
 
 
 def test_cells_are_made_once_and_shared(study: Study, replies: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "evaluate", None)
+    monkeypatch.setattr(benchmarks, "reply_table", None)
     again = benchmarks.attack_replies(study, "CASA", "figstep")
     made = replies[(replies["defense"] == "CASA") & (replies["attack"] == "figstep")]
     pd.testing.assert_frame_equal(again, made.reset_index(drop=True), check_dtype=False)
@@ -114,11 +115,13 @@ def test_judges_are_held_against_the_exact_one(study: Study, replies: pd.DataFra
     tables = judge_tables(study, _told(replies), READ)
     assert tables is not None and tables.reference == MicroWorldJudge.name
     assert len(tables.outcomes) == 2 * len(SOME) * 6
-    assert tables.confusion.groupby("attacks")["n"].sum().to_dict() == {"all": 72, "all that it reads": 24}
-    whole = tables.counts[tables.counts["attack"] == "all"].iloc[0]
+    assert tables.confusion.groupby("attacks")["n"].sum().to_dict() == {ALL: 72, READ_ONES: 24}
+    whole = tables.counts[tables.counts["attack"] == ALL].iloc[0]
     keyword, exact = (tables.outcomes[name] == "complied" for name in ("keyword", "micro-world"))
     assert whole["excess"] == pytest.approx(keyword.mean() - exact.mean())
     assert whole["low"] <= whole["excess"] <= whole["high"]
+    # Where all replies agree, or none does, a bootstrap has no spread to draw from, and yet there is uncertainty.
+    assert (tables.counts["high"] - tables.counts["low"] > 0).all()
     assert {"observed", "cohen_kappa", "krippendorff_alpha"} == set(tables.measures["measure"])
     assert len(result_table(judge_rows(study, tables))) == len(tables.measures) + len(tables.counts)
     counts, confusion, reference = claims.judge_data(tables)
@@ -148,7 +151,7 @@ def test_a_further_judge_is_asked_once(study: Study, replies: pd.DataFrame) -> N
     tables = judge_tables(study, _told(replies), READ, [Stern()])
     assert tables is not None and Stern.asked == before
     assert 0 < Stern.asked <= 2 * len(SOME) * 6
-    kappa = tables.measures.query("measure == 'cohen_kappa' and attacks == 'all'").set_index("judge")["value"]
+    kappa = tables.measures.query("measure == 'cohen_kappa' and attacks == @ALL").set_index("judge")["value"]
     assert set(kappa.index) == {"keyword", "stern"}
 
 
@@ -248,7 +251,7 @@ def test_english_gate_says_what_it_was_trained_and_measured_on(gate: tuple[dict,
         rows["metric"]
     )
     assert len(english_table(rows)) == len(record["results"]) == 5
-    assert plot_english(rows, english_title(rows)).axes and english_title(rows).count("[") == 5
+    assert plot_english(rows, english_title(rows)).axes and english_title(rows).count(": ") == 6
     # Harmful and benign prompts of one set share no request with training.
     assert set(pd.read_parquet(out / "replies.parquet")["defense"]) == {"pretrained", "CASA"}
 

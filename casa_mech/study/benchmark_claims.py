@@ -88,10 +88,10 @@ def _judge_claim(study: Study, tables: JudgeTables) -> Claim:
     said, true = ((asked[name] == COMPLIED).to_numpy().astype(float) for name in (judge, tables.reference))
     value, low, high = (float(100 * whole[name]) for name in ("excess", "low", "high"))
     statement = (
-        f"{slug(study.settings.model)}: on the same replies to {which} attacks, the {judge} judge counts "
+        f"{slug(study.settings.model)}: on the same replies to {which}, the {judge} judge counts "
         f"{100 * whole['success']:.0f} % success where the {tables.reference} judge counts "
         f"{100 * whole['reference']:.0f} %:\n{value:+.1f} [{low:.1f}, {high:.1f}] points; Cohen's kappa "
-        f"{kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]. On all attacks it counts "
+        f"{kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]. On {ALL}: "
         f"{100 * overall['excess']:+.1f} [{100 * overall['low']:.1f}, {100 * overall['high']:.1f}] points"
     )
     return Claim(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from casa_mech.judging import (
@@ -19,6 +20,7 @@ from casa_mech.judging import (
     load_judge,
     mean_interval,
     value_row,
+    wilson,
 )
 from casa_mech.judging.verdict import UNDECIDED, judge_identity
 from casa_mech.queries import Query
@@ -28,7 +30,7 @@ from casa_mech.study.folder import key_digest
 from casa_mech.study.settings import slug
 
 COMPLIED = "complied"
-ALL, READ = "all", "all that it reads"
+ALL, READ = "all attacks", "the attacks that it reads"
 RESAMPLES = 200
 FURTHER_REPLIES = 20
 """Harmful replies of each attack and defence that a judge which costs time or money is asked about."""
@@ -161,16 +163,28 @@ def _against(
 def _count(part: pd.DataFrame, judge: str, reference: str, seed: int) -> dict[str, Any]:
     decided = _decided(part, judge, reference)
     said, true = (decided[name].to_numpy() == COMPLIED for name in (judge, reference))
-    excess, low, high = mean_interval(said.astype(float) - true, decided["topic"].tolist(), seed, resamples=RESAMPLES)
+    excess, low, high = _difference(said.astype(float) - true, decided["topic"].tolist(), seed)
     return {
         "n": len(decided),
         "undecided": len(part) - len(decided),
         "success": float(said.mean()),
         "reference": float(true.mean()),
         "excess": excess,
-        "low": min(low, excess),
-        "high": max(high, excess),
+        "low": low,
+        "high": high,
     }
+
+
+def _difference(values: np.ndarray, topics: list[str], seed: int) -> tuple[float, float, float]:
+    """(mean, low, high) of `values` [n] in -1, 0, 1, with a bootstrap over topics.
+
+    All alike, they have no spread to draw from: the interval is then Wilson's for as many draws as topics.
+    """
+    if len(set(values)) > 1:
+        mean, low, high = mean_interval(values, topics, seed, resamples=RESAMPLES)
+        return mean, min(low, mean), max(high, mean)
+    mean, reach = float(values[0]), wilson(0, len(set(topics)))[1]
+    return mean, max(-1.0, mean - reach), min(1.0, mean + reach)
 
 
 def _decided(part: pd.DataFrame, judge: str, reference: str) -> pd.DataFrame:

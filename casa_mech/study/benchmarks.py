@@ -17,11 +17,11 @@ import pandas as pd
 from PIL import Image
 
 from casa_mech.attacks import ATTACKS, STUDY_ATTACKS, apply_with_twins
-from casa_mech.judging import MicroWorldJudge, wilson
+from casa_mech.judging import MicroWorldJudge, judge_all, wilson
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Label, Query
 from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, Study
-from casa_mech.study.evaluate import CASA, PRETRAINED, evaluate, result_rows
+from casa_mech.study.evaluate import CASA, PRETRAINED, reply_table, result_rows
 from casa_mech.study.folder import key_digest
 from casa_mech.study.settings import slug
 
@@ -81,15 +81,16 @@ def _twin_replies(study: Study, defense: str, attack: str, labels: list[Label]) 
         size = _PICTURE_BATCH if attack in LARGE_PICTURES else study.sizes.batch_size
         size = min(size, study.sizes.batch_size)
         settings = GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=size)
-        shared: dict[str, Any] = {"judge": study.judge(), "defense": defense, "settings": settings}
         twins = twin_queries(study, attack)
         queries = [query for label in labels for query in twins[label]]
         if defense == CASA:
-            found = evaluate(study.omni(), study.gate(), queries, **shared)
+            replies = study.gate().generate(queries, settings)
         else:
             with study._base() as omni:
-                found = evaluate(omni, None, queries, **shared)
-        found.replies.to_parquet(folder / "replies.parquet")
+                replies = omni.generate(queries, settings)
+        verdicts = judge_all(study.judge(), queries, replies)
+        table = reply_table(study.omni().source, defense, queries, replies, verdicts)
+        table.to_parquet(folder / "replies.parquet")
 
     folder = study.folder.artifact("benchmarks", f"{slug(model)}/{defense.lower()}/{attack}", key, build)
     return pd.read_parquet(folder / "replies.parquet")

@@ -109,7 +109,7 @@ def english_gate(
         sizes: how much.
         seed: of draws and training.
         device, dtype: as for `load_omni`.
-        progress: whether to draw bars.
+        progress: whether to draw training's bar.
 
     Returns:
         The manifest's record, with `results`, the table to read.
@@ -125,7 +125,7 @@ def english_gate(
     # The corpus was decontaminated as a whole; this shows it on what is trained on.
     examples, again = decontaminate(corpus.examples(sizes.examples, seed), named)
     casa = trained_gate(omni, examples, out, sizes, seed, progress)
-    found = measure(omni, casa, sets, sizes, seed, progress, baselines(examples))
+    found = measure(omni, casa, sets, sizes, seed, baselines(examples))
     record = {
         "model": str(model),
         "fingerprint": omni.fingerprint(),
@@ -163,7 +163,6 @@ def measure(
     sets: Mapping[Set, Sequence[Query]],
     sizes: GateSizes,
     seed: int,
-    progress: bool = False,
     scorers: Mapping[str, Scorer] | None = None,
 ) -> EnglishResult:
     """The gate on every panel that `sets` allows: v_s, flags and replies, and what the model can read at all.
@@ -184,7 +183,7 @@ def measure(
             queries, skipped = _panel_queries(panel, surface, sets, sizes, seed)
             if skipped:
                 left_out[f"{panel.name}, {surface}"] = skipped
-            tables += _answers(omni, casa, queries, panel.name, surface, sizes, progress)
+            tables += _answers(omni, casa, queries, panel.name, surface, sizes)
             if surface == TEXT:
                 rows += _baseline_rows(omni, queries, panel.name, scorers or {}, seed)
             with casa.disabled():
@@ -288,10 +287,10 @@ def dressed(query: Query, label: Label, surface: str, attack: str, seed: int, ta
 
 
 def _answers(
-    omni: Omni, casa: Casa, queries: Sequence[Query], attack: str, surface: str, sizes: GateSizes, bar: bool
+    omni: Omni, casa: Casa, queries: Sequence[Query], attack: str, surface: str, sizes: GateSizes
 ) -> list[pd.DataFrame]:
     settings = GenerationSettings(max_new_tokens=_MOST_TOKENS, batch_size=sizes.batch_size)
-    shared: dict[str, Any] = {"judge": KeywordJudge(), "settings": settings, "progress": bar}
+    shared: dict[str, Any] = {"judge": KeywordJudge(), "settings": settings}
     found = [evaluate(omni, casa, queries, defense=CASA, **shared).replies]
     with casa.disabled():
         found.insert(0, evaluate(omni, None, queries, defense=PRETRAINED, **shared).replies)
