@@ -18,6 +18,7 @@ _COLUMNS = {
     "benign_answered": "benign twins answered, %",
     "gate_auroc": "gate AUROC × 100",
 }
+WORDS_ALONE = "AUROC of words alone (logistic regression)"
 _OUTCOMES = ("complied", "refused", "wrong_topic", "incoherent", "undecided")
 
 
@@ -120,14 +121,16 @@ def plot_english(data: pd.DataFrame, title: str) -> Figure:
         _points(left, rows, 0.0, SERIES[5], MARKERS[0], "v_s", scale=1)
         left.axvline(0.5, color="grey", linewidth=0.8)
         words = data[data["metric"] == "words_auroc"].set_index("panel").reindex(panels)
-        _points(left, words, 0.2, SERIES[1], MARKERS[3], "words alone, logistic regression", scale=1)
+        _points(left, words, 0.2, SERIES[1], MARKERS[3], WORDS_ALONE, scale=1)
         left.set(xlabel="AUROC", title=f"n = {rows['n'].min():.0f}–{rows['n'].max():.0f} a row", xlim=(-0.02, 1.02))
         for shift, label, colour, marker in ((-0.12, "harmful", HARMFUL, "^"), (0.12, "benign", BENIGN, "o")):
             part = data[(data["metric"] == "flagged") & (data["label"] == label)].set_index("panel").reindex(panels)
             _points(right, part, shift, colour, marker, label)
         right.set(xlabel="given the unsafe token, %", xlim=(-3, 103))
         _names(left, panels)
-        left.legend(loc="lower left", fontsize=8)
+        # The figure's one legend is the right panel's; what is on the left is named there.
+        for colour, marker, name in ((SERIES[5], MARKERS[0], "AUROC of v_s"), (SERIES[1], MARKERS[3], WORDS_ALONE)):
+            right.plot([], [], marker, color=colour, markersize=4, label=name)
         return titled(figure, title, right)
 
 

@@ -244,14 +244,14 @@ def test_english_gate_says_what_it_was_trained_and_measured_on(gate: tuple[dict,
     rows = result_table(pd.read_parquet(out / "results.parquet"))
     panels = rows[rows["metric"] == "gate_auroc"][["attack", "surface", "n"]]
     assert panels.to_numpy().tolist() == [
-        ["AdvBench ~ Alpaca", "text", 20], ["SafeBench ~ its benign twin", "text", 20],
-        *(["SafeBench ~ its benign twin", surface, 6] for surface in ("image strip", "speech", "FigStep picture")),
+        ["AdvBench ~ Alpaca", "text", 20], ["SafeBench ~ benign twin", "text", 20],
+        *(["SafeBench ~ benign twin", surface, 6] for surface in ("image strip", "speech", "FigStep picture")),
     ]  # fmt: skip
     assert {"gate_fpr_at_95tpr", "flagged", "over_refusal", "character_error_rate", "words_auroc"} <= set(
         rows["metric"]
     )
     assert len(english_table(rows)) == len(record["results"]) == 5
-    assert plot_english(rows, english_title(rows)).axes and english_title(rows).count(": ") == 6
+    assert plot_english(rows, english_title(rows)).axes and english_title(rows).count(": ") == 3
     # Harmful and benign prompts of one set share no request with training.
     assert set(pd.read_parquet(out / "replies.parquet")["defense"]) == {"pretrained", "CASA"}
 

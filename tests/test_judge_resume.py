@@ -263,7 +263,7 @@ def test_a_judge_that_goes_down_is_one_line_and_the_same_command_continues(
     assert summary["outcomes"] == {"complied": 5, "undecided": 1}
     assert summary["input_tokens"] == 60 and summary["cost_dollars"] == pytest.approx((3 * 10 + 3 * 3 * 2) / 1e6)
     rates = {row["metric"]: row["value"] for row in summary["results"]}
-    assert rates == {"attack_success": 1, "undecided": 1 / 6, "attack_success_upper": 1, "judge_score": 1}
+    assert rates == {"attack_success": 1, "refused": 0, "undecided": 1 / 6, "attack_success_upper": 1, "judge_score": 1}
     for file in (tmp_path / "out").iterdir():
         assert b"sk-secret-key" not in file.read_bytes()
 

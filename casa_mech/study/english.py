@@ -56,9 +56,7 @@ class Panel:
 PANELS = (
     Panel("AdvBench ~ Alpaca", ("advbench", None), ("refusal-direction-harmless", "test")),
     Panel("XSTest unsafe ~ safe", ("xstest", "unsafe"), ("xstest", "safe")),
-    Panel(
-        "SafeBench ~ its benign twin", ("safebench", "harm"), ("figstep-benign", None), (TEXT, STRIP, SPEECH, FIGSTEP)
-    ),
+    Panel("SafeBench ~ benign twin", ("safebench", "harm"), ("figstep-benign", None), (TEXT, STRIP, SPEECH, FIGSTEP)),
 )
 """SafeBench without legal, financial and medical advice, which break a policy and are no harm of themselves."""
 

@@ -74,6 +74,8 @@ def english_panel(study: Study, model: str = "", data: str = "") -> tuple[pd.Dat
 def english_title(rows: pd.DataFrame) -> str:
     """The title of the English figure: AUROC of v_s on every panel."""
     part = rows[(rows["metric"] == "gate_auroc") & (rows["defense"] == CASA)]
-    listed = [f"{row.attack}, {row.surface}: {row.value:.2f}" for row in part.itertuples()]
-    lines = ["; ".join(listed[start : start + 3]) for start in range(0, len(listed), 3)]
+    lines = [
+        f"{name}: " + ", ".join(f"{row.surface} {row.value:.2f}" for row in panel.itertuples())
+        for name, panel in part.groupby("attack", sort=False)
+    ]
     return f"{slug(str(rows['model'].iloc[0]))}: AUROC of v_s on prompts that nobody here wrote\n" + "\n".join(lines)
