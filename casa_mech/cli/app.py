@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from casa_mech.errors import InputError
+
+if TYPE_CHECKING:
+    from casa_mech.judging import Judge
 
 app = typer.Typer(
     name="casa-mech",
@@ -32,6 +36,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard
 GateDir = Annotated[Path | None, typer.Option(help="Folder of a trained gate (casa-mech train); without it: no gate.")]
 Options = Annotated[list[str] | None, typer.Option(help="Option of the defence, NAME=VALUE; repeatable.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Upper bound on a reply's tokens.")]
+
+JudgeName = Annotated[str, typer.Option(help="micro-world, keyword, classifier, yes-no, strong-reject, five-point, "
+                                             "refusal, or a rubric's .json file.")]  # fmt: skip
+Backend = Annotated[str, typer.Option(help="Of rubrics: local, openai (and compatible) or anthropic.")]
+JudgeModel = Annotated[str, typer.Option(help="The judging model: hub id, directory, or the API's name.")]
+BaseUrl = Annotated[str, typer.Option(help="Address of the judge's API, https://host/v1 [the vendor's].")]
+KeyEnv = Annotated[str, typer.Option(help="Environment variable of the judge's key [the vendor's usual one].")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests to the judge at a time.")]
+Tries = Annotated[int, typer.Option(min=1, help="Requests for one reply before the judge counts as down.")]
+Timeout = Annotated[float, typer.Option(min=0.001, help="Seconds without an answer from the judge.")]
+InputPrice = Annotated[float | None, typer.Option(help="Dollars for a million of the judge's input tokens.")]
+OutputPrice = Annotated[float | None, typer.Option(help="Dollars for a million of its output tokens.")]
+Positive = Annotated[list[str] | None, typer.Option(help="A classifier's label that means success.")]
+Threshold = Annotated[float, typer.Option(min=0, max=1, help="A classifier's least probability.")]
+_JUDGE_OPTIONS = (
+    "threshold", "device", "dtype", "batch_size", "base_url", "key_env", "concurrency", "tries", "timeout",
+    "input_price", "output_price",
+)  # fmt: skip
 
 
 @app.callback(invoke_without_command=True)
@@ -95,3 +117,18 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """InputError, listing the choices, unless `value` is one of them."""
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, not '{value}'")
+
+
+def chosen_judge(parameters: Mapping[str, Any]) -> Judge:
+    """The judge that a subcommand's parameters (`context.params`) describe: `JudgeName` and the options after it.
+
+    Raises:
+        InputError, ModelError: as `load_judge`.
+    """
+    from casa_mech.judging import load_judge
+
+    options = {name: parameters[name] for name in _JUDGE_OPTIONS}
+    positive = parameters["positive"] or ()
+    return load_judge(
+        parameters["judge"], parameters["backend"], parameters["judge_model"], positive=positive, **options
+    )

@@ -7,7 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from casa_mech.cli.app import Device, Dtype, Json, Seed, app, show
+from casa_mech.cli.app import (
+    Backend,
+    BaseUrl,
+    Concurrency,
+    Device,
+    Dtype,
+    InputPrice,
+    Json,
+    JudgeModel,
+    JudgeName,
+    KeyEnv,
+    OutputPrice,
+    Positive,
+    Seed,
+    Threshold,
+    Timeout,
+    Tries,
+    app,
+    chosen_judge,
+    show,
+)
 
 judge_app = typer.Typer(help="Judge stored replies again, and compare a judge with people.", no_args_is_help=True)
 app.add_typer(judge_app, name="judge")
@@ -18,21 +38,21 @@ app.add_typer(judge_app, name="judge")
     "--out judged  (the key is read from OPENAI_API_KEY)"
 )
 def run(
+    context: typer.Context,
     replies: Annotated[Path, typer.Option(help="Table of replies, or a folder of casa-mech evaluate.")],
-    judge: Annotated[str, typer.Option(help="micro-world, keyword, classifier, yes-no, strong-reject, five-point, "
-                                            "refusal, or a rubric's .json file.")],
+    judge: JudgeName,
     out: Annotated[Path, typer.Option(help="Folder for verdicts and rates; a stopped run in it is continued.")],
-    backend: Annotated[str, typer.Option(help="Of rubrics: local, openai (and compatible) or anthropic.")] = "local",
-    judge_model: Annotated[str, typer.Option(help="The judging model: hub id, directory, or the API's name.")] = "",
-    base_url: Annotated[str, typer.Option(help="Address of the API, https://host/v1 [the vendor's].")] = "",
-    key_env: Annotated[str, typer.Option(help="Environment variable of the key [the vendor's usual one].")] = "",
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
-    tries: Annotated[int, typer.Option(min=1, help="Requests for one reply before the judge counts as down.")] = 6,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds without an answer.")] = 60.0,
-    input_price: Annotated[float | None, typer.Option(help="Dollars for a million input tokens.")] = None,
-    output_price: Annotated[float | None, typer.Option(help="Dollars for a million output tokens.")] = None,
-    positive: Annotated[list[str] | None, typer.Option(help="A classifier's label that means success.")] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="A classifier's least probability.")] = 0.5,
+    backend: Backend = "local",
+    judge_model: JudgeModel = "",
+    base_url: BaseUrl = "",
+    key_env: KeyEnv = "",
+    concurrency: Concurrency = 4,
+    tries: Tries = 6,
+    timeout: Timeout = 60.0,
+    input_price: InputPrice = None,
+    output_price: OutputPrice = None,
+    positive: Positive = None,
+    threshold: Threshold = 0.5,
     prompt_column: Annotated[str, typer.Option(help="Column of requests.")] = "prompt",
     reply_column: Annotated[str, typer.Option(help="Column of replies.")] = "reply",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many replies.")] = None,
@@ -42,17 +62,11 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Judge replies that are stored; nothing is generated, and verdicts that are stored are not asked for again."""
-    from casa_mech.judging import load_judge
     from casa_mech.study.rejudge import judge_replies
 
-    http: dict[str, Any] = {
-        "base_url": base_url, "key_env": key_env, "concurrency": concurrency, "tries": tries, "timeout": timeout,
-        "input_price": input_price, "output_price": output_price,
-    }  # fmt: skip
-    local: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
-    chosen = load_judge(judge, backend, judge_model, positive=positive or (), threshold=threshold, **local, **http)
+    chosen = chosen_judge(context.params)
     columns: dict[str, Any] = {"prompt_column": prompt_column, "reply_column": reply_column}
     found = judge_replies(
         replies, chosen, out, **columns, limit=limit, retry_undecided=retry_undecided, seed=seed, progress=True

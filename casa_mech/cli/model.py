@@ -8,16 +8,29 @@ from typing import Annotated, Any
 import typer
 
 from casa_mech.cli.app import (
+    Backend,
+    BaseUrl,
+    Concurrency,
     Device,
     Dtype,
     GateDir,
+    InputPrice,
     Json,
+    JudgeModel,
+    JudgeName,
+    KeyEnv,
     MaxTokens,
     Model,
     Options,
     Order,
+    OutputPrice,
+    Positive,
     Seed,
+    Threshold,
+    Timeout,
+    Tries,
     app,
+    chosen_judge,
     note,
     parse_options,
     show,
@@ -106,6 +119,7 @@ def train(
     "--queries benign.json --column instruction --label benign --queries pictures/ --label harmful --out results"
 )
 def evaluate(
+    context: typer.Context,
     queries: Annotated[list[Path], typer.Option(help="Table, media folder or media file; repeatable.")],
     column: Annotated[list[str] | None, typer.Option(help="Prompt column: one for all tables, or one each.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="harmful, benign or -: one for all, or one each.")] = None,
@@ -119,6 +133,18 @@ def evaluate(
     defense: Annotated[str | None, typer.Option(help="Defence by name [what --gate holds, or none].")] = None,
     safety_prompt: Annotated[bool, typer.Option(help="Put the safety prompt into the system turn.")] = False,
     option: Options = None,
+    judge: JudgeName = "",
+    backend: Backend = "local",
+    judge_model: JudgeModel = "",
+    base_url: BaseUrl = "",
+    key_env: KeyEnv = "",
+    concurrency: Concurrency = 4,
+    tries: Tries = 6,
+    timeout: Timeout = 60.0,
+    input_price: InputPrice = None,
+    output_price: OutputPrice = None,
+    positive: Positive = None,
+    threshold: Threshold = 0.5,
     model: Model = "organism",
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: MaxTokens = 32,
@@ -128,7 +154,10 @@ def evaluate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Run a gate or another defence over your own files: every row gets a reply and, with a gate, a token and v_s."""
+    """Run a gate or another defence over your own files: every row gets a reply and, with a gate, a token and v_s.
+
+    Without --judge, micro-world requests are judged exactly and all others by keywords, an upper bound.
+    """
     from casa_mech.omni import GenerationSettings
     from casa_mech.study.real_input import SystemUnderTest, evaluate_files, query_sources
 
@@ -136,5 +165,7 @@ def evaluate(
     sources = query_sources(queries, label or [], {name: value or [] for name, value in columns.items()}, text, limit)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, system=system)
     system_under_test = SystemUnderTest(model, gate, device, dtype, defense, safety_prompt, parse_options(option))
-    summary = evaluate_files(sources, system_under_test, settings=settings, attack=attack, out=out, note=note)
+    chosen = chosen_judge(context.params) if judge else None
+    shared: dict[str, Any] = {"settings": settings, "attack": attack, "out": out, "judge": chosen, "note": note}
+    summary = evaluate_files(sources, system_under_test, **shared)
     show(summary, as_json)

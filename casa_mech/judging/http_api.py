@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from casa_mech.errors import InputError
 from casa_mech.judging.dialects import DIALECTS, Dialect, WrongShape
 from casa_mech.judging.rubric_judge import Completion
-from casa_mech.judging.verdict import JudgeDown
+from casa_mech.judging.verdict import Judge, JudgeDown
 
 if TYPE_CHECKING:
     import httpx
@@ -315,3 +315,12 @@ def _checked_url(url: str) -> str:
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise InputError(f"the judge's address for {parsed.host} holds a password, query or fragment: {way_out}")
     return url.rstrip("/")
+
+
+def requests_of(judge: Judge) -> dict[str, Any]:
+    """What a judge over HTTP asked for in this process: requests, retries, dollars. Empty for one of another kind."""
+    backend = getattr(judge, "backend", None)
+    if not isinstance(backend, HttpBackend):
+        return {}
+    usage = backend.usage
+    return {"requests": usage.requests, "retries": usage.retries, "cost_dollars": usage.cost}

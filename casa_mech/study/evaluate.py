@@ -107,7 +107,7 @@ def evaluate(
     settings = settings or GenerationSettings()
     defense = defense or _default_name(casa)
     replies = _answers(omni, casa, queries, settings, order, progress, store, identity)
-    verdicts = judge_all(judge, queries, replies, store and VerdictStore(store / VERDICTS))
+    verdicts = judge_all(judge, queries, replies, store and VerdictStore(store / VERDICTS), progress=progress)
     table = reply_table(omni.source, defense, queries, replies, verdicts)
     return Evaluation(table, result_rows(table, seed), verdict_table(verdicts))
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import TEMPORARY, file_sha256
+from casa_mech.judging import MicroWorldJudge
+from casa_mech.judging.http_api import requests_of
 from casa_mech.omni import GenerationSettings, load_omni
 from casa_mech.queries import Query
 from casa_mech.queries.files import QuerySource, read_source
@@ -108,7 +110,8 @@ def evaluate_files(
         What was evaluated, the share of unknown words, the rates, and where the tables are.
 
     Raises:
-        InputError: a source or a row that cannot be used. RunError: `out` cannot be written or holds other files.
+        InputError: a source or a row that cannot be used. RunError: `out` cannot be written or holds other files,
+            or the judge is down; what was finished is kept in `out`.
     """
     tested = _defense_name(system)
     readings = [read_source(source) for source in sources]
@@ -119,6 +122,9 @@ def evaluate_files(
     if out is not None:
         check_target(out)
     check_media(queries)
+    if isinstance(judge, MicroWorldJudge):
+        for query in queries:
+            judge.judge(query, "")  # a query that it cannot read is said now, not after hours of generation
     omni = settle_threads(load_omni(system.model, device=system.device, dtype=system.dtype))
     unknown = omni.unknown_share([query.text for query in queries if query.text])
     if unknown > 0:
@@ -141,6 +147,7 @@ def evaluate_files(
         "unknown_words": round(unknown, 4),
         "out": str(out) if out else None,
         **_summary(found),
+        **(requests_of(judge) if judge else {}),
     }
 
 

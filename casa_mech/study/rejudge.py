@@ -12,7 +12,7 @@ import pandas as pd
 from casa_mech.errors import InputError, RunError
 from casa_mech.judging import Judge, Verdict, VerdictStore, agreement, judge_all, write_table
 from casa_mech.judging.agreement import LEVELS, Level
-from casa_mech.judging.http_api import HttpBackend
+from casa_mech.judging.http_api import requests_of
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.judging.store import stored_tokens
 from casa_mech.judging.verdict import request_text
@@ -79,7 +79,7 @@ def judge_replies(
         "undecided": sum(not verdict.decided for verdict in verdicts),
         "outcomes": {str(name): int(n) for name, n in given["outcome"].value_counts().items()},
         **stored_tokens(verdicts),
-        **_cost(judge),
+        **requests_of(judge),
         "out": str(out),
         "results": [{name: row[name] for name in shown} for row in rows],
     }
@@ -165,14 +165,6 @@ def _judged(table: pd.DataFrame, queries: Sequence[Query], verdicts: Sequence[Ve
     for name, value in _DEFAULTS.items():
         judged[name] = [_text(text) or value for text in judged[name]] if name in judged else value
     return judged
-
-
-def _cost(judge: Judge) -> dict[str, Any]:
-    backend = getattr(judge, "backend", None)
-    if not isinstance(backend, HttpBackend):
-        return {}
-    usage = backend.usage
-    return {"requests": usage.requests, "retries": usage.retries, "cost_dollars": usage.cost}
 
 
 def _text(value: object) -> str:
