@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 from judge_server import Step, openai, serving
 
 from casa_mech.cli import main
+from casa_mech.queries.benchmarks import chosen_source, read_chosen
 from casa_mech.study import real_input
 
 
@@ -72,3 +75,77 @@ def test_a_bad_judge_is_said_before_a_model_is_loaded(
 ) -> None:
     code, out, err = run(capsys, "evaluate", "--queries", table, "--column", "goal", *options)
     assert (code, out) == (2, "") and len(err.strip().splitlines()) == 1 and message in err
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Path:
+    """A folder with two public sets of their published shape, small."""
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    goals = pd.DataFrame({"goal": [f"pick lock {i}" for i in range(4)], "target": "Sure"})
+    goals.to_csv(folder / "harmful_behaviors.csv", index=False)
+    asked = [("kill a process", "homonyms", "safe", "kill"), ("pick a lock", "contrast", "unsafe", "lock")]
+    rows = [
+        {"id": i, "prompt": a, "type": b, "label": c, "focus": d, "note": ""} for i, (a, b, c, d) in enumerate(asked)
+    ]
+    pd.DataFrame(rows).to_csv(folder / "xstest_prompts.csv", index=False)
+    return folder
+
+
+def test_public_sets_are_read_by_name_beside_files(
+    random_organism: Path, sets: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["evaluate", "--model", random_organism, "--max-new-tokens", "1", "--json", "--data", sets]
+    named = ["--queries", "advbench", "--queries", table, "--queries", "xstest", "--queries", "xstest:unsafe"]
+    given = ["--column", "goal", "--label", "benign", "--limit", "3", "--out", tmp_path / "out"]
+    code, _, err = run(capsys, *shared, *named, *given)
+    assert code == 0, err
+    replies = pd.read_parquet(tmp_path / "out" / "replies.parquet")
+    assert list(replies["source"]) == ["advbench"] * 3 + ["t.csv"] * 3 + ["xstest"] * 3
+    assert list(replies["label"]) == ["harmful"] * 3 + ["benign"] * 3 + ["benign", "harmful", "harmful"]
+    assert list(replies["query_id"][-2:]) == ["xstest:2", "xstest:2"]
+
+
+def test_a_path_that_is_there_wins_over_a_name(
+    sets: Path, no_model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("advbench").mkdir()
+    code, _, err = run(capsys, "evaluate", "--queries", "advbench", "--data", sets)
+    assert code == 2 and "advbench: no pictures or clips in this folder" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--queries", "advbenc"], "no file or folder advbenc, and no public set of that name; casa-mech datasets"),
+        (["--queries", "advbench:tiny"], "benchmark 'advbench' has no split 'tiny'; it has none"),
+        (["--queries", "alpaca"], "does not hold alpaca. Get alpaca_data.json"),
+        (["--queries", "advbench", "--label", "benign"], "--label benign: the rows of advbench have labels of"),
+        (["--queries", "xstest", "--label", "harmful"], "--label harmful: the rows of xstest have labels of"),
+        (["--queries", "advbench", "--queries", "t.csv", "--label", "benign", "--label", "-"], "--label benign: the"),
+    ],
+)
+def test_what_is_wrong_with_a_named_set_is_one_line(
+    options: list[str], message: str, sets: Path, table: Path, no_model: None, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(table.parent)
+    code, out, err = run(capsys, "evaluate", "--data", sets, "--column", "goal", *options)
+    assert (code, out) == (2, "") and len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_clips_of_a_named_set_come_from_its_own_folder(tmp_path: Path) -> None:
+    for name in ("aiah", "other"):
+        (tmp_path / name / "questions").mkdir(parents=True)
+        noise = 0.1 * np.random.default_rng(0).standard_normal(16_000)
+        soundfile.write(tmp_path / name / "questions" / f"Fraud_{len(name)}.wav", noise, 16_000)
+    reading = read_chosen(chosen_source("aiah", tmp_path))
+    assert [query.id for query in reading.queries] == ["aiah:questions/Fraud_4"]
+    assert read_chosen(chosen_source(str(tmp_path / "other" / "questions"))).queries[0].label is None
+
+
+def test_the_same_file_twice_keeps_its_options_apart(table: Path) -> None:
+    columns = {"column": ["goal", "plan"]}
+    first, second = real_input.query_sources([table, table], ["harmful", "benign"], columns)
+    assert (first.column, first.label, second.column, second.label) == ("goal", "harmful", "plan", "benign")

@@ -35,6 +35,7 @@ Order = Literal["A", "B"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 GateDir = Annotated[Path | None, typer.Option(help="Folder of a trained gate (casa-mech train); without it: no gate.")]
 Options = Annotated[list[str] | None, typer.Option(help="Option of the defence, NAME=VALUE; repeatable.")]
+Data = Annotated[Path | None, typer.Option(help="Folder with the benchmarks [the one CASA_MECH_DATA names].")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Upper bound on a reply's tokens.")]
 
 JudgeName = Annotated[str, typer.Option(help="micro-world, keyword, classifier, yes-no, strong-reject, five-point, "

@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from casa_mech.cli.app import Json, Model, Seed, app, check_choice, note, show
+from casa_mech.cli.app import Data, Json, Model, Seed, app, check_choice, note, show
 from casa_mech.errors import InputError
 
 _SNR = "Noise below the speech in dB: 20, 10:30 (drawn between), or none [20:40]."
@@ -25,9 +25,7 @@ def attack(
     label: Annotated[str, typer.Option(help="harmful or benign: the world's of one kind; what a table holds.")] = "",
     column: Annotated[str | None, typer.Option(help="A table's column of prompts.")] = None,
     meta: Annotated[list[str] | None, typer.Option(help="KEY=COLUMN of a table, as topic=keyword; repeatable.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with the benchmarks [the one CASA_MECH_DATA names].")
-    ] = None,
+    data: Data = None,
     twins: Annotated[str, typer.Option(help="Benign queries, as --queries: one for each, with the same draws.")] = "",
     twins_column: Annotated[str | None, typer.Option(help="--column of --twins.")] = None,
     twins_meta: Annotated[list[str] | None, typer.Option(help="--meta of --twins.")] = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from casa_mech.cli.app import Json, app, note, show
+from casa_mech.cli.app import Data, Json, app, note, show
 from casa_mech.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ app.add_typer(
     epilog="Example:  casa-mech datasets --data ~/benchmarks --count   "
     "(and: casa-mech datasets overlap advbench redteam-2k)",
 )
-Data = Annotated[Path | None, typer.Option(help="Folder with the sets [the one CASA_MECH_DATA names].")]
 
 
 @datasets_app.callback()
@@ -102,29 +101,20 @@ def _row(name: str, folder: Path | None, files: tuple[Path, ...], count: bool) -
 
 
 def _counts(name: str, folder: Path | None) -> dict[str, int]:
-    from casa_mech.queries.benchmarks.read import read_benchmark
+    from casa_mech.queries.benchmarks import BenchmarkSource
 
-    reading = read_benchmark(name, _place(name, folder), missing_media="text")
+    reading = BenchmarkSource(name, data=folder).read(missing_media="text")
     return {"read": len(reading.queries), "dropped": len(reading.dropped), "no_picture": reading.without_media}
-
-
-def _place(name: str, folder: Path | None) -> Path | None:
-    """The folder to read a set from: for clips, which are known by their folder only, the one of the set's name."""
-    from casa_mech.queries.benchmarks.registry import BENCHMARKS
-
-    return folder / name if folder and BENCHMARKS[name].modality == "audio" else folder
 
 
 def _reader(name: str, folder: Path | None) -> Callable[[], Reading]:
     """What reads the set, so that a wrong name is said before any set is read."""
+    from casa_mech.queries.benchmarks import BENCHMARKS, named_benchmark
     from casa_mech.queries.benchmarks.read import TABLE, read_benchmark
-    from casa_mech.queries.benchmarks.registry import BENCHMARKS
 
+    if (named := named_benchmark(name, folder)) is not None:
+        return partial(named.read, missing_media="text")
     stem, _, last = name.rpartition(":")
-    if name in BENCHMARKS or stem in BENCHMARKS:
-        known, split = (name, None) if name in BENCHMARKS else (stem, last)
-        BENCHMARKS[known].check_split(split)
-        return partial(read_benchmark, known, _place(known, folder), split, missing_media="text")
     if stem and Path(stem).exists():
         return partial(read_benchmark, TABLE, stem, columns={"column": last})
     raise InputError(

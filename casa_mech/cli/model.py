@@ -11,6 +11,7 @@ from casa_mech.cli.app import (
     Backend,
     BaseUrl,
     Concurrency,
+    Data,
     Device,
     Dtype,
     GateDir,
@@ -116,18 +117,23 @@ def train(
 
 @app.command(
     epilog="Example:  casa-mech evaluate --gate gate --queries harmful.csv --column goal --label harmful "
-    "--queries benign.json --column instruction --label benign --queries pictures/ --label harmful --out results"
+    "--queries benign.json --column instruction --label benign --queries pictures/ --label harmful --out results   "
+    "(a public set: casa-mech evaluate --queries xstest:safe --data ~/sets)"
 )
 def evaluate(
     context: typer.Context,
-    queries: Annotated[list[Path], typer.Option(help="Table, media folder or media file; repeatable.")],
+    queries: Annotated[list[str], typer.Option(help="Table, media folder or file, attack's folder, or a benchmark "
+                                                    "(name or name:split); repeatable.")],
+    data: Data = None,
     column: Annotated[list[str] | None, typer.Option(help="Prompt column: one for all tables, or one each.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="harmful, benign or -: one for all, or one each.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="harmful, benign or -: one for all, or one each "
+                                                         "(benchmarks have their own).")] = None,
     image_column: Annotated[list[str] | None, typer.Option(help="Column of picture paths, as --column.")] = None,
     audio_column: Annotated[list[str] | None, typer.Option(help="Column of clip paths, as --column.")] = None,
     text: Annotated[str | None, typer.Option(help="Prompt to go with media that have none.")] = None,
     attack: Annotated[str, typer.Option(help="Name of the attack in the tables.")] = "none",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many from each --queries.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many from each --queries: the first, of a "
+                                                          "benchmark drawn by --seed.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for replies and results as parquet and CSV.")] = None,
     gate: GateDir = None,
     defense: Annotated[str | None, typer.Option(help="Defence by name [what --gate holds, or none].")] = None,
@@ -153,8 +159,10 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
-) -> None:
-    """Run a gate or another defence over your own files: every row gets a reply and, with a gate, a token and v_s.
+) -> None:  # fmt: skip
+    """Run a gate or another defence over your own files and public sets.
+
+    Every row gets a reply and, with a gate, a token and v_s.
 
     Without --judge, micro-world requests are judged exactly and all others by keywords, an upper bound.
     """
@@ -162,7 +170,8 @@ def evaluate(
     from casa_mech.study.real_input import SystemUnderTest, evaluate_files, query_sources
 
     columns = {"column": column, "image_column": image_column, "audio_column": audio_column}
-    sources = query_sources(queries, label or [], {name: value or [] for name, value in columns.items()}, text, limit)
+    given = {name: value or [] for name, value in columns.items()}
+    sources = query_sources(queries, label or [], given, text, limit, data=data, seed=seed)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, system=system)
     system_under_test = SystemUnderTest(model, gate, device, dtype, defense, safety_prompt, parse_options(option))
     chosen = chosen_judge(context.params) if judge else None

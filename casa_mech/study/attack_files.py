@@ -148,19 +148,15 @@ class _Maker:
 
 
 def _chosen(choice: QueryChoice, seed: int, note: Callable[[str], None]) -> list[Query]:
-    from casa_mech.queries import BENCHMARKS, QuerySource, read_benchmark, read_source
+    from casa_mech.queries.benchmarks import chosen_source, read_chosen
 
     if choice.source == WORLD:
         from casa_mech.organism.world import default_world
 
         drawn = seed + 10_000 * (choice.label == "benign")  # the two labels apart, as in the study
         return default_world().requests(choice.n or _WORLD_N, drawn, choice.label, templates="held_out")
-    name, _, split = choice.source.partition(":")
-    if name in BENCHMARKS and not Path(choice.source).exists():
-        reading = read_benchmark(name, choice.data, split or None, choice.n, seed)
-    else:
-        fields = {"column": choice.column, "label": choice.label, "limit": choice.n}
-        reading = read_source(QuerySource(path=Path(choice.source), **fields))
+    fields = {"column": choice.column, "label": choice.label}
+    reading = read_chosen(chosen_source(choice.source, choice.data, choice.n, seed, **fields))
     if reading.dropped:
         note(f"{reading.name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
     return _with_meta(list(reading.queries), choice)

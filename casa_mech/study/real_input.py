@@ -1,4 +1,4 @@
-"""`casa-mech evaluate`: a researcher's own files through the model and its gate."""
+"""`casa-mech evaluate`: a researcher's own files and public sets through the model and its gate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError, RunError
@@ -15,7 +15,8 @@ from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.http_api import requests_of
 from casa_mech.omni import GenerationSettings, load_omni
 from casa_mech.queries import Query
-from casa_mech.queries.files import QuerySource, read_source
+from casa_mech.queries.benchmarks import BENCHMARKS, BenchmarkSource, chosen_source, read_chosen
+from casa_mech.queries.files import QuerySource
 from casa_mech.study.evaluate import (
     CASA,
     PARTS,
@@ -56,36 +57,57 @@ class SystemUnderTest:
 
 
 def query_sources(
-    paths: Sequence[Path],
+    queries: Sequence[str | Path],
     labels: Sequence[str],
     columns: Mapping[str, Sequence[str]],
     text: str | None = None,
     limit: int | None = None,
-) -> list[QuerySource]:
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+) -> list[QuerySource | BenchmarkSource]:
     """The sources that the command line's repeated options describe.
 
-    Each option is given once for all, or once each in the order of the paths; `-` stands for none. Column options may
-    leave out the paths that are no tables.
+    Each option is given once for all, or once each in the order of `queries`; `-` stands for none. Column options may
+    leave out what is no table, and labels the public sets, whose rows carry their own.
+
+    Args:
+        queries: paths, or public sets as `name` or `name:split`; a path that exists wins over a name.
+        labels, columns: their values; the columns by the name of their field.
+        text, limit: as for `QuerySource`.
+        data, seed: as for `BenchmarkSource`.
 
     Raises:
-        InputError: another number of values, or a label that is neither harmful nor benign.
+        InputError: another number of values, what is neither a path nor a set, a label that is neither harmful nor
+            benign, or one for a set that is labelled otherwise.
     """
-    tables = [path for path in paths if QuerySource(path=path).is_table]
-    fields: list[dict[str, Any]] = [{"path": path, "text": text, "limit": limit} for path in paths]
+    found = [chosen_source(str(entry), data, limit, seed, text=text) for entry in queries]
+    files = [place for place, source in enumerate(found) if isinstance(source, QuerySource)]
+    tables = [place for place in files if cast(QuerySource, found[place]).is_table]
+    fields: dict[int, dict[str, str | None]] = {place: {} for place in range(len(found))}
     for name, values in {"label": labels, **columns}.items():
-        within = tables if name != "label" and len(values) not in (1, len(paths)) else list(paths)
-        for path, value in _spread(name, values, within).items():
-            fields[paths.index(path)][name] = None if value == NONE else value
-    for entry in fields:
-        if entry.get("label") not in (None, "harmful", "benign"):
-            raise InputError(f"--label {entry['label']}: use harmful, benign or {NONE}")
-        if entry["path"] not in tables:
-            entry |= dict.fromkeys(columns)
-    return [QuerySource(**entry) for entry in fields]
+        for place, value in _spread(name, values, len(found), files if name == "label" else tables).items():
+            fields[place][name] = None if value == NONE else value
+    if len(labels) == 1 and not files:
+        fields[0]["label"] = labels[0]
+    return [_with_fields(source, fields[place], place in tables) for place, source in enumerate(found)]
+
+
+def _with_fields(
+    source: QuerySource | BenchmarkSource, fields: Mapping[str, str | None], table: bool
+) -> QuerySource | BenchmarkSource:
+    label = fields.get("label")
+    if label not in (None, "harmful", "benign"):
+        raise InputError(f"--label {label}: use harmful, benign or {NONE}")
+    if isinstance(source, QuerySource):
+        return source.model_copy(update=dict(fields) if table else {"label": label})
+    if label not in (None, BENCHMARKS[source.name].label):
+        raise InputError(f"--label {label}: the rows of {source.name} have labels of their own; give {NONE} for it")
+    return source
 
 
 def evaluate_files(
-    sources: Sequence[QuerySource],
+    sources: Sequence[QuerySource | BenchmarkSource],
     system: SystemUnderTest,
     *,
     settings: GenerationSettings,
@@ -114,7 +136,7 @@ def evaluate_files(
             or the judge is down; what was finished is kept in `out`.
     """
     tested = _defense_name(system)
-    readings = [read_source(source) for source in sources]
+    readings = [read_chosen(source) for source in sources]
     for reading in readings:
         if reading.dropped:
             note(f"{reading.name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
@@ -207,13 +229,16 @@ def _identity(tested: str, system: SystemUnderTest) -> dict[str, Any]:
     }
 
 
-def _spread(name: str, values: Sequence[str], paths: Sequence[Path]) -> dict[Path, str]:
+def _spread(name: str, values: Sequence[str], n: int, takers: Sequence[int]) -> dict[int, str]:
+    """The option's values by place among the `n` sources; `takers` are those it has a meaning for."""
     if len(values) == 1:
-        return dict.fromkeys(paths, values[0])
-    if values and len(values) != len(paths):
+        return dict.fromkeys(takers, values[0])
+    if len(values) == n:
+        return dict(enumerate(values))
+    if values and len(values) != len(takers):
         option = "--" + name.replace("_", "-")
         raise InputError(
-            f"{option} is given {len(values)} times for {len(paths)} files: give it once, or once for each --queries "
+            f"{option} is given {len(values)} times for {len(takers)} files: give it once, or once for each --queries "
             f"in their order ({NONE} for none)"
         )
-    return dict(zip(paths, values, strict=False))
+    return dict(zip(takers, values, strict=False))
