@@ -1,6 +1,11 @@
 """`casa-mech evaluate` on the command line: a judge by name, public sets by name, and a run that is killed."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,7 @@ import soundfile
 from judge_server import Step, openai, serving
 
 from casa_mech.cli import main
+from casa_mech.omni import Omni
 from casa_mech.queries.benchmarks import chosen_source, read_chosen
 from casa_mech.study import real_input
 
@@ -149,3 +155,41 @@ def test_the_same_file_twice_keeps_its_options_apart(table: Path) -> None:
     columns = {"column": ["goal", "plan"]}
     first, second = real_input.query_sources([table, table], ["harmful", "benign"], columns)
     assert (first.column, first.label, second.column, second.label) == ("goal", "harmful", "plan", "benign")
+
+
+def test_a_run_of_a_thousand_that_is_killed_goes_on_where_it_was(
+    random_organism: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 1500
+    path = tmp_path / "many.csv"
+    path.write_text("goal\n" + "".join(f"how do i make a cake {'please ' * (i % 7)}\n" for i in range(rows)))
+    command = [
+        "evaluate", "--model", random_organism, "--queries", path, "--column", "goal", "--label", "benign",
+        "--max-new-tokens", "1", "--batch-size", "32", "--json", "--out",
+    ]  # fmt: skip
+    arguments = [str(argument) for argument in [*command, tmp_path / "cut"]]
+    killed = subprocess.Popen([sys.executable, "-m", "casa_mech.cli", *arguments], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while len(parts := sorted((tmp_path / "cut" / "parts").glob("part-*"))) < 3 and killed.poll() is None:
+        time.sleep(0.005)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    parts = sorted((tmp_path / "cut" / "parts").glob("part-*"))
+    before = {part: (part.stat().st_mtime_ns, part.stat().st_ino) for part in parts}
+    there = sum(len(pd.read_parquet(part)) for part in parts)
+    assert 0 < there < rows and not (tmp_path / "cut" / "replies.parquet").exists()
+
+    real, answered = Omni.generate, [0]
+
+    def counting(self, group, *arguments, **options):  # type: ignore[no-untyped-def]
+        answered[0] += len(group)
+        return real(self, group, *arguments, **options)
+
+    monkeypatch.setattr(Omni, "generate", counting)
+    assert run(capsys, *command, tmp_path / "cut")[0] == 0 and answered[0] == rows - there
+    assert before == {part: (part.stat().st_mtime_ns, part.stat().st_ino) for part in parts}
+    assert run(capsys, *command, tmp_path / "whole")[0] == 0 and answered[0] == 2 * rows - there
+    for name in ("replies", "verdicts", "results"):
+        cut, whole = (pd.read_parquet(tmp_path / folder / f"{name}.parquet") for folder in ("cut", "whole"))
+        timed = [column for column in cut if column == "seconds"]  # what no two runs share
+        assert cut.drop(columns=timed).to_parquet() == whole.drop(columns=timed).to_parquet(), name
