@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -138,6 +139,15 @@ class Tuned(TrainedDefense):
         if self.adapter is not None:
             self.adapter.remove()
             self.adapter = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[Omni]:
+        """The base model, without the LoRA, for the length of a block."""
+        self._attached.enable(False)
+        try:
+            yield self.omni
+        finally:
+            self._attached.enable(True)
 
     @property
     def trained_parameters(self) -> int:
