@@ -7,58 +7,36 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import LongTensor, Tensor
 from transformers import PreTrainedTokenizerBase
 
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa
-from casa_mech.casa.config import Settings
 from casa_mech.errors import InputError
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, OmniBatch
 from casa_mech.queries import Query, TextPart
-from casa_mech.whitebox.objective import Aim, Objective, check_queries
-from casa_mech.whitebox.results import AttackResult, Measured, measure
+from casa_mech.whitebox.gradient import GradientSettings, run_attack
+from casa_mech.whitebox.objective import Objective, check_queries
+from casa_mech.whitebox.results import AttackResult, Measured
 
 
-class SuffixSettings(Settings):
+class SuffixSettings(GradientSettings):
     """One run of greedy coordinate gradient."""
 
-    aim: Aim = "joint"
     tokens: int = Field(default=8, ge=1)
     """Words of the suffix, a token each."""
     steps: int = Field(default=10, ge=1)
     """Rounds; in each, one word of each query's suffix may change."""
-    checkpoints: tuple[int, ...] = ()
-    """Fewer steps after which the suffix is measured, too."""
     top_k: int = Field(default=32, ge=1)
     """Words by their gradient from which a place's candidates are drawn."""
     candidates: int = Field(default=32, ge=1)
     """Suffixes that are tried for a query in one round."""
     words: tuple[str, ...] = ()
     """The words that a suffix may have; all ordinary ones when empty."""
-    opening_tokens: int = Field(default=16, ge=1)
-    """How many tokens of the complying answer are made likely; fewer may leave out what it is about."""
-    watch: bool = True
-    """Whether an attacker who does not know of the gate has its margins recorded all the same (else they are NaN)."""
-    batch_size: int = Field(default=16, ge=1)
-    """Queries attacked at once."""
     rows: int = Field(default=256, ge=1)
     """Candidates in one forward."""
-    seed: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _checkpoints_within(self) -> SuffixSettings:
-        wrong = [step for step in self.checkpoints if not 1 <= step < self.steps]
-        if wrong:
-            raise InputError(f"checkpoints={wrong[0]}: checkpoints are from 1 to fewer than the {self.steps} steps")
-        return self
-
-    @property
-    def reported(self) -> tuple[int, ...]:
-        """The step counts that results are given for."""
-        return (*sorted(set(self.checkpoints)), self.steps)
 
 
 def ordinary_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = ()) -> LongTensor:
@@ -109,25 +87,18 @@ def suffix_attack(
     """
     check_queries(queries, settings.aim)
     allowed = ordinary_words(casa.omni.tokenizer, settings.words)
-    attacked: dict[tuple[int, int], Query] = {}
-    margins: dict[int, list[float]] = {}
-    for group in casa.omni.batches(queries, settings.batch_size):
-        chosen = [queries[index] for index in group]
-        suffixes, trajectory = _optimise(casa, chosen, settings, allowed)
-        for row, index in enumerate(group):
-            margins[index] = trajectory[:, row].tolist()
-            for steps, ids in zip(settings.reported, suffixes, strict=True):
-                attacked[steps, index] = _with_suffix(chosen[row], _text(casa, ids[row]))
-    order = [(steps, index) for steps in settings.reported for index in range(len(queries))]
-    before = before or measure(casa, queries, judge, generation)
-    after = measure(casa, [attacked[place] for place in order], judge, generation)
-    return [
-        AttackResult(
-            query=attacked[steps, index], attack="suffix", aim=settings.aim, budget=float(settings.tokens), steps=steps,
-            seed=settings.seed, before=before[index], after=found, trajectory=tuple(margins[index][: steps + 1]),
-        )
-        for (steps, index), found in zip(order, after, strict=True)
-    ]  # fmt: skip
+
+    def optimise(group: Sequence[Query]) -> tuple[list[list[Query]], Tensor]:
+        suffixes, margins = _optimise(casa, group, settings, allowed)
+        return [
+            [_with_suffix(query, _text(casa, ids)) for query, ids in zip(group, found, strict=True)]
+            for found in suffixes
+        ], margins
+
+    return run_attack(
+        casa, queries, settings, optimise, attack="suffix", budget=float(settings.tokens), judge=judge,
+        generation=generation, before=before,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa
-from casa_mech.casa.config import Settings
 from casa_mech.errors import InputError
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
@@ -25,8 +24,9 @@ from casa_mech.omni.chat import media_parts
 from casa_mech.omni.media import SAMPLE_RATE, load_audio, load_image
 from casa_mech.queries import AudioPart, ImagePart, Query
 from casa_mech.whitebox.front_end import log_mel, patches, processed_picture
-from casa_mech.whitebox.objective import Aim, Objective, check_queries
-from casa_mech.whitebox.results import AttackResult, Measured, measure
+from casa_mech.whitebox.gradient import GradientSettings, run_attack
+from casa_mech.whitebox.objective import Objective, check_queries
+from casa_mech.whitebox.results import AttackResult, Measured
 
 Medium = Literal["image", "audio"]
 FEATURES: Mapping[Medium, str] = {"image": "pixel_values", "audio": "input_features"}
@@ -38,38 +38,15 @@ _WALK = 2.5
 """Budgets that all steps together can walk: enough to cross the box and turn round."""
 
 
-class PgdSettings(Settings):
+class PgdSettings(GradientSettings):
     """One run of projected gradient descent."""
 
     budget: float = Field(gt=0, le=1)
     """The largest change of a pixel or sample, as a share of full scale; 8 / 255, say."""
-    aim: Aim = "joint"
-    steps: int = Field(default=20, ge=1)
-    checkpoints: tuple[int, ...] = ()
-    """Fewer steps after which the best example so far is measured, too."""
     step_size: float | None = Field(default=None, gt=0)
     """Share of the budget that a step walks on average, 2.5 / steps when not given; steps shrink evenly to nothing."""
     random_start: bool = False
     """Begin anywhere within the budget instead of at the clean input."""
-    opening_tokens: int = Field(default=16, ge=1)
-    """How many tokens of the complying answer are made likely; fewer may leave out what it is about."""
-    watch: bool = True
-    """Whether an attacker who does not know of the gate has its margins recorded all the same (else they are NaN)."""
-    batch_size: int = Field(default=16, ge=1)
-    """Queries attacked at once."""
-    seed: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _checkpoints_within(self) -> PgdSettings:
-        wrong = [step for step in self.checkpoints if not 1 <= step < self.steps]
-        if wrong:
-            raise InputError(f"checkpoints={wrong[0]}: checkpoints are from 1 to fewer than the {self.steps} steps")
-        return self
-
-    @property
-    def reported(self) -> tuple[int, ...]:
-        """The step counts that results are given for."""
-        return (*sorted(set(self.checkpoints)), self.steps)
 
     def levels(self, medium: Medium) -> int:
         """The budget in whole levels of the file.
@@ -148,27 +125,18 @@ def _attack(
             ]
             raise InputError(f"query {query.id!r} has no {thing} to change: make one first, with the attack {way}")
     budget = settings.levels(medium)
-    attacked: dict[tuple[int, int], Query] = {}
-    margins: dict[int, list[float]] = {}
-    for group in casa.omni.batches(queries, settings.batch_size):
-        chosen = [queries[index] for index in group]
-        examples, trajectory = _optimise(casa, chosen, medium, settings, budget)
-        for row, index in enumerate(group):
-            margins[index] = trajectory[:, row].tolist()
-            for steps, media in zip(settings.reported, examples, strict=True):
-                attacked[steps, index] = _with_media(chosen[row], medium, media[row])
-    order = [(steps, index) for steps in settings.reported for index in range(len(queries))]
-    before = before or measure(casa, queries, judge, generation)
-    after = measure(casa, [attacked[place] for place in order], judge, generation)
 
-    def result(place: tuple[int, int], found: Measured) -> AttackResult:
-        steps, index = place
-        return AttackResult(
-            query=attacked[place], attack=f"pgd-{medium}", aim=settings.aim, budget=settings.budget, steps=steps,
-            seed=settings.seed, before=before[index], after=found, trajectory=tuple(margins[index][: steps + 1]),
-        )  # fmt: skip
+    def optimise(group: Sequence[Query]) -> tuple[list[list[Query]], Tensor]:
+        examples, margins = _optimise(casa, group, medium, settings, budget)
+        return [
+            [_with_media(query, medium, levels) for query, levels in zip(group, found, strict=True)]
+            for found in examples
+        ], margins
 
-    return [result(place, found) for place, found in zip(order, after, strict=True)]
+    return run_attack(
+        casa, queries, settings, optimise, attack=f"pgd-{medium}", budget=settings.budget, judge=judge,
+        generation=generation, before=before,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
