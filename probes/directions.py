@@ -185,17 +185,7 @@ def find_refusal_direction(
     reach = min(_template_length(omni, train_h[:8]), _template_length(omni, train_b[:8]))
     difference = _means(omni, train_h, reach, batch_size) - _means(omni, train_b, reach, batch_size)
     base = _logits(omni, val_b, {}, batch_size)
-    rows = []
-    for layer in range(difference.shape[0]):
-        for at in range(reach):
-            candidate = RefusalDirection(difference[layer, at].numpy(), layer, at)
-            if not candidate.difference.any():
-                continue  # before block 0 a template token is the same in every prompt
-            rows.append(_judge(omni, candidate, val_h, val_b, base, openings, batch_size))
-    table = pd.DataFrame(rows)
-    table["allowed"] = (
-        (table["kl"] <= MAX_KL) & (table["added"] >= MIN_ADDED) & (table["layer"] < DEPTH * omni.n_layers)
-    )
+    table = _candidates(omni, difference, val_h, val_b, base, openings, batch_size)
     chosen = choose_candidate(table, relax)
     direction = RefusalDirection(
         difference[chosen["layer"], chosen["at"]].numpy(),
@@ -252,6 +242,30 @@ def _kept(
             "it: give more prompts, or refusals worded as this model words them"
         )
     return train, val
+
+
+def _candidates(
+    omni: Omni,
+    difference: Tensor,
+    harmful: Sequence[Query],
+    harmless: Sequence[Query],
+    base: Tensor,
+    openings: LongTensor,
+    batch_size: int,
+) -> pd.DataFrame:
+    """`Selection.candidates` of all differences [layer, at, d_model]; base: plain logits on the harmless prompts."""
+    rows = []
+    for layer in range(difference.shape[0]):
+        for at in range(difference.shape[1]):
+            candidate = RefusalDirection(difference[layer, at].numpy(), layer, at)
+            if not candidate.difference.any():
+                continue  # before block 0 a template token is the same in every prompt
+            rows.append(_judge(omni, candidate, harmful, harmless, base, openings, batch_size))
+    table = pd.DataFrame(rows)
+    table["allowed"] = (
+        (table["kl"] <= MAX_KL) & (table["added"] >= MIN_ADDED) & (table["layer"] < DEPTH * omni.n_layers)
+    )
+    return table
 
 
 def _judge(

@@ -136,17 +136,7 @@ def evaluate_files(
             or the judge is down; what was finished is kept in `out`.
     """
     tested = _defense_name(system)
-    readings = [read_chosen(source) for source in sources]
-    for reading in readings:
-        if reading.dropped:
-            note(f"{reading.name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
-    queries = [_named(query, attack) for reading in readings for query in reading.queries]
-    if out is not None:
-        check_target(out)
-    check_media(queries)
-    if isinstance(judge, MicroWorldJudge):
-        for query in queries:
-            judge.judge(query, "")  # a query that it cannot read is said now, not after hours of generation
+    queries, dropped = _checked(sources, attack, out, judge, note)
     omni = settle_threads(load_omni(system.model, device=system.device, dtype=system.dtype))
     unknown = omni.unknown_share([query.text for query in queries if query.text])
     if unknown > 0:
@@ -165,12 +155,34 @@ def evaluate_files(
         "model": system.model,
         "gate": str(system.gate) if system.gate else None,
         "queries": len(found.replies),
-        "dropped_minors": sum(len(reading.dropped) for reading in readings),
+        "dropped_minors": dropped,
         "unknown_words": round(unknown, 4),
         "out": str(out) if out else None,
         **_summary(found),
         **(requests_of(judge) if judge else {}),
     }
+
+
+def _checked(
+    sources: Sequence[QuerySource | BenchmarkSource],
+    attack: str,
+    out: Path | None,
+    judge: Judge | None,
+    note: Callable[[str], None],
+) -> tuple[list[Query], int]:
+    """All queries, and how many were left out; whatever can be found wrong before the model is loaded is."""
+    readings = [read_chosen(source) for source in sources]
+    for reading in readings:
+        if reading.dropped:
+            note(f"{reading.name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
+    queries = [_named(query, attack) for reading in readings for query in reading.queries]
+    if out is not None:
+        check_target(out)
+    check_media(queries)
+    if isinstance(judge, MicroWorldJudge):
+        for query in queries:
+            judge.judge(query, "")  # one that it cannot read is said now, not after hours of generation
+    return queries, sum(len(reading.dropped) for reading in readings)
 
 
 def _summary(found: Evaluation) -> dict[str, Any]:

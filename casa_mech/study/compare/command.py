@@ -18,7 +18,7 @@ from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.study.compare.ablations import AXES, REDUCED, Variant, ablation_frame, systems_of, variants
 from casa_mech.study.compare.benchmark_sets import BenchmarkSets
 from casa_mech.study.compare.config import CompareConfig, read_config
-from casa_mech.study.compare.grid import GENERATION, ROUNDS, Grid
+from casa_mech.study.compare.grid import GENERATION, ROUNDS, Grid, GridResult
 from casa_mech.study.compare.paired import paired_tests
 from casa_mech.study.compare.published import NOT_MEASURED, published_checks, published_means, published_panel
 from casa_mech.study.compare.sets import DEFAULT_ATTACKS, QuerySets, WorldSets
@@ -105,17 +105,7 @@ def compare(
     return {
         "model": request.model,
         "out": str(folder.root),
-        "cells": {"computed": result.made, "found": result.found},
-        "n_cell": int(result.replies.groupby(["defense", "attack", "label", "seed"]).size().min()),
-        "seeds": list(grid.seeds),
-        "judge": str(result.replies["judge"].iloc[0]),
-        "defenses": compact(summary.drop_duplicates(["defense", "metric", "scope"])).to_dict("records"),
-        "against_casa": tests[tests["scope"] == "all"].to_dict("records"),
-        "published": {
-            "note": NOT_MEASURED,
-            "means": published_means().to_dict("records"),
-            "checks": published_checks().to_dict("records"),
-        },
+        **_report(result, summary, tests, grid.seeds),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -221,6 +211,23 @@ def _warn(
             f"warning: {unknown:.0%} of the words of {cell.attack} are unknown to {request.model}, which speaks a "
             "micro-world's English only: its rates say nothing beyond that the sets can be run"
         )
+
+
+def _report(result: GridResult, summary: pd.DataFrame, tests: pd.DataFrame, seeds: Sequence[int]) -> dict[str, Any]:
+    """What a filled grid says, in a few rows, beside what was published."""
+    return {
+        "cells": {"computed": result.made, "found": result.found},
+        "n_cell": int(result.replies.groupby(["defense", "attack", "label", "seed"]).size().min()),
+        "seeds": list(seeds),
+        "judge": str(result.replies["judge"].iloc[0]),
+        "defenses": compact(summary.drop_duplicates(["defense", "metric", "scope"])).to_dict("records"),
+        "against_casa": tests[tests["scope"] == "all"].to_dict("records"),
+        "published": {
+            "note": NOT_MEASURED,
+            "means": published_means().to_dict("records"),
+            "checks": published_checks().to_dict("records"),
+        },
+    }
 
 
 def _write(folder: RunFolder, name: str, frames: Mapping[str, pd.DataFrame]) -> None:
