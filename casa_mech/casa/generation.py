@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from casa_mech.casa.attention import UNSAFE
@@ -62,10 +61,12 @@ def gated_replies(
 ) -> list[Reply]:
     """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits."""
 
-    def answer(group: list[Query]) -> list[Reply]:
-        return _answer(omni, gate, group, settings, behaviour)
+    queries = with_system(queries, settings.system)
 
-    return _in_batches(omni, queries, settings, "generate", progress, answer)
+    def answer(group: list[int]) -> list[Reply]:
+        return _answer(omni, gate, [queries[index] for index in group], settings, behaviour)
+
+    return omni.in_batches(queries, settings, answer, progress=progress)
 
 
 def gate_readings(
@@ -78,36 +79,17 @@ def gate_readings(
 ) -> list[Reply]:
     """The gate's decision on each query, without a reply."""
 
-    def read(group: list[Query]) -> list[Reply]:
+    queries = with_system(queries, settings.system)
+
+    def read(group: list[int]) -> list[Reply]:
         began = time.perf_counter()
-        batch, prompt, chosen = _gated(omni, gate, group, settings, behaviour, use_cache=False)
-        found = _readings(group, batch, prompt, chosen, behaviour)
+        asked = [queries[index] for index in group]
+        batch, prompt, chosen = _gated(omni, gate, asked, settings, behaviour, use_cache=False)
+        found = _readings(asked, batch, prompt, chosen, behaviour)
         seconds = (time.perf_counter() - began) / len(group)
         return [reply.model_copy(update={"seconds": seconds}) for reply in found]
 
-    return _in_batches(omni, queries, settings, "gate", progress, read)
-
-
-def _in_batches(
-    omni: Omni,
-    queries: Sequence[Query],
-    settings: GenerationSettings,
-    name: str,
-    progress: bool,
-    work: Callable[[list[Query]], list[Reply]],
-) -> list[Reply]:
-    queries = with_system(queries, settings.system)
-    replies: dict[int, Reply] = {}
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(),
-        tqdm(total=len(queries), disable=not progress, desc=name, unit="query") as bar,
-    ):
-        torch.manual_seed(settings.seed)
-        for group in omni.batches(queries, settings.batch_size):
-            replies |= zip(group, work([queries[index] for index in group]), strict=True)
-            bar.update(len(group))
-    return [replies[index] for index in range(len(queries))]
+    return omni.in_batches(queries, settings, read, "gate", progress)
 
 
 def _gated(

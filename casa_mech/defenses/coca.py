@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
-from casa_mech.defenses.decoding import decoded_replies
 from casa_mech.defenses.prompts import with_text_before, wording
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply
@@ -71,7 +70,7 @@ class Coca(Defense):
 
             return decode_branches(self.omni, branches, choose, settings.max_new_tokens).new.tolist()
 
-        return decoded_replies(self.omni, queries, settings, progress, decode, self.name)
+        return self.omni.decoded(queries, settings, decode, self.name, progress)
 
 
 def calibrated(principled: Tensor, original: Tensor, alpha: float, base: Base = "principle") -> Tensor:

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
-from casa_mech.defenses.decoding import decoded_replies
 from casa_mech.defenses.media import need_image
 from casa_mech.defenses.prompts import in_micro_world, with_text_before, wording
 from casa_mech.errors import InputError
@@ -142,7 +141,7 @@ class Moras(Defense):
             read = read_prompts(self.omni, self.omni.encode(chosen))
             return self._steered(read, self._risks(read, chosen), settings)
 
-        return decoded_replies(self.omni, queries, settings, progress, answer, self.name)
+        return self.omni.decoded(queries, settings, answer, self.name, progress)
 
     def _steered(self, read: ReadPrompts, risks: Tensor, settings: GenerationSettings) -> list[list[int]]:
         """Ids of each reply to the prompts read: the first N positions steered, the rest as the model has it."""

@@ -18,7 +18,6 @@ from pydantic import Field
 from torch import BoolTensor, LongTensor, Tensor
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
-from casa_mech.defenses.decoding import decoded_replies
 from casa_mech.defenses.media import need_image, noised
 from casa_mech.defenses.prompts import refusal_phrases
 from casa_mech.defenses.verdict import CasaVerdict, ModelVerdict, VerdictOf
@@ -154,7 +153,7 @@ class SafeCode(Defense):
                 unsafe = [found[index] for index in group]
             return decode(self, branches, torch.tensor(unsafe, device=self.omni.device), settings)
 
-        replies = decoded_replies(self.omni, queries, settings, progress, answer, self.name)
+        replies = self.omni.decoded(queries, settings, answer, self.name, progress)
         return [reply.model_copy(update={"seconds": reply.seconds + share}) for reply in replies]
 
     def verdicts(self, queries: Sequence[Query], batch_size: int = 16) -> list[bool]:

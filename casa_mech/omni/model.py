@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -149,28 +149,66 @@ class Omni:
 
         `Reply.text` holds what the model wrote after the prefill, not the prefill itself.
         """
+        queries = with_system(queries, settings.system)
+
+        def decode(group: list[int]) -> list[list[int]]:
+            batch = self.encode([queries[index] for index in group])
+            ids = self.model.generate(**batch.inputs, **settings.kwargs())
+            new: list[list[int]] = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
+            return new
+
+        return self.decoded(queries, settings, decode, progress=progress)
+
+    def decoded(
+        self,
+        queries: Sequence[Query],
+        settings: GenerationSettings,
+        decode: Callable[[list[int]], Sequence[Sequence[int]]],
+        name: str = "generate",
+        progress: bool = False,
+    ) -> list[Reply]:
+        """A reply to each query, by a decoding of one's own; otherwise as `in_batches`.
+
+        `decode` takes the indices of the queries of one batch and gives the ids that the model wrote for each.
+        """
+
+        def work(group: list[int]) -> list[Reply]:
+            began = time.perf_counter()
+            rows = decode(group)
+            seconds = (time.perf_counter() - began) / len(group)
+            written = [self.until_end(row) for row in rows]
+            return [
+                Reply(query_id=queries[index].id, text=self.decode(ids), tokens=len(ids), seconds=seconds)
+                for index, ids in zip(group, written, strict=True)
+            ]
+
+        return self.in_batches(queries, settings, work, name, progress)
+
+    def in_batches(
+        self,
+        queries: Sequence[Query],
+        settings: GenerationSettings,
+        work: Callable[[list[int]], Sequence[Reply]],
+        name: str = "generate",
+        progress: bool = False,
+    ) -> list[Reply]:
+        """The replies of `work`, in the order of the queries: without gradients, seeded, a bar called `name`.
+
+        `work` takes the indices of the queries of one batch (see `batches`) and gives a reply to each.
+        """
         from tqdm import tqdm
 
-        queries = with_system(queries, settings.system)
-        replies: list[Reply | None] = [None] * len(queries)
+        replies: dict[int, Reply] = {}
         with (
+            torch.no_grad(),
             torch.random.fork_rng(),
-            tqdm(total=len(queries), disable=not progress, desc="generate", unit="query") as bar,
+            tqdm(total=len(queries), disable=not progress, desc=name, unit="query") as bar,
         ):
             torch.manual_seed(settings.seed)
             for group in self.batches(queries, settings.batch_size):
-                began = time.perf_counter()
-                batch = self.encode([queries[index] for index in group])
-                ids = self.model.generate(**batch.inputs, **settings.kwargs())
-                new = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
-                seconds = (time.perf_counter() - began) / len(group)
-                for index, row in zip(group, new, strict=True):
-                    row = self.until_end(row)
-                    replies[index] = Reply(
-                        query_id=queries[index].id, text=self.decode(row), tokens=len(row), seconds=seconds
-                    )
+                replies |= zip(group, work(group), strict=True)
                 bar.update(len(group))
-        return [reply for reply in replies if reply is not None]
+        return [replies[index] for index in range(len(queries))]
 
     def reply_ids(self, text: str) -> list[int]:
         """Token ids of a reply and the end-of-turn token."""
