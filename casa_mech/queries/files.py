@@ -166,6 +166,27 @@ def _media_path(value: object, source: QuerySource, where: str, suffixes: tuple[
     return path
 
 
+def with_columns(queries: Sequence[Query], path: Path, meta: Mapping[str, str]) -> list[Query]:
+    """The queries that `read_source` made of the table `path`, with what `meta` (`Query.meta` key -> column) takes
+    from its other columns; empty cells are left out.
+
+    Raises:
+        InputError: no table, a broken one, or a column that it does not have.
+    """
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        raise InputError(f"{path} is no table: it has no columns to take {', '.join(meta)} from")
+    records = read_records(path)
+    for column in meta.values():
+        if records and column not in records[0]:
+            raise InputError(f"{path}: no column '{column}'; it has {', '.join(map(str, records[0]))}")
+    found = []
+    for query in queries:
+        record = records[int(query.id.rpartition(":")[2]) - 1]
+        known = {key: text for key, column in meta.items() if (text := cell(record[column]))}
+        found.append(query.model_copy(update={"meta": {**query.meta, **known}}))
+    return found
+
+
 @dataclass(frozen=True)
 class ExampleReading:
     """Examples, and the ids of the rows left out because they mention minors in a sexual or harmful setting."""

@@ -13,6 +13,7 @@ from casa_mech.attacks import Speech, apply_attack, attack_named, find_font, pai
 from casa_mech.attacks.fonts import Use
 from casa_mech.errors import InputError
 from casa_mech.queries import Label, Query
+from casa_mech.queries.files import with_columns
 from casa_mech.queries.index import read_index, write_index
 
 WORLD = "world"
@@ -159,28 +160,9 @@ def _chosen(choice: QueryChoice, seed: int, note: Callable[[str], None]) -> list
     reading = read_chosen(chosen_source(choice.source, choice.data, choice.n, seed, **fields))
     if reading.dropped:
         note(f"{reading.name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
-    return _with_meta(list(reading.queries), choice)
-
-
-def _with_meta(queries: list[Query], choice: QueryChoice) -> list[Query]:
-    """The queries of a table with what `choice.meta` takes from its other columns."""
     if not choice.meta:
-        return queries
-    from casa_mech.queries.tables import TABLE_SUFFIXES, cell, read_records
-
-    path = Path(choice.source)
-    if path.suffix.lower() not in TABLE_SUFFIXES:
-        raise InputError(f"--meta is for tables; {choice.source} has no columns")
-    records = read_records(path)
-    for column in choice.meta.values():
-        if records and column not in records[0]:
-            raise InputError(f"{path}: no column '{column}'; it has {', '.join(map(str, records[0]))}")
-    found = []
-    for query in queries:
-        record = records[int(query.id.rpartition(":")[2]) - 1]
-        known = {key: text for key, column in choice.meta.items() if (text := cell(record[column]))}
-        found.append(query.model_copy(update={"meta": {**query.meta, **known}}))
-    return found
+        return list(reading.queries)
+    return with_columns(reading.queries, Path(choice.source), choice.meta)
 
 
 def _of_number(twins: QueryChoice, n: int, choice: QueryChoice) -> QueryChoice:

@@ -10,10 +10,10 @@ from casa_mech.attacks import apply_attack, paired
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.queries import Label, Query, read_benchmark
+from casa_mech.queries.benchmarks import BenchmarkSource
 from casa_mech.queries.benchmarks.read import TABLE
+from casa_mech.queries.files import with_columns
 from casa_mech.queries.reading import sample
-from casa_mech.queries.tables import cell as cell_text
-from casa_mech.queries.tables import read_records
 from casa_mech.study.compare.config import AS_IT_IS, CompareConfig, SetPlan, Source
 from casa_mech.study.compare.sets import LABELS, Cell
 from casa_mech.study.evaluate import check_media
@@ -65,9 +65,10 @@ class BenchmarkSets:
 
     def _read(self, name: str, source: Source, label: Label, seed: int) -> list[Query]:
         fields = {**source.columns, "label": label} if source.set == TABLE else None
+        shared = None if source.set == TABLE else BenchmarkSource(source.set, data=self.config.data).place
         reading = read_benchmark(
-            source.set, source.path or (None if source.set == TABLE else self.config.data), source.split,
-            None, seed, missing_media=source.missing_media, columns=fields,
+            source.set, source.path or shared, source.split, None, seed, missing_media=source.missing_media,
+            columns=fields,
         )  # fmt: skip
         if reading.dropped:
             self.note(f"{name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
@@ -75,7 +76,7 @@ class BenchmarkSets:
             self.note(f"{name}: {reading.without_media} queries have no picture, only their text")
         queries = [query for query in reading.queries if query.label == label]
         if source.meta:
-            queries = _with_meta(queries, source)
+            queries = with_columns(queries, Path(str(source.path)), source.meta)
         if not queries:
             raise InputError(f"{label}: {source.set} holds no {label} query")
         return sample(queries, source.limit, seed)
@@ -109,18 +110,3 @@ def _apply(plan: SetPlan, query: Query, seed: int, omni: Omni) -> Query:
         )
     surface = "+".join(sorted(query.modalities))
     return query.model_copy(update={"meta": {"surface": surface, **query.meta, "attack": plan.name}})
-
-
-def _with_meta(queries: list[Query], source: Source) -> list[Query]:
-    """A table's queries with what `source.meta` takes from its other columns."""
-    path = Path(str(source.path))
-    records = read_records(path)
-    for column in source.meta.values():
-        if records and column not in records[0]:
-            raise InputError(f"{path}: no column '{column}'; it has {', '.join(map(str, records[0]))}")
-    found = []
-    for query in queries:
-        record = records[int(query.id.rpartition(":")[2]) - 1]
-        known = {key: text for key, column in source.meta.items() if (text := cell_text(record[column]))}
-        found.append(query.model_copy(update={"meta": {**query.meta, **known}}))
-    return found
