@@ -11,22 +11,25 @@ from matplotlib.figure import Figure
 from probes.plots import BENIGN, HARMFUL, MARKERS, SERIES, style
 
 PANELS = {"attack_success": "attack success (%)", "benign_answered": "benign twins answered (%)"}
+_WIDE = 8
 _TEXT = {"attack_success": (HARMFUL, "^"), "benign_answered": (BENIGN, "o")}
 
 
 def plot_grid(data: pd.DataFrame, title: str) -> Figure:
-    """A heat-map for each of `PANELS`: a row a defence, a column an attack, in each cell the rate and its interval.
+    """A heat-map for each of `PANELS` in `data`: a row a defence, a column an attack, in each cell rate and interval.
 
     Args:
         data: columns `defense, metric, scope, n, value, low, high`; fractions.
         title: the claim.
     """
     rows, columns = list(dict.fromkeys(data["defense"])), list(dict.fromkeys(data["scope"]))
+    panels = {metric: name for metric, name in PANELS.items() if metric in set(data["metric"])}
     with style():
-        figure, axes = plt.subplots(
-            1, len(PANELS), figsize=(1.5 + 2 * max(3.2, 0.95 * len(columns)), 1.6 + 0.46 * len(rows)), sharey=True
-        )
-        for axis, (metric, name) in zip(axes, PANELS.items(), strict=True):
+        # Many attacks: one panel below the other, or the page is too wide to read.
+        down, across = (len(panels), 1) if len(columns) > _WIDE else (1, len(panels))
+        size = (1.5 + across * max(3.2, 0.95 * len(columns)), 1.6 + down * 0.46 * len(rows))
+        figure, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axis, (metric, name) in zip(axes.flat, panels.items(), strict=True):
             part = data[data["metric"] == metric].set_index(["defense", "scope"])
             values = np.array([[part["value"].get((row, column), np.nan) for column in columns] for row in rows])
             axis.imshow(100 * values, vmin=0, vmax=100, cmap="cividis", aspect="auto")

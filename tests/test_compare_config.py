@@ -192,6 +192,16 @@ def test_the_command_adds_rows_and_ablates(
         f"{grid}-{model}-{kind}.csv" for grid in ("compare", "ablations") for kind in ("summary", "tests", "published")
     }
     assert "axis" in pd.read_csv(tmp_path / "out" / "summary" / f"ablations-{model}-summary.csv").columns
+    figures = tmp_path / "out" / "figures"
+    drawn = {f"compare-{model}-grid", f"compare-{model}-tradeoff", f"ablations-{model}-prompt"}
+    assert {path.name for path in figures.iterdir()} == {
+        f"{name}.{kind}" for name in drawn for kind in ("png", "svg", "csv")
+    }
+    assert set(pd.read_csv(figures / f"compare-{model}-grid.csv")["defense"]) == {
+        "none",
+        "casa",
+        "casa + safety prompt",
+    }
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def compare(
 ) -> None:  # fmt: skip
     """Every defence against every attack on one model: attack success, over-refusal, cost, tests against CASA.
 
-    Each cell is kept in --out under the hash of what determines it and is never computed twice.
+    Each cell is kept in --out under the hash of what determines it and is never computed twice. Tables are in summary
+    and tables there, figures with their numbers in figures.
     """
     if example:
         from casa_mech.study.compare.config import example as shipped

@@ -19,7 +19,9 @@ from casa_mech.study.compare.ablations import AXES, REDUCED, Variant, ablation_f
 from casa_mech.study.compare.benchmark_sets import BenchmarkSets
 from casa_mech.study.compare.config import CompareConfig, read_config
 from casa_mech.study.compare.grid import GENERATION, ROUNDS, Grid, GridResult
+from casa_mech.study.compare.notebook import Comparison
 from casa_mech.study.compare.paired import paired_tests
+from casa_mech.study.compare.pictures import draw
 from casa_mech.study.compare.published import NOT_MEASURED, published_checks, published_means, published_panel
 from casa_mech.study.compare.sets import DEFAULT_ATTACKS, QuerySets, WorldSets
 from casa_mech.study.compare.systems import DEFAULT_DEFENSES, System, check_systems, system_named
@@ -60,7 +62,7 @@ class Request:
 def compare(
     request: Request, out: Path | None = None, progress: bool = True, note: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Fill a grid and write its tables; the same call after a stop goes on, another one adds to the folder.
+    """Fill a grid, write its tables and draw it; the same call after a stop goes on, another one adds to the folder.
 
     Args:
         request: what to compare; all that can be checked without a model is checked before one is loaded.
@@ -69,7 +71,8 @@ def compare(
         note: told what was left out, one line each.
 
     Returns:
-        Where the tables are, how many cells were computed and found, the summary, the tests and the published numbers.
+        Where the tables and figures are, how many cells were computed and found, the summary, the tests and the
+        published numbers.
 
     Raises:
         InputError: a name, option, file or query that cannot be used. RunError: a folder or judge that cannot.
@@ -100,11 +103,14 @@ def compare(
         if chosen:
             summary = ablation_frame(summary, chosen)
         name = f"{'ablations' if request.ablations else 'compare'}-{slug(request.model)}"
-        write_table(grid_rows(result), folder.path("tables", f"{name}.parquet"))
+        rows = grid_rows(result)
+        write_table(rows, folder.path("tables", f"{name}.parquet"))
+        figures = draw(Comparison(request.model, result, rows, summary, tests, tuple(chosen)), folder, name)
         _write(folder, name, {"summary": summary, "tests": tests, "published": published_panel()})
     return {
         "model": request.model,
         "out": str(folder.root),
+        "figures": [str(path) for path in figures],
         **_report(result, summary, tests, grid.seeds),
         "seconds": round(time.perf_counter() - began, 1),
     }
