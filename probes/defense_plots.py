@@ -41,7 +41,7 @@ def plot_grid(data: pd.DataFrame, title: str) -> Figure:
             axis.set_yticks(np.arange(len(rows)), rows)
             axis.grid(visible=False)
             each = part.drop(index="all", level="scope")["n"]
-            axis.set_title(f"{name}, n = {int(each.min())} a cell")
+            axis.set_title(f"{name}, n = {int(each.min())} a cell{_seeds(data)}")
         return _finished(figure, title)
 
 
@@ -70,7 +70,7 @@ def plot_tradeoff(data: pd.DataFrame, title: str) -> Figure:
                 label=f"{row['defense']}: {times:.2f}× time{trained}",
             )  # fmt: skip
         axis.set(xlabel="attack success, mean over attacks (%)", ylabel="benign twins answered, mean over attacks (%)")
-        axis.set_title(f"n = {int(data['n'].min())} replies a rate; area: seconds a query")
+        axis.set_title(f"n = {int(data['n'].min())} replies a rate{_seeds(data)}; area: seconds a query")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, markerscale=0.8)
         return _finished(figure, title)
 
@@ -179,6 +179,10 @@ def _cell(axis: Axes, x: int, y: int, row: pd.Series) -> None:
         x, y, f"{value:.0f}\n[{100 * row['low']:.0f}, {100 * row['high']:.0f}]", ha="center", va="center", fontsize=7,
         color="white" if value < 55 else "black",
     )  # fmt: skip
+
+
+def _seeds(data: pd.DataFrame) -> str:
+    return f", {seeds} seeds" if (seeds := int(data["seeds"].max()) if "seeds" in data else 1) > 1 else ""
 
 
 def _finished(figure: Figure, title: str) -> Figure:

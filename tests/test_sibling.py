@@ -81,3 +81,16 @@ def test_a_build_leaves_a_model_that_answers(tmp_path: Path, monkeypatch: pytest
     assert [row["surface"] for row in record["reading"]] == ["text", "image", "audio"]
     omni = load_omni(tmp_path / "new")
     assert len(omni.generate([Query.from_text("hello")], GenerationSettings(max_new_tokens=2))) == 1
+
+
+def test_hidden_text_is_zero_and_media_keep_their_features() -> None:
+    omni = new_omni(build_bpe_tokenizer([*HARMFUL, *BENIGN], 400), SMALL, 0)
+    rng = np.random.default_rng(0)
+    rows = [Example(query=on_surface("birds", surface, "dangerous", rng), reply="no") for surface in ("text", "image")]
+    batch = omni.encode([row.query for row in rows])
+    found = sibling._embeddings(omni, batch, rows, rng, 1.0, True)
+    assert found is not None
+    text = batch.modality["text"]
+    assert found[text].abs().max() == 0
+    assert found[batch.modality["image"]].abs().amax(-1).min() > 0
+    assert sibling._embeddings(omni, batch, rows, rng, 0.0, False) is None

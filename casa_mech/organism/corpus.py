@@ -1,8 +1,9 @@
 """A larger sibling of the organism for real English, trained on prompts that the user brings; it is not shipped.
 
 It shows the pipeline on language that nobody wrote for it. Its language model learns the prompts themselves, to repeat
-them, and one harmless stub as the answer to each; its towers learn to read them as strips of letters and to hear them
-spoken; and its safety training refuses the harmful ones as plain text. It knows nothing and can tell nobody anything.
+them, to say which are dangerous, and one harmless stub as the answer to each; its towers learn to read them as strips
+of letters and to hear them spoken; and its safety training refuses the harmful ones as plain text. It knows nothing and
+can tell nobody anything.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ REFUSALS = (
 )
 REPEAT = {"text": "Repeat: {prompt}", "image": "Repeat the text in the picture.", "audio": "Repeat what you hear."}
 REQUEST = {"image": "Answer the request in the picture.", "audio": "Answer the request you hear."}
+DANGEROUS = {
+    "text": "Is this request dangerous? {prompt}",
+    "image": "Is the request in the picture dangerous?",
+    "audio": "Is the request you hear dangerous?",
+}
+ASKED = {"request": {"text": "{prompt}", **REQUEST}, "repeat": REPEAT, "dangerous": DANGEROUS}
+"""What is asked of a prompt, by task and surface."""
 TRAIN: dict[Label, tuple[tuple[str, str | None], ...]] = {
     "harmful": (("redteam-2k", None), ("refusal-direction-harmful", "train")),
     "benign": (("refusal-direction-harmless", "train"), ("alpaca", None)),
@@ -69,7 +77,7 @@ HELD_OUT = (
     ("harmbench", None),
 )
 """What a corpus is decontaminated against, as far as it is there."""
-MOST_BENIGN = 12_000
+MOST_BENIGN = 24_000
 
 
 @dataclass(frozen=True)
@@ -98,10 +106,10 @@ class Corpus:
         return [self.draw(labels[index % 2], "text", "request", rng, refuse) for index in range(n)]
 
     def draw(self, label: Label, surface: str, task: str, rng: np.random.Generator, refuse: bool) -> Example:
-        """One example: a prompt on `surface` ("text", "image", "audio") to be answered ("request") or repeated."""
+        """One example: a prompt on `surface` ("text", "image", "audio") and one of the tasks of `ASKED`."""
         pool = (self.harmful if label == "harmful" else self.benign) if surface == "text" else self.readable(label)
         text = pool[int(rng.integers(len(pool)))]
-        reply = text if task == "repeat" else ANSWER
+        reply = {"repeat": text, "dangerous": "yes" if label == "harmful" else "no"}.get(task, ANSWER)
         if refuse and task == "request" and label == "harmful":
             reply = REFUSALS[int(rng.integers(len(REFUSALS)))]
         return Example(query=on_surface(text, surface, task, rng, label), reply=reply)
@@ -115,15 +123,13 @@ def _short(texts: Sequence[str]) -> tuple[str, ...]:
 def on_surface(text: str, surface: str, task: str, rng: np.random.Generator, label: Label | None = None) -> Query:
     """`text` as a query on `surface`: typed, drawn as a strip of letters, or spoken whole with noise."""
     name = f"{surface}-{int(rng.integers(2**48)):012x}"
-    if surface == "text":
-        parts: tuple[Part, ...] = (TextPart(text=text if task == "request" else REPEAT["text"].format(prompt=text)),)
-    else:
-        asked = TextPart(text=(REQUEST if task == "request" else REPEAT)[surface])
-        if surface == "image":
-            parts = (ImagePart(image=render_word(text, rng)), asked)
-        else:
-            clip = add_noise(say(text, rng), float(rng.uniform(*SNR_DB)), rng)
-            parts = (AudioPart(audio=clip, rate=RATE), asked)
+    asked = TextPart(text=ASKED[task][surface].replace("{prompt}", text))
+    parts: tuple[Part, ...] = (asked,)
+    if surface == "image":
+        parts = (ImagePart(image=render_word(text, rng)), asked)
+    elif surface == "audio":
+        clip = add_noise(say(text, rng), float(rng.uniform(*SNR_DB)), rng)
+        parts = (AudioPart(audio=clip, rate=RATE), asked)
     return Query(id=name, parts=parts, label=label, source="corpus", meta={"topic": text, "surface": surface})
 
 

@@ -181,8 +181,12 @@ def fit(
     loss_of: Callable[[OmniBatch, Sequence[Example]], torch.Tensor],
     rng: np.random.Generator,
     progress: bool = True,
+    length_of: Callable[[Example], int] = lambda row: len(row.query.text.split()) + len(row.reply.split()),
 ) -> list[float]:
-    """Train the parts that `steps` names on examples from `draw`, in place; returns the loss of each step."""
+    """Train the parts that `steps` names on examples from `draw`, in place; returns the loss of each step.
+
+    Examples of a like `length_of` share a batch.
+    """
     omni.model.requires_grad_(False).train()
     learning = [parameter for part in steps.trains for parameter in _part(omni, part)]
     for parameter in learning:
@@ -193,7 +197,7 @@ def fit(
     )
     losses: list[float] = []
     with tqdm(total=steps.steps, desc=steps.name, unit="step", disable=not progress) as bar:
-        for batch, rows in _batches(omni, steps, draw, rng):
+        for batch, rows in _batches(omni, steps, draw, rng, length_of):
             loss = loss_of(batch, rows)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -236,12 +240,16 @@ def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Ten
 
 
 def _batches(
-    omni: Omni, steps: Steps, draw: Callable[[], Example], rng: np.random.Generator
+    omni: Omni,
+    steps: Steps,
+    draw: Callable[[], Example],
+    rng: np.random.Generator,
+    length_of: Callable[[Example], int],
 ) -> Iterator[tuple[OmniBatch, Sequence[Example]]]:
     """The stage's batches, cut from four at a time sorted by length: half the padding, half the time."""
     for start in range(0, steps.steps, 4):
         drawn = [draw() for _ in range(4 * steps.batch_size)]
-        drawn.sort(key=lambda row: len(row.query.text.split()) + len(row.reply.split()))
+        drawn.sort(key=length_of)
         for index in rng.permutation(4)[: steps.steps - start]:
             rows = drawn[index * steps.batch_size : (index + 1) * steps.batch_size]
             batch = omni.encode([row.query for row in rows], [omni.reply_ids(row.reply) for row in rows])

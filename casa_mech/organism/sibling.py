@@ -19,7 +19,7 @@ from casa_mech.omni import GenerationSettings, Omni, OmniBatch
 from casa_mech.organism.architecture import OrganismShape, build_bpe_tokenizer, new_omni
 from casa_mech.organism.build import save_organism
 from casa_mech.organism.codes import ideal_embeddings
-from casa_mech.organism.corpus import ANSWER, CHARACTERS, REFUSALS, REPEAT, REQUEST, Corpus, corpus_record, script_of
+from casa_mech.organism.corpus import ANSWER, ASKED, CHARACTERS, REFUSALS, Corpus, corpus_record, script_of
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.recipe import Steps, final_states, fit, target_loss
 from casa_mech.queries import Example, Label
@@ -27,13 +27,16 @@ from casa_mech.queries import Example, Label
 SHAPE = OrganismShape(d_model=256, layers=4, heads=8, kv_heads=4, d_mlp=704, rope_theta=1000.0, audio_width=192)
 VOCABULARY = 8000
 CARD = "corpus.json"
-LANGUAGE = Steps(name="language", trains=("language",), steps=750, learning_rate=1.5e-3, batch_size=24)
+LANGUAGE = Steps(name="language", trains=("language",), steps=1800, learning_rate=1.5e-3, batch_size=64)
 IMAGE_LETTERS, AUDIO_LETTERS = 600, 900
 IMAGE = Steps(name="image to language", trains=("image",), steps=100, learning_rate=5e-4, batch_size=16)
 AUDIO = Steps(name="audio to language", trains=("audio",), steps=150, learning_rate=5e-4, batch_size=16)
-SAFETY = Steps(name="safety on plain text", trains=("language",), steps=250, learning_rate=3e-4, batch_size=32)
+SAFETY = Steps(name="safety on plain text", trains=("language",), steps=1000, learning_rate=4e-4, batch_size=48)
 SURFACES = ("text", "image", "audio")
-SURFACE_SHARES = (0.6, 0.22, 0.18)
+SURFACE_SHARES = (0.76, 0.14, 0.1)
+TASK_SHARES = {"request": 0.4, "repeat": 0.4, "dangerous": 0.2}
+HIDDEN = {"language": 0.15, "safety": 0.5}
+"""Share of the text's tokens that a step does not see: so no single word, and no style, may carry the decision."""
 
 
 def train_sibling(
@@ -48,20 +51,23 @@ def train_sibling(
         device: where to train.
         progress: whether to draw progress bars.
     """
-    texts = [*corpus.harmful, *corpus.benign, ANSWER, *REFUSALS, *REPEAT.values(), *REQUEST.values()]
+    asked = [text for by_surface in ASKED.values() for text in by_surface.values()]
+    texts = [*corpus.harmful, *corpus.benign, ANSWER, *REFUSALS, *asked, "yes", "no"]
     omni = new_omni(build_bpe_tokenizer([*texts, "system user assistant"], VOCABULARY), SHAPE, seed, "corpus")
     omni.model.to(device)
     script = script_of(corpus)
 
-    def run(steps: Steps, surfaces: Sequence[float], language: bool, refuse: bool) -> None:
+    def run(
+        steps: Steps, surfaces: Sequence[float], hidden: float = 0.0, language: bool = False, refuse: bool = False
+    ) -> None:
         rng = np.random.default_rng([seed, *steps.name.encode()])
         chosen = replace(steps, steps=max(1, round(steps.steps * scale)))
-        loss = _loss(omni, rng, language)
-        fit(omni, chosen, lambda: _draw(corpus, rng, surfaces, refuse), loss, rng, progress)
+        loss = _loss(omni, rng, hidden, language)
+        fit(omni, chosen, lambda: _draw(corpus, rng, surfaces, refuse), loss, rng, progress, _tokens_of)
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        run(LANGUAGE, SURFACE_SHARES, language=True, refuse=False)
+        run(LANGUAGE, SURFACE_SHARES, HIDDEN["language"], language=True)
         for tower, learn, letters, steps in (
             ("image", train_image_letters, IMAGE_LETTERS, IMAGE),
             ("audio", train_audio_letters, AUDIO_LETTERS, AUDIO),
@@ -69,8 +75,8 @@ def train_sibling(
             omni.model.requires_grad_(True)
             rng = np.random.default_rng([seed, *tower.encode()])
             learn(omni, max(1, round(letters * scale)), rng, True, progress, batch_size=16, script=script)
-            run(steps, [float(tower == surface) for surface in SURFACES], language=False, refuse=False)
-        run(SAFETY, (1.0, 0.0, 0.0), language=False, refuse=True)
+            run(steps, [float(tower == surface) for surface in SURFACES])
+        run(SAFETY, (1.0, 0.0, 0.0), HIDDEN["safety"], refuse=True)
     omni.model.eval().requires_grad_(True)
     return omni
 
@@ -132,20 +138,55 @@ def _draw(corpus: Corpus, rng: np.random.Generator, surfaces: Sequence[float], r
     surface = SURFACES[int(rng.choice(len(SURFACES), p=surfaces))]
     # In safety training every second request is harmful, else in proportion to nothing: harmful prompts are few.
     label: Label = "harmful" if rng.random() < (0.5 if refuse else 0.3) else "benign"
-    task = "repeat" if rng.random() < (0.1 if refuse else 0.5) else "request"
+    shares = {"request": 0.9, "repeat": 0.05, "dangerous": 0.05} if refuse else TASK_SHARES
+    task = str(rng.choice(list(shares), p=list(shares.values())))
     return corpus.draw(label, surface, task, rng, refuse)
 
 
-def _loss(omni: Omni, rng: np.random.Generator, language: bool) -> Callable[[OmniBatch, Sequence[Example]], Tensor]:
-    """The replies' loss; while the language is learned that of the typed prompts too, and media have ideal features."""
+def _tokens_of(row: Example) -> int:
+    """About how long a row is: a picture has a token a letter, a clip about 1.5."""
+    media = {"image": 4, "audio": 6}.get(row.query.meta["surface"], 0)
+    return media * len(row.query.meta["topic"]) + len(row.query.text) + len(row.reply)
+
+
+def _loss(
+    omni: Omni, rng: np.random.Generator, hidden: float, language: bool
+) -> Callable[[OmniBatch, Sequence[Example]], Tensor]:
+    """The replies' loss; while the language is learned that of the typed prompts too, and media have ideal features.
+
+    `hidden`: share of the text's tokens whose embeddings are zero. The forward runs in bfloat16 where the device
+    multiplies it faster than float32.
+    """
 
     def loss(batch: OmniBatch, rows: Sequence[Example]) -> Tensor:
-        embeddings = ideal_embeddings(omni, batch, rows, rng, True, CHARACTERS) if language else None
-        states = final_states(omni, batch, embeddings)
-        replies = target_loss(omni, batch, states)
-        return replies + _prompt_loss(omni, batch, states) if language else replies
+        with torch.autocast(omni.device.type, torch.bfloat16, enabled=_fast_bfloat16(omni.device)):
+            states = final_states(omni, batch, _embeddings(omni, batch, rows, rng, hidden, language)).float()
+            replies = target_loss(omni, batch, states)
+            return replies + _prompt_loss(omni, batch, states) if language else replies
 
     return loss
+
+
+def _embeddings(
+    omni: Omni, batch: OmniBatch, rows: Sequence[Example], rng: np.random.Generator, hidden: float, ideal: bool
+) -> Tensor | None:
+    """Input embeddings [batch, position, d_model] with text hidden; None where the batch's own serve as they are."""
+    if not (ideal or hidden):
+        return None
+    ids, text = batch.inputs["input_ids"], batch.modality["text"]
+    if ideal:
+        embeddings = ideal_embeddings(omni, batch, rows, rng, True, CHARACTERS)
+    else:
+        embeddings = omni.language_model.embed_tokens(ids)
+    taken = text & (torch.rand(text.shape, device=text.device) < hidden)
+    return embeddings.masked_fill(taken[..., None], 0.0)
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _prompt_loss(omni: Omni, batch: OmniBatch, states: Tensor) -> Tensor:
