@@ -5,7 +5,7 @@ Every figure is saved as PNG and SVG together with the plotted numbers as CSV.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -184,6 +184,35 @@ def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]
             axis.tick_params(labelbottom=True)
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
+        return titled(figure, title, axes[0][0])
+
+
+def plot_separation(data: pd.DataFrame, title: str, scores: Mapping[str, str]) -> Figure:
+    """AUROC of several scores with their intervals: a panel a model, an attack a line, the scores side by side.
+
+    Args:
+        data: the result schema (`model, attack, metric, n, value, low, high`).
+        title: the claim.
+        scores: what to call each metric.
+    """
+    models, attacks = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["attack"]))
+    with style():
+        size = (4.2 * len(models), 1.6 + 0.36 * len(attacks))
+        figure, axes = plt.subplots(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axis, model in zip(axes[0], models, strict=True):
+            part = data[data["model"] == model]
+            for number, (metric, name) in enumerate(scores.items()):
+                rows = part[part["metric"] == metric].set_index("attack").reindex(attacks)
+                y = np.arange(len(rows)) + 0.16 * (2 * number - len(scores) + 1)
+                error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+                axis.errorbar(
+                    rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2, markersize=4.5,
+                    label=name,
+                )  # fmt: skip
+            axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
+            axis.set(xlabel="AUROC", title=f"{model.rstrip('/').split('/')[-1]} (n ≥ {int(part['n'].min())} an attack)")
+            axis.set_yticks(np.arange(len(attacks)), attacks)
+        axes[0][0].invert_yaxis()
         return titled(figure, title, axes[0][0])
 
 

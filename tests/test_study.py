@@ -252,6 +252,10 @@ def test_rates_split_by_topic_and_auroc(tiny_omni: Omni) -> None:
     assert found["attack_success:held_out", "harmful"]["n"] == 4
     assert found["flagged", "benign"]["value"] == 1
     assert found["gate_auroc", "both"]["value"] == 1
+    assert ("token_auroc", "both") not in found
+    token = pd.DataFrame(rows).assign(logit_safe=0.0, logit_unsafe=[-row["v_s"] for row in rows])
+    found = {(row["metric"], row["label"]): row for row in result_rows(token)}
+    assert found["token_auroc", "both"]["value"] == 0 and found["gate_auroc", "both"]["value"] == 1
 
 
 def test_bad_media_stop_an_evaluation_before_it_begins(tiny_omni: Omni, tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ KINDS = {
     "prefill": tuple(f"prefill-{length}" for length in PREFILL_LENGTHS),
 }
 
+SEPARATION = {"gate_auroc": "v_s", "token_auroc": "log-odds of the safety token, which decide"}
+"""What notebook 03 asks of the two halves of the gate, by metric."""
+
 
 def training_data(log: pd.DataFrame) -> pd.DataFrame:
     """What `probes.plots.plot_training` draws."""
@@ -90,6 +93,21 @@ def attack_claim(results: pd.DataFrame, models: Sequence[str]) -> str:
             pieces.append(f"{name} {100 * mean[PRETRAINED]:.0f} → {100 * mean[CASA]:.0f} %")
         lines.append(f"{slug(model)}: " + ", ".join(pieces))
     return "Mean attack success before → after CASA, trained on plain text alone\n" + "\n".join(lines)
+
+
+def token_claim(results: pd.DataFrame, models: Sequence[str]) -> str:
+    """The title of the separation figure: what v_s tells apart against what the token's log-odds do."""
+    lines = []
+    for model in models:
+        rows = results[(results["model"] == model) & (results["defense"] == CASA)]
+        both = rows.pivot_table(index="attack", columns="metric", values="value")[list(SEPARATION)].dropna()
+        ahead = int((both["token_auroc"] > both["gate_auroc"]).sum())
+        means = both.mean()
+        lines.append(
+            f"{slug(model)}: the token's log-odds tell harm apart better than v_s under {ahead} of {len(both)} attacks,"
+            f" mean AUROC {means['token_auroc']:.2f} against {means['gate_auroc']:.2f}"
+        )
+    return "\n".join(lines)
 
 
 def attack_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:

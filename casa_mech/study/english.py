@@ -197,6 +197,7 @@ def english_table(rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     wanted = {
         "gate AUROC": ("gate_auroc", CASA, "both"),
+        "token AUROC": ("token_auroc", CASA, "both"),
         "words alone": (WORDS, BASELINE, "both"),
         "length alone": (LENGTH, BASELINE, "both"),
         "FPR at 95 % TPR": ("gate_fpr_at_95tpr", CASA, "both"),
