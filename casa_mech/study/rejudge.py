@@ -158,8 +158,8 @@ def _judged(table: pd.DataFrame, queries: Sequence[Query], verdicts: Sequence[Ve
         score=pd.array([verdict.score for verdict in verdicts], dtype="Float64").to_numpy(float, na_value=float("nan")),
     )
     # The cells of a CSV are text: an empty one is no number and no token.
-    if "v_s" in judged:
-        judged["v_s"] = pd.to_numeric(judged["v_s"], errors="coerce")
+    for name in {"v_s", "logit_safe", "logit_unsafe"} & set(judged):
+        judged[name] = pd.to_numeric(judged[name], errors="coerce")
     if "safety_token" in judged:
         judged["safety_token"] = judged["safety_token"].map(lambda token: _text(token) or None)
     for name, value in _DEFAULTS.items():
