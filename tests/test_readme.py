@@ -69,3 +69,12 @@ def test_the_attack_table_is_the_committed_one() -> None:
     rows = [row for row in _section("made by\n`make study`", "What to take from it") if len(row) == 6]
     cells = [cell for row in rows for cell in row[1:3] if "[" in cell]
     assert len(cells) == 24 and set(cells) <= rates
+
+
+def test_the_table_on_real_english_is_the_committed_one() -> None:
+    numbers = pd.read_csv(FIGURES / "english" / "english_gate.csv")
+    chosen = numbers[numbers["metric"].isin(["gate_auroc", "token_auroc", "words_auroc"])].to_dict("records")
+    known = {f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in chosen}
+    _, *rows = _section("### Real English", "## The command line")
+    cells = [cell for row in rows for cell in row[3:6] if cell != "–"]
+    assert len(cells) == 15 and set(cells) <= known
