@@ -64,6 +64,16 @@ def test_the_grid_is_the_committed_one(model: str) -> None:
             assert found[attack] == f"{100 * known[defense, 'attack_success', attack]['value']:.0f}", (defense, attack)
 
 
+def test_the_token_alone_is_behind_in_no_trained_pair() -> None:
+    ahead: list[float] = []
+    for model in ("organism", "organism-split"):
+        rates = pd.read_csv(FIGURES / "grid" / f"compare-{model}-results.csv").query("metric == 'attack_success'")
+        mean = rates.groupby(["defense", "seed"])["value"].mean()
+        ahead += list(100 * (mean["casa"] - mean["ssft-token"]))
+    assert len(ahead) == 6 and min(ahead) >= 0
+    assert f"by {min(ahead):.1f} to {max(ahead):.1f} points" in README.replace("\n  ", " ")
+
+
 def test_the_attack_table_is_the_committed_one() -> None:
     rates = {_percent(row) for row in pd.read_csv(FIGURES / "attack_success.csv").to_dict("records")}
     rows = [row for row in _section("made by\n`make study`", "What to take from it") if len(row) == 6]

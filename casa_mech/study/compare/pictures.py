@@ -28,7 +28,10 @@ def _grid(found: Comparison, folder: RunFolder, name: str) -> list[Path]:
     present, metrics = set(found.replies["defense"]), set(found.summary["metric"])
     plain = f"{slug(found.model)}: {len(present)} defences, {found.replies['attack'].nunique()} attacks"
     cells = claims.grid_data(found.summary)
-    title = claims.success_claim(found).statement if {REFERENCE, "none"} <= present else plain
+    if cells.empty:
+        return []
+    told = {REFERENCE, "none"} <= present and "attack_success" in metrics
+    title = claims.success_claim(found).statement if told else plain
     drawn = [save_figure(plot_grid(cells, title), cells, folder.path("figures", f"{name}-grid"))]
     if {"attack_success", "benign_answered"} <= metrics:
         rivals = any(not str(other).startswith(REFERENCE) for other in present)
@@ -44,7 +47,7 @@ def _ablations(found: Comparison, folder: RunFolder, name: str) -> list[Path]:
     present = set(found.replies["defense"])
     if found.summary["axis"].eq(PROMPT_AXIS).any():
         levels = claims.prompt_data(found)
-        told = {BASE, NO_ATTENTION} <= present
+        told = {BASE, NO_ATTENTION} <= present and bool(set(claims.MEDIA) & set(found.replies["attack"]))
         title = claims.attention_claim(found).statement if told else f"{slug(found.model)}: attention × safety prompt"
         drawn.append(save_figure(plot_by_attack(levels, title), levels, folder.path("figures", f"{name}-prompt")))
     if found.summary["axis"].ne(PROMPT_AXIS).any():
