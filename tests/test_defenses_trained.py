@@ -17,13 +17,15 @@ from casa_mech.casa import Casa, CasaConfig
 from casa_mech.casa.trainer import Trainer
 from casa_mech.cli import main
 from casa_mech.defenses import DEFENSES, Defense, load_defense, train_defense
+from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
 from casa_mech.defenses.gated import Gated
 from casa_mech.defenses.refusal_token import control_curve
-from casa_mech.defenses.ssft import Ssft
+from casa_mech.defenses.ssft import Ssft, SsftToken
 from casa_mech.errors import InputError, ModelError, RunError
 from casa_mech.judging.stats import wilson
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query
+from casa_mech.study.utility import kl_to_base
 from casa_mech.trace import gated_prompt, gated_targets, layer_states, plain_targets
 
 SHORT = GenerationSettings(max_new_tokens=6, batch_size=3)
@@ -366,3 +368,26 @@ def test_train_and_evaluate_by_name(random_organism: Path, tmp_path: Path, capsy
         assert code == 2 and text == "" and message in err and len(err.strip().splitlines()) == 1
     code, _, err = _run(capsys, "train", *model, "--defense", "none", "--out", tmp_path / "x")
     assert code == 2 and "needs no training" in err
+
+
+def test_other_trained_defences_are_measured_against_their_base_too(
+    tiny_omni: Omni, mixed_queries: list[Query]
+) -> None:
+    settings = GenerationSettings(max_new_tokens=3, batch_size=3)
+    config = CircuitBreakerSettings(layers=(1,))
+    for make in (lambda: Ssft(tiny_omni), lambda: CircuitBreaker(tiny_omni, config)):
+        with make() as defense:
+            assert kl_to_base(defense, mixed_queries, settings) == [0.0] * 4, "an untrained LoRA is nothing"
+            with torch.no_grad():
+                for name, weight in tiny_omni.model.named_parameters():
+                    if "lora_B" in name:
+                        weight.add_(0.5)
+            moved = kl_to_base(defense, mixed_queries, settings)
+            assert min(moved) > 0 and kl_to_base(defense, mixed_queries, settings) == moved, "it is on again"
+            defense.safety_prompt = True
+            with pytest.raises(InputError, match="without a safety prompt"):
+                kl_to_base(defense, mixed_queries, settings)
+    with SsftToken(Casa.attach(tiny_omni, CasaConfig(form="none"))) as gated:
+        assert kl_to_base(gated, mixed_queries, settings) == kl_to_base(gated.casa, mixed_queries, settings)
+    with pytest.raises(InputError, match="the defence 'none' changes more than"):
+        kl_to_base(load_defense("none", tiny_omni), mixed_queries, settings)

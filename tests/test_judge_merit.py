@@ -9,10 +9,7 @@ import torch
 from scipy.stats import entropy
 from sklearn.metrics import cohen_kappa_score, roc_curve
 
-from casa_mech.casa import Casa, CasaConfig
-from casa_mech.defenses import load_defense
-from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
-from casa_mech.defenses.ssft import Ssft, SsftToken
+from casa_mech.casa import Casa
 from casa_mech.errors import InputError
 from casa_mech.judging import (
     COMPARISON_COLUMNS,
@@ -381,26 +378,3 @@ def test_a_gate_that_changes_nothing_has_nearly_no_divergence(tiny_omni: Omni, m
     result_table([row])
     with pytest.raises(InputError, match="query 'text' has a prefill"):
         kl_to_base(casa, [mixed_queries[0].model_copy(update={"prefill": "sure"})])
-
-
-def test_other_trained_defences_are_measured_against_their_base_too(
-    tiny_omni: Omni, mixed_queries: list[Query]
-) -> None:
-    settings = GenerationSettings(max_new_tokens=3, batch_size=3)
-    config = CircuitBreakerSettings(layers=(1,))
-    for make in (lambda: Ssft(tiny_omni), lambda: CircuitBreaker(tiny_omni, config)):
-        with make() as defense:
-            assert kl_to_base(defense, mixed_queries, settings) == [0.0] * 4, "an untrained LoRA is nothing"
-            with torch.no_grad():
-                for name, weight in tiny_omni.model.named_parameters():
-                    if "lora_B" in name:
-                        weight.add_(0.5)
-            moved = kl_to_base(defense, mixed_queries, settings)
-            assert min(moved) > 0 and kl_to_base(defense, mixed_queries, settings) == moved, "it is on again"
-            defense.safety_prompt = True
-            with pytest.raises(InputError, match="without a safety prompt"):
-                kl_to_base(defense, mixed_queries, settings)
-    with SsftToken(Casa.attach(tiny_omni, CasaConfig(form="none"))) as gated:
-        assert kl_to_base(gated, mixed_queries, settings) == kl_to_base(gated.casa, mixed_queries, settings)
-    with pytest.raises(InputError, match="the defence 'none' changes more than"):
-        kl_to_base(load_defense("none", tiny_omni), mixed_queries, settings)
