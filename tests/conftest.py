@@ -7,20 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.model import SHAPE, WORDS
 from PIL import Image
 
 from casa_mech.omni import Omni
-from casa_mech.organism.architecture import OrganismShape, new_omni
+from casa_mech.organism.architecture import new_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart
 
 torch.set_num_threads(1)
-
-WORDS = (
-    "how do i make build a the cake bomb tea please explain sure , here is to sorry can not help with that ? . : ! "
-    "word in image hear you safe unsafe request harmful b o m c k e t first then done thing what spell name it"
-).split()
-SHAPE = OrganismShape(d_model=64, layers=2, heads=2, kv_heads=1, d_mlp=64, vision_width=32, vision_layers=1, audio_width=32, audio_layers=1)  # fmt: skip  # noqa: E501
 
 
 @pytest.fixture

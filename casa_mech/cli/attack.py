@@ -59,8 +59,8 @@ def attack(
         raise InputError(f"say where the files go: casa-mech attack {name} --out FOLDER")
     if label:
         check_choice("--label", label, ("harmful", "benign"))
+    from casa_mech.evaluation.attack_files import AttackChoice, QueryChoice, write_attacked
     from casa_mech.queries import Label
-    from casa_mech.study.attack_files import AttackChoice, QueryChoice, write_attacked
 
     chosen = QueryChoice(queries, n, cast("Label | None", label or None), column, _pairs(meta), data)
     benign = QueryChoice(twins, None, "benign", twins_column, _pairs(twins_meta), data) if twins else None
@@ -78,12 +78,12 @@ def figstep(
     as_json: Json = False,
 ) -> None:
     """Hold our FigStep pictures against the published ones: size, lines, shared ink."""
-    from casa_mech.study.figstep import figstep_comparison, figstep_figure, figstep_summary
+    from casa_mech.reports.figstep import figstep_comparison, figstep_figure, figstep_summary
 
     table = figstep_comparison(folder)
     result: dict[str, Any] = {"folder": str(folder), "fonts": figstep_summary(table)}
     if out is not None:
-        from probes.plots import save_figure
+        from casa_mech.figures import save_figure
 
         result["figure"] = str(save_figure(figstep_figure(table, folder), table, out))
     show(result, as_json)

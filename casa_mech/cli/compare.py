@@ -47,12 +47,13 @@ def compare(
     and tables there, figures with their numbers in figures.
     """
     if example:
-        from casa_mech.study.compare.config import example as shipped
+        from casa_mech.compare.config import example as shipped
 
         typer.echo(shipped(), nl=False)
         return
-    from casa_mech.study.compare.command import Request
-    from casa_mech.study.compare.command import compare as run
+    from casa_mech.compare.command import Request
+    from casa_mech.compare.command import compare as run
+    from casa_mech.reports.defences.figures import draw
 
     training = {"n_examples": examples, "max_steps": steps, **parse_options(train_option)}
     generation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
@@ -61,7 +62,7 @@ def compare(
         config=queries_config, ablations=ablations, axes=_names(axes), training=_given(training),
         generation=_given(generation), rounds=timing_rounds, device=device, dtype=dtype,
     )  # fmt: skip
-    show(run(request, out, note=note), as_json)
+    show(run(request, out, note=note, draw=draw), as_json)
 
 
 def _names(text: str) -> list[str]:

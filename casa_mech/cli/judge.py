@@ -64,7 +64,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Judge replies that are stored; nothing is generated, and verdicts that are stored are not asked for again."""
-    from casa_mech.study.rejudge import judge_replies
+    from casa_mech.evaluation.rejudge import judge_replies
 
     chosen = chosen_judge(context.params)
     columns: dict[str, Any] = {"prompt_column": prompt_column, "reply_column": reply_column}
@@ -88,7 +88,7 @@ def agreement(
     as_json: Json = False,
 ) -> None:
     """Cohen's kappa, Krippendorff's alpha and the confusion of a judge with people, with bootstrap intervals."""
-    from casa_mech.study.rejudge import judge_agreement
+    from casa_mech.evaluation.rejudge import judge_agreement
 
     found = judge_agreement(file, judge, human, positive=positive or (), level=level, cluster=cluster, seed=seed)
     show(found, as_json)

@@ -57,8 +57,8 @@ def generate(
 ) -> None:
     """Answer one request; with a gate, print the safety token and v_s beside the reply."""
     from casa_mech.omni import GenerationSettings, load_omni
+    from casa_mech.omni.threads import settle_threads
     from casa_mech.queries import AudioPart, ImagePart, Part, Query, TextPart
-    from casa_mech.study.threads import settle_threads
 
     parts: list[Part] = [ImagePart(image=path) for path in image or ()]
     parts += [AudioPart(audio=path) for path in audio or ()]
@@ -105,7 +105,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a defence on text, CASA if no other is named; saved as safetensors with a model card."""
-    from casa_mech.study.training import train_gate
+    from casa_mech.evaluation.training import train_gate
 
     given = {"max_steps": steps, "batch_size": batch_size, "form": form, "rule": rule, "beta": beta}
     given |= {"ce_support": "two_way" if rule == "S2" else None, **parse_options(option)}
@@ -166,8 +166,8 @@ def evaluate(
 
     Without --judge, micro-world requests are judged exactly and all others by keywords, an upper bound.
     """
+    from casa_mech.evaluation.real_input import SystemUnderTest, evaluate_files, query_sources
     from casa_mech.omni import GenerationSettings
-    from casa_mech.study.real_input import SystemUnderTest, evaluate_files, query_sources
 
     columns = {"column": column, "image_column": image_column, "audio_column": audio_column}
     given = {name: value or [] for name, value in columns.items()}

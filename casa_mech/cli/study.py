@@ -59,7 +59,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed ratios, both sides in one process: the gate, the defences, extraction and probes, the lens."""
-    from casa_mech.study.bench import measure_parts
+    from casa_mech.timing.parts import measure_parts
 
     show(measure_parts(part or ["gate"], model, repeats, device, dtype), as_json)
 

@@ -7,10 +7,13 @@ the paper gives two values for one cell (9.2 in the main table, 9.1 in the ablat
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.resources import files
+
+import pandas as pd
 
 from casa_mech.errors import InputError
 from casa_mech.judging.stats import possible_counts, smallest_n, wilson
@@ -133,3 +136,91 @@ def _tables_agree() -> Iterable[Finding]:
                 f"{other} and {rate.percent}",
                 other == rate.percent,
             )
+
+
+def published_table() -> pd.DataFrame:
+    """The paper's attack success in percent, with the Wilson interval under the n that the rates imply.
+
+    Not measured here. `–` where no n fits a benchmark's rates.
+    """
+    rows = []
+    for rate in published_rates():
+        interval = rate.interval()
+        bounds = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}] n={rate.n}" if interval else " [–]"
+        named = rate.model + (" + safety prompt" if rate.safety_prompt else "")
+        if rate.table == "ablation" and not rate.attention:
+            named += ", no attention"
+        where = {"table": rate.table, "model": f"Qwen2.5-Omni-{rate.model_size}", "defense": named}
+        rows.append({**where, "benchmark": rate.benchmark, "cell": rate.percent + bounds})
+    return pd.DataFrame(rows).pivot_table(
+        index=["table", "model", "defense"], columns="benchmark", values="cell", aggfunc="first", sort=False
+    )
+
+
+def published_frame() -> pd.DataFrame:
+    """The paper's own attack success rates (main table): `model, defense, attack, value`. Not measured here."""
+    rows = [
+        {
+            "model": f"Qwen2.5-Omni-{rate.model_size}",
+            "defense": rate.model + (" + safety prompt" if rate.safety_prompt else ""),
+            "attack": rate.benchmark,
+            "value": rate.value,
+        }
+        for rate in published_rates()
+        if rate.table == "main"
+    ]
+    return pd.DataFrame(rows)
+
+
+PANEL_COLUMNS = ("table", "model", "defense", "attack", "value", "low", "high", "n")
+
+
+NOT_MEASURED = "Published by CASA's authors (arXiv 2604.00310), not measured here"
+
+
+def published_panel() -> pd.DataFrame:
+    """`PANEL_COLUMNS`, fractions: the main table and the 3B ablation as printed.
+
+    Intervals are Wilson's under the smallest test-set size that fits all rates of a benchmark; NaN where none does.
+    """
+    rows = []
+    for rate in published_rates():
+        low, high = rate.interval() or (math.nan, math.nan)
+        ablated = "attention" if rate.attention else "no attention"
+        rows.append(
+            {
+                "table": rate.table,
+                "model": f"Qwen2.5-Omni-{rate.model_size}",
+                "defense": (ablated if rate.table == "ablation" else rate.model)
+                + (" + safety prompt" if rate.safety_prompt else ""),
+                "attack": rate.benchmark,
+                "value": rate.value,
+                "low": low,
+                "high": high,
+                "n": rate.n if math.isfinite(low) else None,
+            }
+        )
+    return pd.DataFrame(rows, columns=list(PANEL_COLUMNS)).astype({"n": "Int64"})
+
+
+def published_means() -> pd.DataFrame:
+    """Mean of each main-table row over its four benchmarks, and its change against the pretrained model, in percent."""
+    names = dict.fromkeys(
+        (rate.model_size, rate.model, rate.safety_prompt) for rate in published_rates() if rate.table == "main"
+    )
+    return pd.DataFrame(
+        [
+            {
+                "model": f"Qwen2.5-Omni-{size}",
+                "defense": model + (" + safety prompt" if prompt else ""),
+                "mean of four, %": round(four_set_mean(model, size, prompt), 2),
+                "against pretrained, %": round(reduction(model, size, prompt), 1),
+            }
+            for size, model, prompt in names
+        ]
+    )
+
+
+def published_checks() -> pd.DataFrame:
+    """What arithmetic alone says of the published numbers: `check, found, holds`."""
+    return pd.DataFrame([asdict(finding) for finding in check_published()])

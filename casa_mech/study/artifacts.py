@@ -17,19 +17,19 @@ from casa_mech.attacks import STUDY_ATTACKS, apply_attack
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.casa.generation import Order
 from casa_mech.errors import InputError
+from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
+from casa_mech.figures import save_figure
 from casa_mech.files import write_text
-from casa_mech.judging import KeywordJudge, MicroWorldJudge, published_rates, write_table
+from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Label, Query
-from casa_mech.study.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.study.folder import RunFolder, key_digest
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
-from casa_mech.study.threads import settle_threads
-from probes.activations import Activations, ActivationStore
-from probes.plots import save_figure
+from probes.activations.store import Activations, ActivationStore
 
 PREFILL_FIRST = "CASA, prefill first"
 """CASA with the attacker's tokens before the gate (order B). Plain `CASA` decides right after the header (order A)."""
@@ -287,18 +287,3 @@ class Study:
     def _gate_key(self, model: str) -> dict[str, Any]:
         training = {"examples": self.sizes.train_examples, "train": self.train_settings.model_dump(mode="json")}
         return {**self._model_key(model), **training, "casa": CasaConfig().model_dump(mode="json")}
-
-
-def published_frame() -> pd.DataFrame:
-    """The paper's own attack success rates (main table): `model, defense, attack, value`. Not measured here."""
-    rows = [
-        {
-            "model": f"Qwen2.5-Omni-{rate.model_size}",
-            "defense": rate.model + (" + safety prompt" if rate.safety_prompt else ""),
-            "attack": rate.benchmark,
-            "value": rate.value,
-        }
-        for rate in published_rates()
-        if rate.table == "main"
-    ]
-    return pd.DataFrame(rows)

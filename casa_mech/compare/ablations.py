@@ -1,0 +1,144 @@
+"""The second grid: CASA with one thing changed at a time, and the paper's attention × safety prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+
+from casa_mech.compare.systems import REFERENCE, System
+from casa_mech.compare.weights import TrainingPlan
+from casa_mech.errors import InputError
+
+PROMPT_AXIS = "attention and safety prompt"
+BASE = REFERENCE
+NO_ATTENTION = "ssft-token"
+REDUCED = TrainingPlan(n_examples=600, settings={"max_steps": 60, "batch_size": 32, "micro_batch_size": 32})
+"""How the variants are trained: shorter than the comparison's rows, and all alike, so that they compare with each
+other and not with those."""
+_SETTINGS: Mapping[str, tuple[tuple[str, dict[str, Any]], ...]] = MappingProxyType(
+    {
+        "form": (
+            ("R1-mean", {"form": "R1-mean"}), ("R1-topk", {"form": "R1-topk"}), ("R2", {}), ("R3", {"form": "R3"}),
+        ),
+        "rule": (
+            ("S1", {"rule": "S1"}), ("S2", {"rule": "S2", "ce_support": "two_way"}), ("S3", {}), ("S4", {"rule": "S4"}),
+        ),
+        "query": (
+            ("pooled_text_hidden", {}), ("input_embedding_rows", {"query_source": "input_embedding_rows"}),
+            ("lm_head_rows", {"query_source": "lm_head_rows"}), ("learned_free", {"query_source": "learned_free"}),
+        ),
+        "positions": (
+            ("user+header", {}), ("user", {"positions": "user"}), ("header", {"positions": "header"}),
+            ("all", {"positions": "all"}),
+        ),
+        "beta": (
+            ("0.2", {"beta": 0.2}), ("0.38", {"beta": 0.38}), ("0.5", {}), ("0.8", {"beta": 0.8}),
+        ),
+    }
+)  # fmt: skip
+AXES = ("prompt", "form", "rule", "query", "layer", "positions", "beta", "size")
+FEW = ("form=R1-mean", "rule=S1", "beta=0.8", "size=1/8")
+"""The variants of the default notebook, beside attention × safety prompt."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One level of one axis, and the row that measures it. The base is a level of every axis."""
+
+    axis: str
+    level: str
+    system: System
+
+    @property
+    def name(self) -> str:
+        """As in `FEW`: axis and level."""
+        return f"{self.axis}={self.level}"
+
+
+def variants(
+    n_layers: int, n_examples: int, axes: Sequence[str] = AXES, only: Sequence[str] | None = None
+) -> list[Variant]:
+    """The levels of the axes for a model of `n_layers` blocks.
+
+    Args:
+        n_layers: of the model; layers are its first, middle and last block, and the states after the final norm.
+        n_examples: size of the training set; the axis `size` takes an eighth, a quarter and a half of it too.
+        axes: which axes.
+        only: names of the variants to keep beside the base (`axis=level`); None keeps all. `prompt` is kept whole.
+
+    Raises:
+        InputError: an unknown axis or variant; the known ones are listed.
+    """
+    unknown = [axis for axis in axes if axis not in AXES]
+    if unknown or not axes:
+        raise InputError(f"unknown ablation {unknown[0] if unknown else ''!r}; ablations: {', '.join(AXES)}")
+    found: list[Variant] = []
+    for axis in axes:
+        found += _prompts() if axis == "prompt" else _levels(axis, n_layers, n_examples)
+    if only is not None:
+        names = [variant.name for variant in found]
+        odd = next((name for name in only if name not in names), None)
+        if odd is not None:
+            raise InputError(f"unknown variant {odd!r}; there are {', '.join(names)}")
+        wanted = {name.partition("=")[0] for name in only}
+        found = [
+            variant
+            for variant in found
+            if variant.axis == PROMPT_AXIS
+            or variant.name in only
+            or (variant.axis in wanted and variant.system.label == BASE)
+        ]
+    return found
+
+
+def systems_of(chosen: Sequence[Variant]) -> list[System]:
+    """The rows of the variants, each once, the base first."""
+    unique = {variant.system.label: variant.system for variant in chosen}
+    unique = {BASE: System(defense=BASE), **unique}
+    return list(unique.values())
+
+
+def ablation_frame(summary: pd.DataFrame, chosen: Sequence[Variant]) -> pd.DataFrame:
+    """The summary by variant: its columns, with `axis`, `level` and `base` (whether it is the base) in front."""
+    parts = []
+    for variant in chosen:
+        part = summary[summary["defense"] == variant.system.label]
+        parts.append(part.assign(axis=variant.axis, level=variant.level, base=variant.system.label == BASE))
+    frame = pd.concat(parts, ignore_index=True)
+    return frame[["axis", "level", "base", *summary.columns]]
+
+
+def _prompts() -> list[Variant]:
+    levels = {
+        "attention": System(defense=BASE),
+        "attention + prompt": System(defense=BASE, safety_prompt=True),
+        "no attention": System(defense=NO_ATTENTION),
+        "no attention + prompt": System(defense=NO_ATTENTION, safety_prompt=True),
+    }
+    return [Variant(PROMPT_AXIS, level, system) for level, system in levels.items()]
+
+
+def _levels(axis: str, n_layers: int, n_examples: int) -> list[Variant]:
+    if axis == "layer":
+        blocks = dict.fromkeys((0, n_layers // 2, n_layers - 1))
+        changes = [(f"block {block}", {"layer": block}) for block in blocks]
+        return [_variant(axis, level, change) for level, change in (*changes, ("norm", {}))]
+    if axis == "size":
+        parts = {f"1/{part}": max(4, n_examples // part) for part in (8, 4, 2)}
+        return [
+            *(Variant(axis, level, _named(axis, level, examples=n)) for level, n in parts.items()),
+            _variant(axis, "all", {}),
+        ]
+    return [_variant(axis, level, change) for level, change in _SETTINGS[axis]]
+
+
+def _variant(axis: str, level: str, change: dict[str, Any]) -> Variant:
+    return Variant(axis, level, _named(axis, level, training=change) if change else System(defense=BASE))
+
+
+def _named(axis: str, level: str, **fields: Any) -> System:
+    return System(defense=BASE, name=f"{BASE}, {axis} {level}", **fields)

@@ -1,0 +1,250 @@
+"""`casa-mech compare`: a grid from the command line, in a folder of its own that grows from call to call."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from casa_mech.compare.ablations import AXES, REDUCED, Variant, ablation_frame, systems_of, variants
+from casa_mech.compare.benchmark_sets import BenchmarkSets
+from casa_mech.compare.comparison import Comparison
+from casa_mech.compare.config import CompareConfig, read_config
+from casa_mech.compare.grid import GENERATION, ROUNDS, Grid, GridResult
+from casa_mech.compare.paired import paired_tests
+from casa_mech.compare.sets import DEFAULT_ATTACKS, QuerySets, WorldSets
+from casa_mech.compare.systems import DEFAULT_DEFENSES, System, check_systems, system_named
+from casa_mech.compare.tables import compact, grid_rows, summarise
+from casa_mech.compare.weights import ExampleTable, TrainingPlan, Weights
+from casa_mech.errors import InputError, RunError
+from casa_mech.files import TEMPORARY, storage_error, write_text, writing
+from casa_mech.judging import Judge, load_judge, write_table
+from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_panel
+from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.omni.threads import settle_threads
+from casa_mech.study.folder import RunFolder
+from casa_mech.study.settings import CLONE, slug
+
+_MARKER, _SCHEMA = "compare.json", 1
+
+Draw = Callable[[Comparison, RunFolder, str], Sequence[Path]]
+"""Draws a comparison into a folder under a name and returns the pictures' paths."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare. Empty lists and None stand for the defaults, or for what the configuration says.
+
+    model, device, dtype: as for `load_omni`. defenses, attacks: by name. seeds. n: requests in each cell. config: a
+    YAML file; then attacks and n are its own. ablations: the second grid, on the axes named (empty: all).
+    training: options that all supervised trainings share, and `n_examples`. generation: fields of its settings.
+    rounds: of timing.
+    """
+
+    model: str = "organism"
+    defenses: Sequence[str] = ()
+    attacks: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+    n: int | None = None
+    config: Path | None = None
+    ablations: bool = False
+    axes: Sequence[str] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    rounds: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def compare(
+    request: Request,
+    out: Path | None = None,
+    progress: bool = True,
+    note: Callable[[str], None] = print,
+    draw: Draw | None = None,
+) -> dict[str, Any]:
+    """Fill a grid, write its tables and draw it; the same call after a stop goes on, another one adds to the folder.
+
+    Args:
+        request: what to compare; all that can be checked without a model is checked before one is loaded.
+        out: the folder; None: `runs/compare-<model>`.
+        progress: whether to draw bars.
+        note: told what was left out, one line each.
+        draw: draws the tables into the folder (`casa_mech.reports.defences.figures.draw`); None: no figures.
+
+    Returns:
+        Where the tables and figures are, how many cells were computed and found, the summary, the tests and the
+        published numbers.
+
+    Raises:
+        InputError: a name, option, file or query that cannot be used. RunError: a folder or judge that cannot.
+    """
+    began = time.perf_counter()
+    config = read_config(request.config) if request.config is not None else None
+    _check(request, config)
+    systems, sets, plan = _systems(request, config), _sets(request, config, note), _plan(request, config)
+    if not request.ablations:
+        check_systems(systems)
+    folder = open_folder(out or _default_folder(request.model))
+    with folder.locked():
+        omni = settle_threads(load_omni(request.model, device=request.device, dtype=request.dtype))
+        seeds = _seeds(request, config)
+        _warn(request, config, omni, sets, seeds[0], note)
+        chosen: list[Variant] = []
+        if request.ablations:
+            chosen = variants(omni.n_layers, plan.n_examples, request.axes or AXES)
+            systems = systems_of(chosen)
+        rounds = request.rounds if request.rounds is not None else config.timing_rounds if config else ROUNDS
+        grid = Grid(
+            omni, systems, sets, seeds, folder, Weights(plan, folder, progress),
+            generation=_generation(request, config), judge=_judge(request, config),
+            rounds=0 if request.ablations else rounds, progress=progress,
+        )  # fmt: skip
+        result = grid.fill()
+        summary, tests = summarise(result), paired_tests(result.replies)
+        if chosen:
+            summary = ablation_frame(summary, chosen)
+        name = f"{'ablations' if request.ablations else 'compare'}-{slug(request.model)}"
+        rows = grid_rows(result)
+        write_table(rows, folder.path("tables", f"{name}.parquet"))
+        comparison = Comparison(request.model, result, rows, summary, tests, tuple(chosen))
+        figures = draw(comparison, folder, name) if draw else []
+        _write(folder, name, {"summary": summary, "tests": tests, "published": published_panel()})
+    return {
+        "model": request.model,
+        "out": str(folder.root),
+        "figures": [str(path) for path in figures],
+        **_report(result, summary, tests, grid.seeds),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def open_folder(path: Path) -> RunFolder:
+    """The folder of a comparison: new, empty, or with an earlier comparison, of whatever defences, models and sizes.
+
+    Raises:
+        RunError: it holds something else, or was written by another release, or cannot be written to.
+    """
+    root = path.absolute()
+    marker = root / _MARKER
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        strangers = [entry.name for entry in root.iterdir() if not entry.name.startswith((TEMPORARY, "."))]
+    except OSError as error:
+        raise storage_error(error, root) from None
+    if not marker.exists():
+        if strangers:
+            raise RunError(f"{root} holds other files ({strangers[0]}, …) and no {_MARKER}: choose another --out")
+        write_text(marker, json.dumps({"schema_version": _SCHEMA}) + "\n")
+    try:
+        version = json.loads(marker.read_text(encoding="utf-8"))["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{marker} is unreadable ({type(error).__name__}): delete it or choose another --out") from None
+    if version != _SCHEMA:
+        raise RunError(f"{marker} has schema version {version}, this release writes {_SCHEMA}: choose another --out")
+    return RunFolder(root)
+
+
+def _default_folder(model: str) -> Path:
+    here = Path.cwd()
+    return (CLONE if here.is_relative_to(CLONE) else here) / "runs" / f"compare-{slug(model)}"
+
+
+def _check(request: Request, config: CompareConfig | None) -> None:
+    if config is not None and (request.attacks or request.n is not None):
+        raise InputError("--attacks and --n are for the micro-world; --queries-config names its own sets and limits")
+    if request.ablations and request.defenses:
+        raise InputError("--ablations has rows of its own: leave out --defenses")
+    if request.axes:
+        variants(1, 8, request.axes)  # names the known ones
+
+
+def _systems(request: Request, config: CompareConfig | None) -> list[System]:
+    if request.defenses:
+        return [system_named(name) for name in request.defenses]
+    if config is not None and config.defenses:
+        return list(config.defenses)
+    return [system_named(name) for name in DEFAULT_DEFENSES]
+
+
+def _sets(request: Request, config: CompareConfig | None, note: Callable[[str], None]) -> QuerySets:
+    if config is not None:
+        return BenchmarkSets(config, note)
+    return WorldSets(tuple(request.attacks) or DEFAULT_ATTACKS, 200 if request.n is None else request.n)
+
+
+def _seeds(request: Request, config: CompareConfig | None) -> tuple[int, ...]:
+    return tuple(request.seeds) or (config.seeds if config else (0,))
+
+
+def _plan(request: Request, config: CompareConfig | None) -> TrainingPlan:
+    base = REDUCED if request.ablations else TrainingPlan()
+    given = dict(request.training)
+    n_examples = int(given.pop("n_examples", base.n_examples))
+    if config is None or config.training is None:
+        return TrainingPlan(n_examples, {**base.settings, **given})
+    columns = config.training.examples
+    table = ExampleTable(columns.path, columns.prompt, columns.reply, columns.label, columns.completion)
+    whole = TrainingPlan(n_examples, {**config.training.settings, **given}, table)
+    return replace(whole, n_examples=len(whole.examples(0)))
+
+
+def _generation(request: Request, config: CompareConfig | None) -> GenerationSettings:
+    base = config.generation if config else GENERATION
+    return GenerationSettings.model_validate({**base.model_dump(), **request.generation})
+
+
+def _judge(request: Request, config: CompareConfig | None) -> Judge | None:
+    if config is None:
+        return None
+    plan = config.judge
+    return load_judge(
+        plan.name, plan.backend, plan.model, **{"device": request.device, "dtype": request.dtype, **plan.options}
+    )
+
+
+def _warn(
+    request: Request,
+    config: CompareConfig | None,
+    omni: Omni,
+    sets: QuerySets,
+    seed: int,
+    note: Callable[[str], None],
+) -> None:
+    if config is None:
+        return
+    cell = sets.cells()[0]
+    unknown = omni.unknown_share([query.text for query in sets.queries(cell, seed, omni) if query.text] or ["."])
+    if unknown > 0:
+        note(
+            f"warning: {unknown:.0%} of the words of {cell.attack} are unknown to {request.model}, which speaks a "
+            "micro-world's English only: its rates say nothing beyond that the sets can be run"
+        )
+
+
+def _report(result: GridResult, summary: pd.DataFrame, tests: pd.DataFrame, seeds: Sequence[int]) -> dict[str, Any]:
+    """What a filled grid says, in a few rows, beside what was published."""
+    return {
+        "cells": {"computed": result.made, "found": result.found},
+        "n_cell": int(result.replies.groupby(["defense", "attack", "label", "seed"]).size().min()),
+        "seeds": list(seeds),
+        "judge": str(result.replies["judge"].iloc[0]),
+        "defenses": compact(summary.drop_duplicates(["defense", "metric", "scope"])).to_dict("records"),
+        "against_casa": tests[tests["scope"] == "all"].to_dict("records"),
+        "published": {
+            "note": NOT_MEASURED,
+            "means": published_means().to_dict("records"),
+            "checks": published_checks().to_dict("records"),
+        },
+    }
+
+
+def _write(folder: RunFolder, name: str, frames: Mapping[str, pd.DataFrame]) -> None:
+    for kind, frame in frames.items():
+        with writing(folder.path("summary", f"{name}-{kind}.csv")) as temporary:
+            frame.to_csv(temporary, index=False)

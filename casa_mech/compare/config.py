@@ -1,0 +1,206 @@
+"""A comparison's queries from a YAML file: public sets by name, an attack on each, the judge, and the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from casa_mech.attacks import attack_named
+from casa_mech.compare.systems import System, system_named
+from casa_mech.errors import InputError
+from casa_mech.judging.registry import BACKENDS, JUDGES
+from casa_mech.omni import GenerationSettings
+from casa_mech.queries import BENCHMARKS
+from casa_mech.queries.benchmarks import benchmark_named
+from casa_mech.queries.benchmarks.read import TABLE, MissingMedia
+
+EXAMPLE = "paper_table.yaml"
+AS_IT_IS = "none"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Part):
+    """Where the queries of one label come from: the arguments of `read_queries`.
+
+    meta: for a table, what attacks read of a query, `Query.meta` key -> column (key_phrase, compliance, ...).
+    """
+
+    set: str
+    path: Path | None = None
+    split: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    missing_media: MissingMedia = "error"
+    columns: dict[str, str] = Field(default_factory=dict)
+    meta: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("set")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name != TABLE:
+            benchmark_named(name)
+        return name
+
+    @model_validator(mode="after")
+    def _holds(self) -> Self:
+        if self.set != TABLE:
+            BENCHMARKS[self.set].check_split(self.split)
+        if self.set != TABLE and (self.columns or self.meta):
+            raise InputError(f"columns and meta are for the set '{TABLE}'; {self.set} has columns of its own")
+        return self
+
+
+class SetPlan(_Part):
+    """One column of the table: a set under an attack, and the benign queries that get the same attack.
+
+    wrappers: of the attack jailbreak. picture: of sd-typo. skip_unfit: leave out what the attack cannot be used on.
+    """
+
+    name: str
+    harmful: Source | None = None
+    benign: Source | None = None
+    attack: str = AS_IT_IS
+    wrappers: Literal["seen", "held_out", "all"] = "held_out"
+    picture: Path | None = None
+    skip_unfit: bool = False
+
+    @field_validator("attack")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name != AS_IT_IS:
+            attack_named(name)
+        return name
+
+    @model_validator(mode="after")
+    def _holds(self) -> Self:
+        if self.harmful is None and self.benign is None:
+            raise InputError(f"the set {self.name!r} needs harmful or benign queries, or both")
+        return self
+
+
+class JudgePlan(_Part):
+    """The judge by name, as for `load_judge`; options: its further ones (base_url, key_env, threshold, ...)."""
+
+    name: str = "keyword"
+    backend: Literal["local", "openai", "anthropic"] = BACKENDS[0]
+    model: str = ""
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in JUDGES and not name.endswith(".json"):
+            raise InputError(f"unknown judge {name!r}; judges: {', '.join(JUDGES)}, or a rubric's .json file")
+        return name
+
+
+class TableColumns(_Part):
+    """A training set: a table and its columns."""
+
+    path: Path
+    prompt: str = "prompt"
+    reply: str = "reply"
+    label: str = "label"
+    completion: str | None = None
+
+
+class Training(_Part):
+    """How trained rows are trained: on what, and with what settings in common."""
+
+    examples: TableColumns
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class CompareConfig(_Part):
+    """A comparison at full size.
+
+    data: the folder of the public sets (default: what CASA_MECH_DATA names, else the hub). sets: the columns.
+    defenses: the rows, each a name or a record of `System`. seeds: as on the command line, which wins.
+    """
+
+    data: Path | None = None
+    sets: tuple[SetPlan, ...] = Field(min_length=1)
+    defenses: tuple[System, ...] = ()
+    judge: JudgePlan = JudgePlan()
+    generation: GenerationSettings = GenerationSettings(max_new_tokens=512, batch_size=8)
+    training: Training | None = None
+    seeds: tuple[int, ...] = (0,)
+    timing_rounds: int = Field(default=3, ge=0)
+
+    @field_validator("defenses", mode="before")
+    @classmethod
+    def _named(cls, rows: Any) -> Any:
+        if not isinstance(rows, Sequence) or isinstance(rows, str):
+            return rows
+        return [system_named(row) if isinstance(row, str) else row for row in rows]
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        names = [plan.name for plan in self.sets]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"two sets are called {twice!r}: give each a name of its own")
+        return self
+
+
+def read_config(path: Path) -> CompareConfig:
+    """The comparison that a YAML file describes; relative paths in it are relative to its folder.
+
+    Raises:
+        InputError: no such file, no YAML (with the line), or a key or value that cannot be used (with the key).
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or type(error).__name__}); check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: expected keys and values; casa-mech compare --example prints a whole file")
+    try:
+        return CompareConfig.model_validate(_placed(content, path.parent))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(step) for step in first["loc"]) or "the file"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(_fields_at(first["loc"][:-1]))
+            message = f"no such key{f'; there are {known}' if known else ''}"
+        raise InputError(f"{path}: {key}: {message}") from None
+
+
+def example() -> str:
+    """The shipped example: the table of CASA's paper."""
+    return (files("casa_mech.compare") / EXAMPLE).read_text(encoding="utf-8")
+
+
+_PATHS = ("data", "path", "picture", "casa")
+
+
+def _placed(value: Any, folder: Path, key: object = "") -> Any:
+    """`value` with every relative path below `folder`."""
+    if isinstance(value, Mapping):
+        return {name: _placed(entry, folder, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_placed(entry, folder, key) for entry in value]
+    if key in _PATHS and isinstance(value, str):
+        return str(folder / Path(value).expanduser())
+    return value
+
+
+def _fields_at(steps: Sequence[int | str]) -> list[str]:
+    """The keys of the record at a place in the file."""
+    kinds: dict[str, type[BaseModel]] = {
+        "sets": SetPlan, "defenses": System, "judge": JudgePlan, "generation": GenerationSettings,
+        "training": Training, "examples": TableColumns, "harmful": Source, "benign": Source,
+    }  # fmt: skip
+    names = [step for step in steps if isinstance(step, str)]
+    kind: type[BaseModel] | None = kinds.get(names[-1]) if names else CompareConfig
+    return list(kind.model_fields) if kind is not None else []

@@ -1,0 +1,307 @@
+"""The grid: defence × attack × label × seed, every cell kept under the hash of what determines it.
+
+Cells are artifacts of a run folder. What is there is never computed again: a new row computes its own cells only, and a
+grid that was killed goes on in the middle of the cell, or of the training, that it was at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+from tqdm import tqdm
+
+from casa_mech.compare.sets import Cell, QuerySets, queries_digest
+from casa_mech.compare.systems import System, check_systems
+from casa_mech.compare.timing import TIMED_ATTACKS, TIMED_QUERIES, Timing, relative_seconds
+from casa_mech.compare.weights import Weights, training_cost
+from casa_mech.defenses import Defense, load_defense, prompts
+from casa_mech.defenses.prompts import in_micro_world
+from casa_mech.errors import InputError
+from casa_mech.evaluation.evaluate import evaluate
+from casa_mech.files import write_text
+from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge, clusters_of
+from casa_mech.judging.verdict import judge_identity
+from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.omni.threads import settle_threads
+from casa_mech.queries import Query
+from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.manifest import data_hashes
+
+_SCHEMA = 1
+GENERATION = GenerationSettings(max_new_tokens=24, batch_size=64)
+ROUNDS = 3
+COST_COLUMNS = (
+    "model", "defense", "seed", "forwards_per_token", "extra_forwards", "trained_parameters", "training_seconds",
+    "training_steps", "relative_seconds", "relative_low", "relative_high", "query_seconds", "timed",
+)  # fmt: skip
+
+
+_NAN = float("nan")
+_UNTIMED = Timing(seconds=_NAN, plain_seconds=_NAN, ratio=_NAN, low=_NAN, high=_NAN, n=0)
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """What a grid found.
+
+    replies: `evaluate.REPLY_COLUMNS`, `seed`, `cluster` (what counts as one draw), and `gate_score`, how malicious the
+    defence found the query (v_s, a token's share, a risk), NaN where it does not say. costs: `COST_COLUMNS`, a row for
+    each defence and seed. made, found: how many cells were computed now, and how many were there.
+    """
+
+    replies: pd.DataFrame
+    costs: pd.DataFrame
+    made: int
+    found: int
+
+
+@dataclass
+class Grid:
+    """A grid to be filled. The model must carry nothing; it is given back as it was.
+
+    omni: the model. systems: the rows. sets: the columns. seeds: each draws training and evaluation anew.
+    folder: where cells are kept. weights: where trained rows come from. generation: how replies are generated; their
+    seed is the grid's. judge: None: the exact one for the micro-world on a model of it, else the keyword judge.
+    rounds: of timing; 0 for none.
+    """
+
+    omni: Omni
+    systems: Sequence[System]
+    sets: QuerySets
+    seeds: Sequence[int]
+    folder: RunFolder
+    weights: Weights
+    generation: GenerationSettings = GENERATION
+    judge: Judge | None = None
+    rounds: int = ROUNDS
+    progress: bool = True
+    _digests: dict[tuple[Cell, int], str] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_systems(self.systems)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(f"seeds must be different whole numbers, 0 or more; got {list(self.seeds)}")
+        if self.judge is None:
+            exact = self.sets.micro_world and in_micro_world(self.omni)
+            self.judge = MicroWorldJudge() if exact else KeywordJudge()
+        for system in self.systems:
+            fitted = {"prototypes", "calibration"} <= set(system.options)
+            if system.defense == "moras" and not fitted and not in_micro_world(self.omni):
+                raise InputError(
+                    "defense 'moras' needs queries to be fitted on: set its options prototypes and calibration, or "
+                    "leave it out (--defenses)"
+                )
+
+    def fill(self) -> GridResult:
+        """Compute what is missing, a defence at a time, and read the rest.
+
+        Raises:
+            InputError: an option or query that cannot be used. RunError: a folder or judge that cannot.
+        """
+        replies: list[pd.DataFrame] = []
+        costs: list[dict[str, Any]] = []
+        made = 0
+        total = len(self.seeds) * len(self.systems) * len(self.sets.cells())
+        with tqdm(total=total, desc="grid", unit="cell", disable=not self.progress) as bar:
+            for seed in self.seeds:
+                for cell in self.sets.cells():
+                    self.digest(cell, seed)  # a set that cannot be read stops the grid before anything is generated
+                for system in self.systems:
+                    bar.set_postfix_str(f"{system.label}, seed {seed}")
+                    row = _Row(self, system, seed)
+                    with row:
+                        for cell in self.sets.cells():
+                            replies.append(row.replies(cell))
+                            bar.update()
+                        costs.append(row.costs())
+                    made += row.made
+        table = pd.concat(replies, ignore_index=True)
+        table["cluster"] = [str(cluster) for cluster in clusters_of(table)]
+        return GridResult(table, pd.DataFrame(costs, columns=list(COST_COLUMNS)), made, total - made)
+
+    def queries(self, cell: Cell, seed: int) -> list[Query]:
+        """The queries of a column."""
+        return self.sets.queries(cell, seed, self.omni)
+
+    def digest(self, cell: Cell, seed: int) -> str:
+        """The digest of a column's queries."""
+        if (cell, seed) not in self._digests:
+            self._digests[cell, seed] = queries_digest(self.queries(cell, seed))
+        return self._digests[cell, seed]
+
+    @cached_property
+    def plain(self) -> Omni:
+        """The same model a second time, for the side of a timing that carries no adapter."""
+        return settle_threads(
+            load_omni(self.omni.source, device=str(self.omni.device), dtype=str(self.omni.dtype).split(".")[-1])
+        )
+
+
+class _Row:
+    """One defence under one seed. It is loaded when the first missing piece asks for it, and closed at the end."""
+
+    def __init__(self, grid: Grid, system: System, seed: int) -> None:
+        self.grid, self.system, self.seed = grid, system, seed
+        self.made = 0
+        self._stack = ExitStack()
+        self._weights_key = grid.weights.key(system, seed, grid.omni) if system.trains else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @cached_property
+    def defense(self) -> Defense:
+        """The defence, on the model until the row is closed."""
+        path = self.grid.weights.find(self.system, self.seed, self.grid.omni) if self.system.trains else None
+        loaded = load_defense(
+            self.system.defense, self.grid.omni, safety_prompt=self.system.safety_prompt, path=path,
+            **self.system.used(self.seed),
+        )  # fmt: skip
+        return self._stack.enter_context(loaded)
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What the defence says of itself (`identity`, `describe`), kept so that a finished row needs no loading."""
+        key = {
+            "schema": _SCHEMA,
+            "defense": self.system.defense,
+            "safety_prompt": self.system.safety_prompt,
+            "settings": self.system.settings(self.seed),
+            "weights": self._weights_key,
+            "texts": _texts(),
+            "data": key_digest(data_hashes()),
+            "model": self.grid.omni.fingerprint(),
+        }
+
+        def build(new: Path) -> None:
+            told = {"identity": self.defense.identity, "description": self.defense.describe().model_dump(mode="json")}
+            write_text(new / "system.json", json.dumps(told, indent=2) + "\n")
+
+        folder = self.grid.folder.artifact("systems", key_digest(key), key, build)
+        read: dict[str, Any] = json.loads((folder / "system.json").read_text(encoding="utf-8"))
+        return read
+
+    def replies(self, cell: Cell) -> pd.DataFrame:
+        """The cell's table, computed now or read."""
+        grid = self.grid
+        assert grid.judge is not None
+        queries, settings = grid.queries(cell, self.seed), grid.generation.model_copy(update={"seed": self.seed})
+        key = {
+            **self._key,
+            "attack": cell.attack,
+            "label": cell.label,
+            "n": len(queries),
+            "queries": grid.digest(cell, self.seed),
+            "generation": settings.model_dump(mode="json"),
+            "judge": judge_identity(grid.judge),
+        }
+
+        def build(new: Path) -> None:
+            self.made += 1
+            work = grid.folder.path("work", key_digest(key))
+            shared: dict[str, Any] = {"defense": self.system.label, "settings": settings, "store": work}
+            found = evaluate(grid.omni, self.defense, queries, grid.judge, identity=key, **shared).replies
+            found["gate_score"] = self._scores(found, queries, settings)
+            found.to_parquet(new / "replies.parquet")
+            shutil.rmtree(work, ignore_errors=True)
+
+        folder = grid.folder.artifact("cells", key_digest(key), key, build)
+        table = pd.read_parquet(folder / "replies.parquet")
+        # Names are no part of the key: a row may be called otherwise than when it was computed.
+        return table.assign(model=grid.omni.source, defense=self.system.label, attack=cell.attack, seed=self.seed)
+
+    def costs(self) -> dict[str, Any]:
+        """`COST_COLUMNS` of the row."""
+        grid, told = self.grid, self.record["description"]
+        seconds, steps = (
+            training_cost(grid.weights.find(self.system, self.seed, grid.omni))
+            if self.system.trains
+            else (float("nan"), 0)
+        )
+        timing = self._timing()
+        return {
+            "model": grid.omni.source,
+            "defense": self.system.label,
+            "seed": self.seed,
+            **{name: told[name] for name in ("forwards_per_token", "extra_forwards", "trained_parameters")},
+            "training_seconds": seconds,
+            "training_steps": steps,
+            "relative_seconds": timing.ratio,
+            "relative_low": timing.low,
+            "relative_high": timing.high,
+            "query_seconds": timing.seconds,
+            "timed": timing.n,
+        }
+
+    @cached_property
+    def _key(self) -> dict[str, Any]:
+        """What all cells of the row depend on."""
+        return {
+            "schema": _SCHEMA,
+            "model": self.grid.omni.fingerprint(),
+            "defense": self.system.defense,
+            "identity": self.record["identity"],
+            "weights": None if self._weights_key is None else key_digest(self._weights_key),
+            "seed": self.seed,
+        }
+
+    def _scores(self, found: pd.DataFrame, queries: Sequence[Query], settings: GenerationSettings) -> list[float]:
+        if found["v_s"].notna().all():
+            return [float(value) for value in found["v_s"]]
+        if self.defense.has_scores:
+            return self.defense.scores(queries, settings)
+        return [float("nan")] * len(found)
+
+    def _timing(self) -> Timing:
+        grid = self.grid
+        itself = self.system.defense == "none" and not self.system.safety_prompt
+        if itself or not grid.rounds:
+            return _UNTIMED
+        cells = _timed(grid.sets.cells())
+        groups = [grid.queries(cell, self.seed)[:TIMED_QUERIES] for cell in cells]
+        key = {
+            **self._key,
+            "queries": [queries_digest(group) for group in groups],
+            "rounds": grid.rounds,
+            "device": grid.omni.device.type,
+            "dtype": str(grid.omni.dtype),
+        }
+
+        def build(new: Path) -> None:
+            # A defence that leaves the weights alone is held against the very model that it decodes with.
+            plain = grid.plain if "weights" in self.record["description"]["changes"] else grid.omni
+            timing = relative_seconds(self.defense, plain, groups, grid.rounds)
+            write_text(new / "timing.json", json.dumps(vars(timing), indent=2) + "\n")
+
+        folder = grid.folder.artifact("timings", key_digest(key), key, build)
+        return Timing(**json.loads((folder / "timing.json").read_text(encoding="utf-8")))
+
+
+def _timed(cells: Iterable[Cell]) -> list[Cell]:
+    """The columns whose queries are timed: harmful text, picture and clip, or the first three."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.attack, cell)
+    known = [first[attack] for attack in TIMED_ATTACKS if attack in first]
+    return known or list(first.values())[:3]
+
+
+def _texts() -> str:
+    """A digest of the texts that defences say to a model."""
+    said = [sorted((name, *text) for name, text in prompts.WORDINGS.items()), prompts.REFUSALS]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -1,0 +1,100 @@
+"""The columns of a comparison: attacks on requests of the micro-world and their benign twins, or on sets of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from casa_mech.attacks import STUDY_ATTACKS, apply_with_twins, attack_named
+from casa_mech.errors import InputError
+from casa_mech.evaluation.reply_parts import query_digest
+from casa_mech.omni import Omni
+from casa_mech.organism.world import default_world
+from casa_mech.queries import Label, Query
+
+DEFAULT_ATTACKS = (*STUDY_ATTACKS, "multi-turn", "split")
+LABELS: tuple[Label, ...] = ("harmful", "benign")
+EVAL_SEED = 2_000
+"""Added to the seed of evaluation requests, as in the study, so that training never draws them."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column: an attack (or a named set) on requests of one label."""
+
+    attack: str
+    label: Label
+
+
+class QuerySets(Protocol):
+    """Where the queries of a comparison come from."""
+
+    @property
+    def micro_world(self) -> bool:
+        """Whether the exact judge can judge the replies."""
+        ...
+
+    def cells(self) -> list[Cell]:
+        """The columns, in their order."""
+        ...
+
+    def queries(self, cell: Cell, seed: int, omni: Omni) -> list[Query]:
+        """The queries of one column; their `meta["attack"]` is its name."""
+        ...
+
+
+@dataclass
+class WorldSets:
+    """Requests in held-out phrasings on all topics, each harmful one with a benign twin of the same wording and draws.
+
+    attacks: which attacks. n: requests of each label.
+    """
+
+    attacks: Sequence[str] = DEFAULT_ATTACKS
+    n: int = 200
+    _made: dict[tuple[str, int], tuple[list[Query], list[Query]]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.attacks or self.n < 1:
+            raise InputError("a comparison needs at least one attack and one request (--attacks, --n)")
+        for name in self.attacks:
+            attack_named(name)
+        twice = next((name for name in self.attacks if list(self.attacks).count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"the attack {twice!r} is named twice")
+
+    @property
+    def micro_world(self) -> bool:
+        """Always."""
+        return True
+
+    def cells(self) -> list[Cell]:
+        """Every attack on harmful and on benign requests."""
+        return [Cell(attack, label) for attack in self.attacks for label in LABELS]
+
+    def queries(self, cell: Cell, seed: int, omni: Omni) -> list[Query]:
+        """The requests of one column."""
+        wanted = cell.attack, seed
+        if wanted not in self._made:
+            # Clips are large, and a grid goes through the seeds one by one.
+            self._made = {known: made for known, made in self._made.items() if known[1] == seed}
+            # One seed for both labels: the draws of a pair are the same but for the topic.
+            harmful, benign = (
+                default_world().requests(self.n, EVAL_SEED + seed, label, templates="held_out") for label in LABELS
+            )
+            self._made[wanted] = apply_with_twins(
+                cell.attack, harmful, benign, EVAL_SEED + seed, tokenizer=omni.tokenizer
+            )
+        return self._made[wanted][LABELS.index(cell.label)]
+
+
+def queries_digest(queries: Sequence[Query]) -> str:
+    """SHA-256 of queries with their media, and with what a judge reads of them: their labels and meta."""
+    digest = hashlib.sha256()
+    for query in queries:
+        known = [query_digest(query), query.label, sorted(query.meta.items())]
+        digest.update(json.dumps(known).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -1,0 +1,190 @@
+"""A filled grid as tables: rates for each cell and seed in the result schema, and a summary over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from casa_mech.compare.grid import GridResult
+from casa_mech.compare.intervals import Interval, macro_interval, over_seeds
+from casa_mech.evaluation.evaluate import RESAMPLES
+from casa_mech.judging import OUTCOME_METRICS, UNDECIDED, auroc_interval, outcome_rows, value_row
+from casa_mech.judging.results import Row, result_table
+
+ALL = "all"
+HELD_OUT = "held_out"
+SUMMARY_COLUMNS = (
+    "model", "defense", "metric", "scope", "label", "seeds", "n", "value", "low", "high", "interval",
+)  # fmt: skip
+COSTS = ("forwards_per_token", "extra_forwards", "trained_parameters", "training_seconds", "relative_seconds")
+_NOTHING = "any"
+
+
+def grid_rows(result: GridResult) -> pd.DataFrame:
+    """Every rate of every cell and seed in the result schema, `gate_auroc` where a defence scores queries, and costs.
+
+    Rates have Wilson's interval where their draws are independent, else a bootstrap over topics. Costs have attack and
+    surface "any": `forwards_per_token` and `extra_forwards` as described, `trained_parameters`, `training_seconds`, and
+    `relative_seconds`, whose interval is the range over rounds.
+    """
+    rows: list[Row] = []
+    keys = ["model", "defense", "seed", "attack", "surface"]
+    for (model, defense, seed, attack, surface), group in result.replies.groupby(keys, sort=False):
+        where = {"model": model, "defense": defense, "attack": attack, "surface": surface, "seed": int(seed)}
+        for label, part in group.groupby("label", sort=False):
+            rows += outcome_rows(part.drop(columns=["split"]), {**where, "label": label}, "cluster")
+        found = _auroc(group, int(seed))
+        if found is not None:
+            value, low, high = found
+            scored = int(group["gate_score"].notna().sum())
+            rows.append(
+                value_row(**where, label="both", metric="gate_auroc", n=scored, value=value, low=low, high=high)
+            )
+    return result_table(rows + [row for cost in result.costs.to_dict("records") for row in _cost_rows(cost)])
+
+
+def summarise(result: GridResult) -> pd.DataFrame:
+    """The grid over seeds: `SUMMARY_COLUMNS`, a row for each defence, metric and scope.
+
+    A scope is an attack, `surface:<name>` or `all`. Over several attacks a rate is the mean of theirs, each counted
+    once; `gate_auroc` puts their queries together, as one threshold has to serve them all. Metrics ending in
+    `:held_out` are on topics that training has not seen. With one seed the interval is Wilson's or a bootstrap over
+    topics; with several it is the wider of that, seeds put together, and Student's t over the seeds' values
+    (`interval` says which). Costs have the scope `all`.
+    """
+    rows = []
+    for (model, defense), part in result.replies.groupby(["model", "defense"], sort=False):
+        where = {"model": model, "defense": defense}
+        for scope, chosen in _scopes(part):
+            rows += [{**where, "scope": scope, **row} for row in _rates(chosen)]
+            rows += [{**where, "scope": scope, **row} for row in _gate(chosen)]
+        held_out = part[part["split"] == HELD_OUT]
+        for row in _rates(held_out) if len(held_out) else ():
+            rows.append({**where, "scope": ALL, **row, "metric": f"{row['metric']}:{HELD_OUT}"})
+        costs = result.costs[(result.costs["model"] == model) & (result.costs["defense"] == defense)]
+        rows += [{**where, "scope": ALL, "label": "both", **row} for row in _costs(costs)]
+    return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
+
+
+def compact(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary to read: a row for each defence, percent with intervals, and what it costs."""
+    surfaces = [scope for scope in dict.fromkeys(summary["scope"]) if str(scope).startswith("surface:")]
+    columns = {"attack success": ("attack_success", ALL)}
+    columns |= {f"{scope.removeprefix('surface:')}": ("attack_success", scope) for scope in surfaces}
+    columns |= {
+        "over-refusal": ("over_refusal", ALL),
+        "benign answered": ("benign_answered", ALL),
+        "held-out topics": (f"attack_success:{HELD_OUT}", ALL),
+    }
+    rows = []
+    for (model, defense), part in summary.groupby(["model", "defense"], sort=False):
+        found = {(row["metric"], row["scope"]): row for row in part.to_dict("records")}
+        rates = {name: _percent(found.get(key)) for name, key in columns.items()}
+        auroc, time = found.get(("gate_auroc", ALL)), found.get(("relative_seconds", ALL))
+        spent = {name: _number(found.get((name, ALL))) for name in COSTS[:4]}
+        rows.append(
+            {
+                "model": model, "defense": defense, **rates,
+                "gate AUROC": _spread(auroc, 3), "time": _spread(time, 2),
+                "forwards a token": spent["forwards_per_token"], "more forwards": spent["extra_forwards"],
+                "trained numbers": spent["trained_parameters"], "training s": spent["training_seconds"],
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _scopes(part: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    yield ALL, part
+    for name in ("surface", "attack"):
+        for value, chosen in part.groupby(name, sort=False):
+            yield (f"surface:{value}" if name == "surface" else str(value)), chosen
+
+
+def _rates(part: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = []
+    decided = part[part["outcome"] != UNDECIDED]
+    for metric, (label, outcome) in OUTCOME_METRICS.items():
+        chosen = decided[decided["label"] == label]
+        if chosen.empty:
+            continue
+        hits, attacks = (chosen["outcome"] == outcome).to_numpy(), chosen["attack"].to_numpy()
+        groups = list(zip(attacks, chosen["seed"], strict=True))
+        pooled = macro_interval(hits, groups, chosen["cluster"].tolist())
+        by_seed = pd.Series(hits).groupby([chosen["seed"].to_numpy(), attacks]).mean().groupby(level=0).mean()
+        rows.append(_over(metric, label, by_seed.tolist(), pooled, len(chosen)))
+    return rows
+
+
+def _gate(part: pd.DataFrame) -> list[dict[str, Any]]:
+    pooled = _auroc(part, 0)
+    if pooled is None:
+        return []
+    by_seed = [_auroc(own, int(seed), resamples=1) for seed, own in part.groupby("seed", sort=False)]
+    values = [found[0] for found in by_seed if found is not None]
+    return [_over("gate_auroc", "both", values, pooled, int(part["gate_score"].notna().sum()))]
+
+
+def _over(metric: str, label: str, values: Sequence[float], pooled: Interval, n: int) -> dict[str, Any]:
+    value, low, high, kind = over_seeds(values, pooled)
+    return {
+        "metric": metric, "label": label, "seeds": len(values), "n": n, "value": value, "low": low, "high": high,
+        "interval": kind,
+    }  # fmt: skip
+
+
+def _auroc(part: pd.DataFrame, seed: int, resamples: int = RESAMPLES) -> Interval | None:
+    scored = part[part["gate_score"].notna()]
+    if scored["label"].nunique() < 2:
+        return None
+    harmful = (scored["label"] == "harmful").tolist()
+    scores = scored["gate_score"].astype(float).tolist()
+    value, low, high = auroc_interval(scores, harmful, scored["cluster"].tolist(), seed, resamples=resamples)
+    return value, min(low, value), max(high, value)
+
+
+def _cost_rows(cost: dict[str, Any]) -> Iterator[Row]:
+    where = {"model": cost["model"], "defense": cost["defense"], "seed": int(cost["seed"])}
+    for metric in COSTS:
+        if math.isnan(cost[metric]):
+            continue
+        spread = {}
+        if metric == "relative_seconds":
+            spread = {"low": cost["relative_low"], "high": cost["relative_high"]}
+        n = int(cost["timed"]) if spread else max(1, int(cost["training_steps"]) * (metric == "training_seconds"))
+        yield value_row(
+            **where, attack=_NOTHING, surface=_NOTHING, label="both", metric=metric, n=n, value=cost[metric], **spread
+        )
+
+
+def _costs(costs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    for metric in COSTS:
+        known = costs[costs[metric].notna()]
+        if known.empty:
+            continue
+        low, high, kind, n = math.nan, math.nan, "none", len(known)
+        if metric == "relative_seconds":
+            low, high, kind = known["relative_low"].min(), known["relative_high"].max(), "range over rounds"
+            n = int(known["timed"].sum())
+        elif metric == "training_seconds" and len(known) > 1:
+            low, high, kind = known[metric].min(), known[metric].max(), "range over seeds"
+        yield {
+            "metric": metric, "seeds": len(known), "n": n, "value": float(known[metric].mean()), "low": low,
+            "high": high, "interval": kind,
+        }  # fmt: skip
+
+
+def _percent(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+
+def _spread(row: dict[str, Any] | None, digits: int) -> str:
+    if row is None:
+        return "–"
+    return f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+def _number(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['value']:.6g}"

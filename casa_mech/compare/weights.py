@@ -1,0 +1,163 @@
+"""Trained defences for a comparison: each trained once, continued after a stop, shared by the rows that use it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from casa_mech.casa.checkpoint import METRICS
+from casa_mech.casa.examples import examples_digest
+from casa_mech.compare.systems import System, training_records
+from casa_mech.defenses.training import WORK, train_defense
+from casa_mech.errors import InputError
+from casa_mech.files import file_sha256
+from casa_mech.omni import Omni
+from casa_mech.organism.world import default_world
+from casa_mech.queries import Example
+from casa_mech.queries.files import read_examples
+from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.settings import PROFILES
+
+TRAIN_SEED = 1_000
+"""Added to the seed of training examples, as in the study, so that no evaluation draws them."""
+_SIZES = PROFILES["default"]
+
+
+@dataclass(frozen=True)
+class ExampleTable:
+    """A training set of one's own: a table, and its columns of prompts, replies, labels and harmful completions."""
+
+    path: Path
+    prompt: str = "prompt"
+    reply: str = "reply"
+    label: str = "label"
+    completion: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How every trained row is trained.
+
+    n_examples: how many examples, half harmful. settings: options that all supervised trainings share. table: where
+    the examples come from; None: the micro-world.
+    """
+
+    n_examples: int = _SIZES.train_examples
+    settings: Mapping[str, Any] = field(
+        default_factory=lambda: MappingProxyType(
+            {"max_steps": _SIZES.train_steps, "batch_size": _SIZES.train_batch, "micro_batch_size": 32}
+        )
+    )
+    table: ExampleTable | None = None
+
+    def examples(self, seed: int, n: int | None = None) -> list[Example]:
+        """The training set; `n` of it, class by class from the start, when a row wants fewer.
+
+        Raises:
+            InputError: a table that cannot be read, or one without both labels.
+        """
+        if self.table is None:
+            return default_world().training_examples(n or self.n_examples, TRAIN_SEED + seed)
+        table = self.table
+        read = read_examples(table.path, table.prompt, table.reply, table.label, table.completion)
+        return list(read.examples) if n is None else _balanced(read.examples, n)
+
+
+class Weights:
+    """The trained weights of a comparison, kept in its folder.
+
+    Args:
+        plan: how they are trained.
+        folder: the comparison's.
+        progress: whether to draw bars.
+    """
+
+    def __init__(self, plan: TrainingPlan, folder: RunFolder, progress: bool = True) -> None:
+        self.plan, self.folder, self.progress = plan, folder, progress
+        self._examples: dict[tuple[int, int | None], list[Example]] = {}
+
+    def key(self, system: System, seed: int, omni: Omni) -> dict[str, Any]:
+        """All that the weights depend on: the recipe, or the files where they are given.
+
+        Raises:
+            InputError: a given folder that is not there.
+        """
+        given = system.folder(seed)
+        if given is not None:
+            if not given.is_dir():
+                raise InputError(f"{system.label}: no folder {given} with trained weights; check path")
+            files = sorted(path for path in given.rglob("*") if path.is_file())
+            return {"files": [[path.relative_to(given).as_posix(), file_sha256(path)] for path in files]}
+        recipe = system.entry.recipe
+        assert recipe is not None
+        _, records = training_records(system, self.plan.settings, seed)
+        examples = self._training_set(system, seed)
+        completions = [example.query.meta.get("compliance", "") for example in examples]
+        return {
+            "saved_as": recipe.saved_as,
+            "records": [json.loads(record.model_dump_json()) for record in records],
+            "examples": examples_digest(examples),
+            "completions": hashlib.sha256(json.dumps(completions).encode()).hexdigest(),
+            "model": omni.fingerprint(),
+            "seed": seed,
+        }
+
+    def find(self, system: System, seed: int, omni: Omni) -> Path:
+        """The folder of the weights; trained now, on `omni`, if they are not there. The model is given back.
+
+        Raises:
+            InputError, RunError: as `train_defense`.
+        """
+        given = system.folder(seed)
+        if given is not None:
+            return given
+        key = self.key(system, seed, omni)
+
+        def build(new: Path) -> None:
+            work = self.folder.path("training", key_digest(key))
+            if work.exists() and not (work / WORK).is_dir():
+                shutil.rmtree(work)  # killed between its end and the copy
+            settings, _ = training_records(system, self.plan.settings, seed)
+            trained = train_defense(
+                system.defense, omni, self._training_set(system, seed), work, progress=self.progress, **settings
+            )
+            trained.close()
+            shutil.copytree(work, new, dirs_exist_ok=True)
+            shutil.rmtree(work)
+
+        return self.folder.artifact("trained", key_digest(key), key, build)
+
+    def _training_set(self, system: System, seed: int) -> list[Example]:
+        wanted = seed, system.examples
+        if wanted not in self._examples:
+            self._examples[wanted] = self.plan.examples(*wanted)
+        return self._examples[wanted]
+
+
+def training_cost(folder: Path) -> tuple[float, int]:
+    """(seconds, steps) of a training, from its log: the sum over steps, so that a stop does not count. (NaN, 0) for a
+    folder without a log."""
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        seconds = [float(json.loads(line)["seconds"]) for line in lines]
+    except (OSError, ValueError, KeyError):
+        return float("nan"), 0
+    return sum(seconds), len(seconds)
+
+
+def _balanced(examples: Sequence[Example], n: int) -> list[Example]:
+    half = n // 2
+    of_class = {
+        label: [example for example in examples if example.query.label == label] for label in ("harmful", "benign")
+    }
+    few = next((label for label, found in of_class.items() if len(found) < half), None)
+    if few is not None:
+        raise InputError(f"examples={n} needs {half} {few} examples; the training set has {len(of_class[few])}")
+    kept = {id(example) for found in of_class.values() for example in found[:half]}
+    return [example for example in examples if id(example) in kept]

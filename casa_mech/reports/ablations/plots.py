@@ -1,0 +1,77 @@
+"""Figures of notebook 06: one setting changed at a time, and attention × safety prompt."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from casa_mech.figures import MARKERS, SERIES, error_bars, style, titled
+from casa_mech.reports.defences.plots import METRIC_MARKS, PANELS
+
+
+def plot_ablations(data: pd.DataFrame, title: str) -> Figure:
+    """A panel an axis: attack success and benign twins answered of each of its levels; the base's name is in capitals.
+
+    Args:
+        data: columns `axis, level, base, metric, n, value, low, high`, over all attacks; fractions.
+        title: the claim.
+    """
+    axes_names = list(dict.fromkeys(data["axis"]))
+    across = min(3, len(axes_names))
+    down = -(-len(axes_names) // across)
+    with style():
+        figure, axes = plt.subplots(down, across, figsize=(4.1 * across, 2.3 * down), sharex=True, squeeze=False)
+        for axis, name in zip(axes.flat, axes_names, strict=False):
+            part = data[data["axis"] == name]
+            levels = part.drop_duplicates("level")[["level", "base"]].to_records(index=False)
+            _levels(axis, part, [str(level) for level, _ in levels])
+            shown = [str(level).upper() if base else str(level) for level, base in levels]
+            axis.set_yticks(np.arange(len(levels)), shown)
+            axis.set_ylim(len(levels) - 0.5, -0.5)
+            axis.set_title(f"{name} (n = {int(part['n'].min())})")
+        for axis in axes.flat[len(axes_names) :]:
+            axis.set_visible(False)
+        for axis in axes[-1]:
+            axis.set_xlabel("percent of requests")
+        figure = titled(figure, title)
+        handles, names = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
+        return figure
+
+
+def plot_by_attack(data: pd.DataFrame, title: str) -> Figure:
+    """Attack success and benign twins answered by attack, a marker a level, with intervals.
+
+    Args:
+        data: columns `level, metric, scope, n, value, low, high`; fractions.
+        title: the claim.
+    """
+    levels, scopes = list(dict.fromkeys(data["level"])), list(dict.fromkeys(data["scope"]))
+    with style():
+        size = (9, 1.4 + 0.45 * len(scopes))
+        figure, axes = plt.subplots(1, len(PANELS), figsize=size, sharey=True, sharex=True)
+        for axis, (metric, name) in zip(axes, PANELS.items(), strict=True):
+            part = data[data["metric"] == metric]
+            for number, level in enumerate(levels):
+                rows = part[part["level"] == level].set_index("scope").reindex(scopes)
+                y = np.arange(len(scopes)) + 0.17 * (number - (len(levels) - 1) / 2)
+                error_bars(axis, rows, y, SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)], str(level))
+            axis.set(xlim=(-3, 103), xlabel=name)
+            axis.set_title(f"n = {int(part[part['scope'] != 'all']['n'].min())} a cell")
+            axis.set_yticks(np.arange(len(scopes)), scopes)
+        axes[0].invert_yaxis()
+        figure = titled(figure, title)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(names))
+        return figure
+
+
+def _levels(axis: Axes, part: pd.DataFrame, levels: list[str]) -> None:
+    for shift, (metric, name) in zip((-0.13, 0.13), PANELS.items(), strict=True):
+        rows = part[part["metric"] == metric].set_index("level").reindex(levels)
+        colour, marker = METRIC_MARKS[metric]
+        error_bars(axis, rows, np.arange(len(levels)) + shift, colour, marker, name.removesuffix(" (%)"))
+    axis.set_xlim(-3, 103)

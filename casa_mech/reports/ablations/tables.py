@@ -1,0 +1,36 @@
+"""The grid of notebook 06, in a study's run folder at the size of its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from casa_mech.compare.ablations import FEW, REDUCED, systems_of, variants
+from casa_mech.compare.comparison import Comparison
+from casa_mech.compare.weights import TrainingPlan
+from casa_mech.reports.defences.tables import SIX_ATTACKS, GridSizes, filled_grid
+from casa_mech.study.artifacts import Study
+from casa_mech.study.settings import ProfileName
+
+ABLATION_SIZES: Mapping[ProfileName, GridSizes] = MappingProxyType(
+    {
+        "smoke": GridSizes(10, ("plain", "image"), steps=4, axes=("prompt", "form"), only=("form=R1-mean",)),
+        "default": GridSizes(60, ("plain", "image", "audio", "prefill-12"), only=FEW),
+        "full": GridSizes(200, SIX_ATTACKS),
+    }
+)
+"""Of notebook 06."""
+
+
+def ablation_grid(study: Study, n: int = 0) -> Comparison:
+    """The ablations of notebook 06, all trained alike and shorter than the comparison's rows.
+
+    `n` takes the place of the profile's number of requests in each cell.
+    """
+    sizes = ABLATION_SIZES[study.settings.profile]
+    full = study.settings.profile == "full"
+    plan = TrainingPlan(2_000, {**REDUCED.settings, "max_steps": 200}) if full else REDUCED
+    if sizes.steps is not None:
+        plan = TrainingPlan(64, {**plan.settings, "max_steps": sizes.steps})
+    chosen = variants(study.omni().n_layers, plan.n_examples, sizes.axes, sizes.only)
+    return filled_grid(study, systems_of(chosen), sizes, plan, n, chosen)

@@ -1,0 +1,75 @@
+"""Figures of notebook 03: attack success, and how well v_s and the token tell harm apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from casa_mech.figures import MARKERS, SERIES, style, titled
+
+
+def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]) -> Figure:
+    """Rates with Wilson intervals: a row of panels a model, a column a metric, an attack a line, defences side by side.
+
+    Args:
+        data: the result schema (`model, defense, attack, metric, n, value, low, high`).
+        title: the claim.
+        panels: (metric, axis label), drawn in this order for each model.
+    """
+    models, defenses = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["defense"]))
+    cells = [(model, metric, name) for model in models for metric, name in panels]
+    attacks = {metric: list(dict.fromkeys(data[data["metric"] == metric]["attack"])) for metric, _ in panels}
+    height = 1.2 + 0.36 * max(len(names) for names in attacks.values())
+    with style():
+        size = (3.1 * len(panels), 0.7 + height * len(models))
+        figure, axes = plt.subplots(len(models), len(panels), figsize=size, sharex=True, squeeze=False)
+        for axis, (model, metric, name) in zip(axes.flat, cells, strict=True):
+            part = data[(data["model"] == model) & (data["metric"] == metric)]
+            for number, defense in enumerate(defenses):
+                rows = part[part["defense"] == defense].set_index("attack").reindex(attacks[metric])
+                y = np.arange(len(rows)) + 0.16 * (2 * number - len(defenses) + 1)
+                error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None) * 100
+                axis.errorbar(
+                    100 * rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2,
+                    markersize=4.5, label=defense,
+                )  # fmt: skip
+            smallest = int(part["n"].min()) if len(part) else 0
+            short = model.rstrip("/").split("/")[-1]
+            axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{short} (n ≥ {smallest} a cell)")
+            axis.tick_params(labelbottom=True)
+            axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
+            axis.invert_yaxis()
+        return titled(figure, title, axes[0][0])
+
+
+def plot_separation(data: pd.DataFrame, title: str, scores: Mapping[str, str]) -> Figure:
+    """AUROC of several scores with their intervals: a panel a model, an attack a line, the scores side by side.
+
+    Args:
+        data: the result schema (`model, attack, metric, n, value, low, high`).
+        title: the claim.
+        scores: what to call each metric.
+    """
+    models, attacks = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["attack"]))
+    with style():
+        size = (4.2 * len(models), 1.6 + 0.36 * len(attacks))
+        figure, axes = plt.subplots(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axis, model in zip(axes[0], models, strict=True):
+            part = data[data["model"] == model]
+            for number, (metric, name) in enumerate(scores.items()):
+                rows = part[part["metric"] == metric].set_index("attack").reindex(attacks)
+                y = np.arange(len(rows)) + 0.16 * (2 * number - len(scores) + 1)
+                error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+                axis.errorbar(
+                    rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2, markersize=4.5,
+                    label=name,
+                )  # fmt: skip
+            axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
+            axis.set(xlabel="AUROC", title=f"{model.rstrip('/').split('/')[-1]} (n ≥ {int(part['n'].min())} an attack)")
+            axis.set_yticks(np.arange(len(attacks)), attacks)
+        axes[0][0].invert_yaxis()
+        return titled(figure, title, axes[0][0])

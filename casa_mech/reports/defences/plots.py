@@ -1,0 +1,87 @@
+"""Figures of the comparison: defence × attack, safety against utility against cost, ablations, published rates."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+
+PANELS = {"attack_success": "attack success (%)", "benign_answered": "benign twins answered (%)"}
+_WIDE = 8
+METRIC_MARKS = {"attack_success": (HARMFUL, "^"), "benign_answered": (BENIGN, "o")}
+
+
+def plot_grid(data: pd.DataFrame, title: str) -> Figure:
+    """A heat-map for each of `PANELS` in `data`: a row a defence, a column an attack, in each cell rate and interval.
+
+    Args:
+        data: columns `defense, metric, scope, n, value, low, high`; fractions.
+        title: the claim.
+    """
+    rows, columns = list(dict.fromkeys(data["defense"])), list(dict.fromkeys(data["scope"]))
+    panels = {metric: name for metric, name in PANELS.items() if metric in set(data["metric"])}
+    with style():
+        # Many attacks: one panel below the other, or the page is too wide to read.
+        down, across = (len(panels), 1) if len(columns) > _WIDE else (1, len(panels))
+        size = (1.5 + across * max(3.2, 0.95 * len(columns)), 1.6 + down * 0.46 * len(rows))
+        figure, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axis, (metric, name) in zip(axes.flat, panels.items(), strict=True):
+            part = data[data["metric"] == metric].set_index(["defense", "scope"])
+            values = np.array([[part["value"].get((row, column), np.nan) for column in columns] for row in rows])
+            axis.imshow(100 * values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+            for y, row in enumerate(rows):
+                for x, column in enumerate(columns):
+                    if (row, column) in part.index:
+                        _cell(axis, x, y, part.loc[(row, column)])
+            axis.set_xticks(np.arange(len(columns)), columns, rotation=35, ha="right")
+            axis.set_yticks(np.arange(len(rows)), rows)
+            axis.grid(visible=False)
+            each = part.drop(index="all", level="scope")["n"]
+            axis.set_title(f"{name}, n = {int(each.min())} a cell{_seeds(data)}")
+        return titled(figure, title)
+
+
+def plot_tradeoff(data: pd.DataFrame, title: str) -> Figure:
+    """Attack success against benign twins answered, a point a defence, its area the seconds a query takes.
+
+    Args:
+        data: columns `defense, n, attack_success, benign_answered` (each with `_low` and `_high`), `relative_seconds`
+            (NaN for the model itself, which is 1), `trained` (how many numbers its training sets).
+        title: the claim.
+    """
+    with style():
+        figure, axis = plt.subplots(figsize=(8.2, 4.8))
+        for number, row in enumerate(data.to_dict("records")):
+            x, y = 100 * row["attack_success"], 100 * row["benign_answered"]
+            error = {
+                "xerr": [[x - 100 * row["attack_success_low"]], [100 * row["attack_success_high"] - x]],
+                "yerr": [[y - 100 * row["benign_answered_low"]], [100 * row["benign_answered_high"] - y]],
+            }
+            times = 1.0 if np.isnan(row["relative_seconds"]) else row["relative_seconds"]
+            colour, marker = SERIES[number % len(SERIES)], MARKERS[(number // len(SERIES) + number) % len(MARKERS)]
+            axis.errorbar(x, y, **error, color=colour, alpha=0.5, linewidth=0.9, capsize=2)
+            trained = f", {row['trained'] / 1e3:.0f}k trained" if row["trained"] else ""
+            axis.scatter(
+                x, y, s=45 * times, color=colour, marker=marker, alpha=0.85, edgecolors="black", linewidths=0.5,
+                label=f"{row['defense']}: {times:.2f}× time{trained}",
+            )  # fmt: skip
+        axis.set(xlabel="attack success, mean over attacks (%)", ylabel="benign twins answered, mean over attacks (%)")
+        axis.set_title(f"n = {int(data['n'].min())} replies a rate{_seeds(data)}; area: seconds a query")
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, markerscale=0.8)
+        return titled(figure, title)
+
+
+def _cell(axis: Axes, x: int, y: int, row: pd.Series) -> None:
+    value = 100 * row["value"]
+    axis.text(
+        x, y, f"{value:.0f}\n[{100 * row['low']:.0f}, {100 * row['high']:.0f}]", ha="center", va="center", fontsize=7,
+        color="white" if value < 55 else "black",
+    )  # fmt: skip
+
+
+def _seeds(data: pd.DataFrame) -> str:
+    return f", {seeds} seeds" if (seeds := int(data["seeds"].max()) if "seeds" in data else 1) > 1 else ""

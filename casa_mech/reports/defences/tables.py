@@ -1,0 +1,92 @@
+"""The grid of notebook 05, in a study's run folder at the size of its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from casa_mech.compare.ablations import AXES, Variant, ablation_frame
+from casa_mech.compare.comparison import Comparison
+from casa_mech.compare.grid import Grid
+from casa_mech.compare.paired import paired_tests
+from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
+from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, System, system_named
+from casa_mech.compare.tables import grid_rows, summarise
+from casa_mech.compare.weights import TrainingPlan, Weights
+from casa_mech.omni import GenerationSettings, load_omni
+from casa_mech.omni.threads import settle_threads
+from casa_mech.study.artifacts import Study
+from casa_mech.study.settings import ProfileName, slug
+
+
+@dataclass(frozen=True)
+class GridSizes:
+    """Sizes of one grid: rows by name, attacks, requests in each cell, seeds from the study's on, timing rounds, steps
+    of each training (None: the study's), and which variants of the ablations (None: all)."""
+
+    n: int
+    attacks: tuple[str, ...]
+    defenses: tuple[str, ...] = ()
+    seeds: int = 1
+    rounds: int = 0
+    steps: int | None = None
+    axes: tuple[str, ...] = AXES
+    only: tuple[str, ...] | None = None
+
+
+SIX_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "prefill-12")
+DEFENSE_SIZES: Mapping[ProfileName, GridSizes] = MappingProxyType(
+    {
+        "smoke": GridSizes(
+            10, ("plain", "image"), ("none", "safety-prompt", "ssft-token", "casa", "coca"), rounds=1, steps=4
+        ),
+        "default": GridSizes(100, SIX_ATTACKS, DEFAULT_DEFENSES, rounds=3),
+        "full": GridSizes(200, DEFAULT_ATTACKS, DEFAULT_DEFENSES, seeds=3, rounds=5),
+    }
+)
+"""Of notebook 05."""
+
+
+def defense_grid(study: Study, n: int = 0) -> Comparison:
+    """The comparison of notebook 05; `n` takes the place of the profile's number of requests in each cell.
+
+    CASA is the study's own gate where the grid has no other seed or number of steps; all rows are trained as it is.
+    """
+    sizes = DEFENSE_SIZES[study.settings.profile]
+    steps = sizes.steps or study.sizes.train_steps
+    batch = study.sizes.train_batch
+    plan = TrainingPlan(
+        study.sizes.train_examples,
+        {"max_steps": steps, "batch_size": batch, "micro_batch_size": min(32, batch)},
+    )
+    systems = [system_named(name) for name in sizes.defenses]
+    if sizes.seeds == 1 and sizes.steps is None:
+        study.gate()
+        gate = str(study.folder.path("gates", slug(study.settings.model)))
+        systems = [
+            system.model_copy(update={"path": gate}) if system.defense == REFERENCE else system for system in systems
+        ]
+    return filled_grid(study, systems, sizes, plan, n)
+
+
+def filled_grid(
+    study: Study, systems: Sequence[System], sizes: GridSizes, plan: TrainingPlan, n: int,
+    chosen: Sequence[Variant] = (),
+) -> Comparison:  # fmt: skip
+    """Fill a grid in the study's run folder and make its tables."""
+    study.omni()  # written down for the manifest
+    settings = study.settings
+    # A model of the grid's own: the study's may carry the gate.
+    omni = settle_threads(load_omni(settings.model, device=settings.device, dtype=settings.dtype))
+    grid = Grid(
+        omni, systems, WorldSets(sizes.attacks, n or sizes.n), range(settings.seed, settings.seed + sizes.seeds),
+        study.folder, Weights(plan, study.folder, study.progress),
+        generation=GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=study.sizes.batch_size),
+        judge=study.judge(), rounds=sizes.rounds, progress=study.progress,
+    )  # fmt: skip
+    result = grid.fill()
+    summary = summarise(result)
+    if chosen:
+        summary = ablation_frame(summary, chosen)
+    return Comparison(settings.model, result, grid_rows(result), summary, paired_tests(result.replies), tuple(chosen))

@@ -1,0 +1,45 @@
+"""The figure of the gate on real English."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, error_bars, named_rows, style, titled
+
+_ENGLISH = {
+    "gate_auroc": (SERIES[5], MARKERS[0], "AUROC of v_s"),
+    "token_auroc": (SERIES[2], MARKERS[1], "AUROC of the safety token's log-odds"),
+    "words_auroc": (SERIES[1], MARKERS[3], "AUROC of words alone (logistic regression)"),
+}
+
+
+def plot_english(data: pd.DataFrame, title: str) -> Figure:
+    """A gate on real prompts: AUROC of v_s and of the token, and how many prompts it flags, with 95 % intervals.
+
+    Args:
+        data: the result schema, with the metrics `gate_auroc`, `token_auroc`, `flagged` and `words_auroc` (of words
+            alone).
+        title: the claim.
+    """
+    data = data.assign(panel=data["attack"] + ", " + data["surface"])
+    panels = list(dict.fromkeys(data["panel"]))
+    with style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.4 + 0.4 * len(panels)), sharey=True)
+        rows = data[data["metric"] == "gate_auroc"].set_index("panel").reindex(panels)
+        for shift, (metric, (colour, marker, name)) in zip((-0.2, 0.0, 0.2), _ENGLISH.items(), strict=True):
+            part = data[data["metric"] == metric].set_index("panel").reindex(panels)
+            error_bars(left, part, np.arange(len(part)) + shift, colour, marker, name, scale=1)
+        left.axvline(0.5, color="grey", linewidth=0.8)
+        left.set(xlabel="AUROC", title=f"n = {rows['n'].min():.0f}–{rows['n'].max():.0f} a row", xlim=(-0.02, 1.02))
+        for shift, label, colour, marker in ((-0.12, "harmful", HARMFUL, "^"), (0.12, "benign", BENIGN, "o")):
+            part = data[(data["metric"] == "flagged") & (data["label"] == label)].set_index("panel").reindex(panels)
+            error_bars(right, part, np.arange(len(part)) + shift, colour, marker, label)
+        right.set(xlabel="given the unsafe token, %", xlim=(-3, 103))
+        named_rows(left, panels)
+        # The figure's one legend is the right panel's; what is on the left is named there.
+        for colour, marker, name in _ENGLISH.values():
+            right.plot([], [], marker, color=colour, markersize=4, label=name)
+        return titled(figure, title, right)

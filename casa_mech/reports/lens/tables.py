@@ -1,0 +1,150 @@
+"""What notebook 09 draws: the safety tokens through depth, the heads behind them, and the claims with their tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from casa_mech.judging import auroc_interval
+from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.organism.world import default_world
+from casa_mech.queries import Query
+from casa_mech.study.artifacts import LABELS, SURFACES, Study
+from casa_mech.study.folder import key_digest
+from casa_mech.study.settings import slug
+
+HEAD_SURFACES = ("text", "image", "audio")
+TOP_HEADS = 3
+KL_EPOCHS = 3
+RESAMPLES = 200
+# Draws for the translators and for what they are judged on share no seed with training or with the other notebooks.
+_JUDGED, _FIT = 8_000, 9_000
+_TABLES = ("depth", "quality", "heads", "patterns")
+
+
+@dataclass(frozen=True)
+class LensTables:
+    """What was measured, one row a query and place.
+
+    depth: `probes.lens.logit.Trajectory.table` of both lenses. quality: of `probes.lens.tuned.lens_quality`. heads: of
+    `probes.lens.heads.HeadEffects.table`. patterns: `query_id, label, surface, topic, layer, head, role, share`, the
+    attention from the gate's position of the `TOP_HEADS` heads with most support (chosen on text, seen topics).
+    """
+
+    depth: pd.DataFrame
+    quality: pd.DataFrame
+    heads: pd.DataFrame
+    patterns: pd.DataFrame
+
+
+def lens_tables(study: Study, model: str = "") -> LensTables:
+    """The lens on CASA's gate: made on the first call, then found in the run folder."""
+    model = model or study.settings.model
+    made = {"draws": [_JUDGED, _FIT], "kl_epochs": KL_EPOCHS, "surfaces": list(HEAD_SURFACES), "top": TOP_HEADS}
+    gate = key_digest(study._gate_key(model))
+    key = {**study._model_key(model), "n": study.sizes.n_probe, "gate": gate, **made}
+
+    def build(folder: Path) -> None:
+        for name, table in vars(_measure(study, model)).items():
+            table.to_parquet(folder / f"{name}.parquet")
+
+    folder = study.folder.artifact("lens", slug(model), key, build)
+    return LensTables(*(pd.read_parquet(folder / f"{name}.parquet") for name in _TABLES))
+
+
+def _measure(study: Study, model: str) -> LensTables:
+    from probes.lens.heads import ablate_heads, attention_patterns
+    from probes.lens.logit import bridge, logit_lens
+    from probes.lens.tuned import fit_translators, lens_quality
+
+    casa = study.gate(model)
+    lens, n, size = bridge(casa.omni), study.sizes.n_probe, study.sizes.batch_size
+    text = default_world().requests(2 * n, _FIT + study.settings.seed, None, "seen", "seen")
+    translators = fit_translators(lens, casa.omni, text, kl_epochs=KL_EPOCHS, batch_size=size)
+    queries = _queries(study, SURFACES, n)
+    depth = [logit_lens(lens, casa, queries, chosen, size).table() for chosen in (None, translators)]
+    quality = lens_quality(lens, casa.omni, queries, translators, size)
+    some = _queries(study, HEAD_SURFACES, max(1, n // 2))
+    heads = ablate_heads(lens, casa, some, batch_size=size).table()
+    patterns = attention_patterns(lens, casa.omni, some, best_heads(heads), size)
+    known = {query.id: {"surface": query.meta["surface"], "topic": query.meta["topic"]} for query in some}
+    shares = [
+        {"query_id": found.query_id, "label": found.label, **known[found.query_id]}
+        | {"layer": found.layer, "head": found.head, "role": role, "share": share}
+        for found in patterns
+        for role, share in found.shares().items()
+    ]
+    return LensTables(pd.concat(depth, ignore_index=True), quality, heads, pd.DataFrame(shares))
+
+
+def _queries(study: Study, surfaces: Iterable[str], n: int) -> list[Query]:
+    """`n` requests of each label on each surface, named by it, with ids of their own."""
+    return [
+        query.model_copy(update={"id": f"{surface}-{query.id}", "meta": {**query.meta, "surface": surface}})
+        for surface in surfaces
+        for label in LABELS
+        for query in study.queries(SURFACES[surface], label, n, _JUDGED)
+    ]
+
+
+def best_heads(heads: pd.DataFrame, count: int = TOP_HEADS) -> list[tuple[int, int]]:
+    """The heads whose mean support of the logit is greatest on text about topics that safety training saw."""
+    part = heads[(heads["surface"] == "text") & (heads["split"] == "seen")]
+    means = part.groupby(["layer", "head"])["support_logit"].mean().sort_values(ascending=False)
+    return [(int(layer), int(head)) for layer, head in means.index[:count]]
+
+
+def depth_data(tables: LensTables, seed: int) -> pd.DataFrame:
+    """What `plots.plot_depth` draws; intervals are bootstraps over topics."""
+    rows: list[dict[str, Any]] = []
+    groups = ["surface", "lens", "site", "depth"]
+    for where, part in tables.depth.groupby(groups, sort=False):
+        shared = dict(zip(groups, where, strict=True))
+        harmful, topics = (part["label"] == "harmful").tolist(), part["topic"].tolist()
+        found = auroc_interval(part["difference"].tolist(), harmful, topics, seed, resamples=RESAMPLES)
+        rows.append({"measure": "auroc", "label": "both", **shared, "n": len(part), **_named(found)})
+        for label, own in part.groupby("label", sort=False):
+            found = mean_interval(own["difference"].to_numpy(), own["topic"].tolist(), seed, resamples=RESAMPLES)
+            rows.append({"measure": "difference", "label": label, **shared, "n": len(own), **_named(found)})
+    return pd.DataFrame(rows)
+
+
+def quality_data(tables: LensTables, seed: int) -> pd.DataFrame:
+    """What `plots.plot_quality` draws."""
+    inner = tables.quality[tables.quality["depth"] < tables.quality["depth"].max()]
+    return _means(inner, ["surface", "lens", "site", "depth"], "kl", seed)
+
+
+def head_data(tables: LensTables, seed: int) -> pd.DataFrame:
+    """What `plots.plot_heads` draws: every head on every surface, over all topics."""
+    from probes.lens.heads import MEASURES, summarise_heads
+
+    return pd.concat(
+        [
+            summarise_heads(part, measure, seed).assign(surface=surface)
+            for measure in MEASURES
+            for surface, part in tables.heads.groupby("surface", sort=False)
+        ],
+        ignore_index=True,
+    )
+
+
+def attention_data(tables: LensTables, seed: int) -> pd.DataFrame:
+    """What `plots.plot_attention` draws."""
+    return _means(tables.patterns, ["surface", "layer", "head", "label", "role"], "share", seed)
+
+
+def _means(table: pd.DataFrame, groups: Sequence[str], column: str, seed: int) -> pd.DataFrame:
+    rows = []
+    for where, part in table.groupby(list(groups), sort=False):
+        found = mean_interval(part[column].to_numpy(), part["topic"].tolist(), seed, resamples=RESAMPLES)
+        rows.append({**dict(zip(groups, where, strict=True)), "n": len(part), **_named(found)})
+    return pd.DataFrame(rows)
+
+
+def _named(found: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("value", "low", "high"), found, strict=True))

@@ -1,0 +1,306 @@
+"""Figures of the gate: what it says, reads and rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+from probes.gate.calibration import Reliability
+from probes.gate.safety_attention import AttentionMap
+
+COLOURS = {"harmful": HARMFUL, "benign": BENIGN}
+LABELS = ("harmful", "benign")
+
+
+def plot_learning(log: pd.DataFrame, readings: pd.DataFrame, title: str) -> Figure:
+    """Left: mean v_s of both classes over training. Right: v_s by attack; middle half, middle 90 % and median.
+
+    Args:
+        log: columns `step, v_harmful, v_benign`, a row a training step.
+        readings: columns `attack, label, v_s`, a row a query.
+        title: the claim.
+    """
+    attacks = list(dict.fromkeys(readings["attack"]))
+    with style():
+        ratios = {"width_ratios": [1, 1.6]}
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, gridspec_kw=ratios)
+        for number, label in enumerate(LABELS):
+            left.plot(log["step"], log[f"v_{label}"], color=COLOURS[label], linestyle=("-", "--")[number])
+            groups = [readings[(readings["attack"] == a) & (readings["label"] == label)]["v_s"] for a in attacks]
+            place = np.arange(len(attacks)) + (number - 0.5) * 0.36
+            quantiles = np.array([np.quantile(group, (0.05, 0.25, 0.5, 0.75, 0.95)) for group in groups])
+            name = f"{label} (n = {min(len(group) for group in groups)} each)"
+            right.vlines(place, quantiles[:, 0], quantiles[:, 4], color=COLOURS[label], linewidth=1)
+            right.vlines(place, quantiles[:, 1], quantiles[:, 3], color=COLOURS[label], linewidth=6, label=name)
+            right.plot(place, quantiles[:, 2], "o", color="white", markeredgecolor=COLOURS[label], markersize=5)
+        left.set(xlabel="training step", ylabel="v_s (1: unsafe)", title="batch means in training", ylim=(-0.03, 1.03))
+        right.set_xticks(np.arange(len(attacks)), attacks)
+        right.set(xlabel="attack", title="after training, new requests")
+        return titled(figure, title, right)
+
+
+def plot_attention_maps(maps: Sequence[AttentionMap], title: str) -> Figure:
+    """Safety attention over each prompt: a row a request, its words above their weights; where there is a picture or a
+    clip, the weights over it beside them."""
+    with style():
+        figure, axes = plt.subplots(
+            len(maps), 2, figsize=(11, 1.75 * len(maps)), squeeze=False, gridspec_kw={"width_ratios": [2.2, 1]}
+        )
+        for (words, media), found in zip(axes, maps, strict=True):
+            _draw_words(words, found)
+            _draw_media(media, found)
+        axes[-1][0].set_xlabel("position of the prompt (media in one bar)")
+        return titled(figure, title)
+
+
+def _draw_words(axis: Axes, found: AttentionMap) -> None:
+    """A bar for each token that may be read; the positions of a medium are one bar together."""
+    names: list[str] = []
+    weights: list[float] = []
+    for token, role, weight in zip(found.tokens, found.roles, found.weights, strict=True):
+        if role in ("image", "audio") and names and names[-1] == f"[{role}]":
+            weights[-1] += float(weight)
+        elif role not in ("padding", "other"):
+            names.append(f"[{role}]" if role in ("image", "audio") else token)
+            weights.append(float(weight))
+    share = np.array(weights) / max(found.weights.sum(), 1e-12)
+    axis.bar(np.arange(len(names)), share, color=COLOURS.get(found.label, SERIES[5]))
+    axis.set_xticks(np.arange(len(names)), names, rotation=40, ha="right", fontsize=7)
+    axis.set(ylim=(0, 1), ylabel="share")
+    axis.set_title(f"{found.label or 'unlabelled'} ({found.topic}): v_s = {found.v_s:.2f}", fontsize=8, loc="left")
+
+
+def _draw_media(axis: Axes, found: AttentionMap) -> None:
+    """The first picture, tinted where the weights over it lie, or the first clip with their course, each scaled to its
+    highest; the share of all attention that the medium gets is written below."""
+    axis.grid(False)
+    total = max(found.weights.sum(), 1e-12)
+    if found.picture is not None and found.grid is not None:
+        height, width = found.picture.shape[:2]
+        axis.imshow(found.picture, extent=(0, width, height, 0), cmap="gray")
+        tint = np.zeros((*found.grid.shape, 4))
+        tint[..., :3] = to_rgb(SERIES[1])
+        tint[..., 3] = 0.8 * found.grid / max(found.grid.max(), 1e-12)
+        axis.imshow(tint, extent=(0, width, height, 0))
+        axis.set(yticks=[], xlabel=f"pixels; {found.grid.sum() / total:.0%} of the attention, where tinted")
+    elif found.spectrogram is not None and found.sound is not None:
+        bands, frames = found.spectrogram.shape
+        seconds = frames / 100
+        extent = (0, seconds, 0, bands)
+        axis.imshow(found.spectrogram, origin="lower", aspect="auto", extent=extent, cmap="gray")
+        course = np.repeat(found.sound / max(found.sound.max(), 1e-12), 2)
+        edges = np.repeat(np.linspace(0, seconds, len(found.sound) + 1), 2)[1:-1]
+        axis.plot(edges, course * 0.95 * bands, color=SERIES[1], linewidth=1.5)
+        axis.set(ylabel="mel band", ylim=(0, bands))
+        axis.set_xlabel(f"seconds; {found.sound.sum() / total:.0%} of the attention, as the line goes")
+    else:
+        axis.axis("off")
+
+
+def plot_shares(data: pd.DataFrame, title: str) -> Figure:
+    """Share of safety attention by span and surface, harmful beside benign, with intervals; the tick is what an even
+    spread would give.
+
+    Args:
+        data: columns `surface, span, label, mean, low, high, even, n`.
+        title: the claim.
+    """
+    surfaces = list(dict.fromkeys(data["surface"]))
+    with style():
+        figure, axes = plt.subplots(1, len(surfaces), figsize=(3.1 * len(surfaces), 3.2), sharey=True, squeeze=False)
+        for axis, surface in zip(axes[0], surfaces, strict=True):
+            part = data[data["surface"] == surface]
+            spans = list(dict.fromkeys(part["span"]))
+            for number, label in enumerate(LABELS):
+                rows = part[part["label"] == label].set_index("span").reindex(spans)
+                x = np.arange(len(spans)) + (number - 0.5) * 0.3
+                error = np.clip([rows["mean"] - rows["low"], rows["high"] - rows["mean"]], 0, None)
+                axis.errorbar(
+                    x, rows["mean"], yerr=error, fmt=MARKERS[number], color=COLOURS[label], capsize=2, label=label
+                )
+                axis.scatter(x, rows["even"], marker="_", s=120, color="grey", label="even spread" if number else None)
+            axis.set_xticks(np.arange(len(spans)), spans, rotation=25, ha="right")
+            axis.set(title=f"{surface} (n = {int(part['n'].min())} each)", ylim=(-0.03, 1.03))
+        axes[0][0].set_ylabel("share of safety attention")
+        return titled(figure, title, axes[0][0])
+
+
+def plot_patching(data: pd.DataFrame, title: str) -> Figure:
+    """What exchanged states do, by depth and span: a column a surface; above on v_s, below on the model's own token
+    difference. Solid: harm put into benign runs; dashed: taken out of harmful ones.
+
+    Args:
+        data: `PatchEffects.summary` with `surface`, of the residual stream by span.
+        title: the claim.
+    """
+    surfaces, sites = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["site"]))
+    spans = list(dict.fromkeys(data["span"]))
+    names = {"v_s": "change of v_s", "logit": "change of the token\nlogit difference"}
+    with style():
+        size = (3.3 * len(surfaces), 5.4)
+        figure, axes = plt.subplots(2, len(surfaces), figsize=size, sharex=True, sharey="row", squeeze=False)
+        for line, (measure, label) in zip(axes, names.items(), strict=True):
+            for axis, surface in zip(line, surfaces, strict=True):
+                for (span, direction), rows in data[data["surface"] == surface].groupby(["span", "direction"]):
+                    number = spans.index(str(span))
+                    rows = rows.set_index("site").reindex(sites)
+                    inserted = direction == "insert harm"
+                    mean, low, high = (rows[f"delta_{measure}_{part}"] for part in ("mean", "low", "high"))
+                    axis.plot(
+                        np.arange(len(sites)), mean, "-" if inserted else "--", color=SERIES[number % 6],
+                        marker=MARKERS[number % 6], markersize=4, label=span if inserted else None,
+                    )  # fmt: skip
+                    axis.fill_between(
+                        np.arange(len(sites)), low, high, color=SERIES[number % 6], alpha=0.15, linewidth=0
+                    )
+                axis.axhline(0, color="grey", linewidth=0.8)
+                if measure == "v_s":
+                    axis.set_title(f"{surface} (n = {int(data[data['surface'] == surface]['n'].max())} pairs)")
+                else:
+                    axis.set_xlabel("residual stream after block")
+                    axis.set_xticks(
+                        np.arange(len(sites)), ["input" if site == "embeddings" else site for site in sites]
+                    )
+            line[0].set_ylabel(label)
+        found = [pair for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+        handles = {name: handle for handle, name in found}
+        figure.legend(
+            handles.values(), handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(6, len(handles))
+        )
+        return titled(figure, title)
+
+
+def plot_heads(data: pd.DataFrame, title: str) -> Figure:
+    """What one head's exchanged output does to v_s: a panel a surface, blocks down, heads across.
+
+    Args:
+        data: `PatchEffects.summary` with `surface`, of single heads in one direction.
+        title: the claim.
+    """
+    surfaces = list(dict.fromkeys(data["surface"]))
+    reach = max(float(data["delta_v_s_mean"].abs().max()), 1e-6)
+    with style():
+        figure, axes = plt.subplots(1, len(surfaces), figsize=(3.6 * len(surfaces), 2.9), squeeze=False)
+        for axis, surface in zip(axes[0], surfaces, strict=True):
+            part = data[data["surface"] == surface]
+            grid = part.assign(layer=part["site"].str.removeprefix("z.").astype(int))
+            values = grid.pivot(index="layer", columns="head", values="delta_v_s_mean")
+            image = axis.imshow(values, cmap="PuOr", vmin=-reach, vmax=reach, aspect="auto")
+            low, high = (
+                grid.pivot(index="layer", columns="head", values=f"delta_v_s_{end}") for end in ("low", "high")
+            )
+            for row, column in zip(*np.nonzero((low.to_numpy() > 0) | (high.to_numpy() < 0)), strict=True):
+                axis.text(column, row, f"{values.iloc[row, column]:.2f}", ha="center", va="center", fontsize=7)
+            axis.grid(False)
+            axis.set_xticks(np.arange(values.shape[1]), values.columns)
+            axis.set_yticks(np.arange(values.shape[0]), values.index)
+            axis.set(xlabel="head", ylabel="block", title=f"{surface} (n = {int(part['n'].max())} pairs)")
+            figure.colorbar(image, ax=axis, label="change of v_s")
+        return titled(figure, title)
+
+
+def plot_attribution(data: pd.DataFrame, title: str, shown: int = 14) -> Figure:
+    """The parts of the token difference that differ most between the classes, with intervals.
+
+    Args:
+        data: `Attribution.table`: `component, label, mean, low, high, n`.
+        title: the claim.
+        shown: how many parts.
+    """
+    means = data.pivot(index="component", columns="label", values="mean")
+    order = (means["harmful"] - means["benign"]).abs().sort_values(ascending=False).index[:shown]
+    with style():
+        figure, axis = plt.subplots(figsize=(7.5, 0.28 * len(order) + 1.6))
+        for number, label in enumerate(LABELS):
+            rows = data[data["label"] == label].set_index("component").reindex(order)
+            y = np.arange(len(order)) + (number - 0.5) * 0.3
+            error = np.clip([rows["mean"] - rows["low"], rows["high"] - rows["mean"]], 0, None)
+            name = f"{label} (n = {int(rows['n'].min())})"
+            axis.errorbar(rows["mean"], y, xerr=error, fmt=MARKERS[number], color=COLOURS[label], capsize=2, label=name)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_yticks(np.arange(len(order)), order)
+        axis.invert_yaxis()
+        axis.set_xlabel("contribution to the logit difference, unsafe minus safe")
+        return titled(figure, title, axis)
+
+
+def plot_removals(data: pd.DataFrame, title: str) -> Figure:
+    """How many positions have to go before the decision changes: the share of requests flipped by at most that many.
+
+    Args:
+        data: columns `surface, flipped, size, chance`, a row a request.
+        title: the claim.
+    """
+    with style():
+        figure, axis = plt.subplots(figsize=(6.5, 3.4))
+        largest = int(data["size"].max())
+        for number, (surface, part) in enumerate(data.groupby("surface", sort=False)):
+            sizes = np.arange(largest + 1)
+            share = [(part["flipped"] & (part["size"] <= size)).mean() for size in sizes]
+            name = f"{surface} (n = {len(part)}; as many at random: {part['chance'].mean():.0%})"
+            axis.step(sizes, share, where="post", color=SERIES[number], label=name)
+            axis.plot(sizes, share, MARKERS[number], color=SERIES[number], markersize=4)
+        axis.set(xlabel="positions removed, greedily", ylabel="share of decisions flipped", ylim=(-0.03, 1.03))
+        return titled(figure, title, axis)
+
+
+def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str) -> Figure:
+    """Left: share given the unsafe token, by what is ablated. Right: cosines of
+    the gate's directions, with the band in which 95 % of random directions lie.
+
+    Args:
+        data: columns `surface, label, run, value, low, high, n`.
+        cosines: of `probes.gate.safety_attention.cosine_table`.
+        title: the claim.
+    """
+    runs = list(dict.fromkeys(data["run"]))
+    groups = list(dict.fromkeys(zip(data["surface"], data["label"], strict=True)))
+    with style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), gridspec_kw={"width_ratios": [1.3, 1]})
+        for number, run in enumerate(runs):
+            rows = data[data["run"] == run].set_index(["surface", "label"]).reindex(groups)
+            x = np.arange(len(groups)) + 0.19 * (number - (len(runs) - 1) / 2)
+            error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+            left.errorbar(x, rows["value"], yerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2, label=run)
+        left.set_xticks(np.arange(len(groups)), [f"{surface}\n{label}" for surface, label in groups], fontsize=8)
+        left.set(ylabel="share given the unsafe token", ylim=(-0.03, 1.03), title=f"ablated (n ≥ {data['n'].min()})")
+        names = [f"{row.gate_direction} · {row.direction}" for row in cosines.itertuples()]
+        y = np.arange(len(names))
+        error = np.nan_to_num(
+            np.clip([cosines["cosine"] - cosines["low"], cosines["high"] - cosines["cosine"]], 0, None)
+        )
+        chance = float(cosines["chance"].max())
+        right.axvspan(-chance, chance, color="grey", alpha=0.25)
+        right.errorbar(cosines["cosine"], y, xerr=error, fmt="o", color=SERIES[5], capsize=2)
+        right.set_yticks(y, names, fontsize=8)
+        right.invert_yaxis()
+        right.set(xlim=(-1.03, 1.03), xlabel="cosine (grey: random directions)")
+        return titled(figure, title, left)
+
+
+def plot_reliability(data: Mapping[str, Reliability], title: str) -> Figure:
+    """Reliability curves: share of harmful requests by v_s, a panel an attack, with Wilson intervals."""
+    with style():
+        columns = min(3, len(data))
+        rows = -(-len(data) // columns)
+        size = (3.2 * columns, 3.0 * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axis, (name, found) in zip(axes.flat, data.items(), strict=False):
+            curve = found.curve
+            axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+            error = np.clip([curve["share"] - curve["low"], curve["high"] - curve["share"]], 0, None)
+            axis.errorbar(curve["mean_score"], curve["share"], yerr=error, fmt="o", color=SERIES[0], capsize=2)
+            brier, ece = (f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in (found.brier, found.ece))
+            axis.set_title(f"{name} (n = {found.n})\nBrier {brier}\nECE {ece}", fontsize=8)
+        for axis in axes.flat[len(data) :]:
+            axis.axis("off")
+        figure.supxlabel("v_s", fontsize=9)
+        figure.supylabel("share of harmful requests", fontsize=9)
+        return titled(figure, title)

@@ -1,0 +1,297 @@
+"""What the notebook on safety attention works with, from one study; what takes long is kept in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from casa_mech.attacks import apply_with_twins
+from casa_mech.attacks.seeding import query_rng
+from casa_mech.casa import Casa
+from casa_mech.casa.casa import REFUSAL
+from casa_mech.errors import InputError
+from casa_mech.files import file_sha256
+from casa_mech.judging import MicroWorldJudge
+from casa_mech.organism.world import Topic, default_world
+from casa_mech.queries import Query, TextPart
+from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, SURFACES, Study
+from casa_mech.study.settings import slug
+from casa_mech.trace.sites import Site
+from probes.activations.store import Activations, collect
+from probes.gate.attribution import Attribution, attribute_token_difference
+from probes.gate.calibration import Reliability, reliability
+from probes.gate.minimal_sets import minimal_sets, sets_table
+from probes.gate.pairs import Pair, aligned_pairs
+from probes.gate.patching import PatchEffects, ablate_directions, patch_effects
+from probes.gate.safety_attention import AttentionMap, attention_maps, cosine_table, gate_directions
+from probes.linear.directions import RefusalDirection, find_refusal_direction
+from probes.linear.estimators import LogisticProbe
+
+PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
+"""Surfaces on which states are exchanged, and their attacks."""
+RANDOM_DIRECTIONS = 5
+RUNS = ("nothing", "refusal direction", "gated model's own", "random direction")
+"""What is ablated."""
+_FIT, _MEASURE = 4_000, 5_000  # draws for directions and for what is measured, apart from all others of a study
+
+
+def kept_table(
+    study: Study, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame], model: str = ""
+) -> pd.DataFrame:
+    """The table `analysis/<name>`, made once for a gate and `key`, then read."""
+    model = model or study.settings.model
+    study.gate(model)
+    trained = file_sha256(study.folder.path("gates", slug(model), "done.json"))
+
+    def write(folder: Path) -> None:
+        build().to_parquet(folder / "table.parquet")
+
+    folder = study.folder.artifact("analysis", name, {"gate": trained, **key}, write)
+    return pd.read_parquet(folder / "table.parquet")
+
+
+def v_s_by_attack(study: Study) -> pd.DataFrame:
+    """The gate on every attack that has a benign twin: `attack, label, query_id, topic, split, v_s, unsafe`."""
+
+    def build() -> pd.DataFrame:
+        casa = study.gate()
+        tables = [_readings(study, casa, attack, label) for attack in BENIGN_ATTACKS for label in LABELS]
+        return pd.concat(tables, ignore_index=True)
+
+    return kept_table(study, "v_s-by-attack", {"n": study.sizes.n_probe}, build)
+
+
+def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Pair]:
+    """Up to `n` harmful requests under `attack`, each with a benign twin that differs in the key word alone and whose
+    prompt has the same layout: same phrasing, verb, article, and on a picture or in a clip as many tokens.
+
+    Raises:
+        InputError: no request has such a twin.
+    """
+    omni = study.omni()
+    # Half of the clips or more have no twin of as many tokens.
+    requests = study.queries("plain", "harmful", 2 * n, _MEASURE)
+    waiting = list(requests)
+    pairs: dict[str, Pair] = {}
+    for attempt in range(tries):
+        proposed = [(query, twin) for query in waiting if (twin := _twin(query, attempt)) is not None]
+        if not proposed:
+            break
+        originals, twins = [list(part) for part in zip(*proposed, strict=True)]
+        both = apply_with_twins(attack, originals, twins, study.settings.seed, tokenizer=omni.tokenizer)
+        candidates = [Pair(*pair) for pair in zip(*both, strict=True)]
+        try:
+            pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}
+        except InputError:
+            continue
+        waiting = [query for query in waiting if query.id not in pairs]
+    if not pairs:
+        raise InputError(f"no request under {attack!r} has a benign twin of the same layout: add requests")
+    return [pairs[query.id] for query in requests if query.id in pairs][:n]
+
+
+def patching(study: Study, n: int) -> pd.DataFrame:
+    """`PatchEffects` of every surface in `PATCHED`, `n` pairs at most each: its columns and `surface`."""
+
+    def build() -> pd.DataFrame:
+        casa = study.gate()
+        tables = [
+            patch_effects(casa, twin_pairs(study, attack, n)).effects.assign(surface=surface)
+            for surface, attack in PATCHED.items()
+        ]
+        return pd.concat(tables, ignore_index=True)
+
+    return kept_table(study, "patching", {"n": n}, build)
+
+
+def patch_summary(study: Study, effects: pd.DataFrame) -> pd.DataFrame:
+    """Mean effects with intervals, surface by surface (see `PatchEffects.summary`)."""
+    tables = [
+        PatchEffects(part).summary(study.settings.seed).assign(surface=surface)
+        for surface, part in effects.groupby("surface", sort=False)
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
+    """Safety attention over `n` harmful and `n` benign requests of each surface."""
+    casa = study.gate()
+    return {
+        surface: attention_maps(
+            casa, [query for label in LABELS for query in study.queries(attack, label, n, _MEASURE)]
+        )
+        for surface, attack in SURFACES.items()
+    }
+
+
+def removals(study: Study, n: int) -> pd.DataFrame:
+    """Minimal sets of the harmful requests that the gate flags, `n` requests at most a surface: the columns of
+    `sets_table` and `surface`."""
+
+    def build() -> pd.DataFrame:
+        casa = study.gate()
+        tables = []
+        for surface, attack in PATCHED.items():
+            queries = study.queries(attack, "harmful", study.sizes.n_probe, _MEASURE)
+            flagged = [
+                query
+                for query, reply in zip(queries, casa.gate(queries), strict=True)
+                if reply.safety_token == "unsafe"
+            ][:n]
+            if flagged:
+                tables.append(sets_table(minimal_sets(casa, flagged, seed=study.settings.seed)).assign(surface=surface))
+        if not tables:
+            raise InputError("the gate flags no harmful request, so there is no decision to take away; train it longer")
+        return pd.concat(tables, ignore_index=True)
+
+    return kept_table(study, "minimal-sets", {"n": n, "flagged_of": study.sizes.n_probe}, build)
+
+
+def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
+    """Plain requests' states at the gate's position, the gate's LoRA at work; drawn apart from what is measured."""
+    study.gate()
+    queries = [query for label in LABELS for query in study.queries("plain", label, study.sizes.n_probe, _FIT)]
+    return collect(study.omni(), queries, sites, "last", study.sizes.batch_size)
+
+
+def refusals(study: Study) -> tuple[str, ...]:
+    """Texts that refuse, as the model under study would: the micro-world's, or common openings for any other model."""
+    if isinstance(study.judge(), MicroWorldJudge):
+        return default_world().refusals
+    return (
+        REFUSAL,
+        "I'm sorry, but I can't help with that.",
+        "I cannot assist with that.",
+        "I apologize, but I cannot.",
+    )
+
+
+def refusal_direction(study: Study) -> RefusalDirection:
+    """The refusal direction of the model before CASA (its gate disabled), found by the rules of method notes §5.4.
+
+    Where no candidate meets them all it is the best one; where the model refuses too little to tell, the difference in
+    means before the middle block. `rules_met` says so. It is found on requests of its own.
+    """
+    casa, size = study.gate(), study.sizes.n_probe
+    n_val = max(2, min(32, size // 5))
+    sizes = {"n_train": min(128, size - n_val), "n_val": n_val, "seed": study.settings.seed}
+
+    def build(folder: Path) -> None:
+        harmful, harmless = (study.queries("plain", label, size, _FIT) for label in LABELS)
+        with casa.disabled() as omni:
+            try:
+                found = find_refusal_direction(omni, harmful, harmless, refusals(study), **sizes, relax=True).direction
+            except InputError:
+                middle = omni.n_layers // 2
+                states = collect(omni, [*harmful, *harmless], [f"pre.{middle}"], "last", study.sizes.batch_size)
+                found = RefusalDirection(_mean_difference(states, f"pre.{middle}"), middle, 0, rules_met=False)
+        found.save(folder / "direction.safetensors", {"fingerprint": study.omni().fingerprint()})
+
+    key = {"model": study.omni().fingerprint(), **sizes}
+    folder = study.folder.artifact("analysis", "refusal-direction", key, build)
+    return RefusalDirection.load(folder / "direction.safetensors", study.omni().fingerprint())
+
+
+def _mean_difference(activations: Activations, site: str) -> np.ndarray:
+    """Difference in means, float64 [d_model], harmful minus benign."""
+    states = activations.states[site].astype(np.float64)
+    gap: np.ndarray = states[activations.harmful].mean(axis=0) - states[~activations.harmful].mean(axis=0)
+    return gap
+
+
+def cosines(study: Study) -> pd.DataFrame:
+    """Cosines of the gate's directions (see `cosine_table`) with the difference in means and a logistic probe at the
+    gate's layer, and with the model's own refusal direction, as the final norm weighs it."""
+    casa = study.gate()
+    layer, refusal = casa.config.layer, refusal_direction(study)
+    found = states_for_directions(study, [layer])
+    norm = study.omni().language_model.norm.weight.detach().float().cpu().numpy()
+    states = found.states[str(layer)]
+    others = {
+        "logistic probe": LogisticProbe().fit(states, found.harmful).coef_[0],
+        f"refusal direction before block {refusal.layer}": refusal.unit * (norm if layer == "norm" else 1.0),
+    }
+    return cosine_table(gate_directions(casa), others, states, found.harmful, list(found.topics), study.settings.seed)
+
+
+def ablation(study: Study, n: int) -> pd.DataFrame:
+    """The gate with a direction projected out of every write to the residual stream: the refusal direction that the
+    model had before CASA, the one in which the gated model parts the classes after its middle block, and random ones.
+
+    Returns:
+        The columns of `ablate_directions`, `surface` and `run`, one of `RUNS`.
+    """
+
+    def build() -> pd.DataFrame:
+        casa, middle = study.gate(), study.omni().n_layers // 2
+        own = _mean_difference(states_for_directions(study, [middle]), str(middle))
+        random = np.random.default_rng(study.settings.seed).standard_normal((RANDOM_DIRECTIONS, len(own)))
+        directions = np.vstack([refusal_direction(study).unit, own, random])
+        tables = [
+            ablate_directions(casa, study.queries(attack, label, n, _MEASURE), directions).assign(surface=surface)
+            for surface, attack in PATCHED.items()
+            for label in LABELS
+        ]
+        table = pd.concat(tables, ignore_index=True)
+        return table.assign(run=[RUNS[min(index, 2) + 1] for index in table["ablated"]])
+
+    return kept_table(study, "ablation", {"n": n, "random": RANDOM_DIRECTIONS, "runs": list(RUNS)}, build)
+
+
+def attribution(study: Study, n: int) -> Attribution:
+    """The token difference of `n` harmful and `n` benign plain requests in its parts."""
+    queries = [query for label in LABELS for query in study.queries("plain", label, n, _MEASURE)]
+    return attribute_token_difference(study.gate(), queries)
+
+
+def calibration(
+    study: Study, readings: pd.DataFrame, attacks: Sequence[str] = BENIGN_ATTACKS
+) -> dict[str, Reliability]:
+    """Calibration of v_s on each attack, as many harmful as benign requests."""
+    found = {}
+    for attack in attacks:
+        part = readings[readings["attack"] == attack]
+        harmful = (part["label"] == "harmful").to_numpy()
+        found[attack] = reliability(part["v_s"].to_numpy(), harmful, part["topic"].tolist(), seed=study.settings.seed)
+    return found
+
+
+def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame:
+    queries = study.queries(attack, label, study.sizes.n_probe, _MEASURE)
+    replies = casa.gate(queries)
+    return pd.DataFrame(
+        {
+            "attack": attack,
+            "label": label,
+            "query_id": [query.id for query in queries],
+            "topic": [query.meta["topic"] for query in queries],
+            "split": [query.meta["split"] for query in queries],
+            "v_s": [reply.v_s for reply in replies],
+            "unsafe": [reply.safety_token == "unsafe" for reply in replies],
+        }
+    )
+
+
+def _twin(query: Query, attempt: int) -> Query | None:
+    """`query` about a benign topic with the same article and, where there is one, as many letters; another one at each
+    `attempt`. None when there are no more."""
+    world = default_world()
+    topic = next(entry for entry in world.topics if entry.word == query.meta["topic"])
+    fitting = [entry for entry in world.topics_of("all", "benign") if entry.article == topic.article]
+    order = query_rng(query, 0, "twin").permutation(len(fitting))
+    ranked: list[Topic] = sorted(
+        (fitting[place] for place in order), key=lambda entry: abs(len(entry.word) - len(topic.word))
+    )
+    if attempt >= len(ranked):
+        return None
+    other = ranked[attempt]
+    answer = world.answer("request", other, query.meta["verb"])
+    changed = {"topic": other.word, "category": other.category, "danger": "no", "split": other.split}
+    meta = {**query.meta, **changed, "answer": answer, "compliance": answer}
+    words = [other.word if word == topic.word else word for word in query.text.split(" ")]
+    parts = (TextPart(text=" ".join(words)),)
+    return query.model_copy(update={"id": f"{query.id}-twin", "label": "benign", "parts": parts, "meta": meta})

@@ -1,0 +1,207 @@
+"""Figures of separability: the transfer matrix, the controls, and whether probes predict gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+
+_LINES = {
+    "auroc": ("logistic probe", "low", "high", "-"),
+    "mean_difference": ("difference in means", "", "", "--"),
+    "matched": ("logistic probe, prompts of equal length", "matched_low", "matched_high", "-."),
+    "length": ("prompt length alone", "length_low", "length_high", ":"),
+}
+
+
+def plot_matrix(data: pd.DataFrame, title: str, at_most: int = 5) -> Figure:
+    """Transfer matrices: a panel for each site and choice of positions, fitted down, judged across, AUROC in the cell.
+
+    Args:
+        data: columns `positions, site, fit, surface, auroc, low, high, n`.
+        title: the claim.
+        at_most: sites that are drawn, spread evenly over the depth; the CSV beside the figure has all.
+    """
+    sites = _spread(list(dict.fromkeys(data["site"])), at_most)
+    surfaces, rows = list(dict.fromkeys(data["fit"])), list(dict.fromkeys(data["positions"]))
+    with style():
+        size = (2.3 * len(sites) + 0.6, 2.4 * len(rows) + 0.5)
+        figure, axes = plt.subplots(len(rows), len(sites), figsize=size, squeeze=False)
+        for line, positions in zip(axes, rows, strict=True):
+            for axis, site in zip(line, sites, strict=True):
+                part = data[(data["positions"] == positions) & (data["site"] == site)]
+                _matrix(axis, part, surfaces)
+                axis.set_title(f"layer {site}")
+            line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nfitted on")
+        for axis in axes[-1]:
+            axis.set_xlabel(f"judged on (n = {int(data['n'].min())})")
+        return titled(figure, f"{title}\nAUROC on unseen topics [95 % interval]")
+
+
+def plot_controls(data: pd.DataFrame, title: str) -> Figure:
+    """Probes beside their controls by layer: a column a surface, a row a choice of positions.
+
+    Args:
+        data: columns `positions, site, surface, n`, `permuted_low, permuted_high`, and `auroc`, `mean_difference`,
+            `matched`, `length` with their intervals (`probes.linear.separability.controls`).
+        title: the claim.
+    """
+    surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
+    with style():
+        size = (3.3 * len(surfaces), 2.9 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(surfaces), figsize=size, sharey=True, squeeze=False)
+        for line, positions in zip(axes, rows, strict=True):
+            for axis, surface in zip(line, surfaces, strict=True):
+                part = data[(data["positions"] == positions) & (data["surface"] == surface)]
+                _controls(axis, part)
+                axis.set_title(f"{surface} (n = {int(part['n'].iloc[0])})")
+            line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
+        for axis in axes[-1]:
+            axis.set_xlabel("layer (norm: after the final norm)")
+        return titled(figure, title, axes[0][0])
+
+
+def plot_prediction(data: pd.DataFrame, title: str) -> Figure:
+    """Transfer of the text probe (across) and of CASA (up), a point a gate and surface, with 95 % intervals.
+
+    Args:
+        data: `probes.linear.transfer.POINT_COLUMNS`.
+        title: the claim.
+    """
+    models, surfaces = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["surface"]))
+    longest = data["steps"].max()
+    with style():
+        figure, axis = plt.subplots(figsize=(5.6, 4.6))
+        for row in data.itertuples():
+            colour = SERIES[models.index(row.model) % len(SERIES)]
+            x_error = np.clip([[row.probe - row.probe_low], [row.probe_high - row.probe]], 0, None)
+            y_error = np.clip([[row.casa - row.casa_low], [row.casa_high - row.casa]], 0, None)
+            axis.errorbar(
+                row.probe, row.casa, xerr=x_error, yerr=y_error, fmt=MARKERS[surfaces.index(row.surface)], color=colour,
+                markerfacecolor=colour if row.steps == longest else "white", markersize=5, elinewidth=0.6, alpha=0.85,
+            )  # fmt: skip
+        ends = [min(data["probe_low"].min(), data["casa_low"].min(), 0.5), 1.0]
+        axis.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
+        axis.set_xlabel(f"AUROC of the text probe there, gate's layer (n = {int(data['n'].min())} a point)")
+        axis.set_ylabel("AUROC of v_s there, gate trained on text")
+        handles = [_key(name, colour=SERIES[place % len(SERIES)], marker="s") for place, name in enumerate(models)]
+        handles += [_key(name, marker=MARKERS[place]) for place, name in enumerate(surfaces)]
+        handles += [_key(f"{longest} steps")]
+        handles += [_key(f"{steps} steps", filled=False) for steps in sorted(set(data["steps"]) - {longest})]
+        axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return titled(figure, title)
+
+
+def _key(label: str, colour: str = "grey", marker: str = "o", filled: bool = True) -> Line2D:
+    face = colour if filled else "white"
+    return Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle="", label=label)
+
+
+def _matrix(axis: Axes, part: pd.DataFrame, surfaces: Sequence[str]) -> None:
+    cells = part.set_index(["fit", "surface"])
+    values = np.array([[cells.at[(fit, on), "auroc"] for on in surfaces] for fit in surfaces])
+    axis.imshow(values, vmin=0.5, vmax=1.0, cmap="cividis")
+    for row, fit in enumerate(surfaces):
+        for column, on in enumerate(surfaces):
+            cell = cells.loc[(fit, on)]
+            text = f"{cell['auroc']:.2f}\n[{cell['low']:.2f}, {cell['high']:.2f}]"
+            dark = cell["auroc"] < 0.75
+            axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+    axis.set_xticks(range(len(surfaces)), surfaces)
+    axis.set_yticks(range(len(surfaces)), surfaces)
+    axis.grid(False)
+
+
+def _controls(axis: Axes, part: pd.DataFrame) -> None:
+    x = np.arange(len(part))
+    for number, (column, (name, low, high, dash)) in enumerate(_LINES.items()):
+        look: dict[str, Any] = {"linestyle": dash, "marker": MARKERS[number], "color": SERIES[number]}
+        axis.plot(x, part[column], markersize=4, label=name, **look)
+        if low:
+            axis.fill_between(x, part[low], part[high], color=SERIES[number], alpha=0.15, linewidth=0)
+    axis.fill_between(x, part["permuted_low"], part["permuted_high"], color="grey", alpha=0.3, label="labels permuted")
+    axis.axhline(0.5, color="grey", linewidth=0.8)
+    axis.set_xticks(x, part["site"])
+    axis.set_ylim(top=1.02)
+
+
+def _spread(names: Sequence[str], at_most: int) -> list[str]:
+    places = np.unique(np.linspace(0, len(names) - 1, min(at_most, len(names))).round().astype(int))
+    return [names[place] for place in places]
+
+
+POSITIONS = {"last": "last prompt position", "mean": "mean over the prompt"}
+
+
+def plot_planes(data: pd.DataFrame, title: str) -> Figure:
+    """Harmful and benign queries in the PCA plane: a column a surface, a row (and a plane) a choice of positions.
+
+    Args:
+        data: columns `positions, surface, label, x, y, explained_x, explained_y, silhouette`, one row a query.
+        title: the claim.
+    """
+    surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
+    with style():
+        size = (3.4 * len(surfaces), 3.1 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(surfaces), figsize=size, sharex="row", sharey="row", squeeze=False)
+        for line, positions in zip(axes, rows, strict=True):
+            here = data[data["positions"] == positions]
+            for axis, surface in zip(line, surfaces, strict=True):
+                part = here[here["surface"] == surface]
+                for label, colour, marker in (("harmful", HARMFUL, "^"), ("benign", BENIGN, "o")):
+                    chosen = part[part["label"] == label]
+                    name = f"{label} (n = {len(chosen)} a panel)"
+                    axis.scatter(
+                        chosen["x"], chosen["y"], s=14, c=colour, marker=marker, alpha=0.6, linewidths=0, label=name
+                    )
+                axis.set_title(f"{surface}: silhouette {part['silhouette'].iloc[0]:.2f}")
+                axis.set_xlabel(f"PC 1 ({here['explained_x'].iloc[0]:.0%} of variance)")
+            share = f"PC 2 ({here['explained_y'].iloc[0]:.0%} of variance)"
+            line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\n{share}")
+        return titled(figure, title, axes[0][0])
+
+
+def plot_probes(data: pd.DataFrame, title: str) -> Figure:
+    """Probe AUROC by layer with 95 % intervals and chance: fitted on each surface, and fitted on text alone.
+
+    Args:
+        data: columns `positions, site, surface, measure, auroc, low, high, n`; a row of panels for each `positions`.
+        title: the claim.
+    """
+    surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
+    panels = {"probe": "fitted on the same surface", "transfer": "fitted on text, judged on another surface"}
+    with style():
+        figure, axes = plt.subplots(len(rows), 2, figsize=(9, 3.1 * len(rows)), sharey=True, squeeze=False)
+        for line, positions in zip(axes, rows, strict=True):
+            here = data[data["positions"] == positions]
+            for axis, (measure, name) in zip(line, panels.items(), strict=True):
+                _layers(axis, here, measure, surfaces)
+                axis.set_title(f"probe {name}")
+            line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
+        return titled(figure, title, axes[0][0])
+
+
+def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -> None:
+    sites = list(dict.fromkeys(data["site"]))
+    x = np.arange(len(sites))
+    part = data[data["measure"] == measure]
+    for surface in dict.fromkeys(part["surface"]):
+        number = surfaces.index(surface)
+        rows = part[part["surface"] == surface].set_index("site").reindex(sites)
+        name = f"{surface} (n = {int(rows['n'].iloc[0])})"
+        axis.plot(x, rows["auroc"], marker=MARKERS[number], color=SERIES[number], label=name, markersize=4)
+        axis.fill_between(x, rows["low"], rows["high"], color=SERIES[number], alpha=0.15, linewidth=0)
+    chance = data[data["measure"] == "permuted"].set_index("site").reindex(sites)
+    axis.fill_between(x, chance["low"], chance["high"], color="grey", alpha=0.3, label="text, labels permuted")
+    axis.axhline(0.5, color="grey", linewidth=0.8)
+    axis.set_xlabel("layer (norm: after the final norm)")
+    axis.set_xticks(x, sites)
+    axis.set_ylim(top=1.02)

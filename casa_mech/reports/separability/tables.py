@@ -1,0 +1,143 @@
+"""Notebook 01: tables of the states before CASA, whether probes predict gates, and the claims drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from casa_mech.casa import Casa, CasaConfig
+from casa_mech.evaluation.evaluate import PRETRAINED
+from casa_mech.judging import auroc_interval
+from casa_mech.omni import load_omni
+from casa_mech.omni.threads import settle_threads
+from casa_mech.study.artifacts import LABELS, SURFACES, Study
+from casa_mech.study.folder import key_digest
+from casa_mech.study.settings import slug
+from probes.activations.store import Activations
+from probes.linear.separability import RESAMPLES, controls, pca_plane, separability_table, transfer_matrix
+from probes.linear.transfer import join_points
+
+MEASURES = {"probe": "probe_auroc", "transfer": "transfer_auroc", "permuted": "permuted_auroc"}
+
+SHORT = 5
+"""Gates of the prediction test are trained for one part in so many of the study's steps, beside the study's own."""
+
+
+def plane_data(states: Sequence[Activations], site: str = "norm") -> pd.DataFrame:
+    """What `plots.plot_planes` draws: every query in the PCA plane that all surfaces share."""
+    tables = []
+    for activations in states:
+        plane = pca_plane(activations, site)
+        data = activations.index[["query_id", "surface", "label", "topic"]].copy()
+        data["x"], data["y"] = plane.points[:, 0], plane.points[:, 1]
+        data["explained_x"], data["explained_y"] = plane.explained
+        tables.append(data.assign(positions=activations.positions, silhouette=data["surface"].map(plane.silhouette)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def probe_rows(model: str, table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The probe table in the result schema; `attack` holds the layer and positions that were read."""
+    return pd.DataFrame(
+        {
+            "model": model,
+            "defense": PRETRAINED,
+            "attack": "layer " + table["site"].astype(str) + ", " + table["positions"],
+            "surface": table["surface"],
+            "label": "both",
+            "metric": table["measure"].map(MEASURES),
+            "seed": seed,
+            "n": table["n"],
+            "value": table["auroc"],
+            "low": table["low"].clip(upper=table["auroc"]),
+            "high": table["high"].clip(lower=table["auroc"]),
+        }
+    )
+
+
+def matrices(states: Sequence[Activations], seed: int) -> pd.DataFrame:
+    """The transfer matrix at every site, for each choice of positions (column `positions`)."""
+    return pd.concat(
+        [transfer_matrix(found, seed=seed).assign(positions=found.positions) for found in states], ignore_index=True
+    )
+
+
+def control_table(states: Sequence[Activations], seed: int) -> pd.DataFrame:
+    """What the probes have to be compared with, for each choice of positions (column `positions`)."""
+    return pd.concat(
+        [controls(found, seed=seed).assign(positions=found.positions) for found in states], ignore_index=True
+    )
+
+
+def probe_table(matrix: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
+    """What `plots.plot_probes` draws, from `matrices` and `control_table`."""
+    tables = [
+        separability_table(part, against[against["positions"] == positions], positions=str(positions))
+        for positions, part in matrix.groupby("positions", sort=False)
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def transfer_points(study: Study, positions: Literal["last", "mean"] = "mean", checkpoints: str = "") -> pd.DataFrame:
+    """A row for each gate and surface: what a probe at its layer carries over from text, and what the gate does.
+
+    Gates: the study's own, and for every layer one trained for a fraction of its steps, on each model of the study; in
+    the smoke profile only for the first block and the final norm.
+
+    Args:
+        study: the run.
+        positions: what the probes read; the mean over the prompt is nearest to what safety attention reads.
+        checkpoints: more models, directories separated by commas: other moments of the organism's training.
+    """
+    probes, gates = [], []
+    for model in [*study.models, *(name.strip() for name in checkpoints.split(",") if name.strip())]:
+        states = study.activations(positions, model)
+        probes.append(transfer_matrix(states, seed=study.settings.seed).assign(model=slug(model)))
+        few = study.settings.profile == "smoke"
+        layers: list[Layer] = ["norm", *(range(1) if few else range(study.omni(model).n_layers))]
+        steps = max(1, study.sizes.train_steps // SHORT)
+        gates += [_gate_aurocs(study, model, layer, steps, _short_gate(study, model, layer, steps)) for layer in layers]
+        if model in study.models:
+            own = study.readings(model)
+            gates.append(_gate_aurocs(study, model, "norm", study.sizes.train_steps, own[own["moment"] == "after"]))
+    return join_points(pd.concat(probes, ignore_index=True), pd.concat(gates, ignore_index=True))
+
+
+Layer = Literal["norm"] | int
+
+
+def _short_gate(study: Study, model: str, layer: Layer, steps: int) -> pd.DataFrame:
+    """What a gate at `layer` says to the probing requests after `steps` of training on plain text."""
+    config = CasaConfig(layer=layer)
+    sizes = study.sizes
+    settings = study.train_settings.model_copy(update={"max_steps": steps})
+    key = {
+        "model": study.omni(model).fingerprint(),
+        "gate": key_digest({"casa": config.model_dump(mode="json"), "train": settings.model_dump(mode="json")}),
+        "examples": sizes.train_examples,
+        "n": sizes.n_probe,
+        "seed": study.settings.seed,
+    }
+
+    def build(folder: Path) -> None:
+        fresh = settle_threads(load_omni(model, device=study.settings.device, dtype=study.settings.dtype))
+        casa = Casa.attach(fresh, config)
+        casa.train(study.training_examples(), settings, progress=study.progress)
+        tables = [study.read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
+        pd.concat(tables, ignore_index=True).to_parquet(folder / "readings.parquet")
+
+    folder = study.folder.artifact("transfer", f"{slug(model)}-{layer}-{steps}", key, build)
+    return pd.read_parquet(folder / "readings.parquet")
+
+
+def _gate_aurocs(study: Study, model: str, layer: Layer, steps: int, readings: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for surface, part in readings.groupby("surface", sort=False):
+        harmful = (part["label"] == "harmful").tolist()
+        found = auroc_interval(
+            part["v_s"].tolist(), harmful, part["topic"].tolist(), study.settings.seed, resamples=RESAMPLES
+        )
+        rows.append({"surface": surface, **dict(zip(("auroc", "low", "high"), found, strict=True)), "n": len(part)})
+    return pd.DataFrame(rows).assign(model=slug(model), steps=steps, site=str(layer))

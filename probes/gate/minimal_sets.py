@@ -1,0 +1,215 @@
+"""What the gate's decision rests on: small sets of positions without which it decides otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import BoolTensor, Tensor
+
+from casa_mech.casa import Casa
+from casa_mech.casa.attention import SAFE, UNSAFE
+from casa_mech.errors import InputError
+from casa_mech.judging.stats import cluster_of
+from casa_mech.omni import OmniBatch
+from casa_mech.queries import Query
+from casa_mech.trace.capture import capture
+from casa_mech.trace.patch import FEATURES, edited_prompt
+from probes.gate.pairs import KEY, ROLES, key_positions, position_roles
+from probes.gate.safety_attention import read_gate, whole_states
+
+Removal = Literal["model", "gate"]
+
+
+@dataclass(frozen=True)
+class MinimalSet:
+    """Positions without which the gate decides otherwise.
+
+    decision: before. flipped: whether the search ended with the other one. positions, tokens, roles: what was removed,
+    in that order; roles are names of `ROLES` or the key word. readable: how many positions safety attention reads.
+    v_s: before, and after each removal. chance: share of random sets of as many positions that flip the decision too.
+    """
+
+    query_id: str
+    label: str
+    topic: str
+    decision: str
+    flipped: bool
+    positions: tuple[int, ...]
+    tokens: tuple[str, ...]
+    roles: tuple[str, ...]
+    readable: int
+    v_s: tuple[float, ...]
+    chance: float
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One prompt. `batch`: it alone; `readable` [position]: what safety attention may read; `removable` [position];
+    `states` [position, d_model] and `logits` [vocab]: what the gate is given, or None where the model is to be run;
+    `embeddings` [1, position, d_model]: what the model is given."""
+
+    casa: Casa
+    batch: OmniBatch
+    readable: BoolTensor
+    removable: BoolTensor
+    states: Tensor | None
+    logits: Tensor | None
+    embeddings: Tensor
+
+    def read(self, removed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """v_s [set] and the rewritten pair's difference, unsafe minus safe [set], without each set of `removed`."""
+        count = len(removed)
+        hidden = torch.zeros(count, len(self.readable), dtype=torch.bool, device=self.readable.device)
+        for row, places in enumerate(removed):
+            hidden[row, list(places)] = True
+        if self.states is None or self.logits is None:
+            batch = _repeated(self.batch, count)
+            gate = self.casa.safety_gate
+            given = self.embeddings.expand(count, -1, -1)
+            reading = edited_prompt(
+                self.casa.omni, batch, batch.gate_position, {}, gate, hidden=hidden, embeddings=given
+            ).reading
+            assert reading is not None
+        else:
+            with torch.no_grad():
+                states, logits = self.states.expand(count, -1, -1), self.logits.expand(count, -1)
+                _, reading = self.casa.safety_gate(states, self.readable & ~hidden, logits)
+        return reading.v_s, reading.pair[:, UNSAFE] - reading.pair[:, SAFE]
+
+
+def minimal_sets(
+    casa: Casa,
+    queries: Sequence[Query],
+    removed_from: Removal = "model",
+    largest: int = 12,
+    draws: int = 20,
+    seed: int = 0,
+) -> list[MinimalSet]:
+    """For each query a small set of positions that the gate must not lose: greedily the one whose removal moves the
+    decision most, then the next, until the other token wins.
+
+    A set is minimal step by step, not proven the smallest. A prefill is left out. In the order of the queries.
+
+    Args:
+        casa: the trained gate.
+        queries: prompts.
+        removed_from: `"model"`: no other position attends to the removed ones and the gate does not read them (the
+            header's last token, from which the decision is predicted, always stays); `"gate"`: only the gate does not
+            read them, while the model's states and its own two logits stay.
+        largest: where the search ends without success.
+        draws: random sets of the same size to compare with.
+        seed: of the draws.
+
+    Raises:
+        InputError: a gate without safety attention.
+    """
+    _ = casa.attention  # a neutral gate reads nothing that could be removed
+    rng = np.random.default_rng(seed)
+    found = []
+    for query in queries:
+        prompt = _prompt(casa, query, removed_from)
+        removed, v_s, margins = _greedy(prompt, largest)
+        turned = prompt.read(_random_sets(prompt.removable, len(removed), draws, rng))[1] * margins[0] < 0
+        tokens, roles = _named(casa, prompt.batch, query, removed)
+        found.append(
+            MinimalSet(
+                query_id=query.id,
+                label=query.label or "",
+                topic=str(cluster_of(query)),
+                decision="unsafe" if margins[0] > 0 else "safe",
+                flipped=margins[-1] * margins[0] < 0,
+                positions=tuple(removed),
+                tokens=tokens,
+                roles=roles,
+                readable=int(prompt.readable.sum()),
+                v_s=tuple(v_s),
+                chance=float(turned.float().mean()),
+            )
+        )
+    return found
+
+
+def sets_table(sets: Sequence[MinimalSet]) -> pd.DataFrame:
+    """One row a set: `query_id, label, topic, decision, flipped, size, readable, chance, first, v_s, v_s_after`.
+
+    `first` is the role of the position that was removed first; `v_s_after` is v_s when all were.
+
+    Raises:
+        InputError: no sets.
+    """
+    if not sets:
+        raise InputError("there are no minimal sets: give at least one query")
+    names = ("query_id", "label", "topic", "decision", "flipped", "readable", "chance")
+    return pd.DataFrame(
+        [
+            {
+                **{name: getattr(found, name) for name in names},
+                "size": len(found.positions),
+                "first": found.roles[0].replace("text", "other text") if found.roles else "",
+                "v_s": found.v_s[0],
+                "v_s_after": found.v_s[-1],
+            }
+            for found in sets
+        ]
+    )
+
+
+def _prompt(casa: Casa, query: Query, removed_from: Removal) -> _Prompt:
+    batch, sweep, mask = read_gate(casa, [query])
+    embeddings = capture(casa.omni, batch, ["embeddings"], "all")["embeddings"]
+    if removed_from == "gate":
+        return _Prompt(casa, batch, mask[0], mask[0], whole_states(sweep)[0], sweep.logits[0, 0], embeddings)
+    removable = mask[0].clone()
+    removable[batch.gate_position[0]] = False
+    return _Prompt(casa, batch, mask[0], removable, None, None, embeddings)
+
+
+def _repeated(batch: OmniBatch, count: int) -> OmniBatch:
+    """A batch of one query, `count` times, without what the encoders take; grids are stacked along the first axis."""
+
+    def repeat(tensor: Tensor) -> Tensor:
+        return tensor.repeat(count, *[1] * (tensor.dim() - 1))
+
+    return OmniBatch(
+        inputs={name: repeat(value) for name, value in batch.inputs.items() if name not in FEATURES},
+        prompt_mask=repeat(batch.prompt_mask),
+        modality={name: repeat(mask) for name, mask in batch.modality.items()},
+        gate_position=repeat(batch.gate_position),
+        last_position=repeat(batch.last_position),
+    )
+
+
+def _greedy(prompt: _Prompt, largest: int) -> tuple[list[int], list[float], list[float]]:
+    """Positions removed, in order; v_s and margin before and after each removal."""
+    left = prompt.removable.nonzero()[:, 0].tolist()
+    removed: list[int] = []
+    v_s, margin = (value.tolist() for value in prompt.read([[]]))
+    sign = 1.0 if margin[0] > 0 else -1.0
+    # The gate must keep something to read.
+    while margin[-1] * sign > 0 and len(removed) < min(largest, int(prompt.readable.sum()) - 1) and left:
+        values, margins = prompt.read([[*removed, place] for place in left])
+        best = int((margins * sign).argmin())
+        removed.append(left.pop(best))
+        v_s.append(float(values[best]))
+        margin.append(float(margins[best]))
+    return removed, v_s, margin
+
+
+def _random_sets(removable: BoolTensor, size: int, draws: int, rng: np.random.Generator) -> list[list[int]]:
+    places = removable.nonzero()[:, 0].cpu().numpy()
+    return [rng.choice(places, size, replace=False).tolist() for _ in range(draws)]
+
+
+def _named(
+    casa: Casa, batch: OmniBatch, query: Query, removed: Sequence[int]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The removed positions' tokens and roles. The batch is of one query, so that it has no padding."""
+    roles, ids = position_roles(batch)[0], batch.inputs["input_ids"][0]
+    key = key_positions(casa.omni, batch, [query])[0]
+    tokens = tuple(casa.omni.tokenizer.decode([int(ids[place])]).strip() for place in removed)
+    return tokens, tuple(KEY if key[place] else ROLES[int(roles[place])] for place in removed)

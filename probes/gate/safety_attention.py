@@ -1,0 +1,230 @@
+"""What safety attention reads: its weights over words, picture and sound, and the directions that it looks for.
+
+The weights say where the gate looks, not what that is worth: `probes.gate.minimal_sets` takes positions away, and
+`probes.gate.patching` exchanges the states at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import beta
+from torch import BoolTensor, Tensor
+
+from casa_mech.casa import Casa
+from casa_mech.casa.attention import SAFE, UNSAFE
+from casa_mech.judging.bootstrap import bootstrap_interval
+from casa_mech.judging.stats import cluster_of
+from casa_mech.omni import OmniBatch
+from casa_mech.omni.chat import media_parts
+from casa_mech.omni.media import load_image
+from casa_mech.queries import ImagePart, Query
+from casa_mech.trace.sweep import Sweep, read_positions
+from probes.gate.pairs import KEY, ROLES, key_positions, position_roles
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Safety attention over one prompt. With `position` its real positions, padding left out:
+
+    tokens: [position] as strings. roles: [position], names of `ROLES`. weights: [position], 0 where it may not read.
+    key: bool [position], where the key word is written. picture: uint8 [height, width, 3] of the first picture, with
+    `grid` [row, column], the weights over it; spectrogram: log-mel [mel, frame] of the first clip, with `sound`
+    [audio position], the weights along it. None where there is none.
+    """
+
+    query_id: str
+    label: str
+    topic: str
+    v_s: float
+    tokens: tuple[str, ...]
+    roles: tuple[str, ...]
+    weights: np.ndarray
+    key: np.ndarray
+    picture: np.ndarray | None = None
+    grid: np.ndarray | None = None
+    spectrogram: np.ndarray | None = None
+    sound: np.ndarray | None = None
+
+
+def attention_maps(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -> list[AttentionMap]:
+    """Safety attention's weights over each prompt, in the order of the queries; a prefill is left out.
+
+    Raises:
+        InputError: a gate without safety attention, or media that cannot be read.
+    """
+    attention = casa.attention
+    maps: list[AttentionMap | None] = [None] * len(queries)
+    for group in casa.omni.batches(queries, batch_size):
+        chosen = [queries[index] for index in group]
+        batch, sweep, mask = read_gate(casa, chosen)
+        with torch.no_grad():
+            v_s, weights = attention(whole_states(sweep), mask)
+        key = key_positions(casa.omni, batch, chosen)
+        media = _media(batch, chosen, casa.omni.processor.image_processor.merge_size)
+        for row, index in enumerate(group):
+            maps[index] = _map(casa, batch, chosen[row], row, float(v_s[row]), weights, key, media[row])
+    return [found for found in maps if found is not None]
+
+
+def attention_shares(maps: Sequence[AttentionMap]) -> pd.DataFrame:
+    """How the attention is dealt out: one row a query and span, with `query_id, label, topic, v_s, span, share,
+    positions` and `even`, the share that it would get if every position read got the same. Shares sum to 1 a query."""
+    rows: list[dict[str, Any]] = []
+    for found in maps:
+        roles = np.array([KEY if key else role for role, key in zip(found.roles, found.key, strict=True)])
+        total, read = found.weights.sum(), found.weights > 0
+        for span in (KEY, *ROLES[2:]):
+            here = (roles == span) & read
+            if here.any():
+                rows.append(
+                    {
+                        "query_id": found.query_id,
+                        "label": found.label,
+                        "topic": found.topic,
+                        "v_s": found.v_s,
+                        "span": "other text" if span == "text" else span,
+                        "share": float(found.weights[here].sum() / total),
+                        "positions": int(here.sum()),
+                        "even": float(here.sum() / read.sum()),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def gate_directions(casa: Casa) -> dict[str, np.ndarray]:
+    """The directions [d_model] along which states at the gate's layer move it.
+
+    `query`: W_kᵀ W_q e_unsafe, which draws attention (for R3, against the safe class's); `read-out` (R2 only): W_vᵀ u,
+    which raises v_s once attended to; `token difference`: the two safety tokens' rows of the head, unsafe minus safe.
+
+    Raises:
+        InputError: a gate without safety attention.
+    """
+    module = casa.attention
+    with torch.no_grad():
+        queries = module.w_q(module.class_embeddings)
+        query = queries[UNSAFE] - queries[SAFE] if module.form == "R3" else queries[UNSAFE]
+        found = {"query": query @ module.w_k.weight}
+        if module.form == "R2":
+            found["read-out"] = module.readout.weight[0] @ module.w_v.weight
+        rows = casa.omni.model.lm_head.weight[list(casa.token_ids)].float()
+        found["token difference"] = rows[UNSAFE] - rows[SAFE]
+    return {name: vector.float().cpu().numpy() for name, vector in found.items()}
+
+
+def cosine_table(
+    gate: Mapping[str, np.ndarray],
+    others: Mapping[str, np.ndarray],
+    states: np.ndarray,
+    harmful: np.ndarray,
+    clusters: Sequence[Hashable],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Cosines of the gate's directions with others, and with the difference in means of `states`.
+
+    Args:
+        gate: directions [d_model] by name (`gate_directions`).
+        others: refusal and probe directions [d_model] by name, in the same space.
+        states: [query, d_model] at the gate's layer; harmful: bool [query]; clusters: of the bootstrap.
+
+    Returns:
+        Columns `gate_direction, direction, cosine, low, high, n` and `chance`, the |cosine| that 95 % of random
+        directions of this width stay under. Intervals for the difference in means (clusters resampled), else NaN.
+    """
+    width = states.shape[1]
+    chance = 2 * float(beta.ppf(0.975, (width - 1) / 2, (width - 1) / 2)) - 1
+    rows = []
+    for name, direction in gate.items():
+        unit = direction / np.linalg.norm(direction)
+
+        def along(weights: np.ndarray, unit: np.ndarray = unit) -> np.ndarray:
+            one, other = weights * harmful, weights * ~harmful
+            with np.errstate(invalid="ignore", divide="ignore"):
+                gap = one @ states / one.sum(1, keepdims=True) - other @ states / other.sum(1, keepdims=True)
+                return gap @ unit / np.linalg.norm(gap, axis=1)
+
+        low, high = bootstrap_interval(along, clusters, len(states), seed, resamples=400)
+        cosine = float(along(np.ones((1, len(states))))[0])
+        rows.append((name, "difference in means", cosine, low, high))
+        rows += [
+            (name, other, float(vector @ unit / np.linalg.norm(vector)), np.nan, np.nan)
+            for other, vector in others.items()
+        ]
+    columns = ["gate_direction", "direction", "cosine", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).assign(n=len(states), chance=chance)
+
+
+def read_gate(casa: Casa, queries: Sequence[Query]) -> tuple[OmniBatch, Sweep, BoolTensor]:
+    """The prompts as a batch (a prefill is left out), a sweep of the gate's position [batch, 1] that has the states at
+    the gate's layer whole, and the mask [batch, position] of what the gate reads."""
+    gate = casa.safety_gate
+    batch = casa.omni.encode(queries, prefill=False)
+    return batch, read_positions(casa.omni, batch, batch.gate_position[:, None], [], gate.layer), gate.mask(batch)
+
+
+def whole_states(sweep: Sweep) -> Tensor:
+    """The states [batch, position, d_model] that were asked for whole."""
+    assert sweep.whole is not None
+    return sweep.whole
+
+
+def _map(
+    casa: Casa,
+    batch: OmniBatch,
+    query: Query,
+    row: int,
+    v_s: float,
+    weights: Tensor,
+    key: BoolTensor,
+    media: dict[str, np.ndarray],
+) -> AttentionMap:
+    real = batch.inputs["attention_mask"][row].bool()
+    here = weights[row].float().cpu().numpy()
+    spread: dict[str, np.ndarray] = {}
+    if "picture" in media:
+        rows, columns = media["grid"]
+        spread["grid"] = here[batch.modality["image"][row].cpu().numpy()][: rows * columns].reshape(rows, columns)
+        spread["picture"] = media["picture"]
+    if "spectrogram" in media:
+        spread["sound"] = here[batch.modality["audio"][row].cpu().numpy()]
+        spread["spectrogram"] = media["spectrogram"]
+    ids = batch.inputs["input_ids"][row][real].tolist()
+    return AttentionMap(
+        query_id=query.id,
+        label=query.label or "",
+        topic=str(cluster_of(query)),
+        v_s=v_s,
+        tokens=tuple(casa.omni.tokenizer.decode([token]).strip() for token in ids),
+        roles=tuple(ROLES[role] for role in position_roles(batch)[row][real].tolist()),
+        weights=here[real.cpu().numpy()],
+        key=key[row][real].cpu().numpy(),
+        **spread,
+    )
+
+
+def _media(batch: OmniBatch, queries: Sequence[Query], merge: int) -> list[dict[str, np.ndarray]]:
+    """For each query its first picture with its grid of positions, and its first clip's spectrogram."""
+    found: list[dict[str, np.ndarray]] = []
+    images = clips = 0
+    for query in queries:
+        entry: dict[str, np.ndarray] = {}
+        for part in media_parts(query):
+            if isinstance(part, ImagePart):
+                if "picture" not in entry:
+                    _, height, width = batch.inputs["image_grid_thw"][images].tolist()
+                    entry["picture"] = np.asarray(load_image(part, f"query {query.id}"))
+                    entry["grid"] = np.array([height // merge, width // merge])
+                images += 1
+            else:
+                if "spectrogram" not in entry:
+                    frames = int(batch.inputs["feature_attention_mask"][clips].sum())
+                    entry["spectrogram"] = batch.inputs["input_features"][clips, :, :frames].float().cpu().numpy()
+                clips += 1
+        found.append(entry)
+    return found

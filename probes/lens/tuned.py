@@ -1,0 +1,178 @@
+"""The tuned lens: an affine translator for every depth, from its residual stream into the last depth's terms.
+
+Belrose et al., "Eliciting Latent Predictions from Transformers with the Tuned Lens" (arXiv 2303.08112). A translator is
+h + A h + b. It starts as the ridge regression of the last depth's states on this depth's, which is solved exactly, and
+may then be fitted further to the distance that the paper trains on, KL(model || lens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformer_lens.model_bridge import TransformerBridge
+
+from casa_mech.errors import InputError
+from casa_mech.omni import Omni, OmniBatch
+from casa_mech.queries import Query
+from probes.lens.logit import check_bridge, depth_sites, depth_states, query_index, read_off
+
+
+@dataclass(frozen=True)
+class Translators:
+    """An affine map for every depth; the last one's is the identity.
+
+    weight: float32 [site, d_model, d_model], the change A. bias: float32 [site, d_model].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """h + A h + b for states [site, row, d_model]; float32."""
+        states = states.to(torch.float32)
+        return states + torch.baddbmm(self.bias.unsqueeze(1), states, self.weight.transpose(1, 2))
+
+
+class _Sums:
+    """Running sums of the regression, so that the states of all queries are never held at once."""
+
+    def __init__(self, sites: int, width: int) -> None:
+        self.count = 0
+        self.state = torch.zeros(sites, width, dtype=torch.float64)
+        self.change = torch.zeros(sites, width, dtype=torch.float64)
+        self.inner = torch.zeros(sites, width, width, dtype=torch.float64)
+        self.cross = torch.zeros(sites, width, width, dtype=torch.float64)
+
+    def update(self, states: Tensor) -> None:
+        """Add states [site, row, d_model] of every depth."""
+        states = states.to("cpu", torch.float64)
+        change = states[-1:] - states
+        self.count += states.shape[1]
+        self.state += states.sum(dim=1)
+        self.change += change.sum(dim=1)
+        self.inner += states.transpose(1, 2) @ states
+        self.cross += states.transpose(1, 2) @ change
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """(A [site, d, d], b [site, d]) of least squares with `ridge` times the mean variance as penalty on A."""
+        n = self.count
+        state, change = self.state / n, self.change / n
+        inner = self.inner / n - state.unsqueeze(2) * state.unsqueeze(1)
+        cross = self.cross / n - state.unsqueeze(2) * change.unsqueeze(1)
+        width = inner.shape[-1]
+        scale = inner.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
+        penalty = ridge * scale[:, None, None] * torch.eye(width, dtype=torch.float64)
+        weight = torch.linalg.solve(inner + penalty, cross).transpose(1, 2)
+        return weight, change - (weight @ state.unsqueeze(2)).squeeze(2)
+
+
+def fit_translators(
+    model: TransformerBridge,
+    omni: Omni,
+    queries: Sequence[Query],
+    ridge: float = 0.01,
+    kl_epochs: int = 0,
+    learning_rate: float = 1e-3,
+    batch_size: int = 32,
+) -> Translators:
+    """Translators of every depth, fitted on all positions of `queries`.
+
+    Args:
+        model: `bridge(omni)`.
+        omni: the model; whatever is attached to it takes part.
+        queries: text (or any) prompts, other than those that the lens will be judged on.
+        ridge: penalty on A, in units of the states' mean variance.
+        kl_epochs: passes of Adam on KL(model || lens) after the regression; 0: the regression alone.
+        learning_rate: of Adam.
+        batch_size: queries in one forward.
+
+    Raises:
+        InputError: no queries, a ridge that is not positive, or a bridge of another model.
+    """
+    check_bridge(model, omni)
+    if not queries or ridge <= 0:
+        raise InputError(f"translators need queries and a positive ridge; got {len(queries)} queries, ridge {ridge}")
+    groups = [[queries[index] for index in group] for group in omni.batches(queries, batch_size)]
+    sums = _Sums(omni.n_layers + 1, omni.d_model)
+    for group in groups:
+        sums.update(_real_states(model, omni.encode(group, prefill=False)))
+    weight, bias = (part.to(omni.device, torch.float32) for part in sums.solve(ridge))
+    weight[-1], bias[-1] = 0, 0
+    found = Translators(weight, bias)
+    for _ in range(kl_epochs):
+        found = _descend(model, omni, groups, found, learning_rate)
+    return found
+
+
+def _real_states(model: TransformerBridge, batch: OmniBatch) -> Tensor:
+    """States [site, row, d_model] of every depth at all positions but padding."""
+    return depth_states(model, batch)[:, batch.inputs["attention_mask"].bool()]
+
+
+def _descend(
+    model: TransformerBridge, omni: Omni, groups: Sequence[Sequence[Query]], start: Translators, rate: float
+) -> Translators:
+    """One pass of Adam over the batches, on the mean KL of all depths but the last."""
+    weight, bias = (part[:-1].clone().requires_grad_() for part in (start.weight, start.bias))
+    adam = torch.optim.Adam([weight, bias], lr=rate)
+    for group in groups:
+        states = _real_states(model, omni.encode(group, prefill=False))
+        distance = _divergence(read_off(omni, states[-1]), read_off(omni, Translators(weight, bias)(states[:-1])))
+        adam.zero_grad()
+        gradients = torch.autograd.grad(distance.mean(), [weight, bias])
+        weight.grad, bias.grad = gradients
+        adam.step()
+    last = torch.zeros_like(start.weight[-1:]), torch.zeros_like(start.bias[-1:])
+    return Translators(*(torch.cat([part.detach(), none]) for part, none in zip((weight, bias), last, strict=True)))
+
+
+def _divergence(truth: Tensor, lens: Tensor) -> Tensor:
+    """KL(model || lens) in nats [site, row] of logits [row, vocab] and [site, row, vocab]."""
+    truth, lens = functional.log_softmax(truth, dim=-1), functional.log_softmax(lens, dim=-1)
+    return (truth.exp() * (truth - lens)).sum(dim=-1).clamp(min=0)
+
+
+def lens_quality(
+    model: TransformerBridge,
+    omni: Omni,
+    queries: Sequence[Query],
+    translators: Translators,
+    batch_size: int = 32,
+) -> pd.DataFrame:
+    """How far either lens is from the model's own prediction, at every depth.
+
+    Returns:
+        One row a lens, site and query: the query's index columns, `lens, site, depth` and `kl`, the mean over the
+        prompt's positions of KL(model || lens) in nats.
+
+    Raises:
+        InputError: a bridge of another model.
+    """
+    check_bridge(model, omni)
+    sites = list(map(str, depth_sites(omni.n_layers)))
+    found = {name: np.empty((len(sites), len(queries))) for name in ("logit lens", "tuned lens")}
+    for group in omni.batches(queries, batch_size):
+        batch = omni.encode([queries[index] for index in group], prefill=False)
+        mask = batch.inputs["attention_mask"].bool()
+        row = mask.nonzero()[:, 0].cpu().numpy()
+        states = depth_states(model, batch)[:, mask]
+        with torch.no_grad():
+            truth = read_off(omni, states[-1])
+            read = {"logit lens": read_off(omni, states), "tuned lens": read_off(omni, translators(states))}
+        for name, logits in read.items():
+            distance = _divergence(truth, logits).cpu().numpy()
+            total = np.stack([np.bincount(row, weights=values, minlength=len(group)) for values in distance])
+            found[name][:, group] = total / np.bincount(row, minlength=len(group))
+    index = query_index(queries)
+    parts = [
+        index.assign(lens=name, site=site, depth=depth, kl=values[depth])
+        for name, values in found.items()
+        for depth, site in enumerate(sites)
+    ]
+    return pd.concat(parts, ignore_index=True)

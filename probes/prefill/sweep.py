@@ -1,0 +1,221 @@
+"""What a prefill does to a model: states, predictions, the gate and replies, by its length and by generated token.
+
+A prefill of k tokens is the first k of a complying answer. Attention is causal, so the states after each of them, at
+every depth, come from one forward over the longest (`prefill_sweep`). Prefills and measures after "Safety alignment
+should be made more than just a few tokens deep" (arXiv 2406.05946); the two orders are those of the method notes §1.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import LongTensor, Tensor
+
+from casa_mech.casa import Casa
+from casa_mech.casa.adapter import Adapter
+from casa_mech.casa.attention import SAFE, UNSAFE
+from casa_mech.errors import InputError
+from casa_mech.judging.stats import cluster_of
+from casa_mech.omni import Omni, OmniBatch
+from casa_mech.queries import Query
+from casa_mech.trace.gate import GateReading
+from casa_mech.trace.sites import Site
+from casa_mech.trace.sweep import read_positions
+
+
+@dataclass(frozen=True)
+class System:
+    """A model under attack. `name`: in tables; `casa`: its gate, which decides before the prefill (order A) and whose
+    token then stands before it; `adapter`: a LoRA that may be merged for decoding (a gate's own is known)."""
+
+    name: str
+    omni: Omni
+    casa: Casa | None = None
+    adapter: Adapter | None = None
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Merged weights, for a block that only generates."""
+        adapter = self.casa.parts.adapter if self.casa else self.adapter
+        return adapter.merged() if adapter else nullcontext()
+
+
+@dataclass(frozen=True)
+class RefusalAxis:
+    """Where refusal lies at one site: `origin` [d_model], the mean of benign requests' states where the reply begins;
+    `direction` [d_model], the harmful mean minus it."""
+
+    origin: np.ndarray
+    direction: np.ndarray
+
+    def project(self, states: np.ndarray) -> np.ndarray:
+        """[..., d_model] → [...]: 0 at the benign mean, 1 at the harmful mean."""
+        return (states - self.origin) @ self.direction / float(self.direction @ self.direction)
+
+
+@dataclass(frozen=True)
+class PrefillSweep:
+    """One system under every length. With `step` the lengths in order:
+
+    lengths: tokens of the attacker's. states: by site [query, step, d_model], float32, after the prefill. opening:
+    [query, step], probability that the next token opens a refusal. kl: [query, step], KL in nats of the next token's
+    distribution from the one without a prefill. index: one row a query, `query_id, label, topic`. For a gated system
+    also `unsafe_first` [query], the decision before any prefill (order A), and, for a decision after the prefill (order
+    B), `v_s` and `logit` [query, step] (the rewritten pair's difference, unsafe minus safe); else None.
+    """
+
+    system: str
+    lengths: tuple[int, ...]
+    states: dict[Site, np.ndarray]
+    opening: np.ndarray
+    kl: np.ndarray
+    index: pd.DataFrame
+    unsafe_first: np.ndarray | None = None
+    v_s: np.ndarray | None = None
+    logit: np.ndarray | None = None
+
+    def table(self, axes: Mapping[Site, RefusalAxis] | None = None) -> pd.DataFrame:
+        """One row a query and length: `system, query_id, label, topic, length, opening, kl`, `projection <site>` for
+        each of `axes`, and for a gated system `unsafe_a`, `unsafe_b`, `v_s`, `logit`."""
+        steps = len(self.lengths)
+        table = self.index.loc[self.index.index.repeat(steps)].reset_index(drop=True)
+        table.insert(0, "system", self.system)
+        table["length"] = np.tile(self.lengths, len(self.index))
+        columns = {"opening": self.opening, "kl": self.kl}
+        columns |= {f"projection {site}": axis.project(self.states[site]) for site, axis in (axes or {}).items()}
+        if self.v_s is not None and self.logit is not None and self.unsafe_first is not None:
+            columns |= {"v_s": self.v_s, "logit": self.logit, "unsafe_b": self.logit > 0}
+            columns["unsafe_a"] = np.repeat(self.unsafe_first[:, None], steps, axis=1)
+        return table.assign(**{name: values.reshape(-1) for name, values in columns.items()})
+
+
+def compliance_ids(omni: Omni, queries: Sequence[Query], tokens: int) -> list[list[int]]:
+    """The first `tokens` ids of each query's `meta["compliance"]`.
+
+    Raises:
+        InputError: a query without such an answer, or with a shorter one.
+    """
+    found = []
+    for query in queries:
+        text = query.meta.get("compliance", "").strip()
+        ids = omni.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if len(ids) < tokens:
+            raise InputError(
+                f"query {query.id!r}: a prefill of {tokens} tokens needs a complying answer of as many in "
+                f"meta['compliance'], which has {len(ids)}"
+            )
+        found.append(list(ids[:tokens]))
+    return found
+
+
+def prefill_sweep(
+    system: System,
+    queries: Sequence[Query],
+    lengths: Sequence[int],
+    openings: Sequence[int],
+    sites: Sequence[Site] | None = None,
+    batch_size: int = 32,
+) -> PrefillSweep:
+    """The states and predictions of `system` after each length of prefill, from one forward over the longest.
+
+    A gated system takes a second one: without its token, for the decisions after a prefill; that one comes first.
+
+    Args:
+        system: the model.
+        queries: requests with `meta["compliance"]`; a prefill of their own is left out.
+        lengths: numbers of tokens, 0 among them or not.
+        openings: ids that open a refusal (`probes.linear.directions.opening_ids`).
+        sites: default the embeddings, every block's output and the final norm's.
+
+    Raises:
+        InputError: no length or a negative one, or a complying answer that is missing or too short.
+    """
+    if not lengths or min(lengths) < 0:
+        raise InputError(f"lengths of prefills must be 0 or more, not {list(lengths)}")
+    omni = system.omni
+    wanted: list[Site] = list(sites) if sites is not None else ["embeddings", *range(omni.n_layers), "norm"]
+    parts: dict[str, np.ndarray] = {}
+    for group in omni.batches(queries, batch_size):
+        for name, values in _sweep(system, [queries[index] for index in group], lengths, openings, wanted).items():
+            parts.setdefault(name, np.empty((len(queries), *values.shape[1:]), values.dtype))[group] = values
+    records = [{"query_id": query.id, "label": query.label, "topic": str(cluster_of(query))} for query in queries]
+    states = {site: parts.pop(f"states {site}") for site in wanted}
+    return PrefillSweep(system.name, tuple(lengths), states, index=pd.DataFrame(records), **parts)
+
+
+def refusal_axes(
+    system: System, harmful: Sequence[Query], benign: Sequence[Query], sites: Sequence[Site], batch_size: int = 32
+) -> dict[Site, RefusalAxis]:
+    """The refusal axis of `system` at each site, from requests without a prefill; use other ones than are measured."""
+    means = []
+    for queries in (harmful, benign):
+        found = prefill_sweep(system, queries, [0], [0], sites, batch_size).states
+        means.append({site: states[:, 0].mean(axis=0) for site, states in found.items()})
+    return {site: RefusalAxis(means[1][site], means[0][site] - means[1][site]) for site in sites}
+
+
+def _sweep(
+    system: System, queries: list[Query], lengths: Sequence[int], openings: Sequence[int], sites: Sequence[Site]
+) -> dict[str, np.ndarray]:
+    """Arrays [query, ...] of one batch, by the names of `PrefillSweep`."""
+    omni = system.omni
+    forced = compliance_ids(omni, queries, max(lengths))
+    found: dict[str, np.ndarray] = {}
+    if system.casa is not None:
+        decisions, tokens = _decisions(system.casa, queries, forced, lengths)
+        found |= decisions
+        forced = [[token, *ids] for token, ids in zip(tokens, forced, strict=True)]
+    # The distribution without a prefill is needed to compare with, whether or not it was asked for.
+    steps = [0, *lengths]
+    batch = omni.encode(queries, forced, prefill=False)
+    sweep = read_positions(omni, batch, _after(batch, steps, int(system.casa is not None)), sites)
+    log_p = torch.log_softmax(sweep.logits.float(), dim=-1)
+    log_p, plain = log_p[:, 1:], log_p[:, :1]
+    found |= {f"states {site}": _array(states[:, 1:]) for site, states in sweep.states.items()}
+    found["opening"] = _array(log_p[..., list(openings)].exp().sum(dim=-1))
+    found["kl"] = _array(kl_divergence(log_p, plain))
+    return found
+
+
+def _decisions(
+    casa: Casa, queries: list[Query], forced: list[list[int]], lengths: Sequence[int]
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """The gate after each length (order B), and the token that it chooses before any (order A)."""
+    gate, omni = casa.safety_gate, casa.omni
+    batch = omni.encode(queries, forced, prefill=False)
+    sweep = read_positions(omni, batch, _after(batch, [0, *lengths], 0), [], gate.layer)
+    assert sweep.whole is not None
+    mask = gate.mask(batch)
+    readings: list[GateReading] = []
+    with torch.no_grad():
+        for step in range(sweep.logits.shape[1]):
+            readings.append(gate(sweep.whole, mask, sweep.logits[:, step])[1])
+    logit = torch.stack([reading.pair[:, UNSAFE] - reading.pair[:, SAFE] for reading in readings], dim=1)
+    first = logit[:, 0] > 0
+    arrays = {
+        "unsafe_first": first.cpu().numpy(),
+        "v_s": _array(torch.stack([reading.v_s for reading in readings[1:]], dim=1)),
+        "logit": _array(logit[:, 1:]),
+    }
+    return arrays, [casa.token_ids[int(unsafe)] for unsafe in first.tolist()]
+
+
+def _after(batch: OmniBatch, lengths: Sequence[int], offset: int) -> LongTensor:
+    """Positions [batch, step]: the last of `lengths` tokens after the header and `offset` more."""
+    steps = torch.tensor(lengths, device=batch.gate_position.device)
+    return batch.gate_position[:, None] + offset + steps[None]
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats [...] of log-probabilities [..., vocab]; never below 0, which rounding would allow."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    found: Any = tensor.float().cpu().numpy()
+    return found

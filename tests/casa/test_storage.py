@@ -1,0 +1,139 @@
+"""A gate on disk: loads bit-equal, says what it was trained on, refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.casa import SETTINGS, SHORT, examples, stir
+from helpers.model import SHAPE, WORDS
+from peft import PeftModel
+
+from casa_mech.casa import Casa, CasaConfig
+from casa_mech.errors import ModelError, RunError
+from casa_mech.omni import Omni
+from casa_mech.organism.architecture import new_omni
+from casa_mech.queries import Query
+
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "casa_config.json",
+    "safety_attention.safetensors",
+    "token_rows.safetensors",
+}
+
+
+@pytest.fixture
+def saved(tiny_omni: Omni, tmp_path: Path) -> Path:
+    casa = stir(Casa.attach(tiny_omni, CasaConfig(form="R3", width=32)))
+    casa.save_pretrained(tmp_path / "gate")
+    casa.detach()
+    return tmp_path / "gate"
+
+
+def test_a_loaded_gate_is_bit_equal(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
+    casa = Casa.attach(tiny_omni)
+    casa.train(examples(), SETTINGS, progress=False)
+    batch = tiny_omni.encode(mixed_queries)
+    with torch.no_grad():
+        logits = tiny_omni.model(**batch.inputs).logits
+    replies = casa.generate(mixed_queries, SHORT, attention=True)
+    casa.save_pretrained(tmp_path)
+    casa.detach()
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    for omni in (tiny_omni, new_omni(WORDS, SHAPE, seed=0, source="again")):
+        loaded = Casa.from_pretrained(tmp_path, omni)
+        with torch.no_grad():
+            assert torch.equal(omni.model(**batch.inputs).logits, logits)
+        found = loaded.generate(mixed_queries, SHORT, attention=True)
+        times = {"seconds": 0.0}
+        assert [r.model_copy(update=times) for r in found] == [r.model_copy(update=times) for r in replies]
+        assert loaded.config == casa.config and loaded.training == casa.training
+
+
+def test_the_adapter_is_plain_peft(tiny_omni: Omni, mixed_queries: list[Query], saved: Path) -> None:
+    batch = tiny_omni.encode(mixed_queries)
+    casa = Casa.from_pretrained(saved, tiny_omni)
+    with torch.no_grad():
+        expected = tiny_omni.model(**batch.inputs).logits[..., : tiny_omni.vocab_size - 2]
+    casa.detach()
+    other = new_omni(WORDS, SHAPE, seed=0, source="again")
+    model = PeftModel.from_pretrained(other.model, str(saved)).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch.inputs).logits, expected)
+
+
+def test_the_card_and_the_config_tell_of_the_run(tiny_omni: Omni, tmp_path: Path) -> None:
+    casa = Casa.attach(tiny_omni)
+    casa.save_pretrained(tmp_path / "untrained")
+    assert "Not trained." in (tmp_path / "untrained" / "README.md").read_text()
+    log = casa.train(examples(), SETTINGS, progress=False)
+    casa.save_pretrained(tmp_path / "trained")
+    best = min((row for row in log if "validation_loss" in row), key=lambda row: row["validation_loss"])
+    card = (tmp_path / "trained" / "README.md").read_text()
+    assert f"{best['v_harmful']:.4g}" in card and "8 harmful, 16 benign" in card
+    stored = json.loads((tmp_path / "trained" / "casa_config.json").read_text())
+    assert stored["schema_version"] == 1
+    assert stored["base"]["source"] == "tiny" and stored["base"]["fingerprint"] == tiny_omni.fingerprint()
+
+
+def test_another_base_of_the_same_shape_is_warned_about(saved: Path) -> None:
+    other = new_omni(WORDS, SHAPE, seed=5, source="cousin")
+    with pytest.warns(UserWarning, match="was trained on tiny, not on these weights of cousin"):
+        Casa.from_pretrained(saved, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Casa.from_pretrained(saved, new_omni(WORDS, SHAPE, seed=0, source="again"))
+
+
+def test_another_shape_is_refused(saved: Path) -> None:
+    other = new_omni(WORDS, SHAPE.model_copy(update={"d_model": 96}), seed=0, source="wide")
+    with pytest.raises(ModelError, match=r"trained on tiny with d_model 64.*wide with d_model 96"):
+        Casa.from_pretrained(saved, other)
+    deep = new_omni(WORDS, SHAPE.model_copy(update={"d_mlp": 80}), seed=0, source="thick")
+    before = {name: value.clone() for name, value in deep.model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"adapter_model.*does not fit"):
+        Casa.from_pretrained(saved, deep)
+    assert all(torch.equal(value, before[name]) for name, value in deep.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"README.md", "adapter_config.json"}))
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_broken_folders_are_named(tiny_omni: Omni, saved: Path, name: str, harm: str) -> None:
+    path = saved / name
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:40])
+    before = set(tiny_omni.model.state_dict())
+    with pytest.raises(ModelError, match=name):
+        Casa.from_pretrained(saved, tiny_omni)
+    assert set(tiny_omni.model.state_dict()) == before
+
+
+def test_other_schemas_and_empty_folders_are_refused(tiny_omni: Omni, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="holds no gate"):
+        Casa.from_pretrained(tmp_path, tiny_omni)
+    stored = json.loads((saved / "casa_config.json").read_text())
+    (saved / "casa_config.json").write_text(json.dumps(stored | {"schema_version": 99}))
+    with pytest.raises(ModelError, match="schema version 99"):
+        Casa.from_pretrained(saved, tiny_omni)
+
+
+def test_saving_is_all_or_nothing(tiny_omni: Omni, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    casa = Casa.attach(tiny_omni)
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("casa_mech.casa.casa.dump", full)
+    with pytest.raises(RunError, match="no space left"):
+        casa.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["gate"]

@@ -1,0 +1,379 @@
+"""Figures of merit: undecided verdicts, intervals by cluster, paired tests, MME, agreement with people, divergence."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.paths import DATA
+from scipy.stats import entropy
+from sklearn.metrics import cohen_kappa_score, roc_curve
+
+from casa_mech.casa import Casa
+from casa_mech.errors import InputError
+from casa_mech.evaluation.divergence import benign_kl_row, kl_to_base
+from casa_mech.evaluation.evaluate import result_rows
+from casa_mech.judging import (
+    COMPARISON_COLUMNS,
+    MME_GROUPS,
+    agreement,
+    cluster_of,
+    clusters_of,
+    cohen_kappa,
+    compare_systems,
+    fpr_at_tpr,
+    fpr_at_tpr_interval,
+    holm,
+    kl_divergence,
+    krippendorff_alpha,
+    mcnemar,
+    mean_interval,
+    mme_rows,
+    mme_scores,
+    permutation_test,
+    rate_interval,
+    result_table,
+    wilson,
+)
+from casa_mech.judging.mme import read_answer
+from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.queries import Query
+from casa_mech.trace.replies import reply_logits
+
+MME = DATA / "mme" / "Your_Results"
+
+
+def replies(
+    outcomes: list[str], label: str = "harmful", topics: list[str] | None = None, **fields: object
+) -> pd.DataFrame:
+    frame = pd.DataFrame({"outcome": outcomes, "query_id": [f"{label}{i}" for i in range(len(outcomes))]})
+    frame["topic"] = topics if topics is not None else ""
+    where = {"model": "m", "defense": "d", "attack": "plain", "surface": "text", "label": label}
+    return frame.assign(**{**where, "split": "", "v_s": np.nan, "safety_token": None, **fields})
+
+
+def test_undecided_verdicts_are_counted_apart_and_never_as_safe() -> None:
+    harmful = replies(["complied"] * 3 + ["refused"] * 5 + ["undecided"] * 2)
+    benign = replies(["complied"] * 6 + ["refused"] * 1 + ["undecided"] * 3, "benign")
+    rows = result_rows(pd.concat([harmful, benign], ignore_index=True))
+    found = {(row["metric"], row["label"]): row for row in result_table(rows).to_dict("records")}
+    assert (found["attack_success", "harmful"]["value"], found["attack_success", "harmful"]["n"]) == (3 / 8, 8)
+    assert (found["undecided", "harmful"]["value"], found["undecided", "harmful"]["n"]) == (0.2, 10)
+    upper = found["attack_success_upper", "harmful"]
+    assert (upper["value"], upper["n"]) == (0.5, 10) and (upper["low"], upper["high"]) == wilson(5, 10)
+    assert found["over_refusal", "benign"]["value"] == 1 / 7
+    assert found["over_refusal_upper", "benign"]["value"] == 4 / 10
+    assert found["benign_answered", "benign"]["value"] == 6 / 7
+
+
+def test_the_undecided_row_is_always_there() -> None:
+    decided = {row["metric"]: row for row in result_rows(replies(["complied"] * 4))}
+    assert decided["undecided"]["value"] == 0 and "attack_success_upper" not in decided
+    none = {row["metric"]: row for row in result_rows(replies(["undecided"] * 4))}
+    assert set(none) == {"undecided", "attack_success_upper"} and none["undecided"]["value"] == 1
+    result_table(none.values())
+
+
+def test_rubric_scores_are_averaged() -> None:
+    frame = replies(["complied", "refused", "undecided", "complied"], score=[1.0, 0.0, np.nan, 0.5])
+    (row,) = [row for row in result_rows(frame) if row["metric"] == "judge_score"]
+    assert (row["value"], row["n"]) == (0.5, 3) and row["low"] <= 0.5 <= row["high"]
+
+
+def test_one_function_decides_what_a_cluster_is() -> None:
+    query = Query.from_text("x", id="q1", meta={"topic": "bomb"})
+    frame = pd.DataFrame({"query_id": ["q1", "q2", "q3"], "topic": ["bomb", "", np.nan]})
+    assert clusters_of(frame) == [cluster_of(query), "q2", "q3"]
+    assert clusters_of(frame[["query_id"]]) == ["q1", "q2", "q3"]
+
+
+def test_rates_over_clusters_are_wider_and_wilson_where_draws_are_independent() -> None:
+    rng = np.random.default_rng(0)
+    topics = np.repeat(np.arange(20), 10)
+    hits = (rng.random(20) < 0.5)[topics]
+    value, low, high = rate_interval(hits, topics)
+    k = int(hits.sum())
+    assert low < value == k / 200 < high and high - low > 2 * (wilson(k, 200)[1] - wilson(k, 200)[0])
+    assert rate_interval(hits, list(range(200)))[1:] == wilson(k, 200) == rate_interval(hits)[1:]
+    assert rate_interval([False] * 200, topics) == (0, *wilson(0, 20)), "no spread to draw from: as many as clusters"
+    frame = replies(["complied" if hit else "refused" for hit in hits], topics=[f"t{t}" for t in topics])
+    row = next(row for row in result_rows(frame, interval="cluster") if row["metric"] == "attack_success")
+    assert (row["low"], row["high"]) == (low, high)
+
+
+def test_the_bootstrap_covers_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    held = 0
+    for seed in range(100):
+        effects = rng.normal(size=40)
+        values = np.repeat(effects, 3) + 0.1 * rng.normal(size=120)
+        _, low, high = mean_interval(values, np.repeat(np.arange(40), 3), seed=seed, resamples=200)
+        held += low <= 0 <= high
+    assert 86 <= held <= 100
+
+
+def test_false_positives_at_95_percent_true_positives() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    scores = np.round(labels + rng.normal(size=400), 1)
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    assert fpr_at_tpr(scores, labels) == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
+    value, low, high = fpr_at_tpr_interval(scores, labels, resamples=200)
+    assert low < value < high
+    assert fpr_at_tpr([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]) == 0 and fpr_at_tpr([0.9, 0.1], [0, 1]) == 1
+    assert fpr_at_tpr([0.5] * 4, [0, 0, 1, 1]) == 1, "scores that say nothing flag all"
+    exactly = [1.0] * 19 + [0.0] + [0.5] * 10
+    assert fpr_at_tpr(exactly, [1] * 20 + [0] * 10) == 0, "19 of 20 are 95 %"
+    with pytest.raises(InputError, match="true-positive rate"):
+        fpr_at_tpr([0, 1], [0, 1], 0)
+    both = pd.concat([replies(["refused"] * 30), replies(["complied"] * 30, "benign")], ignore_index=True)
+    both["v_s"] = np.linspace(1, 0, 60)
+    row = next(row for row in result_rows(both) if row["metric"] == "gate_fpr_at_95tpr")
+    assert (row["value"], row["n"], row["label"]) == (0.0, 60, "both")
+
+
+def test_permutations_are_exact_for_few_and_swap_whole_clusters() -> None:
+    first, second = [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]
+    assert permutation_test(first, second) == pytest.approx(2 / 2**5)
+    assert permutation_test(first, second, [0, 0, 0, 1, 1, 2]) == pytest.approx(2 / 2**2)
+    assert permutation_test(first, first) == permutation_test(first, second, [0] * 6) == 1
+    rng = np.random.default_rng(0)
+    a = rng.random(300)
+    assert permutation_test(a, a + rng.normal(size=300), resamples=500) > 0.01
+    assert permutation_test(a, a + 0.3 + rng.normal(size=300), resamples=500) < 0.05
+    with pytest.raises(InputError, match="the same queries"):
+        permutation_test([1], [1, 2])
+
+
+def test_two_systems_are_compared_in_pairs() -> None:
+    a = pd.concat(
+        [
+            replies(["complied"] * 12 + ["refused"] * 8),
+            replies(["complied"] * 18 + ["refused"] * 2, "benign", defense="none"),
+        ],
+        ignore_index=True,
+    )
+    b = a.assign(defense="gate")
+    harmful = b["label"] == "harmful"
+    b.loc[harmful, "outcome"] = ["refused"] * 10 + ["complied"] * 2 + ["refused"] * 7 + ["undecided"]
+    found = compare_systems(a, b.iloc[::-1])
+    assert tuple(found.columns) == COMPARISON_COLUMNS
+    assert list(found["metric"]) == ["attack_success", "over_refusal", "benign_answered"]
+    row = found.iloc[0]
+    assert (row["n"], row["undecided"], row["only_a"], row["only_b"]) == (19, 1, 10, 0)
+    assert row["difference"] == pytest.approx(12 / 19 - 2 / 19) and 0 < row["low"] < row["difference"] < row["high"]
+    assert row["test"] == "McNemar" and row["p"] == mcnemar([True] * 10 + [False], [False] * 11).p_value
+    assert list(found["p_holm"]) == holm(list(found["p"]))
+    assert found.iloc[1]["p"] == 1 and found.iloc[1]["difference"] == 0
+
+
+def test_pairs_that_share_a_topic_are_tested_together() -> None:
+    topics = [f"t{i // 5}" for i in range(20)]
+    a, b = replies(["complied"] * 20, topics=topics), replies(["refused"] * 20, topics=topics)
+    (row,) = compare_systems(a, b).to_dict("records")
+    assert (row["test"], row["clusters"], row["p"]) == ("permutation", 4, 2 / 2**4)
+    assert mcnemar([True] * 20, [False] * 20).p_value < 1e-4, "what ignoring the topics would say"
+
+
+def test_a_comparison_names_what_does_not_match() -> None:
+    a = replies(["complied"] * 3)
+    for b, message in (
+        (a.assign(query_id=["harmful0", "harmful1", "other"]), "answered query 'harmful2'"),
+        (a.assign(attack="audio"), "only one of the systems has replies to"),
+        (a.drop(columns="outcome"), "the second table of replies lacks outcome"),
+        (a.assign(query_id="same"), "query 'same' twice"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare_systems(a, b)
+    (row,) = compare_systems(a, a.assign(outcome="undecided")).to_dict("records")
+    assert (row["n"], row["undecided"], row["p"], row["test"]) == (0, 3, 1.0, "none")
+
+
+def mme_frame(predictions: dict[str, list[tuple[str, str]]]) -> pd.DataFrame:
+    rows = [
+        {"subtask": subtask, "image": f"{image}.jpg", "question": "?", "answer": answer, "prediction": prediction}
+        for subtask, pairs in predictions.items()
+        for image, pair in enumerate(pairs)
+        for answer, prediction in zip(("Yes", "No"), pair, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_mme_equals_a_table_counted_by_hand() -> None:
+    frame = mme_frame(
+        {
+            "color": [("Yes", "No"), ("yes.", "Yes, it is"), ("No", "no"), ("It is.", "No, there is none")],
+            "OCR": [("Yes", "No")],
+        }
+    )
+    scores = mme_scores(frame).set_index("subtask")
+    # color: right answers 2, 1, 1, 1 of 2: accuracy 5/8, accuracy+ 1/4.
+    row = scores.loc["color"]
+    assert (row["accuracy"], row["accuracy_plus"], row["score"]) == (0.625, 0.25, 87.5)
+    assert (row["n"], row["images"], row["other"]) == (8, 4, 1) and row["low"] <= 87.5 <= row["high"]
+    assert scores.loc["OCR", "score"] == 200 and "all" not in scores.index, "a group needs all of its subtasks"
+
+
+def test_mme_sums_ten_subtasks_and_four() -> None:
+    right, half = ("Yes", "No"), ("Yes", "Yes")
+    frame = mme_frame({name: [right, half] for names in MME_GROUPS.values() for name in names})
+    totals = mme_scores(frame).query("subtask == 'all'").set_index("group")
+    assert totals["score"].to_dict() == {"perception": 10 * 125, "cognition": 4 * 125}
+    assert totals.loc["perception", "n"] == 40 and (totals["low"] < totals["score"]).all()
+    best = mme_scores(mme_frame({name: [right] * 3 for names in MME_GROUPS.values() for name in names}))
+    assert best.query("subtask == 'all'")["score"].to_list() == [2000, 800]
+    table = result_table(mme_rows(mme_scores(frame), model="m", defense="d"))
+    assert {"mme_perception", "mme_cognition", "mme:OCR"} <= set(table["metric"]) and len(table) == 16
+
+
+def test_mme_reads_the_first_four_characters_as_its_script_does() -> None:
+    assert [read_answer(text) for text in ("YES", " yes, because", "No.", "Nope", "not", "It is yes", "", "Eyes")] == [
+        "yes", "yes", "no", "no", "no", "other", "other", "yes",
+    ]  # fmt: skip
+
+
+def test_mme_names_what_is_wrong() -> None:
+    frame = mme_frame({"color": [("Yes", "No")]})
+    for wrong, message in (
+        (frame.drop(columns="prediction"), "lack the column 'prediction'"),
+        (frame.assign(subtask="colour"), "no subtask 'colour'"),
+        (frame.assign(answer="Maybe"), r"0\.jpg: the answer is 'Maybe'"),
+        (frame.iloc[:1], r"0\.jpg: 1 questions"),
+        (frame.iloc[:0], "no MME answers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mme_scores(wrong)
+
+
+@pytest.mark.skipif(not MME.is_dir(), reason=f"no {MME}")
+def test_mme_on_its_own_answers_is_perfect_and_on_yes_alone_is_half() -> None:
+    rows = [
+        (path.stem, *line.split("\t"))
+        for path in sorted(MME.glob("*.txt"))
+        for line in path.read_text(encoding="utf-8-sig").splitlines()
+        if line.strip()
+    ]
+    frame = pd.DataFrame(rows, columns=["subtask", "image", "question", "answer"])
+    perfect = mme_scores(frame.assign(prediction=frame["answer"]), resamples=50).query("subtask == 'all'")
+    assert perfect["score"].to_list() == [2000, 800] and perfect["n"].sum() == 2370
+    # Every image has one Yes and one No, so a model that says yes throughout gets 50 in each subtask.
+    constant = mme_scores(frame.assign(prediction="yes"), resamples=50).query("subtask == 'all'")
+    assert constant["score"].to_list() == [500, 200] and (constant["accuracy_plus"] == 0).all()
+
+
+def test_cohens_kappa_is_scikit_learns_with_an_interval() -> None:
+    rng = np.random.default_rng(0)
+    human = rng.choice(["refused", "complied", "incoherent"], 200)
+    judge = np.where(rng.random(200) < 0.7, human, rng.permutation(human))
+    found = agreement(pd.DataFrame({"judge": judge, "ann": human}), "judge", ["ann"], resamples=300)
+    row = found.measures.set_index("measure").loc["cohen_kappa"]
+    assert row["value"] == pytest.approx(cohen_kappa_score(human, judge)) == pytest.approx(cohen_kappa(human, judge))
+    assert row["low"] < row["value"] < row["high"] and row["n"] == 200
+    assert found.confusion["n"].sum() == 200
+    whole = found.confusion.groupby("human")["share"].sum()
+    assert np.allclose(whole, 1)
+
+
+def test_krippendorffs_alpha_equals_his_example() -> None:
+    # Krippendorff (2011), "Computing Krippendorff's Alpha-Reliability", example C: nominal 0.743, four observers.
+    nan = np.nan
+    data = pd.DataFrame(
+        {
+            "a": [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
+            "b": [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
+            "c": [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
+            "d": [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
+        }
+    )
+    for level, expected in (("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)):
+        rows = agreement(data, "d", ["a", "b", "c"], level=level, resamples=100).measures
+        alpha = rows[(rows["measure"] == "krippendorff_alpha") & (rows["raters"] == "a, b, c, d")].iloc[0]
+        assert alpha["value"] == pytest.approx(expected, abs=5e-4) and alpha["n"] == 11
+    assert np.isnan(krippendorff_alpha(np.array([[2], [3]]), ["x"]))
+
+
+def test_undecided_and_missing_labels_are_no_labels() -> None:
+    frame = pd.DataFrame(
+        {
+            "outcome": ["complied", "undecided", "refused", "Refused ", "incoherent", "complied"] * 4,
+            "ann": ["complied", "complied", "refused", "refused", "refused", ""] * 4,
+        }
+    )
+    found = agreement(frame, "outcome", ["ann"], positive=["complied"], resamples=50)
+    row = found.measures.set_index("measure")
+    assert found.undecided == 4 and row.loc["cohen_kappa", "n"] == 16 and row.loc["cohen_kappa", "value"] == 1
+    counts = found.confusion.set_index(["human", "judge"])["n"]
+    assert counts["complied", "undecided"] == 4 and counts["not complied", "not complied"] == 12
+
+
+def test_a_majority_of_people_is_a_rater() -> None:
+    frame = pd.DataFrame({"j": list("aabb"), "x": list("aabb"), "y": list("aaba"), "z": list("abba")})
+    frame = pd.concat([frame] * 5, ignore_index=True)
+    rows = agreement(frame, "j", ["x", "y", "z"], clusters=[i % 4 for i in range(20)], resamples=50).measures
+    assert {"majority ~ j", "x ~ y", "y ~ z"} <= set(rows["raters"])
+    observed = rows[(rows["measure"] == "observed") & (rows["raters"] == "majority ~ j")]
+    assert observed["value"].item() == 0.75
+
+
+def test_agreement_names_what_it_lacks_and_gives_no_number_where_there_is_none() -> None:
+    frame = pd.DataFrame({"j": ["a", "a"], "x": ["a", "a"], "e": ["", ""]})
+    for arguments, message in (
+        (("gone", ["x"]), "no column 'gone'"),
+        (("j", ["e"]), "e hold no label"),
+        (("j", []), "at least one other"),
+        (("j", ["j"]), "at least one other"),
+    ):
+        with pytest.raises(InputError, match=message):
+            agreement(frame, *arguments)
+    with pytest.raises(InputError, match="nobody gave the label 'b'; labels: a"):
+        agreement(frame, "j", ["x"], positive=["b"])
+    with pytest.raises(InputError, match="'a' is no number"):
+        agreement(frame, "j", ["x"], level="ordinal")
+    rows = agreement(frame, "j", ["x"], resamples=20).measures.set_index("measure")
+    assert rows.loc["observed", "value"] == 1
+    assert np.isnan(rows.loc["cohen_kappa", "value"]) and np.isnan(rows.loc["krippendorff_alpha", "value"])
+
+
+def test_kl_is_scipys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, other = torch.randn(2, 5, 11, generator=generator)
+    expected = entropy(base.softmax(-1).numpy(), other.softmax(-1).numpy(), axis=-1)
+    np.testing.assert_allclose(kl_divergence(base, other), expected, rtol=1e-5)
+    assert torch.equal(kl_divergence(base, base), torch.zeros(5))
+    masked = base.clone()
+    masked[:, 0] = -torch.inf
+    assert kl_divergence(masked, other).isfinite().all()
+    with pytest.raises(InputError, match="one shape"):
+        kl_divergence(base, other[:, :4])
+    with pytest.raises(InputError, match="not finite"):
+        kl_divergence(base * torch.nan, other)
+
+
+def test_logits_of_replies_are_those_of_the_model(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    targets = [tiny_omni.reply_ids(text) for text in ("sure , here", "sorry", "word in the image", "cake")]
+    batch = tiny_omni.encode(mixed_queries, targets)
+    found = reply_logits(tiny_omni, batch)
+    with torch.no_grad():
+        whole = tiny_omni.model(**batch.inputs).logits
+    for row, (logits, target) in enumerate(zip(found, targets, strict=True)):
+        assert logits.shape == (len(target), tiny_omni.vocab_size)
+        torch.testing.assert_close(logits, whole[row, -len(target) - 1 : -1])
+    with pytest.raises(InputError, match="need targets"):
+        reply_logits(tiny_omni, tiny_omni.encode(mixed_queries))
+
+
+def test_a_gate_that_changes_nothing_has_nearly_no_divergence(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    casa = Casa.attach(tiny_omni)
+    settings = GenerationSettings(max_new_tokens=3, batch_size=3)
+    before = kl_to_base(casa, mixed_queries, settings)
+    assert len(before) == 4 and all(0 <= value < 0.5 for value in before), "the safety token stands before the reply"
+    with torch.no_grad():
+        for name, weight in tiny_omni.model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.5)
+    after = kl_to_base(casa, mixed_queries, settings)
+    assert np.mean(after) > 2 * np.mean(before)
+    row = benign_kl_row(casa, mixed_queries, defense="CASA", settings=settings)
+    assert row["metric"] == "benign_kl" and row["value"] == pytest.approx(np.mean(after)) and row["n"] == 4
+    result_table([row])
+    with pytest.raises(InputError, match="query 'text' has a prefill"):
+        kl_to_base(casa, [mixed_queries[0].model_copy(update={"prefill": "sure"})])

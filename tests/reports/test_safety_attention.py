@@ -1,0 +1,112 @@
+"""What notebooks 07 and 08 work with, on a random organism of tiny sizes: it runs, resumes, and says what it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from casa_mech.judging import RESULT_COLUMNS
+from casa_mech.reports.claim import claim_rows
+from casa_mech.reports.prefill_dynamics import claims as prefill_claims
+from casa_mech.reports.prefill_dynamics import plots as prefill_plots
+from casa_mech.reports.prefill_dynamics import tables as prefill_analysis
+from casa_mech.reports.safety_attention import claims as gate_claims
+from casa_mech.reports.safety_attention import plots as gate_plots
+from casa_mech.reports.safety_attention import tables as gate_analysis
+from casa_mech.study.artifacts import Study
+from probes.gate.pairs import position_roles
+
+SIZES = {"n_probe": 6, "train_examples": 16, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def study(random_organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    out = tmp_path_factory.mktemp("runs") / "study"
+    return Study.open(out, model=str(random_organism), profile="smoke", device="cpu", progress=False, sizes=SIZES)
+
+
+@pytest.mark.parametrize("attack", ["plain", "image", "audio"])
+def test_twins_differ_in_the_key_word_alone(study: Study, attack: str) -> None:
+    pairs = gate_analysis.twin_pairs(study, attack, 3)
+    assert 1 <= len(pairs) <= 3
+    omni = study.omni()
+    for pair in pairs:
+        assert (pair.harmful.label, pair.benign.label) == ("harmful", "benign")
+        assert pair.benign.meta["compliance"].count(pair.benign.meta["topic"]) == 2
+        assert pair.harmful.meta["topic"] not in pair.benign.meta["compliance"].split()
+        one, other = (omni.encode([query]) for query in (pair.harmful, pair.benign))
+        assert (position_roles(one) == position_roles(other)).all()
+        differing = int((one.inputs["input_ids"] != other.inputs["input_ids"]).sum())
+        assert differing == (1 if attack == "plain" else 0)
+
+
+def test_gate_tables_are_made_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = gate_analysis.v_s_by_attack(study)
+    assert len(readings) == 6 * 2 * 6 and readings["v_s"].between(0, 1).all()
+    monkeypatch.setattr(gate_analysis, "_readings", None)
+    pd.testing.assert_frame_equal(gate_analysis.v_s_by_attack(study), readings)
+
+
+def test_directions_are_found_or_said_to_be_second_best(study: Study) -> None:
+    direction = gate_analysis.refusal_direction(study)
+    assert direction.difference.shape == (64,) and not direction.rules_met
+    table = gate_analysis.cosines(study)
+    assert table["cosine"].abs().max() <= 1 and len(table) == 9
+    ablated = gate_analysis.ablation(study, 2)
+    assert set(ablated["run"]) == set(gate_analysis.RUNS)
+    assert (ablated.groupby(["surface", "run"])["query_id"].count() == [4, 4, 20, 4] * 3).all()
+
+
+def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
+    readings = gate_analysis.v_s_by_attack(study)
+    effects = gate_analysis.patching(study, 2)
+    found = gate_analysis.calibration(study, readings)
+    claims = [
+        gate_claims.patching_claim(study, effects),
+        gate_claims.ablation_claim(study, gate_analysis.ablation(study, 2)),
+        gate_claims.calibration_claim(study, readings, found),
+    ]
+    for claim in claims:
+        assert 0 <= claim.p <= 1 and claim.n > 0 and claim.low <= claim.high and claim.refuted_if
+    rows = claim_rows(study, claims)
+    assert all(tuple(row) == RESULT_COLUMNS or set(row) == set(RESULT_COLUMNS) for row in rows)
+    study.save_table("gate", rows)
+    summary = gate_analysis.patch_summary(study, effects)
+    residual, heads = gate_claims.residual(summary), gate_claims.heads(summary)
+    assert len(heads) == 3 * 4 and set(residual["site"]) == {"embeddings", "0", "1"}
+    assert len(gate_plots.plot_patching(residual, claims[0].statement).axes) == 6
+    assert gate_plots.plot_heads(heads, gate_claims.heads_title("tiny", heads)).axes
+    assert gate_plots.plot_reliability(found, claims[2].statement).axes
+    parts = gate_analysis.attribution(study, 2).table()
+    assert gate_plots.plot_attribution(parts, gate_claims.attribution_title("tiny", parts)).axes
+
+
+def test_prefill_tables_and_claims(study: Study) -> None:
+    tables = prefill_analysis.prefill_tables(study, 5, (0, 2, 6))
+    assert set(tables.replies["system"]) == {"pretrained", "SSFT", "CASA"}
+    assert len(tables.lengths) == len(tables.replies) == 3 * 5 * 3
+    casa = tables.lengths[tables.lengths["system"] == "CASA"]
+    assert casa.groupby("query_id")["unsafe_a"].nunique().max() == 1
+    assert np.allclose(casa.groupby("query_id")["v_s"].agg(np.ptp), 0, atol=1e-6)
+    lengths, tokens = prefill_claims.length_data(tables, 0), prefill_claims.token_data(tables, 0)
+    depth = prefill_claims.depth_data(tables, 0)
+    claims = [
+        prefill_claims.success_claim(study, tables),
+        prefill_claims.order_claim(study, tables),
+        prefill_claims.depth_claim(study, tables),
+    ]
+    assert all(0 <= claim.p <= 1 and claim.n == 5 for claim in claims)
+    study.save_table("prefill", claim_rows(study, claims))
+    assert prefill_plots.plot_lengths(lengths, claims[0].statement).axes
+    assert prefill_plots.plot_depth(depth, claims[2].statement).axes
+    assert prefill_plots.plot_tokens(tokens, prefill_claims.token_title(study, tokens)).axes
+
+
+def test_prefill_tables_are_made_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = prefill_analysis.prefill_tables(study, 5, (0, 2, 6))
+    monkeypatch.setattr(prefill_analysis, "_measured", None)
+    again = prefill_analysis.prefill_tables(study, 5, (0, 2, 6))
+    pd.testing.assert_frame_equal(again.depth, tables.depth)

@@ -1,0 +1,315 @@
+"""The run folder, its artifacts, evaluation and the checks that come before a kernel starts."""
+
+import json
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from nbclient.exceptions import DeadKernelError
+
+from casa_mech.casa import Casa
+from casa_mech.errors import InputError, ModelError, RunError
+from casa_mech.evaluation.evaluate import check_media, evaluate, result_rows
+from casa_mech.files import TEMPORARY
+from casa_mech.judging import RESULT_COLUMNS, wilson
+from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.queries import AudioPart, ImagePart, Query
+from casa_mech.study.artifacts import Study
+from casa_mech.study.folder import RunFolder, is_complete
+from casa_mech.study.manifest import Manifest, data_hashes, versions
+from casa_mech.study.notebooks import check_parameters, find_notebooks
+from casa_mech.study.runner import default_jobs, run_study
+from casa_mech.study.settings import PROFILES, StudySettings, settings_of
+
+SIZES = {"n_eval": 4, "n_probe": 6, "train_examples": 16, "train_steps": 2, "train_batch": 4, "max_new_tokens": 3}
+
+
+@pytest.fixture
+def study(random_organism: Path, tmp_path: Path) -> Study:
+    return _open(random_organism, tmp_path / "run")
+
+
+def _open(model: Path, out: Path) -> Study:
+    return Study.open(out, model=str(model), profile="smoke", progress=False, sizes=SIZES)
+
+
+def test_default_profile_meets_the_sizes_asked_for() -> None:
+    assert PROFILES["default"].n_eval >= 300
+    assert PROFILES["smoke"].n_eval < PROFILES["default"].n_eval < PROFILES["full"].n_eval
+    assert StudySettings().models == ("organism", "organism-split")
+    assert StudySettings(model="a/b").models == ("a/b",)
+
+
+@pytest.mark.parametrize("fields", [{"profile": "tiny"}, {"seed": -1}, {"unheard": 1}])
+def test_bad_settings_are_named(fields: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(fields))):
+        settings_of(**fields)
+
+
+def test_folder_is_bound_to_its_settings(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path / "run", StudySettings())
+    RunFolder.open(tmp_path / "run", StudySettings(device="cpu"))
+    with pytest.raises(RunError, match="seed=0, not 1"):
+        RunFolder.open(tmp_path / "run", StudySettings(seed=1))
+
+
+def _ask(root: Path, made: Path) -> None:
+    def build(folder: Path) -> None:
+        with made.open("a") as log:
+            log.write("built\n")
+        time.sleep(0.3)
+        (folder / "content.txt").write_text("done")
+
+    RunFolder(root).artifact("things", "one", {"n": 1}, build)
+
+
+def test_what_several_processes_need_is_made_once(tmp_path: Path) -> None:
+    root = RunFolder.open(tmp_path / "run", StudySettings()).root
+    processes = [get_context("fork").Process(target=_ask, args=(root, tmp_path / "made")) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert (tmp_path / "made").read_text() == "built\n"
+
+
+def test_only_small_models_run_side_by_side() -> None:
+    assert default_jobs(StudySettings(model="Qwen/Qwen2.5-Omni-3B")) == 1
+    assert default_jobs(StudySettings(device="cuda")) == 1
+    assert default_jobs(StudySettings()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"notes.txt": "mine"}, "holds other files"),
+        ({"run.json": "{"}, "unreadable"),
+        ({"run.json": "[]"}, "unreadable"),
+    ],
+)
+def test_foreign_and_half_written_folders_are_refused(tmp_path: Path, content: dict, message: str) -> None:
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RunError, match=message) as caught:
+        RunFolder.open(tmp_path, StudySettings())
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == set(content)
+
+
+def test_folder_in_the_way_and_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="is there already"):
+        RunFolder.open(tmp_path / "file", StudySettings())
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(RunError, match="no space left"):
+        RunFolder.open(tmp_path / "run", StudySettings())
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_artifacts_are_built_once_and_again_when_they_do_not_fit(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path / "run", StudySettings())
+    built = []
+
+    def build(new: Path) -> None:
+        built.append(new)
+        (new / "a.txt").write_text("content")
+
+    for _ in range(2):
+        path = folder.artifact("kind", "name", {"seed": 0}, build)
+    assert len(built) == 1 and (path / "a.txt").read_text() == "content"
+    folder.artifact("kind", "name", {"seed": 1}, build)
+    (path / "a.txt").write_text("damaged")
+    assert not is_complete(path, {"seed": 1})
+    folder.artifact("kind", "name", {"seed": 1}, build)
+    assert len(built) == 3 and (path / "a.txt").read_text() == "content"
+
+
+def test_a_stopped_artifact_leaves_nothing_and_is_made_later(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path / "run", StudySettings())
+
+    def stopped(new: Path) -> None:
+        (new / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.artifact("kind", "name", {}, stopped)
+    assert not list(folder.path("kind").iterdir())
+    folder.artifact("kind", "name", {}, lambda new: (new / "whole").touch())
+    assert folder.path("kind", "name", "whole").exists()
+
+
+def test_lock_keeps_a_second_runner_out_and_clears_leftovers(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path / "run", StudySettings())
+    (folder.root / f"{TEMPORARY}left").mkdir()
+    with folder.locked():
+        assert not list(folder.root.glob(f"{TEMPORARY}*"))
+        code = (
+            "import sys; from casa_mech.study.folder import RunFolder; from pathlib import Path\n"
+            "try:\n    with RunFolder(Path(sys.argv[1])).locked(): print('in')\n"
+            "except Exception as error: print(type(error).__name__, error)"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", code, str(folder.root)], capture_output=True, text=True, check=True
+        )
+    assert found.stdout.startswith("RunError") and "in use by another run" in found.stdout
+
+
+def test_gate_is_trained_once_and_found_again(study: Study, random_organism: Path) -> None:
+    gate = study.gate()
+    log = study.training_log()
+    assert list(log["step"]) == [1, 2]
+    assert {"loss", "v_harmful", "v_benign"} <= set(log.columns)
+    assert [path.name for path in study.folder.path("gates").iterdir()] == ["random-organism"]
+    again = _open(random_organism, study.folder.root)
+    stamp = study.folder.path("gates", "random-organism", "done.json").stat().st_mtime_ns
+    queries = study.queries("plain", "harmful", 4)
+    first = [reply.v_s for reply in gate.gate(queries)]
+    assert [reply.v_s for reply in again.gate().gate(queries)] == first
+    assert study.folder.path("gates", "random-organism", "done.json").stat().st_mtime_ns == stamp
+
+
+def test_stopped_training_is_continued(study: Study, random_organism: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Casa, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Casa, "save_pretrained", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            study.gate()
+    left = [path.name for path in study.folder.path("gates").iterdir()]
+    assert len(left) == 1 and left[0].startswith("training-")
+    again = _open(random_organism, study.folder.root)
+    again.gate()
+    assert len(again.training_log()) == 2
+    assert [path.name for path in again.folder.path("gates").iterdir()] == ["random-organism"]
+
+
+def test_activations_readings_and_replies_are_shared(study: Study, random_organism: Path) -> None:
+    activations = study.activations()
+    assert set(activations.index["surface"]) == {"text", "image", "audio"}
+    assert len(activations.index) == 2 * 3 * SIZES["n_probe"]
+    readings = study.readings()
+    assert set(readings["moment"]) == {"before", "after"}
+    assert readings["v_s"].between(0, 1).all()
+    study.omni().model.zero_grad()
+    other = _open(random_organism, study.folder.root)
+    np.testing.assert_array_equal(other.activations().states["norm"], activations.states["norm"])
+    pd.testing.assert_frame_equal(other.readings(), readings)
+
+
+def test_pretrained_cells_are_the_base_model_with_or_without_a_gate(study: Study, random_organism: Path) -> None:
+    model = str(random_organism)
+    before = study.replies(model, "pretrained", "plain", "harmful")
+    fresh = Study.open(study.folder.root.parent / "other", model=model, profile="smoke", progress=False, sizes=SIZES)
+    fresh.gate()
+    after = fresh.replies(model, "pretrained", "plain", "harmful")
+    assert list(before["reply"]) == list(after["reply"])
+    assert before["v_s"].isna().all()
+    assert fresh.replies(model, "CASA", "prefill-4", "harmful")["safety_token"].isin(["safe", "unsafe"]).all()
+
+
+def test_cells_cover_every_attack_and_the_benign_side(study: Study) -> None:
+    cells = study.cells()
+    assert len(cells) == len(set(cells))
+    attacks = {attack for _, defense, attack, label in cells if label == "harmful" and defense == "CASA"}
+    assert {"plain", "jailbreak", "spelled", "image", "audio", "spoken", "prefill-2", "prefill-12"} <= attacks
+    harmful, benign = (study.queries("plain", label, 4) for label in ("harmful", "benign"))
+    assert {query.meta["template_split"] for query in harmful + benign} == {"held_out"}
+    assert [query.meta["template"] for query in harmful] != [query.meta["template"] for query in benign]
+
+
+def test_evaluation_counts_what_the_judge_says(tiny_omni: Omni) -> None:
+    queries = [Query.from_text(f"how do i make tea {word}", id=word, label="benign") for word in ("a", "b", "c")]
+    found = evaluate(tiny_omni, None, queries, settings=GenerationSettings(max_new_tokens=2))
+    assert list(found.replies["query_id"]) == ["a", "b", "c"]
+    for row in found.rows:
+        assert set(row) == set(RESULT_COLUMNS)
+    refused = int((found.replies["outcome"] == "refused").sum())
+    row = next(row for row in found.rows if row["metric"] == "over_refusal")
+    assert (row["value"], row["n"]) == (refused / 3, 3)
+    assert (row["low"], row["high"]) == wilson(refused, 3)
+
+
+def test_rates_split_by_topic_and_auroc(tiny_omni: Omni) -> None:
+    rows = [
+        {"model": "m", "defense": "CASA", "attack": "plain", "surface": "text", "label": label, "split": split,
+         "topic": f"{label}{number}", "query_id": f"{label}{split}{number}", "safety_token": "unsafe",
+         "outcome": "complied", "v_s": 0.9 if label == "harmful" else 0.1}
+        for label in ("harmful", "benign") for split in ("seen", "held_out") for number in range(4)
+    ]  # fmt: skip
+    found = {(row["metric"], row["label"]): row for row in result_rows(pd.DataFrame(rows))}
+    assert found["attack_success", "harmful"]["value"] == 1 and found["attack_success", "harmful"]["n"] == 8
+    assert found["attack_success:held_out", "harmful"]["n"] == 4
+    assert found["flagged", "benign"]["value"] == 1
+    assert found["gate_auroc", "both"]["value"] == 1
+    assert ("token_auroc", "both") not in found
+    token = pd.DataFrame(rows).assign(logit_safe=0.0, logit_unsafe=[-row["v_s"] for row in rows])
+    found = {(row["metric"], row["label"]): row for row in result_rows(token)}
+    assert found["token_auroc", "both"]["value"] == 0 and found["gate_auroc", "both"]["value"] == 1
+
+
+def test_bad_media_stop_an_evaluation_before_it_begins(tiny_omni: Omni, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_text("not a picture")
+    (tmp_path / "no.wav").write_text("not a clip")
+    for part in (ImagePart(image=tmp_path / "no.png"), AudioPart(audio=tmp_path / "no.wav")):
+        with pytest.raises(InputError, match="query bad"):
+            check_media([Query.from_text("good"), Query(id="bad", parts=(part,))])
+    with pytest.raises(InputError, match="no queries"):
+        evaluate(tiny_omni, None, [])
+
+
+def test_parameters_are_checked_before_a_kernel_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+    for given, message in (({"n_evil": 3}, "no notebook parameter 'n_evil'.*n_eval"), ({"n_eval": "many"}, "type int")):
+        with pytest.raises(InputError, match=message):
+            run_study(StudySettings(), tmp_path / "run", parameters=given)
+    with pytest.raises(InputError, match="01_separability, 02_casa_training, 03_attack_success"):
+        run_study(StudySettings(), tmp_path / "run", only=["11"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_reach_the_notebooks_that_take_them() -> None:
+    notebooks = find_notebooks(["02", "attack_success"])
+    assert [book.name for book in notebooks] == ["02_casa_training", "03_attack_success"]
+    given = check_parameters(notebooks, {"n_eval": "7", "train_steps": 5})
+    assert given == {"02_casa_training": {"train_steps": 5}, "03_attack_success": {"n_eval": 7, "train_steps": 5}}
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    study = Study.open(tmp_path / "run", model="nothing-here", profile="smoke", progress=False)
+    with pytest.raises(ModelError) as caught:
+        study.omni()
+    assert "\n" not in str(caught.value)
+
+
+def test_manifest_round_trips(tmp_path: Path) -> None:
+    manifest = Manifest(
+        settings={}, parameters={}, arguments=[], versions=versions(), git=None, models={}, data=data_hashes(),
+        outputs={}, timings={}, started="a", finished="b",
+    )  # fmt: skip
+    manifest.write(tmp_path / "manifest.json")
+    assert Manifest.read(tmp_path / "manifest.json") == manifest
+    assert "organism/world.json" in json.loads((tmp_path / "manifest.json").read_text())["data"]
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(RunError, match="run the study again"):
+        Manifest.read(tmp_path / "manifest.json")
+
+
+def test_a_dead_kernel_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: object, **__: object) -> None:
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr("papermill.execute_notebook", dies)
+    with pytest.raises(RunError, match="02_casa_training: the kernel died"):
+        run_study(StudySettings(), tmp_path / "run", only=["02"])
+    assert not list((tmp_path / "run" / "notebooks").iterdir())
