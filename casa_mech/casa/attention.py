@@ -1,6 +1,6 @@
 """Safety attention: one cross-attention from a class query to the prompt's hidden states, giving v_s in [0, 1].
 
-The forms R1, R2 and R3 are those of the method notes §1.2 (conflict B). Why none of them is an average of softmax
+The forms are those of the method notes §1.2 (conflict B). Why none of them is an average of softmax
 weights alone: those sum to 1 over the prompt, so their mean is 1/T whatever the prompt says.
 """
 
@@ -45,14 +45,15 @@ class SafetyAttention(nn.Module):
         self.normalise = config.layer != "norm"
         self.w_q = nn.Linear(d_model, self.width, bias=False)
         self.w_k = nn.Linear(d_model, self.width, bias=False)
-        if self.form == "R2":
+        if self.form == "pooled":
             self.w_v = nn.Linear(d_model, self.width, bias=False)
             self.readout = nn.Linear(self.width, 1)
 
     def forward(self, states: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
         """Prompt states [batch, position, d_model], mask [batch, position] → v_s [batch], attention [batch, position].
 
-        Attention is zero off the mask: σ of the scores for R1, softmax weights for R2, the positions' weights for R3.
+        Attention is zero off the mask: σ of the scores for `mean` and `top_k`, softmax weights for `pooled`, the
+        positions' weights for `compete`.
 
         Raises:
             InputError: a row without any position to read.
@@ -61,10 +62,10 @@ class SafetyAttention(nn.Module):
         # One class sends no gradient into the prompt's representation: only the gate learns from v_s.
         states = self._prepared(states.detach(), mask)
         scores = self._scores(states)
-        if self.form == "R3":
+        if self.form == "compete":
             return self._compete(scores, mask)
         unsafe = scores[..., UNSAFE]
-        if self.form != "R2":
+        if self.form != "pooled":
             return self._average(unsafe, mask)
         logit, weights = self._pool(unsafe, states, mask)
         return torch.sigmoid(logit), weights
@@ -72,14 +73,14 @@ class SafetyAttention(nn.Module):
     def log_odds(self, states: Tensor, mask: BoolTensor) -> Tensor:
         """The logit of v_s [batch], with its gradient into the states [batch, position, d_model]; `mask` as above.
 
-        For R2 it is what the sigmoid is given, so it tells apart what v_s, at 0 or 1 in float32, no longer does.
+        For `pooled` it is what the sigmoid is given, so it tells apart what v_s, at 0 or 1 in float32, no longer does.
         """
         check_mask(mask)
         states = self._prepared(states, mask)
         scores = self._scores(states)
-        if self.form == "R2":
+        if self.form == "pooled":
             return self._pool(scores[..., UNSAFE], states, mask)[0]
-        v_s, _ = self._compete(scores, mask) if self.form == "R3" else self._average(scores[..., UNSAFE], mask)
+        v_s, _ = self._compete(scores, mask) if self.form == "compete" else self._average(scores[..., UNSAFE], mask)
         return torch.logit(v_s, eps=1e-6)
 
     def _prepared(self, states: Tensor, mask: BoolTensor) -> Tensor:
@@ -94,24 +95,24 @@ class SafetyAttention(nn.Module):
         return self.w_k(states) @ queries.T / math.sqrt(self.width)
 
     def _average(self, scores: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
-        """R1: v_s = mean of σ(a) over the prompt, or over its k highest."""
+        """`mean`, `top_k`: v_s = mean of σ(a) over the prompt, or over its k highest."""
         weights = torch.sigmoid(scores) * mask
         count = mask.sum(dim=1)
-        if self.form == "R1-mean":
+        if self.form == "mean":
             return weights.sum(dim=1) / count, weights
         k = min(self.top_k, mask.shape[1])
         # Sigmoids are positive, so the zeros off the mask are the last to be picked.
         return weights.topk(k, dim=1).values.sum(dim=1) / count.clamp(max=k), weights
 
     def _pool(self, scores: Tensor, states: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
-        """R2: c = Σ softmax(a) W_v h; the logit of v_s is u·c / sqrt(width) + b."""
+        """`pooled`: c = Σ softmax(a) W_v h; the logit of v_s is u·c / sqrt(width) + b."""
         weights = _masked_softmax(scores, mask)
         context = self.w_v(torch.einsum("bp,bpd->bd", weights, states))
         logit = context @ self.readout.weight[0] / math.sqrt(self.width) + self.readout.bias[0]
         return logit, weights
 
     def _compete(self, scores: Tensor, mask: BoolTensor) -> tuple[Tensor, Tensor]:
-        """R3: p = softmax over the classes at each position; v_s = Σ ω p with ω = softmax of their log-sum-exp."""
+        """`compete`: p = softmax over the classes at a position; v_s = Σ ω p, ω = softmax of their log-sum-exp."""
         unsafe = torch.softmax(scores, dim=-1)[..., UNSAFE]
         weights = _masked_softmax(torch.logsumexp(scores, dim=-1), mask)
         return (weights * unsafe).sum(dim=1), weights

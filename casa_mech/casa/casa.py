@@ -156,7 +156,7 @@ class Casa:
         queries: Sequence[Query],
         settings: GenerationSettings = GenerationSettings(),
         *,
-        order: Order = "A",
+        order: Order = "gate_first",
         hard: bool = False,
         refusal: str = REFUSAL,
         threshold: float | None = None,
@@ -169,7 +169,7 @@ class Casa:
         Args:
             queries: any mixture of text, image and audio.
             settings: as for `Omni.generate`; the safety token is chosen greedily or sampled as they say.
-            order: "A" gate, then prefill; "B" prefill, then gate.
+            order: "gate_first" or "prefill_first".
             hard: answer unsafe queries with `refusal` instead of generating.
             refusal: the hard gate's text.
             threshold: choose unsafe where its share of the two tokens' probability is above this, instead of the
@@ -187,12 +187,12 @@ class Casa:
         with self._parts.adapter.merged() if merge else nullcontext():
             return gated_replies(self.omni, self._parts.gate, queries, settings, behaviour, progress)
 
-    def gate(
+    def decide(
         self,
         queries: Sequence[Query],
         settings: GenerationSettings = GenerationSettings(),
         *,
-        order: Order = "A",
+        order: Order = "gate_first",
         attention: bool = False,
         merge: bool = True,
         progress: bool = False,

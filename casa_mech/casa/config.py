@@ -6,16 +6,26 @@ the project's method notes, which give the evidence for each.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from casa_mech.errors import InputError
 
-Form = Literal["R1-mean", "R1-topk", "R2", "R3", "none"]
-Rule = Literal["S1", "S2", "S3", "S4"]
+Form = Literal["mean", "top_k", "pooled", "compete", "none"]
+Rule = Literal["scale", "replace", "add_log", "scale_above"]
 QuerySource = Literal["pooled_text_hidden", "input_embedding_rows", "lm_head_rows", "learned_free"]
 PromptPositions = Literal["user+header", "user", "header", "all"]
+
+OLD_NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "form": {"R1-mean": "mean", "R1-topk": "top_k", "R2": "pooled", "R3": "compete"},
+        "rule": {"S1": "scale", "S2": "replace", "S3": "add_log", "S4": "scale_above"},
+    }
+)
+"""What gates saved before version 0.2 call the forms and rules; `storage` reads them."""
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -62,12 +72,13 @@ class LoraSettings(Settings):
 class CasaConfig(LoraSettings):
     """The method: form of safety attention, what it reads, how it changes the logits, the objective and the adapter."""
 
-    form: Form = "R2"
-    """R1 averages sigmoid scores (all, or the `k` highest); R2 pools values with a softmax and reads the result out;
-    R3 lets the safe and the unsafe query compete at each position (§1.2). "none": safety tokens without safety
-    attention, a neutral gate that leaves the logits alone; v_s is then the unsafe token's share of the pair."""
+    form: Form = "pooled"
+    """How attention becomes v_s (§1.2). "mean" and "top_k" average sigmoid scores, over all positions or the `k`
+    highest; "pooled" pools values with a softmax and reads the result out; "compete" lets the safe and the unsafe query
+    compete at each position. "none": safety tokens without safety attention, a neutral gate that leaves the logits
+    alone; v_s is then the unsafe token's share of the pair."""
     k: int | None = Field(default=None, ge=1)
-    """R1-topk only: how many positions are averaged (8 when not given)."""
+    """Form "top_k" only: how many positions are averaged (8 when not given)."""
     query_source: QuerySource = "pooled_text_hidden"
     """Where the class embeddings come from: pooled states of `class_phrases` in the frozen base model, its embedding or
     head rows of `class_words`, or free parameters."""
@@ -82,9 +93,10 @@ class CasaConfig(LoraSettings):
     or all real positions up to the gate (system prompt and control tokens included)."""
     width: int = Field(default=256, ge=1)
     """Size of queries, keys and values; no more than the model's own width is used."""
-    rule: Rule = "S3"
-    """How v_s changes the two logits: S1 scales them (the paper), S2 replaces them, S3 adds log v_s, S4 scales them
-    above the smallest logit (§1.2, conflict C)."""
+    rule: Rule = "add_log"
+    """How v_s changes the two logits (§1.2, conflict C): "scale" multiplies them (the paper), "replace" puts v_s and
+    1 - v_s in their place, "add_log" adds log v_s and log(1 - v_s), "scale_above" multiplies their height above the
+    smallest logit."""
     safe_token: str = "<|safe|>"
     unsafe_token: str = "<|unsafe|>"
     beta: float = Field(default=0.5, ge=0, le=1)
@@ -96,23 +108,21 @@ class CasaConfig(LoraSettings):
 
     @classmethod
     def paper(cls, **changes: Any) -> CasaConfig:
-        """The reading closest to the paper: softmax-pooled attention (R2) and scaled logits (S1)."""
-        return cls(**{"form": "R2", "rule": "S1", **changes})
+        """The reading closest to the paper: softmax-pooled attention and scaled logits."""
+        return cls(**{"form": "pooled", "rule": "scale", **changes})
 
     @property
     def top_k(self) -> int:
-        """How many positions R1-topk averages."""
+        """How many positions the form "top_k" averages."""
         return self.k or 8
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> CasaConfig:
-        if self.k is not None and self.form != "R1-topk":
+        if self.k is not None and self.form != "top_k":
+            raise InputError(f"k={self.k} is read by form top_k only, not {self.form}: leave k out or change the form")
+        if self.rule == "replace" and self.ce_support == "full":
             raise InputError(
-                f"k={self.k} is read by form R1-topk only, not {self.form}: leave k out or change the form"
-            )
-        if self.rule == "S2" and self.ce_support == "full":
-            raise InputError(
-                "rule S2 replaces the two logits by v_s and 1 - v_s, which mean nothing beside the other logits: "
+                "rule replace sets the two logits to v_s and 1 - v_s, which mean nothing beside the other logits: "
                 "use ce_support='two_way'"
             )
         if self.safe_token == self.unsafe_token or not self.safe_token.strip() or not self.unsafe_token.strip():

@@ -70,7 +70,7 @@ def class_embeddings(omni: Omni, config: CasaConfig) -> Tensor:
     """Class embeddings [2, d_model] (safe, unsafe), computed once from the untouched base model (§1.2, conflict A).
 
     Raises:
-        InputError: form R3 with a source that cannot tell the two classes apart on this tokenizer.
+        InputError: form "compete" with a source that cannot tell the two classes apart on this tokenizer.
     """
     if config.query_source == "learned_free":
         return torch.randn(2, omni.d_model, device=omni.device)
@@ -84,7 +84,7 @@ def class_embeddings(omni: Omni, config: CasaConfig) -> Tensor:
         weight = omni.model.lm_head.weight if head else omni.language_model.embed_tokens.weight
         found = word_rows(omni, config.class_words, weight)
         named = config.class_words
-    if config.form == "R3" and torch.equal(found[0], found[1]):
+    if config.form == "compete" and torch.equal(found[0], found[1]):
         raise InputError(
             f"{named[0]!r} and {named[1]!r} are the same to this tokenizer; name the classes by other words"
         )

@@ -18,7 +18,7 @@ from casa_mech.queries import Query, Reply
 from casa_mech.trace.gate import GatedPrompt, gated_prompt
 from casa_mech.trace.generate import continue_from
 
-Order = Literal["A", "B"]
+Order = Literal["gate_first", "prefill_first"]
 """A: the gate decides right after the assistant's header, a prefill follows its token. B: the prefill follows the
 header, and the gate decides after it, at the first step that is the model's own (method notes §1.8)."""
 
@@ -29,7 +29,7 @@ class Behaviour:
     generated for (hard gate), or None; `attention`: whether replies carry safety attention's weights; `threshold`: the
     share of the pair's probability above which the unsafe token is taken, or None for the likelier one."""
 
-    order: Order = "A"
+    order: Order = "gate_first"
     refusal: str | None = None
     attention: bool = False
     threshold: float | None = None
@@ -100,7 +100,7 @@ def _gated(
     behaviour: Behaviour,
     use_cache: bool,
 ) -> tuple[OmniBatch, GatedPrompt, list[int]]:
-    after_prefill = behaviour.order == "B"
+    after_prefill = behaviour.order == "prefill_first"
     batch = omni.encode(group, prefill=after_prefill)
     position = batch.last_position if after_prefill else batch.gate_position
     prompt = gated_prompt(omni, batch, gate, position, use_cache)
@@ -117,7 +117,7 @@ def _answer(
     rows = [row for row in range(len(group)) if not refused[row]]
     texts = dict.fromkeys(range(len(group)), (behaviour.refusal or "", 0))
     if rows:
-        prefills = prefill_ids(omni, group) if behaviour.order == "A" else [[] for _ in group]
+        prefills = prefill_ids(omni, group) if behaviour.order == "gate_first" else [[] for _ in group]
         forced = [[int(gate.token_ids[chosen[row]]), *prefills[row]] for row in rows]
         new = continue_from(omni, batch, prompt.cache, forced, rows, settings.kwargs())
         for row, ids in zip(rows, new.tolist(), strict=True):

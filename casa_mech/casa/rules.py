@@ -12,7 +12,9 @@ EPSILON = 1e-6
 
 
 def scale(pair: Tensor, v_s: Tensor) -> Tensor:
-    """S1 (the paper): z_safe * (1 - v_s), z_unsafe * v_s. Sign-fragile: a negative logit falls as its factor grows.
+    """`scale`, the paper's: z_safe * (1 - v_s), z_unsafe * v_s.
+
+    Sign-fragile: a negative logit falls as its factor grows.
 
     Shapes: pair [batch, 2] (safe, unsafe), v_s [batch] → [batch, 2]; so for all four rules.
     """
@@ -20,18 +22,18 @@ def scale(pair: Tensor, v_s: Tensor) -> Tensor:
 
 
 def replace(pair: Tensor, v_s: Tensor) -> Tensor:
-    """S2: the logits become 1 - v_s and v_s; the language model's own are left out, unsafe wins iff v_s > 1/2."""
+    """`replace`: logits become 1 - v_s and v_s; the language model's own are left out; unsafe wins iff v_s > 1/2."""
     return torch.stack([1 - v_s, v_s], dim=-1).to(pair.dtype)
 
 
-def shift_log(pair: Tensor, v_s: Tensor) -> Tensor:
-    """S3: z_safe + log(1 - v_s), z_unsafe + log v_s: probabilities multiply; monotone for logits of any sign."""
+def add_log(pair: Tensor, v_s: Tensor) -> Tensor:
+    """`add_log`: z_safe + log(1 - v_s), z_unsafe + log v_s: probabilities multiply; monotone for logits of any sign."""
     v_s = v_s.clamp(EPSILON, 1 - EPSILON)
     return pair + torch.stack([torch.log1p(-v_s), torch.log(v_s)], dim=-1)
 
 
 def scale_above(pair: Tensor, v_s: Tensor, floor: Tensor) -> Tensor:
-    """S4: S1 on the height of the logits above `floor` [batch], the smallest logit of the vocabulary.
+    """`scale_above`: `scale` on the height of the logits above `floor` [batch], the smallest logit of the vocabulary.
 
     The floor is added back, so that the pair stays comparable with the other logits.
     """
@@ -48,12 +50,12 @@ def rewrite(rule: Rule, logits: Tensor, token_ids: Tensor, v_s: Tensor) -> tuple
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     raw = logits[:, token_ids]
-    if rule == "S1":
+    if rule == "scale":
         pair = scale(raw, v_s)
-    elif rule == "S2":
+    elif rule == "replace":
         pair = replace(raw, v_s)
-    elif rule == "S3":
-        pair = shift_log(raw, v_s)
+    elif rule == "add_log":
+        pair = add_log(raw, v_s)
     else:
         pair = scale_above(raw, v_s, logits.detach().amin(dim=-1))
     return logits.index_copy(1, token_ids, pair), raw, pair

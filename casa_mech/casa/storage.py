@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from casa_mech.casa import adapter as adapter_files
-from casa_mech.casa.config import CasaConfig, LoraSettings, TrainSettings
+from casa_mech.casa.config import OLD_NAMES, CasaConfig, LoraSettings, TrainSettings
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni
@@ -104,9 +105,14 @@ def read_stored(directory: Path) -> Stored:
         version = raw.get("schema_version")
         if version != SCHEMA:
             raise ModelError(f"{path} has schema version {version}; this release of casa-mech reads {SCHEMA}")
-        return Stored.model_validate(raw)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, ValidationError) as error:
+        return Stored.model_validate({**raw, "config": _renamed(raw["config"])})
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, ValidationError) as error:
         raise ModelError(f"{path} is corrupt ({str(error).splitlines()[0]}); save the gate again") from None
+
+
+def _renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the forms and rules of earlier releases by their present names."""
+    return config | {name: old.get(config[name], config[name]) for name, old in OLD_NAMES.items() if name in config}
 
 
 def check_base(trained: Base, base: Base, directory: Path) -> str | None:

@@ -31,7 +31,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 INTERRUPTED = 130
-Order = Literal["A", "B"]
+Order = Literal["gate_first", "prefill_first"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 GateDir = Annotated[Path | None, typer.Option(help="Folder of a trained gate (casa-mech train); without it: no gate.")]
 Options = Annotated[list[str] | None, typer.Option(help="Option of the defence, NAME=VALUE; repeatable.")]

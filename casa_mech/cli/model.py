@@ -47,7 +47,7 @@ def generate(
     prefill: Annotated[str, typer.Option(help="Opening put into the assistant's mouth.")] = "",
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     gate: GateDir = None,
-    order: Annotated[Order, typer.Option(help="With a prefill: A, the gate first; B, the prefill first.")] = "A",
+    order: Annotated[Order, typer.Option(help="With a prefill: gate_first or prefill_first.")] = "gate_first",
     hard: Annotated[bool, typer.Option(help="Reply with a fixed refusal when the gate says unsafe.")] = False,
     model: Model = "organism",
     max_new_tokens: MaxTokens = 64,
@@ -95,8 +95,10 @@ def train(
     examples: Annotated[int, typer.Option(min=4, help="How many of the micro-world's examples.")] = 2000,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [200; circuit-breaker: 150].")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Examples a step [64; circuit-breaker: 16].")] = None,
-    form: Annotated[str | None, typer.Option(help="casa: R1-mean, R1-topk, R2, R3 [R2].")] = None,
-    rule: Annotated[str | None, typer.Option(help="casa: logit rule S1 (the paper's), S2, S3, S4 [S3].")] = None,
+    form: Annotated[str | None, typer.Option(help="casa: mean, top_k, pooled, compete [pooled].")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="casa: scale (the paper's), replace, add_log, scale_above [add_log].")
+    ] = None,
     beta: Annotated[float | None, typer.Option(min=0, max=1, help="Weight of harmful sequences [0.5].")] = None,
     option: Options = None,
     seed: Seed = 0,
@@ -108,7 +110,7 @@ def train(
     from casa_mech.evaluation.training import train_gate
 
     given = {"max_steps": steps, "batch_size": batch_size, "form": form, "rule": rule, "beta": beta}
-    given |= {"ce_support": "two_way" if rule == "S2" else None, **parse_options(option)}
+    given |= {"ce_support": "two_way" if rule == "replace" else None, **parse_options(option)}
     settings = {name: value for name, value in given.items() if value is not None}
     columns = (column, reply_column, label_column, completion_column)
     shared: dict[str, Any] = {"defense": defense, "seed": seed, "device": device, "dtype": dtype}

@@ -22,10 +22,11 @@ other and not with those."""
 _SETTINGS: Mapping[str, tuple[tuple[str, dict[str, Any]], ...]] = MappingProxyType(
     {
         "form": (
-            ("R1-mean", {"form": "R1-mean"}), ("R1-topk", {"form": "R1-topk"}), ("R2", {}), ("R3", {"form": "R3"}),
+            ("mean", {"form": "mean"}), ("top_k", {"form": "top_k"}), ("pooled", {}), ("compete", {"form": "compete"}),
         ),
         "rule": (
-            ("S1", {"rule": "S1"}), ("S2", {"rule": "S2", "ce_support": "two_way"}), ("S3", {}), ("S4", {"rule": "S4"}),
+            ("scale", {"rule": "scale"}), ("replace", {"rule": "replace", "ce_support": "two_way"}), ("add_log", {}),
+            ("scale_above", {"rule": "scale_above"}),
         ),
         "query": (
             ("pooled_text_hidden", {}), ("input_embedding_rows", {"query_source": "input_embedding_rows"}),
@@ -41,7 +42,7 @@ _SETTINGS: Mapping[str, tuple[tuple[str, dict[str, Any]], ...]] = MappingProxyTy
     }
 )  # fmt: skip
 AXES = ("prompt", "form", "rule", "query", "layer", "positions", "beta", "size")
-FEW = ("form=R1-mean", "rule=S1", "beta=0.8", "size=1/8")
+FEW = ("form=mean", "rule=scale", "beta=0.8", "size=1/8")
 """The variants of the default notebook, beside attention × safety prompt."""
 
 

@@ -22,7 +22,7 @@ from casa_mech.queries import Example, Query, Reply
 class GateSettings(DefenseSettings):
     """How a trained gate is used."""
 
-    order: Order = "A"
+    order: Order = "gate_first"
     """With a prefill: A, the gate decides first; B, the prefill comes first."""
     hard: bool = False
     """Answer unsafe queries with `refusal` instead of generating."""
@@ -73,7 +73,7 @@ class Gated(TrainedDefense):
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
         """v_s of each query; without safety attention, the unsafe token's share of the pair's probability."""
         queries = self._prepared(queries, settings)
-        readings = self.casa.gate(queries, settings, order=self.settings.order)
+        readings = self.casa.decide(queries, settings, order=self.settings.order)
         return [float(reading.v_s or 0.0) for reading in readings]
 
     def describe(self) -> Description:

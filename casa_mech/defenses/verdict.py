@@ -123,7 +123,7 @@ class CasaVerdict:
 
         casa = Casa.from_pretrained(self.path, self.omni)
         try:
-            readings = casa.gate(queries, GenerationSettings(batch_size=self.batch_size))
+            readings = casa.decide(queries, GenerationSettings(batch_size=self.batch_size))
         finally:
             casa.detach()
         return [None if reading.v_s is None else reading.v_s >= self.threshold for reading in readings]

@@ -92,7 +92,7 @@ def _divergences(
     with system.disabled():
         base = reply_logits(omni, omni.encode(group, targets))
     if isinstance(system, Casa):
-        tokens = [system.token_ids[reply.safety_token == "unsafe"] for reply in system.gate(group, settings)]
+        tokens = [system.token_ids[reply.safety_token == "unsafe"] for reply in system.decide(group, settings)]
         # The first logits are then those of the safety token, which the base model does not write.
         targets, own = [[token, *target] for token, target in zip(tokens, targets, strict=True)], 1
     changed = reply_logits(omni, omni.encode(group, targets))

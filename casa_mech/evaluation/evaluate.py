@@ -72,7 +72,7 @@ def evaluate(
     *,
     defense: str | None = None,
     settings: GenerationSettings | None = None,
-    order: Order = "A",
+    order: Order = "gate_first",
     seed: int = 0,
     progress: bool = False,
     store: Path | None = None,

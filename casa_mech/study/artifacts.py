@@ -32,7 +32,7 @@ from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
 from probes.activations.store import Activations, ActivationStore
 
 PREFILL_FIRST = "CASA, prefill first"
-"""CASA with the attacker's tokens before the gate (order B). Plain `CASA` decides right after the header (order A)."""
+"""CASA with the attacker's tokens before the gate (`prefill_first`). Plain `CASA` decides right after the header."""
 SURFACES = {"text": "plain", "spelled": "spelled", "image": "image", "audio": "audio"}
 BENIGN_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
 LABELS: tuple[Label, ...] = ("harmful", "benign")
@@ -138,7 +138,7 @@ class Study:
 
         return ActivationStore.open(self.folder.artifact("activations", name, key, build) / "store")
 
-    def gate(self, model: str = "") -> Casa:
+    def casa(self, model: str = "") -> Casa:
         """CASA trained on plain text, attached to the model; trained on the first call, continued if it was stopped."""
         model = model or self.settings.model
         if model not in self._gates:
@@ -151,7 +151,7 @@ class Study:
     def training_log(self, model: str = "") -> pd.DataFrame:
         """Metrics of every training step: `step, loss, v_harmful, v_benign, token_accuracy`, and loss parts."""
         model = model or self.settings.model
-        self.gate(model)
+        self.casa(model)
         return pd.read_json(self.folder.path("gates", slug(model), "metrics.jsonl"), lines=True)
 
     def readings(self, model: str = "") -> pd.DataFrame:
@@ -175,8 +175,8 @@ class Study:
                 with self._base(model) as omni:
                     found = evaluate(omni, None, queries, **shared)
             else:
-                order: Order = "B" if defense == PREFILL_FIRST else "A"
-                found = evaluate(self.omni(model), self.gate(model), queries, order=order, **shared)
+                order: Order = "prefill_first" if defense == PREFILL_FIRST else "gate_first"
+                found = evaluate(self.omni(model), self.casa(model), queries, order=order, **shared)
             found.replies.to_parquet(folder / "replies.parquet")
 
         return pd.read_parquet(self.folder.artifact("replies", "/".join(parts), key, build) / "replies.parquet")
@@ -249,7 +249,7 @@ class Study:
     def read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
         """What a gate says to the probing requests of a surface and label: `surface, label, topic, ..., v_s`."""
         queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, _PROBE)
-        replies = casa.gate(queries)
+        replies = casa.decide(queries)
         return pd.DataFrame(
             {
                 "surface": surface,
@@ -266,7 +266,7 @@ class Study:
     def _gate_at(self, model: str, moment: Moment) -> Iterator[Casa]:
         """The trained gate, or a freshly attached one on a model of its own."""
         if moment == "after":
-            yield self.gate(model)
+            yield self.casa(model)
             return
         fresh = load_omni(model, device=self.settings.device, dtype=self.settings.dtype)
         casa = Casa.attach(fresh, CasaConfig())

@@ -40,7 +40,7 @@ class OpenReading(GateReading):
 class OpenGate:
     """A gate as its attacker sees it: the same numbers, but gradients reach the prompt's states.
 
-    Training detaches these states, and rule S3 clamps v_s: both would hide the way in, not close it. For S3 the
+    Training detaches these states, and rule `add_log` clamps v_s: both would hide the way in, not close it. For it the
     surrogate is the difference of the raw logits plus the logit of v_s, unclamped; for other rules the difference.
     """
 
@@ -60,7 +60,7 @@ class OpenGate:
         log_odds = self._attention.log_odds(states, mask)
         v_s = torch.sigmoid(log_odds)
         logits, raw, pair = rewrite(self._rule, logits, self._ids, v_s)
-        surrogate = apart + log_odds if self._rule == "S3" else pair[:, 1] - pair[:, 0]
+        surrogate = apart + log_odds if self._rule == "add_log" else pair[:, 1] - pair[:, 0]
         return logits, OpenReading(v_s, pair, raw, none, surrogate, log_odds)
 
 

@@ -100,8 +100,9 @@ def attention_shares(maps: Sequence[AttentionMap]) -> pd.DataFrame:
 def gate_directions(casa: Casa) -> dict[str, np.ndarray]:
     """The directions [d_model] along which states at the gate's layer move it.
 
-    `query`: W_kᵀ W_q e_unsafe, which draws attention (for R3, against the safe class's); `read-out` (R2 only): W_vᵀ u,
-    which raises v_s once attended to; `token difference`: the two safety tokens' rows of the head, unsafe minus safe.
+    `query`: W_kᵀ W_q e_unsafe, which draws attention (for `compete`, against the safe class's); `read-out`
+    (`pooled` only): W_vᵀ u, which raises v_s once attended to; `token difference`: the two safety tokens' rows of the
+    head, unsafe minus safe.
 
     Raises:
         InputError: a gate without safety attention.
@@ -109,9 +110,9 @@ def gate_directions(casa: Casa) -> dict[str, np.ndarray]:
     module = casa.attention
     with torch.no_grad():
         queries = module.w_q(module.class_embeddings)
-        query = queries[UNSAFE] - queries[SAFE] if module.form == "R3" else queries[UNSAFE]
+        query = queries[UNSAFE] - queries[SAFE] if module.form == "compete" else queries[UNSAFE]
         found = {"query": query @ module.w_k.weight}
-        if module.form == "R2":
+        if module.form == "pooled":
             found["read-out"] = module.readout.weight[0] @ module.w_v.weight
         rows = casa.omni.model.lm_head.weight[list(casa.token_ids)].float()
         found["token difference"] = rows[UNSAFE] - rows[SAFE]

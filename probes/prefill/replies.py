@@ -39,7 +39,7 @@ class Attacked:
 def replies_by_length(
     system: System, queries: Sequence[Query], lengths: Sequence[int], max_new_tokens: int = 24, batch_size: int = 64
 ) -> list[Attacked]:
-    """Greedy replies under a prefill of each length (order A), query by query in the order of `lengths`.
+    """Greedy replies under a prefill of each length (`gate_first`), query by query in the order of `lengths`.
 
     As `Casa.generate` and `Omni.generate` reply to the attack `prefill-k` (tested); here with the ids that were forced.
 

@@ -31,8 +31,8 @@ from casa_mech.trace.sweep import read_positions
 
 @dataclass(frozen=True)
 class System:
-    """A model under attack. `name`: in tables; `casa`: its gate, which decides before the prefill (order A) and whose
-    token then stands before it; `adapter`: a LoRA that may be merged for decoding (a gate's own is known)."""
+    """A model under attack. `name`: in tables; `casa`: its gate, which decides before the prefill (`gate_first`) and
+    whose token then stands before it; `adapter`: a LoRA that may be merged for decoding (a gate's own is known)."""
 
     name: str
     omni: Omni
@@ -65,8 +65,8 @@ class PrefillSweep:
     lengths: tokens of the attacker's. states: by site [query, step, d_model], float32, after the prefill. opening:
     [query, step], probability that the next token opens a refusal. kl: [query, step], KL in nats of the next token's
     distribution from the one without a prefill. index: one row a query, `query_id, label, topic`. For a gated system
-    also `unsafe_first` [query], the decision before any prefill (order A), and, for a decision after the prefill (order
-    B), `v_s` and `logit` [query, step] (the rewritten pair's difference, unsafe minus safe); else None.
+    also `unsafe_first` [query], the decision before any prefill (`gate_first`), and, for a decision after the prefill
+    (`prefill_first`), `v_s` and `logit` [query, step] (the rewritten pair's difference, unsafe minus safe); else None.
     """
 
     system: str
@@ -185,7 +185,7 @@ def _sweep(
 def _decisions(
     casa: Casa, queries: list[Query], forced: list[list[int]], lengths: Sequence[int]
 ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """The gate after each length (order B), and the token that it chooses before any (order A)."""
+    """The gate after each length (`prefill_first`), and the token that it chooses before any (`gate_first`)."""
     gate, omni = casa.safety_gate, casa.omni
     batch = omni.encode(queries, forced, prefill=False)
     sweep = read_positions(omni, batch, _after(batch, [0, *lengths], 0), [], gate.layer)

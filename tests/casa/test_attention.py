@@ -9,11 +9,11 @@ import torch
 
 from casa_mech.casa import CasaConfig, SafetyAttention, TrainSettings
 from casa_mech.casa.objective import class_weights
-from casa_mech.casa.rules import replace, rewrite, scale, scale_above, shift_log
+from casa_mech.casa.rules import add_log, replace, rewrite, scale, scale_above
 from casa_mech.casa.trainer import learning_rate_factor
 from casa_mech.errors import InputError
 
-FORMS = ("R1-mean", "R1-topk", "R2", "R3")
+FORMS = ("mean", "top_k", "pooled", "compete")
 BATCH, POSITION, D_MODEL = 5, 9, 16
 
 
@@ -40,7 +40,7 @@ def test_v_s_is_a_share_and_attention_stays_on_the_prompt(form: str) -> None:
     assert v_s.shape == (BATCH,) and weights.shape == (BATCH, POSITION)
     assert ((v_s >= 0) & (v_s <= 1)).all()
     assert (weights[~mask] == 0).all() and (weights >= 0).all()
-    if form in ("R2", "R3"):
+    if form in ("pooled", "compete"):
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(BATCH))
 
 
@@ -66,17 +66,17 @@ def test_an_empty_prompt_raises(form: str) -> None:
 
 
 def test_softmax_weights_alone_say_nothing() -> None:
-    """Why R2 has values: the mean over T of weights that sum to one is 1/T for every prompt."""
+    """Why the form pooled has values: the mean over T of weights that sum to one is 1/T for every prompt."""
     scores = torch.randn(BATCH, POSITION) * 7
     torch.testing.assert_close(torch.softmax(scores, dim=1).mean(dim=1), torch.full((BATCH,), 1 / POSITION))
 
 
 def test_top_k_of_everything_is_the_mean_and_of_less_is_more() -> None:
     states, mask = states_and_mask()
-    mean = attention("R1-mean")
+    mean = attention("mean")
     found = {}
     for k in (1, 3, POSITION + 5):
-        module = attention("R1-topk", k=k)
+        module = attention("top_k", k=k)
         module.load_state_dict(mean.state_dict())
         found[k] = module(states, mask)[0]
     torch.testing.assert_close(found[POSITION + 5], mean(states, mask)[0])
@@ -121,18 +121,18 @@ def test_scaling_is_sign_fragile() -> None:
 
 def test_log_shift_is_monotone_whatever_the_signs() -> None:
     for pair in GRID:
-        lead = [float((lambda z: z[0, 1] - z[0, 0])(shift_log(pair, v_s.reshape(1)))) for v_s in V_S]
+        lead = [float((lambda z: z[0, 1] - z[0, 0])(add_log(pair, v_s.reshape(1)))) for v_s in V_S]
         assert all(low < high for low, high in itertools.pairwise(lead))
-        half = shift_log(pair, torch.tensor([0.5]))
+        half = add_log(pair, torch.tensor([0.5]))
         torch.testing.assert_close(half.softmax(dim=-1), pair.softmax(dim=-1))
 
 
 def test_log_shift_multiplies_probabilities_and_survives_the_ends() -> None:
     pair, v_s = torch.tensor([[0.3, -1.2]]), torch.tensor([0.8])
     odds = pair.softmax(-1)[0, 1] / pair.softmax(-1)[0, 0] * 0.8 / 0.2
-    found = shift_log(pair, v_s).softmax(-1)[0]
+    found = add_log(pair, v_s).softmax(-1)[0]
     torch.testing.assert_close(found[1] / found[0], odds)
-    assert torch.isfinite(shift_log(pair.repeat(2, 1), torch.tensor([0.0, 1.0]))).all()
+    assert torch.isfinite(add_log(pair.repeat(2, 1), torch.tensor([0.0, 1.0]))).all()
 
 
 def test_replacing_ignores_the_language_model() -> None:
@@ -157,7 +157,7 @@ def test_gradient_of_scaling_has_the_size_of_the_logits() -> None:
     torch.testing.assert_close(v_s.grad, ((p_unsafe - 1) * 25).reshape(1))
 
 
-@pytest.mark.parametrize("rule", ["S1", "S2", "S3", "S4"])
+@pytest.mark.parametrize("rule", ["scale", "replace", "add_log", "scale_above"])
 def test_rewrite_touches_two_columns_only(rule: str) -> None:
     logits, ids, v_s = torch.randn(3, 12), torch.tensor([4, 7]), torch.tensor([0.1, 0.5, 0.9])
     new, raw, pair = rewrite(rule, logits, ids, v_s)
@@ -171,8 +171,8 @@ def test_rewrite_touches_two_columns_only(rule: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"form": "R2", "k": 4}, "R1-topk"),
-        ({"rule": "S2"}, "two_way"),
+        ({"form": "pooled", "k": 4}, "top_k"),
+        ({"rule": "replace"}, "two_way"),
         ({"safe_token": "x", "unsafe_token": "x"}, "different"),
         ({"layer": -1}, "counted from 0"),
         ({"beta": 2}, "beta: Input should be less"),
@@ -187,7 +187,7 @@ def test_contradictions_are_refused(fields: dict[str, object], words: str) -> No
 
 def test_paper_reading_and_size_dependent_rates() -> None:
     paper = CasaConfig.paper()
-    assert (paper.form, paper.rule) == ("R2", "S1")
+    assert (paper.form, paper.rule) == ("pooled", "scale")
     assert CasaConfig.paper(beta=0.2).beta == 0.2
     assert TrainSettings().learning_rates(2048) == (1e-4, 5e-4)
     assert TrainSettings(lr_lora=1.0).learning_rates(64)[0] == 1.0

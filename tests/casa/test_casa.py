@@ -79,10 +79,10 @@ def test_only_the_language_model_is_adapted_and_only_casa_is_trained(tiny_omni: 
 @pytest.mark.parametrize("source", ["pooled_text_hidden", "input_embedding_rows", "lm_head_rows", "learned_free"])
 @pytest.mark.parametrize("layer", ["norm", 0])
 def test_query_sources_and_layers(tiny_omni: Omni, mixed_queries: list[Query], source: str, layer: object) -> None:
-    casa = Casa.attach(tiny_omni, CasaConfig(query_source=source, layer=layer, form="R3"))
+    casa = Casa.attach(tiny_omni, CasaConfig(query_source=source, layer=layer, form="compete"))
     first, second = casa.attention.class_embeddings
     assert not torch.allclose(first, second)
-    assert all(0 < reply.v_s < 1 for reply in casa.gate(mixed_queries) if reply.v_s is not None)
+    assert all(0 < reply.v_s < 1 for reply in casa.decide(mixed_queries) if reply.v_s is not None)
 
 
 # The traced gate against plain hooks
@@ -112,7 +112,7 @@ def test_traced_gate_equals_plain_hooks(tiny_omni: Omni, mixed_queries: list[Que
         torch.testing.assert_close(getattr(found.reading, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.logits[:, list(casa.token_ids)], expected.pair, atol=1e-5, rtol=1e-5)
     for query, v_s in zip(mixed_queries, expected.v_s.tolist(), strict=True):
-        assert casa.gate([query])[0].v_s == pytest.approx(v_s, abs=1e-5)
+        assert casa.decide([query])[0].v_s == pytest.approx(v_s, abs=1e-5)
 
 
 def test_traced_objective_and_gradients_equal_plain_hooks(tiny_omni: Omni) -> None:
@@ -256,7 +256,7 @@ class ForcedStart(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("order", ["A", "B"])
+@pytest.mark.parametrize("order", ["gate_first", "prefill_first"])
 def test_gated_generation_equals_plain_generation_with_hooks(
     tiny_omni: Omni, mixed_queries: list[Query], order: str
 ) -> None:
@@ -267,13 +267,16 @@ def test_gated_generation_equals_plain_generation_with_hooks(
     replies = casa.generate(queries, SHORT, order=order)
     for query, reply in zip(queries, replies, strict=True):
         assert reply.query_id == query.id and reply.tokens <= 6
-        batch = tiny_omni.encode([query], prefill=order == "B")
+        batch = tiny_omni.encode([query], prefill=order == "prefill_first")
         with torch.no_grad():
             logits = tiny_omni.model(**batch.inputs).logits[:, -1]
-        position = batch.gate_position if order == "A" else batch.last_position
+        position = batch.gate_position if order == "gate_first" else batch.last_position
         reading = gated_prompt(tiny_omni, batch, casa.safety_gate, position).reading
         torch.testing.assert_close(reading.raw_pair, logits[:, list(casa.token_ids)], atol=1e-5, rtol=1e-5)
-        forced = [casa.token_ids[int(reading.pair.argmax())], *(prefill_ids(tiny_omni, [query])[0] * (order == "A"))]
+        forced = [
+            casa.token_ids[int(reading.pair.argmax())],
+            *(prefill_ids(tiny_omni, [query])[0] * (order == "gate_first")),
+        ]
         start = batch.inputs["input_ids"].shape[1]
         with torch.no_grad():
             ids = tiny_omni.model.generate(
@@ -357,7 +360,7 @@ def test_hard_gate_refuses_without_generating(tiny_omni: Omni, mixed_queries: li
 def test_attention_on_request_and_readings_without_replies(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
     casa = stir(Casa.attach(tiny_omni))
     replies = casa.generate(mixed_queries, SHORT, attention=True)
-    alone = casa.gate([mixed_queries[0]], attention=True)[0]
+    alone = casa.decide([mixed_queries[0]], attention=True)[0]
     assert alone.text == "" and alone.attention is not None and replies[0].attention is not None
     assert len(alone.attention) == tiny_omni.encode([mixed_queries[0]]).inputs["input_ids"].shape[1]
     assert replies[0].attention == pytest.approx(alone.attention, abs=1e-5)
@@ -372,8 +375,8 @@ def test_every_assistant_turn_is_gated(tiny_omni: Omni) -> None:
     reply = casa.generate([first], SHORT)[0]
     turns = (Turn(role="user", parts=first.parts), Turn(role="assistant", parts=(TextPart(text=reply.text),)))
     second = Query.from_text("then what ?", history=turns)
-    found = casa.gate([second], attention=True)[0]
-    alone = casa.gate([Query.from_text("then what ?")])[0]
+    found = casa.decide([second], attention=True)[0]
+    alone = casa.decide([Query.from_text("then what ?")])[0]
     assert found.safety_token in ("safe", "unsafe") and found.v_s != alone.v_s
     batch = tiny_omni.encode([second])
     assert found.attention is not None

@@ -30,7 +30,7 @@ FILES = {
 
 @pytest.fixture
 def saved(tiny_omni: Omni, tmp_path: Path) -> Path:
-    casa = stir(Casa.attach(tiny_omni, CasaConfig(form="R3", width=32)))
+    casa = stir(Casa.attach(tiny_omni, CasaConfig(form="compete", width=32)))
     casa.save_pretrained(tmp_path / "gate")
     casa.detach()
     return tmp_path / "gate"
@@ -137,3 +137,15 @@ def test_saving_is_all_or_nothing(tiny_omni: Omni, saved: Path, monkeypatch: pyt
         casa.save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["gate"]
+
+
+def test_a_gate_saved_under_the_old_names_loads(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
+    casa = stir(Casa.attach(tiny_omni, CasaConfig(form="compete", rule="scale")))
+    expected = [reply.v_s for reply in casa.decide(mixed_queries)]
+    casa.save_pretrained(tmp_path / "gate")
+    casa.detach()
+    path = tmp_path / "gate" / "casa_config.json"
+    path.write_text(path.read_text().replace('"compete"', '"R3"').replace('"scale"', '"S1"'))
+    again = Casa.from_pretrained(tmp_path / "gate", tiny_omni)
+    assert (again.config.form, again.config.rule) == ("compete", "scale")
+    assert [reply.v_s for reply in again.decide(mixed_queries)] == expected

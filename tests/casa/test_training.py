@@ -31,8 +31,8 @@ def untimed(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"form": "R1-mean"}, {"form": "R1-topk", "k": 3}, {"form": "R3"}, {"rule": "S4"}, {"rule": "S1"},
-     {"rule": "S2", "ce_support": "two_way"}, {"layer": 0, "positions": "user"}, {"query_source": "learned_free"}],
+    [{}, {"form": "mean"}, {"form": "top_k", "k": 3}, {"form": "compete"}, {"rule": "scale_above"}, {"rule": "scale"},
+     {"rule": "replace", "ce_support": "two_way"}, {"layer": 0, "positions": "user"}, {"query_source": "learned_free"}],
 )  # fmt: skip
 def test_v_s_parts_the_classes(tiny_omni: Omni, fields: dict[str, object]) -> None:
     casa = Casa.attach(tiny_omni, CasaConfig.model_validate(fields))

@@ -109,7 +109,7 @@ def test_other_training_is_another_row(omni: Omni, filled: tuple[Path, GridResul
     key = weights.key(system_named("casa"), 0, omni)
     assert key == weights.key(system_named("casa+safety-prompt"), 0, omni)
     for other in (
-        System(defense="casa", training={"rule": "S1"}),
+        System(defense="casa", training={"rule": "scale"}),
         System(defense="casa", examples=8),
         System(defense="ssft-token"),
     ):
@@ -230,7 +230,7 @@ def test_bad_rows_are_named(omni: Omni, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no option 'alfa'; its options: alpha, base, principle"):
         System(defense="coca", options={"alfa": 1})
     with pytest.raises(InputError, match="no option 'rul'"):
-        System(defense="casa", training={"rul": "S1"})
+        System(defense="casa", training={"rul": "scale"})
     with pytest.raises(InputError, match="not trained: leave out"):
         System(defense="coca", path="x")
     with pytest.raises(InputError, match="two rows are called 'casa'"):

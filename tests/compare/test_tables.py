@@ -152,7 +152,7 @@ def test_variants_change_one_thing_and_share_the_base() -> None:
     assert len(systems) == 4 + 3 * 6 + 3  # the base and its three neighbours; one axis each
     for variant in every:
         if variant.axis != PROMPT_AXIS:
-            assert len(variant.system.training) <= 1 + (variant.level == "S2")
+            assert len(variant.system.training) <= 1 + (variant.level == "replace")
     layers = [variant.level for variant in every if variant.axis == "layer"]
     assert layers == ["block 0", "block 2", "block 3", "norm"]
     sizes = [variant.system.examples for variant in every if variant.axis == "size"]
@@ -202,8 +202,8 @@ def test_published_numbers_stand_apart() -> None:
 
 def test_figures_draw_what_there_is() -> None:
     result = comparison({"none": 0.5, "casa": 0.1, "casa + safety prompt": 0.0, "ssft-token": 0.3,
-                         "ssft-token + safety prompt": 0.2, "casa, form R1-mean": 0.3})  # fmt: skip
-    chosen = variants(2, 64, ("prompt", "form"), ("form=R1-mean",))
+                         "ssft-token + safety prompt": 0.2, "casa, form mean": 0.3})  # fmt: skip
+    chosen = variants(2, 64, ("prompt", "form"), ("form=mean",))
     found = _comparison(result)
     cells, points = claims.grid_data(found.summary), claims.tradeoff_data(found.summary)
     assert len(plot_grid(cells, "t").axes) == 2
@@ -213,12 +213,12 @@ def test_figures_draw_what_there_is() -> None:
     )
     assert ablation_claims.attention_claim(found).value == pytest.approx(-0.2)
     assert ablation_claims.prompt_claim(found).value == pytest.approx(-0.05)
-    assert "form R1-mean" in ablation_claims.variant_claim(found).statement
+    assert "form mean" in ablation_claims.variant_claim(found).statement
     assert set(ablation_claims.prompt_data(found)["scope"]) == {ALL, *ATTACKS}
     assert ablation_claims.variant_table(found).shape == (6, 3)
     assert plot_by_attack(ablation_claims.prompt_data(found), "t").axes
     data = ablation_claims.ablation_data(found)
-    assert set(data["level"]) == {"R1-mean", "R2"} and plot_ablations(data, "t").axes
+    assert set(data["level"]) == {"mean", "pooled"} and plot_ablations(data, "t").axes
     assert plot_published_rates(published_panel(), "t").axes
 
 

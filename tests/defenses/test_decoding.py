@@ -287,7 +287,7 @@ def test_the_verdict_comes_from_whoever_is_asked(tiny_omni: Omni, queries: list[
     before = texts(tiny_omni.generate(queries, SHORT))
     casa = Casa.attach(tiny_omni)
     casa.save_pretrained(tmp_path / "gate")
-    v_s = [reply.v_s for reply in casa.gate(queries)]
+    v_s = [reply.v_s for reply in casa.decide(queries)]
     casa.detach()
     middle = float(np.median(v_s))
     assert CasaVerdict(tmp_path / "gate", tiny_omni, middle)(queries) == [value >= middle for value in v_s]

@@ -234,19 +234,19 @@ def test_seeds_differ_and_repeat(tiny_omni: Omni, tmp_path: Path) -> None:
 
 
 def test_casa_by_name_is_casa(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
-    casa = Casa.attach(tiny_omni, CasaConfig(form="R3", rule="S1"))
+    casa = Casa.attach(tiny_omni, CasaConfig(form="compete", rule="scale"))
     casa.save_pretrained(tmp_path / "gate")
     prefilled = [query.model_copy(update={"prefill": "sure , here"}) for query in mixed_queries]
-    expected = {order: casa.generate(prefilled, SHORT, order=order) for order in ("A", "B")}
+    expected = {order: casa.generate(prefilled, SHORT, order=order) for order in ("gate_first", "prefill_first")}
     casa.detach()
     for order, replies in expected.items():
-        with load_defense("casa", tiny_omni, path=tmp_path / "gate", order=order, form="R3") as defense:
+        with load_defense("casa", tiny_omni, path=tmp_path / "gate", order=order, form="compete") as defense:
             found = defense.generate(prefilled, SHORT)
             assert [(reply.text, reply.v_s) for reply in found] == [(reply.text, reply.v_s) for reply in replies]
     with load_defense("casa", tiny_omni, path=tmp_path / "gate", hard=True, refusal="no .") as defense:
         assert all((reply.text == "no .") == (reply.safety_token == "unsafe") for reply in defense.generate(prefilled))
-    with pytest.raises(InputError, match="trained with rule S1, not S3"):
-        load_defense("casa", tiny_omni, path=tmp_path / "gate", rule="S3")
+    with pytest.raises(InputError, match="trained with rule scale, not add_log"):
+        load_defense("casa", tiny_omni, path=tmp_path / "gate", rule="add_log")
     assert not hasattr(tiny_omni.model, "peft_config")
 
 

@@ -75,11 +75,11 @@ def test_pairs_of_another_layout_are_left_out(casa: Casa, pairs: list[Pair]) -> 
         aligned_pairs(casa.omni, [longer])
 
 
-@pytest.mark.parametrize("form", ["R1-mean", "R2", "R3"])
+@pytest.mark.parametrize("form", ["mean", "pooled", "compete"])
 def test_maps_hold_what_the_gate_reports(tiny_omni: Omni, mixed_queries: list[Query], form: str) -> None:
     casa = stirred(tiny_omni, CasaConfig(form=form))
     maps = attention_maps(casa, mixed_queries, batch_size=2)
-    for reply, found in zip(casa.gate(mixed_queries, attention=True, merge=False), maps, strict=True):
+    for reply, found in zip(casa.decide(mixed_queries, attention=True, merge=False), maps, strict=True):
         assert reply.query_id == found.query_id and reply.attention is not None
         np.testing.assert_allclose(found.weights, reply.attention, atol=1e-4)
         assert found.v_s == pytest.approx(reply.v_s, abs=1e-4)
@@ -171,7 +171,7 @@ def test_ablated_directions_are_gone_from_every_state(casa: Casa, mixed_queries:
     table = ablate_directions(casa, mixed_queries, direction)
     assert sorted(table["ablated"].unique()) == [-1, 0, 1] and len(table) == 12
     nothing = table[table["ablated"] == -1].set_index("query_id")["v_s"]
-    for reply in casa.gate(mixed_queries, merge=False):
+    for reply in casa.decide(mixed_queries, merge=False):
         assert nothing[reply.query_id] == pytest.approx(reply.v_s, abs=1e-5)
     # Where the token rows lie along the direction, nothing is left for the model's own two logits to differ by.
     with torch.no_grad():
@@ -187,12 +187,12 @@ def test_ablated_directions_are_gone_from_every_state(casa: Casa, mixed_queries:
 def test_contributions_sum_to_the_logit_difference(casa: Casa, mixed_queries: list[Query]) -> None:
     found = attribute_token_difference(casa, mixed_queries, batch_size=3)
     np.testing.assert_allclose(found.contributions.sum(axis=1), found.difference, atol=1e-4)
-    replies = casa.gate(mixed_queries, merge=False)
+    replies = casa.decide(mixed_queries, merge=False)
     own = [reply.logit_unsafe - reply.logit_safe for reply in replies]
     np.testing.assert_allclose(found.difference, own, atol=1e-4)
     gate = found.contributions[:, found.components.index(GATE)]
     odds = [np.log(reply.v_s / (1 - reply.v_s)) for reply in replies]
-    np.testing.assert_allclose(gate, odds, atol=1e-3)  # rule S3 adds the log-odds of v_s
+    np.testing.assert_allclose(gate, odds, atol=1e-3)  # rule add_log adds the log-odds of v_s
     assert len(found.components) == 1 + 2 * (2 + 1) + 1
     assert {"component", "label", "mean", "low", "high", "n"} <= set(found.table().columns)
 
@@ -211,9 +211,9 @@ def test_minimal_sets_are_greedy_and_flip(casa: Casa, pairs: list[Pair], removed
 
 
 def test_removals_are_those_of_brute_force(tiny_omni: Omni) -> None:
-    """With rule S2 the decision is v_s alone: the first removal is the one that moves v_s most towards the other side,
+    """With rule replace v_s decides alone: the first removal is the one that moves v_s most towards the other side,
     and a decision that no single removal turns needs more than one."""
-    casa = stirred(tiny_omni, CasaConfig(rule="S2", ce_support="two_way"))
+    casa = stirred(tiny_omni, CasaConfig(rule="replace", ce_support="two_way"))
     query = request("bomb", "harmful", "q")
     entry = minimal_sets(casa, [query], "gate")[0]
     _, sweep, mask = read_gate(casa, [query])

@@ -151,11 +151,13 @@ def test_transformer_lens_boots_both_layouts(
     close(bridged(bridge(omni), omni, mixed_queries), hugging_face(omni, mixed_queries))
 
 
-def test_an_interpreter_that_never_heard_of_us_boots_both_layouts(checkpoints: dict[str, Path]) -> None:
+def test_a_fresh_interpreter_boots_both_layouts_after_register(checkpoints: dict[str, Path]) -> None:
     code = (
         "import sys\n"
         "from transformer_lens.model_bridge import TransformerBridge\n"
-        "assert not any(name.startswith(('casa_mech', 'probes.lens.adapter')) for name in sys.modules)\n"
+        "assert not any(name.startswith(('casa_mech', 'probes')) for name in sys.modules)\n"
+        "from probes.lens import register\n"
+        "register()\n"
         "models = [TransformerBridge.boot_transformers(path, device='cpu') for path in sys.argv[1:]]\n"
         "print([type(model.adapter).__name__ for model in models])\n"
         "assert 'torchvision' not in sys.modules\n"

@@ -78,10 +78,10 @@ def test_both_orders_are_those_of_the_gate(casa: Casa, queries: list[Query]) -> 
     assert sweep.unsafe_first is not None and sweep.v_s is not None and sweep.logit is not None
     for step, length in enumerate(LENGTHS):
         found = attacked(queries, length, casa.omni)
-        for row, reply in enumerate(casa.gate(found, order="B", merge=False)):
+        for row, reply in enumerate(casa.decide(found, order="prefill_first", merge=False)):
             assert sweep.v_s[row, step] == pytest.approx(reply.v_s, abs=1e-4)
             assert sweep.logit[row, step] == pytest.approx(reply.logit_unsafe - reply.logit_safe, abs=1e-3)
-        first = [reply.safety_token == "unsafe" for reply in casa.gate(found, order="A", merge=False)]
+        first = [reply.safety_token == "unsafe" for reply in casa.decide(found, order="gate_first", merge=False)]
         assert sweep.unsafe_first.tolist() == first
     assert {"unsafe_a", "unsafe_b", "v_s", "logit"} <= set(sweep.table())
 

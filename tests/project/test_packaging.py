@@ -61,3 +61,8 @@ def test_makefile_installs_the_pinned_torch_first(constraints: dict[str, str]) -
 def test_cited_version_is_the_packages() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project["version"]
+
+
+def test_nothing_of_ours_runs_when_somebody_imports_torch() -> None:
+    entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert set(entry_points) == {"transformer_lens.architectures"}

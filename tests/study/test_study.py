@@ -165,7 +165,7 @@ def test_lock_keeps_a_second_runner_out_and_clears_leftovers(tmp_path: Path) -> 
 
 
 def test_gate_is_trained_once_and_found_again(study: Study, random_organism: Path) -> None:
-    gate = study.gate()
+    gate = study.casa()
     log = study.training_log()
     assert list(log["step"]) == [1, 2]
     assert {"loss", "v_harmful", "v_benign"} <= set(log.columns)
@@ -173,8 +173,8 @@ def test_gate_is_trained_once_and_found_again(study: Study, random_organism: Pat
     again = _open(random_organism, study.folder.root)
     stamp = study.folder.path("gates", "random-organism", "done.json").stat().st_mtime_ns
     queries = study.queries("plain", "harmful", 4)
-    first = [reply.v_s for reply in gate.gate(queries)]
-    assert [reply.v_s for reply in again.gate().gate(queries)] == first
+    first = [reply.v_s for reply in gate.decide(queries)]
+    assert [reply.v_s for reply in again.casa().decide(queries)] == first
     assert study.folder.path("gates", "random-organism", "done.json").stat().st_mtime_ns == stamp
 
 
@@ -185,11 +185,11 @@ def test_stopped_training_is_continued(study: Study, random_organism: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(Casa, "save_pretrained", stopped)
         with pytest.raises(KeyboardInterrupt):
-            study.gate()
+            study.casa()
     left = [path.name for path in study.folder.path("gates").iterdir()]
     assert len(left) == 1 and left[0].startswith("training-")
     again = _open(random_organism, study.folder.root)
-    again.gate()
+    again.casa()
     assert len(again.training_log()) == 2
     assert [path.name for path in again.folder.path("gates").iterdir()] == ["random-organism"]
 
@@ -211,7 +211,7 @@ def test_pretrained_cells_are_the_base_model_with_or_without_a_gate(study: Study
     model = str(random_organism)
     before = study.replies(model, "pretrained", "plain", "harmful")
     fresh = Study.open(study.folder.root.parent / "other", model=model, profile="smoke", progress=False, sizes=SIZES)
-    fresh.gate()
+    fresh.casa()
     after = fresh.replies(model, "pretrained", "plain", "harmful")
     assert list(before["reply"]) == list(after["reply"])
     assert before["v_s"].isna().all()

@@ -125,10 +125,10 @@ def test_log_mel_has_a_finite_gradient_in_silence(tiny_omni: Omni) -> None:
     assert clip.grad is not None and torch.isfinite(clip.grad).all() and clip.grad[800:1600].any()
 
 
-@pytest.mark.parametrize("form", ["R1-mean", "R1-topk", "R2", "R3", "none"])
+@pytest.mark.parametrize("form", ["mean", "top_k", "pooled", "compete", "none"])
 def test_open_gate_reads_what_the_gate_reads(tiny_omni: Omni, queries: list[Query], form: str) -> None:
     casa = Casa.attach(tiny_omni, CasaConfig(form=form))  # type: ignore[arg-type]
-    replies = casa.gate(queries)
+    replies = casa.decide(queries)
     for aim in AWARE:
         objective = Objective(casa, queries, aim, 4)
         with objective.running():
@@ -172,7 +172,7 @@ def test_gradient_survives_a_saturated_gate(casa: Casa, queries: list[Query]) ->
     with torch.no_grad():
         casa.attention.readout.bias.fill_(60.0)
     chosen = of(queries, "image")
-    assert all(reply.v_s == 1.0 for reply in casa.gate(chosen))
+    assert all(reply.v_s == 1.0 for reply in casa.decide(chosen))
     found = pgd_pixels(casa, chosen, PgdSettings(budget=0.1, aim="v_s", steps=2), generation=SHORT)
     assert all(changed(result.query, query, casa.omni) > 0 for result, query in zip(found, chosen, strict=True))
 
@@ -207,7 +207,7 @@ def test_pgd_stays_in_its_budget_and_lowers_its_aim(
     before, after = (Objective(casa, items, "compliance", 3) for items in (chosen, [result.query for result in last]))
     if aim == "compliance":
         assert (after(after.batch).value < before(before.batch).value).all()
-    assert casa.gate(chosen)[0].v_s == last[0].before.v_s  # the model is as it was
+    assert casa.decide(chosen)[0].v_s == last[0].before.v_s  # the model is as it was
 
 
 def test_attacks_are_deterministic_and_batches_do_not_matter(casa: Casa, queries: list[Query]) -> None:
@@ -280,7 +280,7 @@ def test_ablated_direction_is_in_no_state(casa: Casa, queries: list[Query], kind
     assert all(torch.equal(value, before[name]) for name, value in omni.model.state_dict().items())
     results = ablate(casa, chosen, directions[0], generation=SHORT)
     assert all(result.before.margin != result.after.margin and result.budget == 1 for result in results)
-    assert casa.gate(chosen)[0].v_s == pytest.approx(results[0].before.v_s)
+    assert casa.decide(chosen)[0].v_s == pytest.approx(results[0].before.v_s)
 
 
 def test_result_frame_has_a_row_a_result(casa: Casa, queries: list[Query]) -> None:

@@ -14,7 +14,7 @@ from casa_mech.study.settings import ProfileName
 
 ABLATION_SIZES: Mapping[ProfileName, GridSizes] = MappingProxyType(
     {
-        "smoke": GridSizes(10, ("plain", "image"), steps=4, axes=("prompt", "form"), only=("form=R1-mean",)),
+        "smoke": GridSizes(10, ("plain", "image"), steps=4, axes=("prompt", "form"), only=("form=mean",)),
         "default": GridSizes(60, ("plain", "image", "audio", "prefill-12"), only=FEW),
         "full": GridSizes(200, SIX_ATTACKS),
     }

@@ -84,7 +84,7 @@ def _twin_replies(study: Study, defense: str, attack: str, labels: list[Label]) 
         twins = twin_queries(study, attack)
         queries = [query for label in labels for query in twins[label]]
         if defense == CASA:
-            replies = study.gate().generate(queries, settings)
+            replies = study.casa().generate(queries, settings)
         else:
             with study._base() as omni:
                 replies = omni.generate(queries, settings)

@@ -62,7 +62,7 @@ def defense_grid(study: Study, n: int = 0) -> Comparison:
     )
     systems = [system_named(name) for name in sizes.defenses]
     if sizes.seeds == 1 and sizes.steps is None:
-        study.gate()
+        study.casa()
         gate = str(study.folder.path("gates", slug(study.settings.model)))
         systems = [
             system.model_copy(update={"path": gate}) if system.defense == REFERENCE else system for system in systems

@@ -61,7 +61,7 @@ def _measure(study: Study, model: str) -> LensTables:
     from probes.lens.logit import bridge, logit_lens
     from probes.lens.tuned import fit_translators, lens_quality
 
-    casa = study.gate(model)
+    casa = study.casa(model)
     lens, n, size = bridge(casa.omni), study.sizes.n_probe, study.sizes.batch_size
     text = default_world().requests(2 * n, _FIT + study.settings.seed, None, "seen", "seen")
     translators = fit_translators(lens, casa.omni, text, kl_epochs=KL_EPOCHS, batch_size=size)

@@ -19,7 +19,7 @@ SUCCESS = "attack success"
 OPENING = "probability of a refusal's opening"
 KL = "KL from the unattacked model, nats"
 FLAGGED = "given the unsafe token"
-BEFORE, AFTER = "decision before the prefill (A)", "decision after the prefill (B)"
+BEFORE, AFTER = "decision before the prefill", "decision after the prefill"
 
 
 def length_data(tables: PrefillTables, seed: int) -> pd.DataFrame:

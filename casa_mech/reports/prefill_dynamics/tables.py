@@ -63,7 +63,7 @@ def prefill_tables(study: Study, n: int, lengths: Sequence[int] = LENGTHS) -> Pr
 
 
 def _tables(study: Study, name: str, n: int, lengths: Sequence[int]) -> PrefillTables:
-    study.gate()
+    study.casa()
     trained = file_sha256(study.folder.path("gates", slug(study.settings.model), "done.json"))
     key: dict[str, Any] = {"gate": trained, "n": n, "lengths": list(lengths), "tokens": study.sizes.max_new_tokens}
     if name == SSFT:
@@ -105,9 +105,9 @@ def _measured(study: Study, chosen: System, n: int, lengths: Sequence[int]) -> P
 def system(study: Study, name: str) -> Iterator[System]:
     """One of `SYSTEMS`, for the length of a block."""
     if name == CASA:
-        yield System(CASA, study.omni(), casa=study.gate())
+        yield System(CASA, study.omni(), casa=study.casa())
     elif name == PRETRAINED:
-        with study.gate().disabled() as omni:
+        with study.casa().disabled() as omni:
             yield System(PRETRAINED, omni)
     else:
         with load_defense("ssft", _another(study), path=ssft_folder(study)) as defense:

@@ -44,7 +44,7 @@ def kept_table(
 ) -> pd.DataFrame:
     """The table `analysis/<name>`, made once for a gate and `key`, then read."""
     model = model or study.settings.model
-    study.gate(model)
+    study.casa(model)
     trained = file_sha256(study.folder.path("gates", slug(model), "done.json"))
 
     def write(folder: Path) -> None:
@@ -58,7 +58,7 @@ def v_s_by_attack(study: Study) -> pd.DataFrame:
     """The gate on every attack that has a benign twin: `attack, label, query_id, topic, split, v_s, unsafe`."""
 
     def build() -> pd.DataFrame:
-        casa = study.gate()
+        casa = study.casa()
         tables = [_readings(study, casa, attack, label) for attack in BENIGN_ATTACKS for label in LABELS]
         return pd.concat(tables, ignore_index=True)
 
@@ -98,7 +98,7 @@ def patching(study: Study, n: int) -> pd.DataFrame:
     """`PatchEffects` of every surface in `PATCHED`, `n` pairs at most each: its columns and `surface`."""
 
     def build() -> pd.DataFrame:
-        casa = study.gate()
+        casa = study.casa()
         tables = [
             patch_effects(casa, twin_pairs(study, attack, n)).effects.assign(surface=surface)
             for surface, attack in PATCHED.items()
@@ -119,7 +119,7 @@ def patch_summary(study: Study, effects: pd.DataFrame) -> pd.DataFrame:
 
 def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
     """Safety attention over `n` harmful and `n` benign requests of each surface."""
-    casa = study.gate()
+    casa = study.casa()
     return {
         surface: attention_maps(
             casa, [query for label in LABELS for query in study.queries(attack, label, n, _MEASURE)]
@@ -133,13 +133,13 @@ def removals(study: Study, n: int) -> pd.DataFrame:
     `sets_table` and `surface`."""
 
     def build() -> pd.DataFrame:
-        casa = study.gate()
+        casa = study.casa()
         tables = []
         for surface, attack in PATCHED.items():
             queries = study.queries(attack, "harmful", study.sizes.n_probe, _MEASURE)
             flagged = [
                 query
-                for query, reply in zip(queries, casa.gate(queries), strict=True)
+                for query, reply in zip(queries, casa.decide(queries), strict=True)
                 if reply.safety_token == "unsafe"
             ][:n]
             if flagged:
@@ -153,7 +153,7 @@ def removals(study: Study, n: int) -> pd.DataFrame:
 
 def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
     """Plain requests' states at the gate's position, the gate's LoRA at work; drawn apart from what is measured."""
-    study.gate()
+    study.casa()
     queries = [query for label in LABELS for query in study.queries("plain", label, study.sizes.n_probe, _FIT)]
     return collect(study.omni(), queries, sites, "last", study.sizes.batch_size)
 
@@ -176,7 +176,7 @@ def refusal_direction(study: Study) -> RefusalDirection:
     Where no candidate meets them all it is the best one; where the model refuses too little to tell, the difference in
     means before the middle block. `rules_met` says so. It is found on requests of its own.
     """
-    casa, size = study.gate(), study.sizes.n_probe
+    casa, size = study.casa(), study.sizes.n_probe
     n_val = max(2, min(32, size // 5))
     sizes = {"n_train": min(128, size - n_val), "n_val": n_val, "seed": study.settings.seed}
 
@@ -206,7 +206,7 @@ def _mean_difference(activations: Activations, site: str) -> np.ndarray:
 def cosines(study: Study) -> pd.DataFrame:
     """Cosines of the gate's directions (see `cosine_table`) with the difference in means and a logistic probe at the
     gate's layer, and with the model's own refusal direction, as the final norm weighs it."""
-    casa = study.gate()
+    casa = study.casa()
     layer, refusal = casa.config.layer, refusal_direction(study)
     found = states_for_directions(study, [layer])
     norm = study.omni().language_model.norm.weight.detach().float().cpu().numpy()
@@ -227,7 +227,7 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
     """
 
     def build() -> pd.DataFrame:
-        casa, middle = study.gate(), study.omni().n_layers // 2
+        casa, middle = study.casa(), study.omni().n_layers // 2
         own = _mean_difference(states_for_directions(study, [middle]), str(middle))
         random = np.random.default_rng(study.settings.seed).standard_normal((RANDOM_DIRECTIONS, len(own)))
         directions = np.vstack([refusal_direction(study).unit, own, random])
@@ -245,7 +245,7 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
 def attribution(study: Study, n: int) -> Attribution:
     """The token difference of `n` harmful and `n` benign plain requests in its parts."""
     queries = [query for label in LABELS for query in study.queries("plain", label, n, _MEASURE)]
-    return attribute_token_difference(study.gate(), queries)
+    return attribute_token_difference(study.casa(), queries)
 
 
 def calibration(
@@ -262,7 +262,7 @@ def calibration(
 
 def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame:
     queries = study.queries(attack, label, study.sizes.n_probe, _MEASURE)
-    replies = casa.gate(queries)
+    replies = casa.decide(queries)
     return pd.DataFrame(
         {
             "attack": attack,

@@ -128,7 +128,7 @@ def _media_table(study: Study, effort: Effort, medium: str) -> pd.DataFrame:
                 seed=study.settings.seed, watch=False,
             )  # fmt: skip
             before = [result.before for result in found[: len(queries)]] or None
-            found += attack(study.gate(), queries, settings, *_measuring(study), before)
+            found += attack(study.casa(), queries, settings, *_measuring(study), before)
     return result_frame(found)
 
 
@@ -141,7 +141,7 @@ def _suffix_table(study: Study, effort: Effort) -> pd.DataFrame:
             candidates=effort.candidates, seed=study.settings.seed, watch=False,
         )  # fmt: skip
         before = [result.before for result in found[: len(queries)]] or None
-        found += suffix_attack(study.gate(), queries, settings, *_measuring(study), before)
+        found += suffix_attack(study.casa(), queries, settings, *_measuring(study), before)
     return result_frame(found)
 
 
@@ -149,7 +149,7 @@ def _ablation_table(study: Study, effort: Effort) -> pd.DataFrame:
     direction = refusal_direction(study)
     unit = torch.from_numpy(direction.unit)
     tables = [
-        result_frame(ablate(study.gate(), _requests(study, surface, effort.n), unit, *_measuring(study)))
+        result_frame(ablate(study.casa(), _requests(study, surface, effort.n), unit, *_measuring(study)))
         for surface in ABLATED
     ]
     named = [table.assign(surface=surface) for table, surface in zip(tables, ABLATED, strict=True)]
