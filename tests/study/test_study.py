@@ -18,7 +18,7 @@ from casa_mech.files import TEMPORARY
 from casa_mech.judging import RESULT_COLUMNS, wilson
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import AudioPart, ImagePart, Query
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.folder import RunFolder, is_complete
 from casa_mech.study.manifest import Manifest, data_hashes, versions
 from casa_mech.study.notebooks import check_parameters, find_notebooks

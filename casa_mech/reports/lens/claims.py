@@ -13,7 +13,7 @@ from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import permutation_test
 from casa_mech.reports.claim import Claim
 from casa_mech.reports.lens.tables import LensTables, best_heads
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 TUNED, PLAIN = "tuned lens", "logit lens"

@@ -12,7 +12,7 @@ from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import holm, permutation_test, rate_interval
 from casa_mech.reports.claim import Claim, name_of
 from casa_mech.reports.prefill_dynamics.tables import DEPTH_LENGTH, SSFT, SYSTEMS, PrefillTables
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from probes.prefill.depth import EARLIER, LAST, depth_shares
 
 SUCCESS = "attack success"

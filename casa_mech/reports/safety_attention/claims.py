@@ -11,7 +11,7 @@ from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import permutation_test, rate_interval
 from casa_mech.reports.claim import Claim, name_of
 from casa_mech.reports.safety_attention.tables import RUNS
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 from probes.gate.attribution import GATE
 from probes.gate.calibration import Reliability, reliability, spiegelhalter
