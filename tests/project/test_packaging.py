@@ -142,3 +142,14 @@ def test_a_package_shows_the_names_that_users_need(package: str) -> None:
     names = list(module.__all__)
     assert 10 <= len(names) <= 26 and "__version__" in names and len(names) == len(set(names))
     assert all(getattr(module, name) is not None for name in names) and set(names) - {"__version__"} <= set(dir(module))
+
+
+def test_every_module_has_its_layer() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = {name for layer in contracts[0]["layers"] for name in layer.split(" | ")}
+    paths = [path for path in (ROOT / "casa_mech").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    modules = {f"casa_mech.{path.stem}" for path in paths if path.stem not in ("__init__", "__main__")}
+    assert layers == modules | {"probes"}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    missing = [name for name in modules if f"`{name.replace('.', '/')}" not in text]
+    assert not missing, f"docs/architecture.md does not mention {missing}"
