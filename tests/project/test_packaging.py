@@ -147,7 +147,9 @@ def test_a_package_shows_the_names_that_users_need(package: str) -> None:
 def test_every_module_has_its_layer() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = {name for layer in contracts[0]["layers"] for name in layer.split(" | ")}
-    paths = [path for path in (ROOT / "casa_mech").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    paths = [
+        path for path in (ROOT / "casa_mech").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    ]
     modules = {f"casa_mech.{path.stem}" for path in paths if path.stem not in ("__init__", "__main__")}
     assert layers == modules | {"probes"}
     text = (ROOT / "docs" / "architecture.md").read_text()
