@@ -177,7 +177,7 @@ class Moras(Defense):
             for query, context in zip(queries, self._contexts(read, queries), strict=True)
         ]
         states = first_steps(self.omni, beside(self.omni, read, probes), self.settings.positions).states
-        return similarity(states, prototypes, self.omni.model.lm_head, self.settings.gamma)
+        return similarity(states, prototypes, self.omni.head, self.settings.gamma)
 
     def contexts(self, queries: Sequence[Query]) -> list[str]:
         """A sentence about each query's picture or clip (both, one after the other), without regard to what is asked;

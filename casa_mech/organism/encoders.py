@@ -76,7 +76,7 @@ def train_image_letters(
     script: Script = SPELLING,
 ) -> float:
     """Teach the vision tower to tell letters apart; returns the last step's share of letters read."""
-    tower = omni.model.model.visual
+    tower = omni.tower("image")
     head = LetterCode(omni, "image", shared, blank=False, letters=script.letters)
 
     def see(words: list[str]) -> torch.Tensor:
@@ -105,12 +105,12 @@ def train_audio_letters(
 ) -> float:
     """Teach the audio tower to hear letters; returns the last step's share of spellings heard without an error."""
     head = LetterCode(omni, "audio", shared, blank=True, letters=script.letters)
-    tower = omni.model.model.audio_tower
+    tower = omni.tower("audio")
 
     def hear(words: list[str]) -> tuple[torch.Tensor, list[str]]:
         clips = [add_noise(script.say(word, rng), rng.uniform(*SNR_DB), rng) for word in words]
         inputs, runs = omni.processor.audio(clips)
-        heard = omni.model.model.get_audio_features(
+        heard = omni.backbone.get_audio_features(
             inputs["input_features"], inputs["feature_attention_mask"], return_dict=True
         )
         return heard.last_hidden_state, runs

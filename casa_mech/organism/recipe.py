@@ -223,9 +223,9 @@ def final_states(omni: Omni, batch: OmniBatch, embeddings: torch.Tensor | None =
     inputs = batch.inputs
     if embeddings is not None:
         # Ids and grids stay: positions are counted from them.
-        media = ("pixel_values", "input_features")
+        media = omni.architecture.features
         inputs = {name: value for name, value in inputs.items() if name not in media} | {"inputs_embeds": embeddings}
-    return omni.model.model(**inputs, use_cache=False).last_hidden_state
+    return omni.backbone(**inputs, use_cache=False).last_hidden_state
 
 
 def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Tensor:
@@ -234,7 +234,7 @@ def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Ten
         raise ValueError("a batch without targets has no loss: encode it with targets")
     hidden, wanted = states[:, :-1], batch.labels[:, 1:]
     taken = wanted >= 0
-    losses = nn.functional.cross_entropy(omni.model.lm_head(hidden[taken]), wanted[taken], reduction="none")
+    losses = nn.functional.cross_entropy(omni.head(hidden[taken]), wanted[taken], reduction="none")
     weights = (1 / taken.sum(1, keepdim=True)).expand_as(wanted)[taken]
     return (losses * weights).sum() / batch.size
 
@@ -258,7 +258,7 @@ def _batches(
 
 def _part(omni: Omni, part: str) -> Iterator[nn.Parameter]:
     if part == "language":
-        yield from omni.language_model.parameters()
-        yield from omni.model.lm_head.parameters()
+        yield from omni.text_model.parameters()
+        yield from omni.head.parameters()
     else:
-        yield from (omni.model.model.visual if part == "image" else omni.model.model.audio_tower).parameters()
+        yield from omni.tower(part).parameters()

@@ -177,7 +177,7 @@ def _embeddings(
     if ideal:
         embeddings = ideal_embeddings(omni, batch, rows, rng, True, CHARACTERS)
     else:
-        embeddings = omni.language_model.embed_tokens(ids)
+        embeddings = omni.embedding(ids)
     taken = text & (torch.rand(text.shape, device=text.device) < hidden)
     return embeddings.masked_fill(taken[..., None], 0.0)
 
@@ -193,4 +193,4 @@ def _prompt_loss(omni: Omni, batch: OmniBatch, states: Tensor) -> Tensor:
     """Cross-entropy in nats of the prompts' own tokens: what teaches the model the language."""
     taken = batch.modality["text"][:, 1:]
     wanted = batch.inputs["input_ids"][:, 1:][taken]
-    return nn.functional.cross_entropy(omni.model.lm_head(states[:, :-1][taken]), wanted)
+    return nn.functional.cross_entropy(omni.head(states[:, :-1][taken]), wanted)

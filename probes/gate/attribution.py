@@ -53,10 +53,9 @@ class Attribution:
 def attribute_token_difference(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -> Attribution:
     """The token difference of each query at the gate's position (a prefill is left out), in its parts."""
     omni, n_layers = casa.omni, casa.omni.n_layers
-    n_heads = omni.model.config.text_config.num_attention_heads
     names = [EMBEDDINGS]
     for layer in range(n_layers):
-        names += [f"head {layer}.{head}" for head in range(n_heads)] + [f"mlp {layer}"]
+        names += [f"head {layer}.{head}" for head in range(omni.n_heads)] + [f"mlp {layer}"]
     names.append(GATE)
     contributions = np.empty((len(queries), len(names)))
     difference = np.empty(len(queries))
@@ -74,17 +73,17 @@ def attribute_token_difference(casa: Casa, queries: Sequence[Query], batch_size:
 
 def _contributions(casa: Casa, batch: OmniBatch) -> Tensor:
     """[batch, component] of everything in the language model, in float64."""
-    omni, model = casa.omni, casa.omni.language_model
+    omni = casa.omni
     last, parts = omni.n_layers - 1, [f"{part}.{layer}" for layer in range(omni.n_layers) for part in ("z", "mlp")]
     held = capture(omni, batch, ["embeddings", last, *parts], "last")
     written = [held["embeddings"].unsqueeze(1)]
     for layer in range(omni.n_layers):
-        written.append(_head_outputs(model.layers[layer].self_attn.o_proj, held[f"z.{layer}"]))
+        written.append(_head_outputs(omni.writers(layer)[0], held[f"z.{layer}"]))
         written.append(held[f"mlp.{layer}"].unsqueeze(1))
-    scale = torch.rsqrt(held[last].double().pow(2).mean(dim=-1) + model.norm.variance_epsilon)
+    scale = torch.rsqrt(held[last].double().pow(2).mean(dim=-1) + omni.norm.variance_epsilon)
     safe, unsafe = casa.token_ids
-    head = omni.model.lm_head.weight.detach().double()
-    direction = (head[unsafe] - head[safe]) * model.norm.weight.detach().double()
+    head = omni.head.weight.detach().double()
+    direction = (head[unsafe] - head[safe]) * omni.norm.weight.detach().double()
     return torch.cat(written, dim=1).double() @ direction * scale.unsqueeze(1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
-from casa_mech.trace.patch import FEATURES, edited_prompt
+from casa_mech.trace.patch import edited_prompt
 from probes.gate.pairs import KEY, ROLES, key_positions, position_roles
 from probes.gate.safety_attention import read_gate, whole_states
 
@@ -68,7 +68,7 @@ class _Prompt:
         for row, places in enumerate(removed):
             hidden[row, list(places)] = True
         if self.states is None or self.logits is None:
-            batch = _repeated(self.batch, count)
+            batch = _repeated(self.batch, count, self.casa.omni.architecture.features)
             gate = self.casa.safety_gate
             given = self.embeddings.expand(count, -1, -1)
             reading = edited_prompt(
@@ -169,14 +169,14 @@ def _prompt(casa: Casa, query: Query, removed_from: Removal) -> _Prompt:
     return _Prompt(casa, batch, mask[0], removable, None, None, embeddings)
 
 
-def _repeated(batch: OmniBatch, count: int) -> OmniBatch:
-    """A batch of one query, `count` times, without what the encoders take; grids are stacked along the first axis."""
+def _repeated(batch: OmniBatch, count: int, features: Collection[str]) -> OmniBatch:
+    """A batch of one query, `count` times, without the encoders' `features`; grids are stacked along the first axis."""
 
     def repeat(tensor: Tensor) -> Tensor:
         return tensor.repeat(count, *[1] * (tensor.dim() - 1))
 
     return OmniBatch(
-        inputs={name: repeat(value) for name, value in batch.inputs.items() if name not in FEATURES},
+        inputs={name: repeat(value) for name, value in batch.inputs.items() if name not in features},
         prompt_mask=repeat(batch.prompt_mask),
         modality={name: repeat(mask) for name, mask in batch.modality.items()},
         gate_position=repeat(batch.gate_position),

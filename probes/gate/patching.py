@@ -103,7 +103,7 @@ def patch_effects(
     """
     omni = casa.omni
     if targets is None:
-        targets = default_targets(omni.n_layers, omni.model.config.text_config.num_attention_heads)
+        targets = default_targets(omni.n_layers, omni.n_heads)
     unknown = [target.span for target in targets if target.span not in SPANS]
     if unknown:
         raise InputError(f"no span {unknown[0]!r}; use {', '.join(SPANS)}")
@@ -202,10 +202,9 @@ def _exchange(casa: Casa, pairs: list[Pair], targets: Sequence[Target]) -> pd.Da
 def _head_slice(casa: Casa, target: Target) -> slice | None:
     if target.head is None:
         return None
-    config = casa.omni.model.config.text_config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not str(target.site).startswith("z.") or not 0 <= target.head < config.num_attention_heads:
-        raise InputError(f"no head {target.head} at {target.site}: z.<layer> has 0..{config.num_attention_heads - 1}")
+    n_heads, size = casa.omni.n_heads, casa.omni.d_head
+    if not str(target.site).startswith("z.") or not 0 <= target.head < n_heads:
+        raise InputError(f"no head {target.head} at {target.site}: z.<layer> has 0..{n_heads - 1}")
     return slice(target.head * size, (target.head + 1) * size)
 
 

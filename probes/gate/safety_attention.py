@@ -114,7 +114,7 @@ def gate_directions(casa: Casa) -> dict[str, np.ndarray]:
         found = {"query": query @ module.w_k.weight}
         if module.form == "pooled":
             found["read-out"] = module.readout.weight[0] @ module.w_v.weight
-        rows = casa.omni.model.lm_head.weight[list(casa.token_ids)].float()
+        rows = casa.omni.head.weight[list(casa.token_ids)].float()
         found["token difference"] = rows[UNSAFE] - rows[SAFE]
     return {name: vector.float().cpu().numpy() for name, vector in found.items()}
 

@@ -205,7 +205,7 @@ def depth_states(model: TransformerBridge, batch: OmniBatch) -> Tensor:
 
 def read_off(omni: Omni, states: Tensor) -> Tensor:
     """Float32 logits [..., vocab] of states [..., d_model] under the model's own final norm and head."""
-    return omni.model.lm_head(omni.language_model.norm(states.to(omni.dtype))).to(torch.float32)
+    return omni.head(omni.norm(states.to(omni.dtype))).to(torch.float32)
 
 
 def check_bridge(model: TransformerBridge, omni: Omni) -> None:

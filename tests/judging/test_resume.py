@@ -91,7 +91,7 @@ def test_other_weights_settings_and_words_are_generated_anew(
     assert answered(queries[:4]) == 4 and answered(queries[:4]) == 0
     assert answered(queries[:4], SETTINGS.model_copy(update={"max_new_tokens": 3})) == 4
     assert answered([queries[0].model_copy(update={"system": "be kind"})]) == 1
-    tiny_omni.model.lm_head.weight.data[0, 0] += 1
+    tiny_omni.head.weight.data[0, 0] += 1
     assert answered(queries[:4]) == 4
     casa = Casa.attach(tiny_omni)
     first = evaluate(tiny_omni, casa, queries[:4], settings=SETTINGS, store=tmp_path)

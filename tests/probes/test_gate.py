@@ -175,8 +175,8 @@ def test_ablated_directions_are_gone_from_every_state(casa: Casa, mixed_queries:
         assert nothing[reply.query_id] == pytest.approx(reply.v_s, abs=1e-5)
     # Where the token rows lie along the direction, nothing is left for the model's own two logits to differ by.
     with torch.no_grad():
-        norm = casa.omni.language_model.norm.weight
-        rows = casa.omni.model.lm_head.weight[list(casa.token_ids)]
+        norm = casa.omni.norm.weight
+        rows = casa.omni.head.weight[list(casa.token_ids)]
         along = ((rows[1] - rows[0]) * norm).numpy()
     gone = ablate_directions(casa, mixed_queries, along)
     np.testing.assert_allclose(gone[gone["ablated"] == 0]["logit"], 0, atol=1e-4)

@@ -103,7 +103,7 @@ def test_the_bridge_shares_weights_and_leaves_the_model_alone(tiny_omni: Omni, m
     real = tiny_omni.encode(mixed_queries).inputs["attention_mask"].bool()
     torch.testing.assert_close(bridged(model, tiny_omni, mixed_queries)[real], wanted[real], rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        tiny_omni.model.lm_head.weight.mul_(2)
+        tiny_omni.head.weight.mul_(2)
     torch.testing.assert_close(bridged(model, tiny_omni, mixed_queries)[real], 2 * wanted[real], rtol=1e-3, atol=1e-3)
 
 
@@ -114,7 +114,7 @@ def test_keys_are_grouped_and_biases_are_there(eager: Omni, mixed_queries: list[
     assert cache["blocks.0.attn.hook_q"].shape[2] == text.num_attention_heads == 2
     assert cache["blocks.0.attn.hook_k"].shape[2] == text.num_key_value_heads == 1
     assert cache["blocks.0.mlp.hook_post"].shape[2] == text.intermediate_size
-    assert model.blocks[0].attn.k.bias is eager.language_model.layers[0].self_attn.k_proj.bias
+    assert model.blocks[0].attn.k.bias is eager.blocks[0].self_attn.k_proj.bias
 
 
 @pytest.fixture(scope="module")

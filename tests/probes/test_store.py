@@ -33,7 +33,7 @@ def store(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> Activa
 
 def test_every_site_is_what_hooks_see(tiny_omni: Omni, store: ActivationStore, mixed_queries: list[Query]) -> None:
     seen: dict[str, torch.Tensor] = {}
-    block = tiny_omni.language_model.layers[1]
+    block = tiny_omni.blocks[1]
 
     def keep(name: str, take: int = -1) -> object:
         return lambda _, given, out: seen.__setitem__(name, given[0] if take == 0 else out)
@@ -44,9 +44,9 @@ def test_every_site_is_what_hooks_see(tiny_omni: Omni, store: ActivationStore, m
         block.mlp.register_forward_hook(keep("mlp.1")),
         block.register_forward_hook(keep("1")),
         block.register_forward_hook(keep("pre.1", 0)),
-        tiny_omni.language_model.norm.register_forward_hook(keep("norm")),
-        tiny_omni.model.model.visual.register_forward_hook(keep("vision")),
-        tiny_omni.model.model.audio_tower.register_forward_hook(keep("audio")),
+        tiny_omni.norm.register_forward_hook(keep("norm")),
+        tiny_omni.tower("image").register_forward_hook(keep("vision")),
+        tiny_omni.tower("audio").register_forward_hook(keep("audio")),
     ]
     batch = tiny_omni.encode([mixed_queries[3]], prefill=False)
     with torch.no_grad():
@@ -193,6 +193,6 @@ def test_damage_is_refused_with_its_reason(store: ActivationStore) -> None:
 
 def test_states_that_are_not_finite_are_named(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
     with torch.no_grad():
-        tiny_omni.language_model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+        tiny_omni.blocks[1].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="query text: the states at site '1' are not finite"):
         collect(tiny_omni, mixed_queries)

@@ -209,7 +209,7 @@ def cosines(study: Study) -> pd.DataFrame:
     casa = study.casa()
     layer, refusal = casa.config.layer, refusal_direction(study)
     found = states_for_directions(study, [layer])
-    norm = study.omni().language_model.norm.weight.detach().float().cpu().numpy()
+    norm = study.omni().norm.weight.detach().float().cpu().numpy()
     states = found.states[str(layer)]
     others = {
         "logistic probe": LogisticProbe().fit(states, found.harmful).coef_[0],
