@@ -26,7 +26,6 @@ from casa_mech.files import TEMPORARY, storage_error, write_text, writing
 from casa_mech.judging import Judge, load_judge, write_table
 from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_panel
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import CLONE, slug
 
@@ -92,7 +91,7 @@ def compare(
         check_systems(systems)
     folder = open_folder(out or _default_folder(request.model))
     with folder.locked():
-        omni = settle_threads(load_omni(request.model, device=request.device, dtype=request.dtype))
+        omni = load_omni(request.model, device=request.device, dtype=request.dtype)
         seeds = _seeds(request, config)
         _warn(request, config, omni, sets, seeds[0], note)
         chosen: list[Variant] = []

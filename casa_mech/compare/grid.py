@@ -32,7 +32,6 @@ from casa_mech.files import write_text
 from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge, clusters_of
 from casa_mech.judging.verdict import judge_identity
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.queries import Query
 from casa_mech.study.folder import RunFolder, key_digest
 from casa_mech.study.manifest import data_hashes
@@ -142,9 +141,7 @@ class Grid:
     @cached_property
     def plain(self) -> Omni:
         """The same model a second time, for the side of a timing that carries no adapter."""
-        return settle_threads(
-            load_omni(self.omni.source, device=str(self.omni.device), dtype=str(self.omni.dtype).split(".")[-1])
-        )
+        return load_omni(self.omni.source, device=str(self.omni.device), dtype=str(self.omni.dtype).split(".")[-1])
 
 
 class _Row:

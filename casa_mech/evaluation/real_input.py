@@ -24,7 +24,6 @@ from casa_mech.files import TEMPORARY, file_sha256
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.http_api import requests_of
 from casa_mech.omni import GenerationSettings, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.queries import Query
 from casa_mech.queries.benchmarks import BENCHMARKS, BenchmarkSource, chosen_source, read_chosen
 from casa_mech.queries.files import QuerySource
@@ -137,7 +136,7 @@ def evaluate_files(
     """
     tested = _defense_name(system)
     queries, dropped = _checked(sources, attack, out, judge, note)
-    omni = settle_threads(load_omni(system.model, device=system.device, dtype=system.dtype))
+    omni = load_omni(system.model, device=system.device, dtype=system.dtype)
     unknown = omni.unknown_share([query.text for query in queries if query.text])
     if unknown > 0:
         note(

@@ -14,7 +14,6 @@ from casa_mech.defenses.registry import defense_entry, options
 from casa_mech.defenses.training import check_folder
 from casa_mech.errors import InputError
 from casa_mech.omni import load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries.files import ExampleReading, read_examples
 
@@ -65,7 +64,7 @@ def train_gate(
     read = (
         read_examples(data, *columns) if data else ExampleReading(default_world().training_examples(n_examples, seed))
     )
-    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    omni = load_omni(model, device=device, dtype=dtype)
     train_defense(defense, omni, read.examples, out, seed=seed, **settings)
     log = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
     trained = {"examples": len(read.examples), "dropped_minors": len(read.dropped), "steps": len(log), "last": log[-1]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +24,16 @@ ORGANISMS = ("organism", "organism-split")
 WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SMALL = 1024
+"""Width below which one matrix product is too short to share between threads."""
 
 
 def load_omni(
     source: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
 ) -> Omni:
-    """Load the model under study; only the thinker is read, whichever layout the checkpoint has.
+    """The model under study with its processor; only the thinker is read, whichever layout the checkpoint has.
+
+    A small model on the CPU is set to run in one thread (in this process), unless `OMP_NUM_THREADS` is set.
 
     Args:
         source: "organism" or "organism-split" (shipped), a hub id such as "Qwen/Qwen2.5-Omni-3B", or a directory.
@@ -55,7 +60,16 @@ def load_omni(
         )
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
-    return Omni(model.to(target), load_processor(directory), str(source))
+    omni = Omni(model.to(target), load_processor(directory), str(source))
+    _settle_threads(omni)
+    return omni
+
+
+def _settle_threads(omni: Omni) -> None:
+    # An organism's matrix products take microseconds. Sharing them gains nothing on an idle machine, and on a busy one
+    # the threads wait for each other: a training step then takes ten times as long.
+    if omni.device.type == "cpu" and omni.d_model < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 @contextmanager

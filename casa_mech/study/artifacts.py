@@ -23,7 +23,6 @@ from casa_mech.files import write_text
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Label, Query
 from casa_mech.study.folder import RunFolder, key_digest
@@ -81,7 +80,7 @@ class Study:
         """The model (default: the one under study), loaded once and written down for the manifest."""
         model = model or self.settings.model
         if model not in self._omnis:
-            omni = settle_threads(load_omni(model, device=self.settings.device, dtype=self.settings.dtype))
+            omni = load_omni(model, device=self.settings.device, dtype=self.settings.dtype)
             record = {
                 "source": model,
                 "fingerprint": omni.fingerprint(),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from casa_mech.omni import Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.timing.paired import BATCH, time_ratio
@@ -30,7 +29,7 @@ def measure_prefill(
     opening and the KL from no prefill, for each length. The separate side is a plain Hugging Face forward with
     `output_hidden_states`, a length at a time, which costs less than a generation would.
     """
-    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    omni = load_omni(model, device=device, dtype=dtype)
     queries = default_world().requests(BATCH, seed=1, label="harmful")
     sides = prefill_sides(omni, queries)
     return {

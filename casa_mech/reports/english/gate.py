@@ -24,7 +24,6 @@ from casa_mech.files import TEMPORARY, storage_error, write_text, writing
 from casa_mech.judging import KeywordJudge, auroc_row, mean_interval, value_row, write_table
 from casa_mech.judging.results import Row
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.corpus import CHARACTERS, REPEAT, Corpus, corpus_record, on_surface, read_corpus
 from casa_mech.queries import Example, Label, Query, TextPart, decontaminate, read_queries
 from casa_mech.queries.benchmarks.locate import find_files
@@ -118,7 +117,7 @@ def english_gate(
     _check_out(out)
     corpus = read_corpus(data, seed)
     sets = evaluation_sets(data)
-    omni = settle_threads(load_omni(str(model), device=device, dtype=dtype))
+    omni = load_omni(str(model), device=device, dtype=dtype)
     named = {"/".join(filter(None, part)): queries for part, queries in sets.items()}
     # The corpus was decontaminated as a whole; this shows it on what is trained on.
     examples, again = decontaminate(corpus.examples(sizes.examples, seed), named)

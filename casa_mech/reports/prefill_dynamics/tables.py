@@ -17,7 +17,6 @@ from casa_mech.defenses.training import WORK, train_defense
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.files import file_sha256
 from casa_mech.omni import Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import refusals
 from casa_mech.study.artifacts import Study
@@ -142,4 +141,4 @@ def ssft_folder(study: Study) -> Path:
 
 def _another(study: Study) -> Omni:
     """The model under study once more: a LoRA and a gate cannot be in it at once."""
-    return settle_threads(load_omni(study.settings.model, device=study.settings.device, dtype=study.settings.dtype))
+    return load_omni(study.settings.model, device=study.settings.device, dtype=study.settings.dtype)
