@@ -181,6 +181,7 @@ class Casa:
 
         Raises:
             InputError: an empty prompt or unreadable media.
+            ModelError: logits or v_s are not finite for a query.
         """
         self._need_active()
         behaviour = Behaviour(order, refusal if hard else None, attention, threshold)
@@ -197,7 +198,11 @@ class Casa:
         merge: bool = True,
         progress: bool = False,
     ) -> list[Reply]:
-        """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`)."""
+        """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`).
+
+        Raises:
+            InputError, ModelError: as `generate`.
+        """
         self._need_active()
         behaviour = Behaviour(order, None, attention)
         with self._parts.adapter.merged() if merge else nullcontext():
@@ -225,7 +230,8 @@ class Casa:
         """Attach a saved gate to `omni`; warns when it was trained on other weights of the same shape.
 
         Raises:
-            ModelError: files are missing, truncated or of another schema, or the shapes do not fit.
+            ModelError: files are missing, truncated or of another schema, the shapes do not fit, or a tensor holds NaN or
+                infinite numbers.
         """
         directory = Path(directory)
         stored = read_stored(directory)

@@ -17,6 +17,7 @@ from casa_mech.casa.config import OLD_NAMES, CasaConfig, LoraSettings, TrainSett
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni
+from casa_mech.omni.finite import check_weights
 from casa_mech.queries import Example
 
 SCHEMA = 1
@@ -139,19 +140,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of one safetensors file.
 
     Raises:
-        ModelError: the file is missing or truncated; the message names it.
+        ModelError: the file is missing or truncated, or a tensor is not finite; the message names it.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is missing or corrupt ({error}); save the gate again") from None
+    check_weights(tensors, path, "train it again")
+    return tensors
 
 
 def fill(module: nn.Module, path: Path) -> None:
     """Load a module's state from `path`.
 
     Raises:
-        ModelError: the file is missing, truncated, or of another shape.
+        ModelError: the file is missing, truncated, not finite, or of another shape.
     """
     try:
         module.load_state_dict(read_tensors(path))

@@ -71,10 +71,17 @@ class Gated(TrainedDefense):
         self.casa.save_pretrained(directory)
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
-        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability."""
+        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability.
+
+        Raises:
+            ModelError: as `Casa.decide`.
+        """
         queries = self._prepared(queries, settings)
-        readings = self.casa.decide(queries, settings, order=self.settings.order)
-        return [float(reading.v_s or 0.0) for reading in readings]
+        scores = []
+        for reply in self.casa.decide(queries, settings, order=self.settings.order):
+            assert reply.v_s is not None
+            scores.append(reply.v_s)
+        return scores
 
     def describe(self) -> Description:
         """LoRA, two token rows and, in CASA, safety attention; one token more than the reply has."""

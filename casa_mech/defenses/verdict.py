@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 from casa_mech.defenses.prompts import with_text_after, with_text_before, wording
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni.finite import finite_logits
 from casa_mech.queries import Query
 from casa_mech.trace.fork import ReadPrompts, beside
 
@@ -56,7 +57,9 @@ class ModelVerdict:
         """Its verdicts on queries whose prompts are the first rows of `read`: only the question is read besides."""
         asked = self._asked
         start = beside(self.omni, read, [with_text_after(query, asked) for query in queries])
-        ids = self.omni.model.generate(**start, max_new_tokens=int(self.forwards), do_sample=False)
+        ids = self.omni.model.generate(
+            **start, max_new_tokens=int(self.forwards), do_sample=False, logits_processor=finite_logits(queries)
+        )
         new = ids[:, start["input_ids"].shape[1] :].tolist()
         return [read_answer(self.omni.decode(self.omni.until_end(row))) for row in new]
 
