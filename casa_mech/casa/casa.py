@@ -139,7 +139,8 @@ class Casa:
 
         Raises:
             InputError: media or missing labels in the examples.
-            RunError: `out` holds a run already, or another one, or cannot be written.
+            RunError: `out` holds a run already, or another one, or another process trains in it, or it cannot be written;
+                or the loss is not finite (the last checkpoint stays).
         """
         self._need_active()
         folder = Path(out) if out is not None else None
@@ -230,8 +231,7 @@ class Casa:
         """Attach a saved gate to `omni`; warns when it was trained on other weights of the same shape.
 
         Raises:
-            ModelError: files are missing, truncated or of another schema, the shapes do not fit, or a tensor holds NaN or
-                infinite numbers.
+            ModelError: files are missing, truncated, of another schema or not finite, or the shapes do not fit.
         """
         directory = Path(directory)
         stored = read_stored(directory)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -27,6 +28,7 @@ from casa_mech.casa.checkpoint import (
 from casa_mech.casa.config import TrainSettings
 from casa_mech.errors import RunError
 from casa_mech.files import write_text
+from casa_mech.locks import locked
 from casa_mech.omni import Omni
 
 Row = dict[str, float]
@@ -97,11 +99,11 @@ class Trainer:
         """Train to the end, or from where the checkpoint in `out` stands; the best validated weights are kept.
 
         Raises:
-            RunError: `out` holds a run already and `resume` is off, or holds another run; or it cannot be written; or the
-                loss is not finite, and the last checkpoint stays.
+            RunError: `out` holds a run already and `resume` is off, or holds another run; another process trains in it; it
+                cannot be written; or the loss is not finite (the last checkpoint stays).
         """
         model = self._learner.omni.model
-        with torch.random.fork_rng():
+        with locked(self._out) if self._out is not None else nullcontext(), torch.random.fork_rng():
             torch.manual_seed(self._settings.seed)
             self._begin(resume)
             model.train()
