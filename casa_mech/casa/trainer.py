@@ -99,7 +99,7 @@ class Trainer:
         """Train to the end, or from where the checkpoint in `out` stands; the best validated weights are kept.
 
         Raises:
-            RunError: `out` holds a run already and `resume` is off, or holds another run; another process trains in it; it
+            RunError: `out` holds a run already and `resume` is off, or another one, another process trains in it, or it
                 cannot be written; or the loss is not finite (the last checkpoint stays).
         """
         model = self._learner.omni.model

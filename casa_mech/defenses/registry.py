@@ -12,13 +12,15 @@ from pydantic import BaseModel
 from casa_mech.casa.config import CasaConfig, TrainSettings
 from casa_mech.defenses.base import Defense
 from casa_mech.defenses.casa import CasaDefense, CasaSettings
-from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
+from casa_mech.defenses.circuit_breaker import CircuitBreaker
 from casa_mech.defenses.coca import Coca, CocaSettings
 from casa_mech.defenses.gated import GateSettings
 from casa_mech.defenses.moras import Moras, MorasSettings
 from casa_mech.defenses.none import NoSettings, Undefended
 from casa_mech.defenses.refusal_token import RefusalToken, RefusalTokenSettings
-from casa_mech.defenses.safecode import SafeCode, SafeCodeSettings
+from casa_mech.defenses.rerouting import CircuitBreakerSettings
+from casa_mech.defenses.safecode import SafeCode
+from casa_mech.defenses.safecode_decoding import SafeCodeSettings
 from casa_mech.defenses.ssft import Ssft, SsftSettings, SsftToken, SsftTokenSettings
 from casa_mech.defenses.trained import TrainedDefense, saved_as
 from casa_mech.errors import InputError, ModelError

@@ -44,7 +44,8 @@ def train_defense(
 
     Raises:
         InputError: an unknown defence or option, one that does not train, or examples that cannot be used.
-        RunError: `out` holds something else, cannot be written, or another process trains in it; the loss is not finite.
+        RunError: `out` holds something else, another process trains in it, or it cannot be written; or the loss is not
+            finite.
         ModelError: the model has an adapter already.
     """
     entry = defense_entry(name)

@@ -14,7 +14,8 @@ from casa_mech.defenses import DEFENSES, Defense, load_defense, train_defense
 from casa_mech.defenses.coca import Coca, CocaSettings
 from casa_mech.defenses.moras import Moras, MorasSettings
 from casa_mech.defenses.refusal_token import control_curve
-from casa_mech.defenses.safecode import SafeCode, SafeCodeSettings
+from casa_mech.defenses.safecode import SafeCode
+from casa_mech.defenses.safecode_decoding import SafeCodeSettings
 from casa_mech.defenses.training import WORK
 from casa_mech.defenses.verdict import CasaVerdict, ModelVerdict
 from casa_mech.errors import InputError, ModelError, RunError

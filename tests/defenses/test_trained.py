@@ -17,9 +17,10 @@ from casa_mech.casa import Casa, CasaConfig
 from casa_mech.casa.trainer import Trainer
 from casa_mech.cli import main
 from casa_mech.defenses import DEFENSES, Defense, load_defense, train_defense
-from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
+from casa_mech.defenses.circuit_breaker import CircuitBreaker
 from casa_mech.defenses.gated import Gated
 from casa_mech.defenses.refusal_token import control_curve
+from casa_mech.defenses.rerouting import CircuitBreakerSettings
 from casa_mech.defenses.ssft import Ssft, SsftToken
 from casa_mech.errors import InputError, ModelError, RunError
 from casa_mech.evaluation.divergence import kl_to_base
