@@ -139,7 +139,7 @@ class Casa:
 
         Raises:
             InputError: media or missing labels in the examples.
-            RunError: `out` holds a run already, or another one, another process trains in it, or it cannot be written; or
+            RunError: `out` holds a run already, or another, another process trains in it, or it cannot be written; or
                 the loss is not finite (the last checkpoint stays).
         """
         self._need_active()
