@@ -21,7 +21,7 @@ from casa_mech.casa.storage import (
     ROWS,
     Base,
     Stored,
-    Training,
+    TrainingRecord,
     check_base,
     dump,
     fill,
@@ -49,7 +49,7 @@ class Casa:
     rows; `detach` gives it back exactly as it was, `disabled` does so for the length of a block.
     """
 
-    def __init__(self, parts: Parts, training: Training | None = None) -> None:
+    def __init__(self, parts: Parts, training: TrainingRecord | None = None) -> None:
         self._parts = parts
         self._training = training
         self._active = True
@@ -112,7 +112,7 @@ class Casa:
         return safe, unsafe
 
     @property
-    def training(self) -> Training | None:
+    def training(self) -> TrainingRecord | None:
         """How the gate was trained, if it was."""
         return self._training
 
@@ -149,7 +149,7 @@ class Casa:
             log = trainer.run(resume, progress)
         finally:
             self._parts.tokens.write()
-        self._training = Training.of(examples, settings, log)
+        self._training = TrainingRecord.of(examples, settings, log)
         return log
 
     def generate(

@@ -52,7 +52,7 @@ class Base(BaseModel):
         )
 
 
-class Training(BaseModel):
+class TrainingRecord(BaseModel):
     """How a gate was trained: the settings, how many examples of each class, and the metrics of the weights kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +64,7 @@ class Training(BaseModel):
     metrics: dict[str, float]
 
     @classmethod
-    def of(cls, examples: Sequence[Example], settings: TrainSettings, log: Sequence[Row]) -> Training:
+    def of(cls, examples: Sequence[Example], settings: TrainSettings, log: Sequence[Row]) -> TrainingRecord:
         """The record of a run over `examples` that left the rows `log`."""
         harmful = sum(example.query.label == "harmful" for example in examples)
         # The weights kept are those of the best validation, so the numbers must be, too.
@@ -87,7 +87,7 @@ class Stored(BaseModel):
     schema_version: int = SCHEMA
     config: CasaConfig
     base: Base
-    training: Training | None = None
+    training: TrainingRecord | None = None
 
 
 def read_stored(directory: Path) -> Stored:
@@ -221,7 +221,7 @@ def lora_line(config: LoraSettings) -> str:
     return f"| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} |"
 
 
-def training_lines(training: Training | None) -> list[str]:
+def training_lines(training: TrainingRecord | None) -> list[str]:
     """The last rows of a card's table, and its metrics."""
     if training is None:
         return ["", "Not trained."]

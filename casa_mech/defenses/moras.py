@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
 from casa_mech.defenses.media import need_image
-from casa_mech.defenses.prompts import in_micro_world, with_text_before, wording
+from casa_mech.defenses.prompts import defense_text, in_micro_world, with_text_before
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.finite import check_decision, finite_logits
@@ -227,7 +227,7 @@ class Moras(Defense):
 
     def _text(self, name: Text) -> str:
         given = getattr(self.settings, name)
-        return wording(self.omni, name) if given is None else given
+        return defense_text(self.omni, name) if given is None else given
 
     def _calibrate(self, unsafe: Sequence[Query], labelled: Sequence[Query], batch_size: int = 16) -> Calibration:
         n = self.settings.positions

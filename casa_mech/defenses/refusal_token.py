@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from casa_mech.defenses.gated import Gated, GateSettings
+from casa_mech.defenses.safety_token import SafetyTokenDefense, SafetyTokenSettings
 from casa_mech.errors import InputError
 from casa_mech.judging.stats import wilson
 
 
-class RefusalTokenSettings(GateSettings):
+class RefusalTokenSettings(SafetyTokenSettings):
     """How refusal tokens are used."""
 
     threshold: float = Field(default=0.5, ge=0, le=1)
@@ -26,7 +26,7 @@ class RefusalTokenSettings(GateSettings):
     token, 1 never refuses."""
 
 
-class RefusalToken(Gated):
+class RefusalToken(SafetyTokenDefense):
     """The unsafe token as a refusal token, taken above a threshold."""
 
     name = "refusal-token"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from casa_mech.defenses.prompts import with_text_after, with_text_before, wording
+from casa_mech.defenses.prompts import defense_text, with_text_after, with_text_before
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.finite import finite_logits
@@ -44,7 +44,7 @@ class ModelVerdict:
 
     @property
     def _asked(self) -> str:
-        return wording(self.omni, "verdict") if self.question is None else self.question
+        return defense_text(self.omni, "verdict") if self.question is None else self.question
 
     def __call__(self, queries: Sequence[Query]) -> list[bool | None]:
         """Its verdicts."""

@@ -16,7 +16,7 @@ from casa_mech.casa import Casa
 from casa_mech.defenses import load_defense
 from casa_mech.defenses.coca import Coca, CocaSettings, calibrated
 from casa_mech.defenses.media import noised
-from casa_mech.defenses.prompts import REFUSALS, WORDINGS, with_text_before, wording
+from casa_mech.defenses.prompts import DEFENSE_TEXTS, REFUSALS, defense_text, with_text_before
 from casa_mech.defenses.safecode import SafeCode
 from casa_mech.defenses.safecode_decoding import SafeCodeSettings, contrast, modulate
 from casa_mech.defenses.verdict import CasaVerdict, JudgeVerdict, ModelVerdict, read_answer
@@ -304,10 +304,10 @@ def test_the_verdict_comes_from_whoever_is_asked(tiny_omni: Omni, queries: list[
 def test_every_model_is_given_words_that_it_knows(tiny_omni: Omni) -> None:
     organism = load_omni("organism", device="cpu")
     tiny_omni.unknown_share = lambda texts: 0.0
-    for name, (plain, micro) in WORDINGS.items():
+    for name, (plain, micro) in DEFENSE_TEXTS.items():
         assert organism.unknown_share([micro]) == 0, name
-        assert wording(organism, name) == micro
-        assert wording(tiny_omni, name) == plain
+        assert defense_text(organism, name) == micro
+        assert defense_text(tiny_omni, name) == plain
     assert organism.unknown_share(REFUSALS) > 0
     defense = SafeCode(organism)
     assert organism.unknown_share(defense.guidance.phrases) == 0
@@ -319,7 +319,7 @@ def test_costs_and_texts_are_told(tiny_omni: Omni) -> None:
     assert SafeCode(tiny_omni, verdict=sides(True)).describe().extra_forwards == 5
     coca, safecode = Coca(tiny_omni, CocaSettings(principle="please")), SafeCode(tiny_omni)
     assert coca.identity["principle"] == "please"
-    assert safecode.identity["verdict"] == f"model: {wording(tiny_omni, 'verdict')}"
+    assert safecode.identity["verdict"] == f"model: {defense_text(tiny_omni, 'verdict')}"
     assert safecode.identity["phrases"] == list(safecode.guidance.phrases)
 
 
