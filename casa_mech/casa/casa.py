@@ -21,7 +21,7 @@ from casa_mech.casa.storage import (
     ROWS,
     Base,
     Stored,
-    Training,
+    TrainingRecord,
     check_base,
     dump,
     fill,
@@ -49,7 +49,7 @@ class Casa:
     rows; `detach` gives it back exactly as it was, `disabled` does so for the length of a block.
     """
 
-    def __init__(self, parts: Parts, training: Training | None = None) -> None:
+    def __init__(self, parts: Parts, training: TrainingRecord | None = None) -> None:
         self._parts = parts
         self._training = training
         self._active = True
@@ -112,7 +112,7 @@ class Casa:
         return safe, unsafe
 
     @property
-    def training(self) -> Training | None:
+    def training(self) -> TrainingRecord | None:
         """How the gate was trained, if it was."""
         return self._training
 
@@ -139,7 +139,8 @@ class Casa:
 
         Raises:
             InputError: media or missing labels in the examples.
-            RunError: `out` holds a run already, or another one, or cannot be written.
+            RunError: `out` holds a run already, or another, another process trains in it, or it cannot be written; or
+                the loss is not finite (the last checkpoint stays).
         """
         self._need_active()
         folder = Path(out) if out is not None else None
@@ -148,7 +149,7 @@ class Casa:
             log = trainer.run(resume, progress)
         finally:
             self._parts.tokens.write()
-        self._training = Training.of(examples, settings, log)
+        self._training = TrainingRecord.of(examples, settings, log)
         return log
 
     def generate(
@@ -181,6 +182,7 @@ class Casa:
 
         Raises:
             InputError: an empty prompt or unreadable media.
+            ModelError: logits or v_s are not finite for a query.
         """
         self._need_active()
         behaviour = Behaviour(order, refusal if hard else None, attention, threshold)
@@ -197,7 +199,11 @@ class Casa:
         merge: bool = True,
         progress: bool = False,
     ) -> list[Reply]:
-        """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`)."""
+        """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`).
+
+        Raises:
+            InputError, ModelError: as `generate`.
+        """
         self._need_active()
         behaviour = Behaviour(order, None, attention)
         with self._parts.adapter.merged() if merge else nullcontext():
@@ -225,7 +231,7 @@ class Casa:
         """Attach a saved gate to `omni`; warns when it was trained on other weights of the same shape.
 
         Raises:
-            ModelError: files are missing, truncated or of another schema, or the shapes do not fit.
+            ModelError: files are missing, truncated, of another schema or not finite, or the shapes do not fit.
         """
         directory = Path(directory)
         stored = read_stored(directory)

@@ -9,9 +9,10 @@ from functools import lru_cache
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.queries import Example
+from casa_mech.queries import Example, Label
 
-CLASSES = ("benign", "harmful")
+CLASSES: tuple[Label, ...] = ("benign", "harmful")
+"""The labels, in the order of the safety tokens; a label's index seeds its draws, so the order is not to be changed."""
 
 
 def check_examples(examples: Sequence[Example]) -> None:

@@ -14,6 +14,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from casa_mech.casa.attention import UNSAFE
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch, with_system
+from casa_mech.omni.finite import check_decision, finite_logits
 from casa_mech.queries import Query, Reply
 from casa_mech.trace.gate import GatedPrompt, gated_prompt
 from casa_mech.trace.generate import continue_from
@@ -104,6 +105,8 @@ def _gated(
     batch = omni.encode(group, prefill=after_prefill)
     position = batch.last_position if after_prefill else batch.gate_position
     prompt = gated_prompt(omni, batch, gate, position, use_cache)
+    check_decision("v_s", prompt.reading.v_s, group)
+    check_decision("a safety token's logit", torch.cat([prompt.reading.raw_pair, prompt.reading.pair], dim=1), group)
     return batch, prompt, choose_token(prompt.reading.pair, settings, behaviour.threshold).tolist()
 
 
@@ -119,7 +122,8 @@ def _answer(
     if rows:
         prefills = prefill_ids(omni, group) if behaviour.order == "gate_first" else [[] for _ in group]
         forced = [[int(gate.token_ids[chosen[row]]), *prefills[row]] for row in rows]
-        new = continue_from(omni, batch, prompt.cache, forced, rows, settings.kwargs())
+        kwargs = settings.kwargs() | {"logits_processor": finite_logits([group[row] for row in rows])}
+        new = continue_from(omni, batch, prompt.cache, forced, rows, kwargs)
         for row, ids in zip(rows, new.tolist(), strict=True):
             ids = omni.until_end(ids)
             texts[row] = (omni.decode(ids), len(ids))

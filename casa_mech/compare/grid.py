@@ -300,5 +300,5 @@ def _timed(cells: Iterable[Cell]) -> list[Cell]:
 
 def _texts() -> str:
     """A digest of the texts that defences say to a model."""
-    said = [sorted((name, *text) for name, text in prompts.WORDINGS.items()), prompts.REFUSALS]
+    said = [sorted((name, *text) for name, text in prompts.DEFENSE_TEXTS.items()), prompts.REFUSALS]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from casa_mech.omni.architecture import Architecture, architecture_of, part_at
 from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
+from casa_mech.omni.finite import finite_logits
 from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.processor import OmniProcessor
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply, TextPart
@@ -225,12 +226,16 @@ class Omni:
         """Ordinary generation, without any defence; replies in the order of the queries.
 
         `Reply.text` holds what the model wrote after the prefill, not the prefill itself.
+
+        Raises:
+            InputError: an empty prompt or unreadable media. ModelError: logits that are not finite.
         """
         queries = with_system(queries, settings.system)
 
         def decode(group: list[int]) -> list[list[int]]:
-            batch = self.encode([queries[index] for index in group])
-            ids = self.model.generate(**batch.inputs, **settings.kwargs())
+            members = [queries[index] for index in group]
+            batch = self.encode(members)
+            ids = self.model.generate(**batch.inputs, **settings.kwargs(), logits_processor=finite_logits(members))
             new: list[list[int]] = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
             return new
 

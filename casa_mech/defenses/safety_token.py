@@ -19,7 +19,7 @@ from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Example, Query, Reply
 
 
-class GateSettings(DefenseSettings):
+class SafetyTokenSettings(DefenseSettings):
     """How a trained gate is used."""
 
     order: Order = "gate_first"
@@ -30,7 +30,7 @@ class GateSettings(DefenseSettings):
     """The hard gate's text."""
 
 
-class Gated(TrainedDefense):
+class SafetyTokenDefense(TrainedDefense):
     """A `Casa` as a defence. Subclasses name themselves and choose the gate's form.
 
     Args:
@@ -40,10 +40,10 @@ class Gated(TrainedDefense):
     """
 
     source: ClassVar[str]
-    settings_type: ClassVar[type[GateSettings]] = GateSettings
+    settings_type: ClassVar[type[SafetyTokenSettings]] = SafetyTokenSettings
 
     def __init__(
-        self, casa: Casa, settings: GateSettings | None = None, training: TrainSettings = TrainSettings()
+        self, casa: Casa, settings: SafetyTokenSettings | None = None, training: TrainSettings = TrainSettings()
     ) -> None:
         super().__init__(casa.omni)
         self.casa, self.settings = casa, settings or self.settings_type()
@@ -56,7 +56,7 @@ class Gated(TrainedDefense):
         return cls(Casa.attach(omni, config, seed), None, training)
 
     @classmethod
-    def load(cls, omni: Omni, path: Path, settings: GateSettings) -> Self:
+    def load(cls, omni: Omni, path: Path, settings: SafetyTokenSettings) -> Self:
         """A saved gate on `omni` (see `Casa.from_pretrained`)."""
         return cls(Casa.from_pretrained(path, omni), settings)
 
@@ -71,10 +71,17 @@ class Gated(TrainedDefense):
         self.casa.save_pretrained(directory)
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
-        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability."""
+        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability.
+
+        Raises:
+            ModelError: as `Casa.decide`.
+        """
         queries = self._prepared(queries, settings)
-        readings = self.casa.decide(queries, settings, order=self.settings.order)
-        return [float(reading.v_s or 0.0) for reading in readings]
+        scores = []
+        for reply in self.casa.decide(queries, settings, order=self.settings.order):
+            assert reply.v_s is not None
+            scores.append(reply.v_s)
+        return scores
 
     def describe(self) -> Description:
         """LoRA, two token rows and, in CASA, safety attention; one token more than the reply has."""
