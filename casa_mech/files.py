@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import tempfile
@@ -79,12 +78,6 @@ def write_text(path: Path | str, text: str) -> None:
     """
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def file_sha256(path: Path | str) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

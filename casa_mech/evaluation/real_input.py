@@ -20,7 +20,8 @@ from casa_mech.evaluation.evaluate import (
     evaluate,
     save_evaluation,
 )
-from casa_mech.files import TEMPORARY, file_sha256
+from casa_mech.files import TEMPORARY
+from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.http_api import requests_of
 from casa_mech.omni import GenerationSettings, load_omni

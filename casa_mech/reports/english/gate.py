@@ -17,10 +17,10 @@ from casa_mech.attacks.image import instruction_of
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.casa.checkpoint import METRICS
-from casa_mech.casa.examples import examples_digest
 from casa_mech.errors import InputError, RunError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows, write_both
 from casa_mech.files import TEMPORARY, storage_error, write_text, writing
+from casa_mech.identity import examples_digest, key_digest
 from casa_mech.judging import KeywordJudge, auroc_row, mean_interval, value_row, write_table
 from casa_mech.judging.results import Row
 from casa_mech.omni import GenerationSettings, Omni, load_omni
@@ -30,7 +30,7 @@ from casa_mech.queries import Example, Label, Query, TextPart, decontaminate, re
 from casa_mech.queries.benchmarks.locate import find_files
 from casa_mech.queries.benchmarks.registry import benchmark_named
 from casa_mech.reports.english.baselines import LENGTH, WORDS, Scorer, baselines, prompts_of
-from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import slug
 
 Set = tuple[str, str | None]
