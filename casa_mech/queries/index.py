@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import TEMPORARY, storage_error, writing
+from casa_mech.files import TEMPORARY, check_folder, storage_error, writing
 from casa_mech.identity import SHORT, json_digest, queries_digest
 from casa_mech.queries.media_files import store_media
 from casa_mech.queries.query import AudioPart, ImagePart, Part, Query, TextPart, Turn
@@ -220,17 +220,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second writer, and clear what a killed one left half-written."""
     from filelock import FileLock, Timeout
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        strangers = [
-            entry.name
-            for entry in folder.iterdir()
-            if entry.name not in (INDEX, MEDIA, PARTS, _LOCK) and not entry.name.startswith(TEMPORARY)
-        ]
-    except OSError as error:
-        raise storage_error(error, folder) from None
-    if strangers:
-        raise RunError(f"{folder} holds other files ({strangers[0]}, …): choose a new or empty --out")
+    check_folder(folder, (INDEX, MEDIA, PARTS, _LOCK), create=True)
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from casa_mech.errors import InputError, RunError
+from casa_mech.files import check_folder
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
@@ -271,8 +272,7 @@ class ActivationStore:
             "dtype": str(dtype).removeprefix("torch."),
         }
         if not (root / "store.json").exists():
-            if root.exists() and any(root.iterdir()):
-                raise RunError(f"{root} holds other files: choose a new or empty folder")
+            check_folder(root)
             write_about(root, about)
         store = cls.open(root, omni)
         for key in ("sites", "positions", "dtype"):

@@ -273,7 +273,7 @@ def test_a_judge_that_goes_down_is_one_line_and_the_same_command_continues(
     ("change", "message"),
     [
         (["--prompt-column", "goal"], "no column 'goal'; it has prompt, reply"),
-        (["--out", "."], "holds other files than a judgement's"),
+        (["--out", "."], "holds other files"),
         (["--judge", "oracle"], "unknown judge"),
         (["--replies", "gone.csv"], "gone.csv"),
         (["--judge", "micro-world"], "use KeywordJudge"),
