@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -29,6 +28,7 @@ from casa_mech.casa.config import TrainSettings
 from casa_mech.errors import RunError
 from casa_mech.files import write_text
 from casa_mech.locks import locked
+from casa_mech.identity import digest_of
 from casa_mech.omni import Omni
 
 Row = dict[str, float]
@@ -93,7 +93,7 @@ class Trainer:
         self._progress = Progress()
         self._rng: dict[str, Tensor] = {}
         self.log: list[Row] = []
-        self._run_key = hashlib.sha256(repr([*learner.key, learner.omni.fingerprint()]).encode()).hexdigest()
+        self._run_key = digest_of(repr([*learner.key, learner.omni.fingerprint()]))
 
     def run(self, resume: bool, progress: bool) -> list[Row]:
         """Train to the end, or from where the checkpoint in `out` stands; the best validated weights are kept.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from casa_mech.defenses.base import Defense, DefenseSettings, Description
 from casa_mech.defenses.media import need_image
 from casa_mech.defenses.prompts import defense_text, in_micro_world, with_text_before
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.finite import check_decision, finite_logits
 from casa_mech.queries import Query, Reply, TextPart
@@ -119,7 +119,7 @@ class Moras(Defense):
         """As of every defence, with its texts as worded for this model and what was calibrated."""
         known = self.calibration
         texts = [self._text(name) for name in TEXTS]
-        digest = hashlib.sha256(known.prototypes.float().cpu().numpy().tobytes()).hexdigest()
+        digest = digest_of([known.prototypes.float().cpu().numpy().tobytes()])
         return super().identity | {"texts": texts, "base": known.base, "prototypes": digest}
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:

@@ -11,8 +11,9 @@ from casa_mech.casa import TrainSettings
 from casa_mech.casa.checkpoint import METRICS
 from casa_mech.defenses import DEFENSES, train_defense
 from casa_mech.defenses.registry import defense_entry, options
-from casa_mech.defenses.training import check_folder
+from casa_mech.defenses.training import WORK
 from casa_mech.errors import InputError
+from casa_mech.files import check_folder
 from casa_mech.omni import load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries.files import ExampleReading, read_examples
@@ -60,7 +61,7 @@ def train_gate(
     if TrainSettings in recipe.records:
         settings = {"max_steps": STEPS, **settings}
     options(defense, recipe.records, settings)  # before the model is loaded
-    check_folder(out)
+    check_folder(out, marker=WORK)
     read = (
         read_examples(data, *columns) if data else ExampleReading(default_world().training_examples(n_examples, seed))
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from casa_mech.identity import weights_digest
 from casa_mech.omni.architecture import Architecture, architecture_of, part_at
 from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
 from casa_mech.omni.finite import finite_logits
@@ -69,7 +69,7 @@ class Omni:
         self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         self.model.generation_config = GenerationConfig(eos_token_id=self.end_id, pad_token_id=pad)
-        self._fingerprint = _fingerprint(model)
+        self._fingerprint = weights_digest([model])
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -333,12 +333,3 @@ def _estimated_length(query: Query) -> tuple[int, int]:
         elif isinstance(part, ImagePart) and isinstance(part.image, Image.Image):
             length += part.image.width * part.image.height // 200
     return kinds, length
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
-        digest.update(f"{name} {list(value.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()

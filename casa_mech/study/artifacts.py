@@ -20,14 +20,16 @@ from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.figures import save_figure
 from casa_mech.files import write_text
+from casa_mech.identity import key_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Label, Query
-from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.folder import RunFolder
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
+from probes.activations.shards import FORMAT
 from probes.activations.store import Activations, ActivationStore
 
 PREFILL_FIRST = "CASA, prefill first"
@@ -121,7 +123,7 @@ class Study:
     def activation_store(self, model: str = "") -> ActivationStore:
         """The store behind `activations`: every block's output and the final norm's, last position and prompt mean."""
         name = slug(model or self.settings.model)
-        key = {**self._model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"]}
+        key = {**self._model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"], "format": FORMAT}
 
         def build(folder: Path) -> None:
             surfaces = [attack for surface, attack in SURFACES.items() if surface != "spelled"]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from casa_mech.errors import InputError, RunError
+from casa_mech.identity import SHORT, adapted_fingerprint, query_digest
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import OmniBatch
-from casa_mech.queries import Query, TextPart
+from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, Positions, capture_cuts, check_positions, make_cut
 from casa_mech.trace.sites import Site, all_sites, check_sites
 
@@ -87,35 +85,16 @@ class Plan:
 
 def fingerprint(omni: Omni) -> str:
     """The model's fingerprint; with LoRA at work in it, one that tells the LoRA's weights apart too."""
-    digest = hashlib.sha256(omni.fingerprint().encode())
-    found = False
-    for name, module in omni.model.named_modules():
-        if hasattr(module, "lora_A") and not module.disable_adapters:
-            found = True
-            for key, value in sorted(module.state_dict().items()):
-                if "lora_" in key:
-                    flat = value.detach().reshape(-1)
-                    digest.update(
-                        f"{name} {key}".encode() + flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes()
-                    )
-    return digest.hexdigest() if found else omni.fingerprint()
+    return adapted_fingerprint(omni.fingerprint(), omni.model)
 
 
 def query_digests(queries: Sequence[Query]) -> np.ndarray:
-    """A short digest of what the model sees of each query, str [query]; files are known by their path."""
-    return np.array([_digest(query) for query in queries], dtype=object)
+    """A short digest of each query with the content of its media, str [query].
 
-
-def _digest(query: Query) -> str:
-    digest = hashlib.sha256(repr((query.system, query.prefill)).encode())
-    for parts in [turn.parts for turn in query.history] + [query.parts]:
-        for part in parts:
-            content: Any = part.text if isinstance(part, TextPart) else getattr(part, part.kind)
-            if isinstance(content, Image.Image):
-                content = np.asarray(content)
-            digest.update(part.kind.encode())
-            digest.update(content.tobytes() if isinstance(content, np.ndarray) else str(content).encode())
-    return digest.hexdigest()[:16]
+    Raises:
+        InputError: a picture or clip whose file is not there.
+    """
+    return np.array([query_digest(query)[:SHORT] for query in queries], dtype=object)
 
 
 def index_columns(batch: OmniBatch, cut: Cut) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ counts from the moment its index is there; what a killed run left without one is
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +19,10 @@ from torch import Tensor
 
 from casa_mech.errors import RunError
 from casa_mech.files import write_text, writing
+from casa_mech.identity import SHORT, digest_of
 
-FORMAT = 1
+FORMAT = 2
+"""2: queries are known by the content of their media; in 1 files were known by their path."""
 ABOUT, SHARDS, INDEX = "store.json", "shards", "index"
 
 
@@ -126,7 +127,7 @@ def _refused(path: Path, reason: str) -> RunError:
 def _order(rows: pd.DataFrame) -> str:
     """A digest of which vector is where."""
     lines = rows["query_id"].astype(str) + "\t" + rows["position"].astype(str) + "\t" + rows["at"].astype(str)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return digest_of("\n".join(lines))[:SHORT]
 
 
 def _shard(root: Path, number: int) -> Path:

@@ -8,11 +8,11 @@ A store is a folder:
   sites `z.<layer>`;
 * `index/00000.parquet`, ...: beside each shard what its rows are. `pandas.read_parquet("STORE/index")` reads all.
   Columns: `query_id` and what else is known of the query (`INDEX_COLUMNS`); `order`, the query's place in the store;
-  `digest` of its content; `length` of its prompt in tokens; `position`, the choice of positions this row belongs to;
-  `at`, the token's number in the prompt (in the reply for `generated`, in the prefill for `prefill`; -1 for a mean);
-  `token`, its id (-1 for a mean); `tokens`, how many positions the vector is the mean of (1 if it is none), and
-  `audio_tokens` and `image_tokens`, how many of those an encoder filled (where 0, that encoder's vector is zero and
-  stands for nothing); `shard` and `row`.
+  `digest` of its content, media included; `length` of its prompt in tokens; `position`, the choice of positions that
+  this row belongs to; `at`, the token's number in the prompt (in the reply for `generated`, in the prefill for
+  `prefill`; -1 for a mean); `token`, its id (-1 for a mean); `tokens`, how many positions the vector is the mean of (1
+  if it is none), and `audio_tokens` and `image_tokens`, how many of those an encoder filled (where 0, that encoder's
+  vector is zero and stands for nothing); `shard` and `row`.
 
 Rows of one position are consecutive in a shard. Shards are written whole and mapped into memory when read.
 """
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from casa_mech.errors import InputError, RunError
+from casa_mech.files import check_folder
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
@@ -158,7 +159,8 @@ class ActivationStore:
 
         Args:
             omni: the model; whatever is attached to it (LoRA) takes part and is part of its fingerprint.
-            queries: any mixture of text, image and audio; id and content together tell them apart.
+            queries: any mixture of text, image and audio; id and content together tell them apart, so one whose
+                picture or clip has changed since is another query, and its states stand beside the earlier ones.
             sites: where to read (`casa_mech.trace.sites.Site`); default every block's output and the final norm's.
             positions: one or several choices (`casa_mech.trace.capture.Positions`).
             out: the store's folder.
@@ -270,8 +272,7 @@ class ActivationStore:
             "dtype": str(dtype).removeprefix("torch."),
         }
         if not (root / "store.json").exists():
-            if root.exists() and any(root.iterdir()):
-                raise RunError(f"{root} holds other files: choose a new or empty folder")
+            check_folder(root)
             write_about(root, about)
         store = cls.open(root, omni)
         for key in ("sites", "positions", "dtype"):

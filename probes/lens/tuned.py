@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
+from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
@@ -134,8 +135,7 @@ def _descend(
 
 def _divergence(truth: Tensor, lens: Tensor) -> Tensor:
     """KL(model || lens) in nats [site, row] of logits [row, vocab] and [site, row, vocab]."""
-    truth, lens = functional.log_softmax(truth, dim=-1), functional.log_softmax(lens, dim=-1)
-    return (truth.exp() * (truth - lens)).sum(dim=-1).clamp(min=0)
+    return kl_divergence(functional.log_softmax(truth, dim=-1), functional.log_softmax(lens, dim=-1))
 
 
 def lens_quality(

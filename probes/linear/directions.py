@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import LongTensor, Tensor
 
+from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import writing
 from casa_mech.omni import Omni
@@ -287,7 +288,7 @@ def _judge(
         "length": float(np.linalg.norm(candidate.difference)),
         "ablated": float(refusal_score(_logits(omni, harmful, without, batch_size), openings).mean()),
         "added": float(refusal_score(added, openings).mean()),
-        "kl": float((before.exp() * (before - after)).sum(dim=-1).mean()),
+        "kl": float(kl_divergence(before, after).mean()),
     }
 
 

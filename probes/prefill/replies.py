@@ -12,6 +12,7 @@ from torch import Tensor
 
 from casa_mech.casa import Casa
 from casa_mech.casa.attention import UNSAFE
+from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError
 from casa_mech.judging.stats import cluster_of
 from casa_mech.judging.verdict import Judge
@@ -20,7 +21,7 @@ from casa_mech.queries import Query
 from casa_mech.trace.gate import gated_prompt
 from casa_mech.trace.sites import Site
 from casa_mech.trace.sweep import read_positions
-from probes.prefill.sweep import RefusalAxis, System, compliance_ids, kl_divergence
+from probes.prefill.sweep import RefusalAxis, System, compliance_ids
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import LongTensor, Tensor
 from casa_mech.casa import Casa
 from casa_mech.casa.adapter import Adapter
 from casa_mech.casa.attention import SAFE, UNSAFE
+from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError
 from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import Omni, OmniBatch
@@ -209,11 +210,6 @@ def _after(batch: OmniBatch, lengths: Sequence[int], offset: int) -> LongTensor:
     """Positions [batch, step]: the last of `lengths` tokens after the header and `offset` more."""
     steps = torch.tensor(lengths, device=batch.gate_position.device)
     return batch.gate_position[:, None] + offset + steps[None]
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats [...] of log-probabilities [..., vocab]; never below 0, which rounding would allow."""
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

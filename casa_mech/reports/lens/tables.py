@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from casa_mech.identity import key_digest
 from casa_mech.judging import auroc_interval
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.study.artifacts import LABELS, SURFACES, Study
-from casa_mech.study.folder import key_digest
 from casa_mech.study.settings import slug
 
 HEAD_SURFACES = ("text", "image", "audio")

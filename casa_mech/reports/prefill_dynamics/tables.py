@@ -15,12 +15,11 @@ from casa_mech.defenses import load_defense
 from casa_mech.defenses.ssft import SsftSettings
 from casa_mech.defenses.training import WORK, train_defense
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
-from casa_mech.files import file_sha256
+from casa_mech.identity import file_sha256, key_digest
 from casa_mech.omni import Omni, load_omni
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import refusals
 from casa_mech.study.artifacts import Study
-from casa_mech.study.folder import key_digest
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import slug
 from casa_mech.trace.sites import Site

@@ -14,7 +14,7 @@ from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa
 from casa_mech.casa.casa import REFUSAL
 from casa_mech.errors import InputError
-from casa_mech.files import file_sha256
+from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.organism.world import Topic, default_world
 from casa_mech.queries import Query, TextPart
