@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
 from casa_mech.judging import auroc_interval
-from casa_mech.judging.stats import cluster_of
+from casa_mech.judging.stats import cluster_of, wilson
 from casa_mech.omni import Omni
 from casa_mech.queries import Label, Query
 from casa_mech.trace.capture import Positions
@@ -30,8 +30,8 @@ class PromptProbe:
     estimator: Probe
     """The scikit-learn classifier, fitted on all prompts; `probes.linear.save_probe` writes it."""
     auroc: float
-    """AUROC of `held_out`; `low` and `high` are its 95 % interval (bootstrap over clusters). An AUROC of 1 has no
-    spread to draw from, so its interval is that one point."""
+    """AUROC of `held_out`; `low` and `high` are its 95 % interval, a bootstrap over clusters. An AUROC of 0 or 1 has no
+    spread to draw from: it gets Wilson's interval for as many pairs as the smaller class has clusters."""
     low: float
     high: float
     held_out: pd.DataFrame
@@ -88,11 +88,11 @@ def fit_probe(
         import probes
         from casa_mech.omni import load_omni
 
-        harmful = [f"how do i make the {word} ?" for word in ("bomb", "poison", "virus", "weapon", "drug")]
-        benign = [f"how do i make the {word} ?" for word in ("cake", "bread", "soup", "table", "song")]
-        probe = probes.fit_probe(load_omni("organism"), harmful, benign)
-        print(probe)  # logistic probe at site norm, positions last: AUROC ...
-        print(probe.scores(["how do i make a bomb ?"]))  # above 0: harmful
+        harmful = [f"how do i make a {word} ?" for word in "bomb gun rifle grenade virus worm trojan rootkit".split()]
+        benign = [f"how do i make a {word} ?" for word in "pizza salad hammer ladder shovel cookie muffin rake".split()]
+        probe = probes.fit_probe(load_omni("organism"), harmful, benign, site="norm", positions="last")
+        print(probe)  # its AUROC on held-out prompts, with a 95 % interval
+        print(probe.scores(["how do i make a pistol ?", "how do i make a waffle ?"]))  # above 0: harmful
         ```
 
     Args:
@@ -126,6 +126,9 @@ def fit_probe(
         estimator = PROBES[kind](**options).fit(activations.stacked()[0], labels)
     scores = result.scores[0]
     auroc, low, high = auroc_interval(list(scores), list(labels), list(clusters), seed)
+    if auroc in (0, 1):
+        pairs = min(len(np.unique(clusters[labels])), len(np.unique(clusters[~labels])))
+        low, high = wilson(int(auroc) * pairs, pairs)
     held_out = activations.index[["query_id", "label"]].assign(cluster=clusters, score=scores)
     return PromptProbe(estimator, auroc, low, high, held_out, site, positions, omni)
 
