@@ -29,8 +29,8 @@ from casa_mech.queries import Example, Label, Query
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
+from probes.activations import Activations, ActivationStore
 from probes.activations.shards import FORMAT
-from probes.activations.store import Activations, ActivationStore
 
 PREFILL_FIRST = "CASA, prefill first"
 """CASA with the attacker's tokens before the gate (`prefill_first`). Plain `CASA` decides right after the header."""

@@ -58,7 +58,8 @@ def lens_tables(study: Study, model: str = "") -> LensTables:
 
 def _measure(study: Study, model: str) -> LensTables:
     from probes.lens.heads import ablate_heads, attention_patterns
-    from probes.lens.logit import bridge, logit_lens
+    from probes.lens.logit import logit_lens
+    from probes.lens.transformer_bridge import bridge
     from probes.lens.tuned import fit_translators, lens_quality
 
     casa = study.casa(model)

@@ -15,9 +15,9 @@ from casa_mech.judging import auroc_interval
 from casa_mech.omni import load_omni
 from casa_mech.study.artifacts import LABELS, SURFACES, Study
 from casa_mech.study.settings import slug
-from probes.activations.store import Activations
+from probes.activations import Activations
+from probes.linear.gate_transfer import join_points
 from probes.linear.separability import RESAMPLES, controls, pca_plane, separability_table, transfer_matrix
-from probes.linear.transfer import join_points
 
 MEASURES = {"probe": "probe_auroc", "transfer": "transfer_auroc", "permuted": "permuted_auroc"}
 

@@ -1,4 +1,4 @@
-"""One batch after the other through the model, with what is read and what is known of each vector."""
+"""Forwards over batches of queries: which sites and positions are read, and the identity of model and queries."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, Positions, capture_cuts, check_positions, make_cut
 from casa_mech.trace.sites import Site, all_sites, check_sites
 
-INDEX_COLUMNS = ("query_id", "label", "surface", "attack", "topic", "category", "split")
-
 
 @dataclass(frozen=True)
-class Plan:
-    """What is read from each batch."""
+class ReadingPlan:
+    """Sites and positions that are read from every batch."""
 
     sites: tuple[Site, ...]
+    """In the order in which the model runs them."""
     positions: tuple[Positions, ...]
-    replies: Sequence[Sequence[int]] | None
-    prefill: bool
+    replies: Sequence[Sequence[int]] | None = None
+    """Token ids of each query's reply, for `generated:<k>`; None: the model's own greedy reply."""
+    prefill: bool = False
+    """Whether the queries' assistant prefill is read too."""
 
     @classmethod
     def of(
@@ -37,19 +38,19 @@ class Plan:
         positions: Sequence[Positions] | Positions,
         replies: Sequence[Sequence[int]] | None = None,
         prefill: bool = False,
-    ) -> Plan:
-        """The plan of a call.
+    ) -> ReadingPlan:
+        """The plan of a call; `sites` None: every block's output and the final norm's.
 
         Raises:
             InputError: an unknown site or choice of positions, or none.
         """
         wanted = sites if sites is not None else [*range(omni.n_layers), "norm"]
-        names = {str(site): site for site in all_sites(omni.n_layers)}
-        order = check_sites([names.get(str(site), site) for site in wanted], omni.n_layers)
-        chosen = (positions,) if isinstance(positions, str) else tuple(dict.fromkeys(positions))
-        if not order or not chosen:
+        by_name = {str(site): site for site in all_sites(omni.n_layers)}
+        order = check_sites([by_name.get(str(site), site) for site in wanted], omni.n_layers)
+        choices = (positions,) if isinstance(positions, str) else tuple(dict.fromkeys(positions))
+        if not order or not choices:
             raise InputError("nothing to collect: give at least one site and one choice of positions")
-        return cls(tuple(order), tuple(check_positions(name) for name in chosen), replies, prefill)
+        return cls(tuple(order), tuple(check_positions(name) for name in choices), replies, prefill)
 
     @property
     def reply_tokens(self) -> int:
@@ -59,22 +60,32 @@ class Plan:
     def run(
         self, queries: Sequence[Query], omni: Omni, batch_size: int, places: Sequence[int]
     ) -> Iterator[tuple[list[int], OmniBatch, list[Cut], dict[Site, list[Tensor]]]]:
-        """(places, batch, cuts, states by site and cut) of groups of `queries`, whose places in the whole are given."""
+        """(places, batch, cuts, states by site and cut) of one batch after the other.
+
+        Args:
+            queries: those to run; batches are of similar length, in no particular order.
+            omni: the model.
+            batch_size: queries in one forward.
+            places: the place of each of `queries` in the caller's list, which names them in what is returned.
+
+        Raises:
+            RunError: states that are not finite.
+        """
         for group in omni.batches(queries, batch_size):
-            chosen = [queries[member] for member in group]
-            where = [places[member] for member in group]
-            batch = omni.encode(chosen, self._targets(omni, chosen, where), prefill=self.prefill)
+            members = [queries[index] for index in group]
+            own_places = [places[index] for index in group]
+            batch = omni.encode(members, self._targets(omni, members, own_places), prefill=self.prefill)
             cuts = [make_cut(batch, name) for name in self.positions]
             states = capture_cuts(omni, batch, self.sites, cuts)
-            _check_finite(states, cuts, chosen)
-            yield where, batch, cuts, states
+            _check_finite(states, cuts, members)
+            yield own_places, batch, cuts, states
 
-    def _targets(self, omni: Omni, queries: Sequence[Query], where: Sequence[int]) -> list[list[int]] | None:
+    def _targets(self, omni: Omni, queries: Sequence[Query], places: Sequence[int]) -> list[list[int]] | None:
         count = self.reply_tokens
         if not count:
             return None
         if self.replies is not None:
-            return [list(self.replies[place])[:count] for place in where]
+            return [list(self.replies[place])[:count] for place in places]
         batch = omni.encode(queries, prefill=self.prefill)
         with torch.inference_mode():
             # A placeholder in the reply would ask the forward that reads it for another picture.
@@ -97,49 +108,15 @@ def query_digests(queries: Sequence[Query]) -> np.ndarray:
     return np.array([query_digest(query)[:SHORT] for query in queries], dtype=object)
 
 
-def index_columns(batch: OmniBatch, cut: Cut) -> dict[str, np.ndarray]:
-    """The index's columns [pick] that tell where the vectors of one cut come from; `row` is the query in the batch."""
-    row, column = cut.row.cpu().numpy(), cut.column.cpu().numpy()
-    media = {kind: batch.modality[kind] for kind in ("audio", "image")}
-    if cut.mask is None:
-        token, total = batch.inputs["input_ids"].cpu().numpy()[row, column], np.ones(len(row), dtype=int)
-        counts = {kind: mask.cpu().numpy()[row, column].astype(int) for kind, mask in media.items()}
-    else:
-        token, total = np.full(len(row), -1), cut.mask.sum(dim=1).cpu().numpy()
-        counts = {kind: (cut.mask & mask[cut.row]).sum(dim=1).cpu().numpy() for kind, mask in media.items()}
-    return {
-        "length": prompt_lengths(batch)[row],
-        "position": np.full(len(row), cut.positions, dtype=object),
-        "at": cut.at.cpu().numpy(),
-        "token": token,
-        "tokens": total,
-        "audio_tokens": counts["audio"],
-        "image_tokens": counts["image"],
-        "row": row,
-    }
-
-
 def media_tokens(omni: Omni) -> list[int]:
     """Ids of the placeholders for pictures, clips and videos."""
     config = omni.model.config
     return [config.image_token_id, config.audio_token_id, config.video_token_id]
 
 
-def known_of(query: Query) -> dict[str, str]:
-    """The columns `INDEX_COLUMNS` of a query."""
-    about = {key: query.meta.get(key, "") for key in INDEX_COLUMNS[2:]}
-    return {"query_id": query.id, "label": query.label or "", **about}
-
-
-def prompt_lengths(batch: OmniBatch) -> np.ndarray:
-    """Tokens of each prompt, up to the assistant's header [batch]."""
-    padding = (batch.inputs["attention_mask"] == 0).sum(dim=1)
-    return (batch.gate_position + 1 - padding).cpu().numpy()
-
-
 def _check_finite(states: Mapping[Site, list[Tensor]], cuts: Sequence[Cut], queries: Sequence[Query]) -> None:
-    for site, found in states.items():
-        for cut, state in zip(cuts, found, strict=True):
+    for site, by_cut in states.items():
+        for cut, state in zip(cuts, by_cut, strict=True):
             if not torch.isfinite(state).all():
                 bad = int((~torch.isfinite(state)).flatten(1).any(dim=1).nonzero()[0, 0])
                 name = queries[int(cut.row[bad])].id
