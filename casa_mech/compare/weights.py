@@ -13,6 +13,7 @@ from typing import Any
 from casa_mech.casa.checkpoint import METRICS
 from casa_mech.compare.systems import System, training_records
 from casa_mech.defenses.training import WORK, train_defense
+from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.identity import examples_digest, folder_sha256, json_digest, key_digest
 from casa_mech.omni import Omni
@@ -22,8 +23,6 @@ from casa_mech.queries.files import read_examples
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import PROFILES
 
-TRAIN_SEED = 1_000
-"""Added to the seed of training examples, as in the study, so that no evaluation draws them."""
 _SIZES = PROFILES["default"]
 
 
@@ -61,7 +60,7 @@ class TrainingPlan:
             InputError: a table that cannot be read, or one without both labels.
         """
         if self.table is None:
-            return default_world().training_examples(n or self.n_examples, TRAIN_SEED + seed)
+            return default_world().training_examples(n or self.n_examples, Draw.TRAINING + seed)
         table = self.table
         read = read_examples(table.path, table.prompt, table.reply, table.label, table.completion)
         return list(read.examples) if n is None else _balanced(read.examples, n)

@@ -11,6 +11,7 @@ from typing import Any
 
 from casa_mech.attacks import Speech, apply_attack, attack_named, find_font, paired, read_wrappers, wrappers_of
 from casa_mech.attacks.fonts import Use
+from casa_mech.draws import BENIGN
 from casa_mech.errors import InputError
 from casa_mech.identity import file_sha256, folder_sha256
 from casa_mech.queries import Label, Query
@@ -162,7 +163,7 @@ def _chosen(choice: QueryChoice, seed: int, note: Callable[[str], None]) -> list
     if choice.source == WORLD:
         from casa_mech.organism.world import default_world
 
-        drawn = seed + 10_000 * (choice.label == "benign")  # the two labels apart, as in the study
+        drawn = seed + BENIGN * (choice.label == "benign")  # the two labels apart, as in the study
         return default_world().requests(choice.n or _WORLD_N, drawn, choice.label, templates="held_out")
     fields = {"column": choice.column, "label": choice.label}
     reading = read_chosen(chosen_source(choice.source, choice.data, choice.n, seed, **fields))

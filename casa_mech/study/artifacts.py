@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from casa_mech.attacks import STUDY_ATTACKS, apply_attack
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.casa.generation import Order
+from casa_mech.draws import BENIGN, Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.figures import save_figure
@@ -38,8 +39,6 @@ SURFACES = {"text": "plain", "spelled": "spelled", "image": "image", "audio": "a
 BENIGN_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
 LABELS: tuple[Label, ...] = ("harmful", "benign")
 Moment = Literal["before", "after"]
-# Draws for training, evaluation and probing never share a seed.
-_TRAIN, _EVAL, _PROBE = 1_000, 2_000, 3_000
 
 
 class Study:
@@ -101,13 +100,13 @@ class Study:
         tokenizer_knows = self.omni(model).unknown_share(["this sentence would be quite ordinary elsewhere"]) > 0
         return MicroWorldJudge() if tokenizer_knows else KeywordJudge()
 
-    def queries(self, attack: str, label: Label, n: int = 0, seed: int = _EVAL) -> list[Query]:
+    def queries(self, attack: str, label: Label, n: int = 0, seed: int = Draw.EVALUATION) -> list[Query]:
         """Requests in held-out phrasings, on seen and held-out topics, under `attack`.
 
         The two labels are drawn apart: with one seed each harmful request would have a benign twin of the same wording,
         and a probe that met the twin in training would be pushed the wrong way.
         """
-        seed += 10_000 * LABELS.index(label) + self.settings.seed
+        seed += BENIGN * (label == "benign") + self.settings.seed
         requests = default_world().requests(n or self.sizes.n_eval, seed, label, templates="held_out")
         return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer)
 
@@ -131,7 +130,7 @@ class Study:
                 query
                 for attack in surfaces
                 for label in LABELS
-                for query in self.queries(attack, label, self.sizes.n_probe, _PROBE)
+                for query in self.queries(attack, label, self.sizes.n_probe, Draw.PROBING)
             ]
             with self._base(model) as omni:
                 where: dict[str, Any] = {"out": folder / "store", "batch_size": self.sizes.batch_size}
@@ -223,7 +222,7 @@ class Study:
 
     def training_examples(self) -> list[Example]:
         """The plain-text requests and replies that gates are trained on."""
-        return default_world().training_examples(self.sizes.train_examples, _TRAIN + self.settings.seed)
+        return default_world().training_examples(self.sizes.train_examples, Draw.TRAINING + self.settings.seed)
 
     @cached_property
     def train_settings(self) -> TrainSettings:
@@ -249,7 +248,7 @@ class Study:
 
     def read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
         """What a gate says to the probing requests of a surface and label: `surface, label, topic, ..., v_s`."""
-        queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, _PROBE)
+        queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, Draw.PROBING)
         replies = casa.decide(queries)
         return pd.DataFrame(
             {

@@ -50,7 +50,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder against a second runner, and clear what a killed one left half-written.
+        """Hold the folder against a second runner, and clear what this or a killed one left half-written.
 
         Raises:
             RunError: another process is running this study.
@@ -63,11 +63,17 @@ class RunFolder:
         except OSError as error:
             raise storage_error(error, self.root) from None
         try:
-            for left in self.root.rglob(f"{TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            self._clear_half_written()
             yield
+        except BaseException:
+            self._clear_half_written()
+            raise
         finally:
             lock.release()
+
+    def _clear_half_written(self) -> None:
+        for left in list(self.root.rglob(f"{TEMPORARY}*")):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder."""

@@ -14,6 +14,7 @@ import pandas as pd
 from casa_mech.defenses import load_defense
 from casa_mech.defenses.ssft import SsftSettings
 from casa_mech.defenses.training import WORK, train_defense
+from casa_mech.draws import Draw
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.identity import file_sha256, key_digest
 from casa_mech.omni import Omni, load_omni
@@ -35,7 +36,6 @@ TOKENS = 10
 """Tokens of a reply that are followed."""
 DEPTH_LENGTH = 4
 """Tokens of the openings whose states are exchanged."""
-_FIT, _MEASURE = 4_000, 6_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def _tables(study: Study, name: str, n: int, lengths: Sequence[int]) -> PrefillT
     study.casa()
     trained = file_sha256(study.folder.path("gates", slug(study.settings.model), "done.json"))
     key: dict[str, Any] = {"gate": trained, "n": n, "lengths": list(lengths), "tokens": study.sizes.max_new_tokens}
+    key["draws"] = [Draw.PREFILL_MEASUREMENT, Draw.PREFILL_AXES]
     if name == SSFT:
         key["ssft"] = file_sha256(ssft_folder(study) / "done.json")
 
@@ -81,12 +82,12 @@ def _tables(study: Study, name: str, n: int, lengths: Sequence[int]) -> PrefillT
 
 def _measured(study: Study, chosen: AttackedModel, n: int, lengths: Sequence[int]) -> PrefillTables:
     """One system's tables."""
-    queries = study.queries("plain", "harmful", n, _MEASURE)
+    queries = study.queries("plain", "harmful", n, Draw.PREFILL_MEASUREMENT)
     openings = opening_ids(chosen.omni, refusals(study)).tolist()
     sites: list[Site] = [chosen.omni.n_layers // 2, "norm"]
     fit: list[list[Query]] = [
-        study.queries("plain", "harmful", study.sizes.n_probe, _FIT),
-        study.queries("plain", "benign", study.sizes.n_probe, _FIT),
+        study.queries("plain", "harmful", study.sizes.n_probe, Draw.PREFILL_AXES),
+        study.queries("plain", "benign", study.sizes.n_probe, Draw.PREFILL_AXES),
     ]
     axes = refusal_axes(chosen, fit[0], fit[1], sites)
     sweep = prefill_sweep(chosen, queries, lengths, openings, sites)

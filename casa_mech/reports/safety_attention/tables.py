@@ -13,6 +13,7 @@ from casa_mech.attacks import apply_with_twins
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa
 from casa_mech.casa.casa import REFUSAL
+from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
@@ -36,7 +37,6 @@ PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
 RANDOM_DIRECTIONS = 5
 RUNS = ("nothing", "refusal direction", "gated model's own", "random direction")
 """What is ablated."""
-_FIT, _MEASURE = 4_000, 5_000  # draws for directions and for what is measured, apart from all others of a study
 
 
 def kept_table(
@@ -74,7 +74,7 @@ def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Matche
     """
     omni = study.omni()
     # Half of the clips or more have no twin of as many tokens.
-    requests = study.queries("plain", "harmful", 2 * n, _MEASURE)
+    requests = study.queries("plain", "harmful", 2 * n, Draw.GATE_MEASUREMENT)
     waiting = list(requests)
     pairs: dict[str, MatchedPair] = {}
     for attempt in range(tries):
@@ -122,7 +122,7 @@ def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
     casa = study.casa()
     return {
         surface: attention_maps(
-            casa, [query for label in LABELS for query in study.queries(attack, label, n, _MEASURE)]
+            casa, [query for label in LABELS for query in study.queries(attack, label, n, Draw.GATE_MEASUREMENT)]
         )
         for surface, attack in SURFACES.items()
     }
@@ -136,7 +136,7 @@ def removals(study: Study, n: int) -> pd.DataFrame:
         casa = study.casa()
         tables = []
         for surface, attack in PATCHED.items():
-            queries = study.queries(attack, "harmful", study.sizes.n_probe, _MEASURE)
+            queries = study.queries(attack, "harmful", study.sizes.n_probe, Draw.GATE_MEASUREMENT)
             flagged = [
                 query
                 for query, reply in zip(queries, casa.decide(queries), strict=True)
@@ -154,7 +154,9 @@ def removals(study: Study, n: int) -> pd.DataFrame:
 def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
     """Plain requests' states at the gate's position, the gate's LoRA at work; drawn apart from what is measured."""
     study.casa()
-    queries = [query for label in LABELS for query in study.queries("plain", label, study.sizes.n_probe, _FIT)]
+    queries = [
+        query for label in LABELS for query in study.queries("plain", label, study.sizes.n_probe, Draw.GATE_DIRECTIONS)
+    ]
     return collect(study.omni(), queries, sites, "last", study.sizes.batch_size)
 
 
@@ -181,7 +183,7 @@ def refusal_direction(study: Study) -> RefusalDirection:
     sizes = {"n_train": min(128, size - n_val), "n_val": n_val, "seed": study.settings.seed}
 
     def build(folder: Path) -> None:
-        harmful, harmless = (study.queries("plain", label, size, _FIT) for label in LABELS)
+        harmful, harmless = (study.queries("plain", label, size, Draw.GATE_DIRECTIONS) for label in LABELS)
         with casa.disabled() as omni:
             try:
                 found = find_refusal_direction(omni, harmful, harmless, refusals(study), **sizes, relax=True).direction
@@ -232,7 +234,9 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
         random = np.random.default_rng(study.settings.seed).standard_normal((RANDOM_DIRECTIONS, len(own)))
         directions = np.vstack([refusal_direction(study).unit, own, random])
         tables = [
-            ablate_directions(casa, study.queries(attack, label, n, _MEASURE), directions).assign(surface=surface)
+            ablate_directions(casa, study.queries(attack, label, n, Draw.GATE_MEASUREMENT), directions).assign(
+                surface=surface
+            )
             for surface, attack in PATCHED.items()
             for label in LABELS
         ]
@@ -244,7 +248,7 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
 
 def attribution(study: Study, n: int) -> Attribution:
     """The token difference of `n` harmful and `n` benign plain requests in its parts."""
-    queries = [query for label in LABELS for query in study.queries("plain", label, n, _MEASURE)]
+    queries = [query for label in LABELS for query in study.queries("plain", label, n, Draw.GATE_MEASUREMENT)]
     return attribute_token_difference(study.casa(), queries)
 
 
@@ -261,7 +265,7 @@ def calibration(
 
 
 def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame:
-    queries = study.queries(attack, label, study.sizes.n_probe, _MEASURE)
+    queries = study.queries(attack, label, study.sizes.n_probe, Draw.GATE_MEASUREMENT)
     replies = casa.decide(queries)
     return pd.DataFrame(
         {
