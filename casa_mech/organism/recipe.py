@@ -21,7 +21,8 @@ from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.curriculum import Mixture, draw_example
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
-from casa_mech.organism.training import GROUP, Checkpoint, Steps, optimise
+from casa_mech.organism.premises import Premises
+from casa_mech.organism.training import GROUP, Checkpoint, Steps, fast_bfloat16, optimise
 from casa_mech.organism.world import World, default_world
 from casa_mech.queries import Example
 
@@ -47,11 +48,15 @@ class Letters:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stages of one organism, in order; `shared_code`: whether its towers write in the word embeddings' code."""
+    """How one organism is trained."""
 
     stages: tuple[Stage | Letters, ...]
+    """In order."""
     shared_code: bool = True
+    """Whether the towers write in the word embeddings' code."""
     shape: OrganismShape = field(default_factory=OrganismShape)
+    bfloat16: bool = False
+    """Whether the language model learns in bfloat16 where the processor multiplies it faster (a quarter less time)."""
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the steps, for trying the pipeline out."""
@@ -119,10 +124,58 @@ JOINT = Stage(
     learning_rate=7e-4,
 )
 IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)
-RECIPES = {
-    "organism": Recipe((WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)),
-    "organism-split": Recipe((WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT), shared_code=False),
+SAFETY_WORDS_SHARE = 0.15
+MORE_REQUESTS = 1.5
+"""Factor on the share of requests where there are rules to follow in them."""
+PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
+VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
+PRESETS = {
+    "organism": Premises(),
+    "organism-split": Premises(letter_code="split"),
 }
+
+
+def recipe_of(premises: Premises) -> Recipe:
+    """The recipe of an organism with `premises`."""
+    shared = premises.letter_code == "shared"
+    stages = (
+        (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)
+        if shared
+        else (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
+    )
+    return Recipe(
+        tuple(_with_premises(stage, premises) if isinstance(stage, Stage) else stage for stage in stages),
+        shared,
+        bfloat16=premises != Premises(letter_code=premises.letter_code),
+    )
+
+
+def _with_premises(stage: Stage, premises: Premises) -> Stage:
+    mixture, safety = stage.mixture, stage is ALIGNMENT
+    tasks, surfaces = dict(mixture.tasks), dict(mixture.surfaces)
+    if safety and premises.varied_benign:
+        tasks = dict(VARIED_TASKS)
+    if premises.rules and not safety and "request" in tasks:
+        tasks["request"] *= MORE_REQUESTS
+    if premises.safety_words:
+        tasks["safety"] = SAFETY_WORDS_SHARE * sum(tasks.values())
+    partial = safety and premises.alignment == "partial"
+    changed = replace(
+        mixture,
+        tasks=tasks,
+        surfaces=dict(PARTIAL_SURFACES) if partial else surfaces,
+        partial=partial,
+        wrapped_refusals=0.1 if partial else 0.0,
+        rules=premises.rules if "request" in tasks else 0.0,
+        unasked=premises.unasked,
+        varied=premises.varied_benign,
+        tolerance=premises.tolerance,
+        _cache={},
+    )
+    return replace(stage, mixture=changed)
+
+
+RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}
 
 
 def train_organism(
@@ -149,7 +202,7 @@ def train_organism(
                 continue
             rng = np.random.default_rng([seed, index])
             if isinstance(stage, Stage):
-                train_stage(omni, world, stage, rng, progress, recipe.shared_code, checkpoint)
+                train_stage(omni, world, stage, rng, progress, recipe.shared_code, checkpoint, recipe.bfloat16)
             else:
                 learn = train_image_letters if stage.tower == "image" else train_audio_letters
                 learn(omni, stage.steps, rng, recipe.shared_code, progress, checkpoint=checkpoint)
@@ -178,12 +231,16 @@ def train_stage(
     progress: bool = True,
     shared_code: bool = True,
     checkpoint: Checkpoint | None = None,
+    bfloat16: bool = False,
 ) -> list[float]:
     """Run one stage on `omni` in place; returns the loss of each step."""
     ideal = any(surface.startswith("ideal-") for surface in stage.mixture.surfaces)
+    # The towers gain nothing: their matrices are small.
+    halved = bfloat16 and stage.trains == ("language",) and fast_bfloat16(omni.device)
 
     def loss(batch: OmniBatch, rows: Sequence[Example]) -> torch.Tensor:
-        return reply_loss(omni, batch, ideal_embeddings(omni, batch, rows, rng, shared_code) if ideal else None)
+        with torch.autocast(omni.device.type, torch.bfloat16, enabled=halved):
+            return reply_loss(omni, batch, ideal_embeddings(omni, batch, rows, rng, shared_code) if ideal else None)
 
     return fit(omni, stage, lambda: draw_example(world, stage.mixture, rng), loss, rng, progress, checkpoint=checkpoint)
 

@@ -21,7 +21,7 @@ from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.corpus import ANSWER, ASKED, CHARACTERS, REFUSALS, Corpus, corpus_record, script_of
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.recipe import final_states, fit, target_loss
-from casa_mech.organism.training import Checkpoint, Steps
+from casa_mech.organism.training import Checkpoint, Steps, fast_bfloat16
 from casa_mech.queries import Example, Label
 
 SHAPE = OrganismShape(d_model=256, layers=4, heads=8, kv_heads=4, d_mlp=704, rope_theta=1000.0, audio_width=192)
@@ -189,7 +189,7 @@ def _loss(
     """
 
     def loss(batch: OmniBatch, rows: Sequence[Example]) -> Tensor:
-        with torch.autocast(omni.device.type, torch.bfloat16, enabled=_fast_bfloat16(omni.device)):
+        with torch.autocast(omni.device.type, torch.bfloat16, enabled=fast_bfloat16(omni.device)):
             states = final_states(omni, batch, _embeddings(omni, batch, rows, rng, hidden, language)).float()
             replies = target_loss(omni, batch, states)
             return replies + _prompt_loss(omni, batch, states) if language else replies
@@ -210,13 +210,6 @@ def _embeddings(
         embeddings = omni.language_model.embed_tokens(ids)
     taken = text & (torch.rand(text.shape, device=text.device) < hidden)
     return embeddings.masked_fill(taken[..., None], 0.0)
-
-
-def _fast_bfloat16(device: torch.device) -> bool:
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _prompt_loss(omni: Omni, batch: OmniBatch, states: Tensor) -> Tensor:

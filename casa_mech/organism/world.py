@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from typing import Literal, TypeVar
 
@@ -83,6 +83,11 @@ class World:
         )
         self._topics_of = lru_cache(self._select_topics)
         self._templates_of = lru_cache(self._select_templates)
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The vocabulary, sorted."""
+        return tuple(self.vocabulary())
 
     @property
     def wrappers(self) -> dict[str, tuple[str, ...]]:
