@@ -54,6 +54,20 @@ def check_folder(folder: Path | str, owned: Collection[str] = (), marker: str = 
         raise RunError(f"{folder} holds other files ({min(others)}, …){lacking}: choose a new or empty --out")
 
 
+def check_writable(folder: Path) -> None:
+    """Make `folder` if it is not there, and try it: better now than after the work.
+
+    Raises:
+        RunError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(prefix=TEMPORARY, dir=folder):
+            pass
+    except OSError as error:
+        raise storage_error(error, folder) from None
+
+
 @contextmanager
 def writing(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed to `path` when the block ends well and removed when it does not.
