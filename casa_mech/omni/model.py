@@ -306,9 +306,9 @@ class Omni:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def unknown_share(self, texts: Sequence[str]) -> float:
-        """Share of words in `texts` that the tokenizer maps to its unknown token (0 where it has none)."""
+        """Share of words in `texts` that the tokenizer maps to its unknown token (0 where it has none, or no text)."""
         unknown = self.tokenizer.unk_token_id
-        if unknown is None:
+        if unknown is None or not texts:  # a tokenizer refuses an empty list
             return 0.0
         ids = [token for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in row]
         return sum(token == unknown for token in ids) / len(ids) if ids else 0.0
