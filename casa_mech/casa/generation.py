@@ -59,13 +59,19 @@ def gated_replies(
     settings: GenerationSettings,
     behaviour: Behaviour,
     progress: bool = False,
+    forced: Sequence[Sequence[int]] | None = None,
 ) -> list[Reply]:
-    """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits."""
+    """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits.
+
+    `forced`: for each query the ids that stand in the safety token's place before the reply, whatever the gate decides
+    (an intervention on the token alone); the replies report the gate's own decision all the same.
+    """
 
     queries = with_system(queries, settings.system)
 
     def answer(group: list[int]) -> list[Reply]:
-        return _answer(omni, gate, [queries[index] for index in group], settings, behaviour)
+        inserted = None if forced is None else [list(forced[index]) for index in group]
+        return _answer(omni, gate, [queries[index] for index in group], settings, behaviour, inserted)
 
     return omni.in_batches(queries, settings, answer, progress=progress)
 
@@ -111,7 +117,12 @@ def _gated(
 
 
 def _answer(
-    omni: Omni, gate: SafetyGate, group: list[Query], settings: GenerationSettings, behaviour: Behaviour
+    omni: Omni,
+    gate: SafetyGate,
+    group: list[Query],
+    settings: GenerationSettings,
+    behaviour: Behaviour,
+    inserted: list[list[int]] | None = None,
 ) -> list[Reply]:
     began = time.perf_counter()
     batch, prompt, chosen = _gated(omni, gate, group, settings, behaviour, use_cache=True)
@@ -121,7 +132,8 @@ def _answer(
     texts = dict.fromkeys(range(len(group)), (behaviour.refusal or "", 0))
     if rows:
         prefills = prefill_ids(omni, group) if behaviour.order == "gate_first" else [[] for _ in group]
-        forced = [[int(gate.token_ids[chosen[row]]), *prefills[row]] for row in rows]
+        tokens = inserted or [[int(gate.token_ids[index])] for index in chosen]
+        forced = [[*tokens[row], *prefills[row]] for row in rows]
         kwargs = settings.kwargs() | {"logits_processor": finite_logits([group[row] for row in rows])}
         new = continue_from(omni, batch, prompt.cache, forced, rows, kwargs)
         for row, ids in zip(rows, new.tolist(), strict=True):
