@@ -27,8 +27,8 @@ from casa_mech.casa.checkpoint import (
 from casa_mech.casa.config import TrainSettings
 from casa_mech.errors import RunError
 from casa_mech.files import write_text
-from casa_mech.locks import locked
 from casa_mech.identity import digest_of
+from casa_mech.locks import locked
 from casa_mech.omni import Omni
 
 Row = dict[str, float]
