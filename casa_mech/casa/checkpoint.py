@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from casa_mech.errors import RunError
 from casa_mech.files import writing
+from casa_mech.omni.finite import is_finite
 
 FILE = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -86,7 +87,7 @@ def read_checkpoint(
     """Put the state in `folder` into `weights` and `optimizer`; returns the progress and the generators' states.
 
     Raises:
-        RunError: the file is corrupt, or belongs to a run with other data, settings or model.
+        RunError: the file is corrupt, holds NaN, or belongs to a run with other data, settings or model.
     """
     path = folder / FILE
     try:
@@ -97,6 +98,9 @@ def read_checkpoint(
         raise RunError(f"{path} cannot be read ({error}); remove it and train again") from None
     if header["run_key"] != run_key:
         raise RunError(f"{path} is of a run with other data, settings or model; give another folder, or remove it")
+    broken = next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
+    if broken is not None:
+        raise RunError(f"{path}: the tensor {broken} holds NaN or infinite numbers; remove it and train again")
     with torch.no_grad():
         for name, value in weights.items():
             value.copy_(tensors[f"weights/{name}"])

@@ -80,9 +80,8 @@ def class_embeddings(omni: Omni, config: CasaConfig) -> Tensor:
         found = capture(omni, omni.encode(queries), [config.layer], "mean:text")[config.layer]
         named = config.class_phrases
     else:
-        head = config.query_source == "lm_head_rows"
-        weight = omni.model.lm_head.weight if head else omni.language_model.embed_tokens.weight
-        found = word_rows(omni, config.class_words, weight)
+        matrix = omni.head if config.query_source == "lm_head_rows" else omni.embedding
+        found = word_rows(omni, config.class_words, matrix.weight)
         named = config.class_words
     if config.form == "compete" and torch.equal(found[0], found[1]):
         raise InputError(

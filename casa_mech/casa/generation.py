@@ -14,6 +14,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from casa_mech.casa.attention import UNSAFE
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch, with_system
+from casa_mech.omni.finite import check_decision, finite_logits
 from casa_mech.queries import Query, Reply
 from casa_mech.trace.gate import GatedPrompt, gated_prompt
 from casa_mech.trace.generate import continue_from
@@ -58,13 +59,19 @@ def gated_replies(
     settings: GenerationSettings,
     behaviour: Behaviour,
     progress: bool = False,
+    forced: Sequence[Sequence[int]] | None = None,
 ) -> list[Reply]:
-    """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits."""
+    """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits.
+
+    `forced`: for each query the ids that stand in the safety token's place before the reply, whatever the gate decides
+    (an intervention on the token alone); the replies report the gate's own decision all the same.
+    """
 
     queries = with_system(queries, settings.system)
 
     def answer(group: list[int]) -> list[Reply]:
-        return _answer(omni, gate, [queries[index] for index in group], settings, behaviour)
+        inserted = None if forced is None else [list(forced[index]) for index in group]
+        return _answer(omni, gate, [queries[index] for index in group], settings, behaviour, inserted)
 
     return omni.in_batches(queries, settings, answer, progress=progress)
 
@@ -104,11 +111,18 @@ def _gated(
     batch = omni.encode(group, prefill=after_prefill)
     position = batch.last_position if after_prefill else batch.gate_position
     prompt = gated_prompt(omni, batch, gate, position, use_cache)
+    check_decision("v_s", prompt.reading.v_s, group)
+    check_decision("a safety token's logit", torch.cat([prompt.reading.raw_pair, prompt.reading.pair], dim=1), group)
     return batch, prompt, choose_token(prompt.reading.pair, settings, behaviour.threshold).tolist()
 
 
 def _answer(
-    omni: Omni, gate: SafetyGate, group: list[Query], settings: GenerationSettings, behaviour: Behaviour
+    omni: Omni,
+    gate: SafetyGate,
+    group: list[Query],
+    settings: GenerationSettings,
+    behaviour: Behaviour,
+    inserted: list[list[int]] | None = None,
 ) -> list[Reply]:
     began = time.perf_counter()
     batch, prompt, chosen = _gated(omni, gate, group, settings, behaviour, use_cache=True)
@@ -118,8 +132,10 @@ def _answer(
     texts = dict.fromkeys(range(len(group)), (behaviour.refusal or "", 0))
     if rows:
         prefills = prefill_ids(omni, group) if behaviour.order == "gate_first" else [[] for _ in group]
-        forced = [[int(gate.token_ids[chosen[row]]), *prefills[row]] for row in rows]
-        new = continue_from(omni, batch, prompt.cache, forced, rows, settings.kwargs())
+        tokens = inserted or [[int(gate.token_ids[index])] for index in chosen]
+        forced = [[*tokens[row], *prefills[row]] for row in rows]
+        kwargs = settings.kwargs() | {"logits_processor": finite_logits([group[row] for row in rows])}
+        new = continue_from(omni, batch, prompt.cache, forced, rows, kwargs)
         for row, ids in zip(rows, new.tolist(), strict=True):
             ids = omni.until_end(ids)
             texts[row] = (omni.decode(ids), len(ids))

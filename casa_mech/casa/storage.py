@@ -17,6 +17,7 @@ from casa_mech.casa.config import OLD_NAMES, CasaConfig, LoraSettings, TrainSett
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni
+from casa_mech.omni.finite import check_weights
 from casa_mech.queries import Example
 
 SCHEMA = 1
@@ -47,11 +48,11 @@ class Base(BaseModel):
             fingerprint=omni.fingerprint(),
             d_model=omni.d_model,
             n_layers=omni.n_layers,
-            tied=omni.model.lm_head.weight is omni.language_model.embed_tokens.weight,
+            tied=omni.tied,
         )
 
 
-class Training(BaseModel):
+class TrainingRecord(BaseModel):
     """How a gate was trained: the settings, how many examples of each class, and the metrics of the weights kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,7 +64,7 @@ class Training(BaseModel):
     metrics: dict[str, float]
 
     @classmethod
-    def of(cls, examples: Sequence[Example], settings: TrainSettings, log: Sequence[Row]) -> Training:
+    def of(cls, examples: Sequence[Example], settings: TrainSettings, log: Sequence[Row]) -> TrainingRecord:
         """The record of a run over `examples` that left the rows `log`."""
         harmful = sum(example.query.label == "harmful" for example in examples)
         # The weights kept are those of the best validation, so the numbers must be, too.
@@ -86,7 +87,7 @@ class Stored(BaseModel):
     schema_version: int = SCHEMA
     config: CasaConfig
     base: Base
-    training: Training | None = None
+    training: TrainingRecord | None = None
 
 
 def read_stored(directory: Path) -> Stored:
@@ -139,19 +140,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of one safetensors file.
 
     Raises:
-        ModelError: the file is missing or truncated; the message names it.
+        ModelError: the file is missing or truncated, or a tensor is not finite; the message names it.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is missing or corrupt ({error}); save the gate again") from None
+    check_weights(tensors, path, "train it again")
+    return tensors
 
 
 def fill(module: nn.Module, path: Path) -> None:
     """Load a module's state from `path`.
 
     Raises:
-        ModelError: the file is missing, truncated, or of another shape.
+        ModelError: the file is missing, truncated, not finite, or of another shape.
     """
     try:
         module.load_state_dict(read_tensors(path))
@@ -218,7 +221,7 @@ def lora_line(config: LoraSettings) -> str:
     return f"| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} |"
 
 
-def training_lines(training: Training | None) -> list[str]:
+def training_lines(training: TrainingRecord | None) -> list[str]:
     """The last rows of a card's table, and its metrics."""
     if training is None:
         return ["", "Not trained."]

@@ -11,16 +11,15 @@ from torch import BoolTensor, Tensor, nn
 
 from casa_mech.casa.adapter import Adapter
 from casa_mech.casa.config import CasaConfig, TrainSettings
-from casa_mech.casa.examples import BalancedBatches, check_examples, examples_digest, split_examples
+from casa_mech.casa.examples import CLASSES, BalancedBatches, check_examples, split_examples
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.casa.objective import class_weights, objective, sequence_losses
 from casa_mech.casa.tokens import SafetyTokens
 from casa_mech.casa.trainer import Row, learning_rate_factor
+from casa_mech.identity import examples_digest
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
 from casa_mech.trace.gate import gated_targets
-
-CLASSES = ("harmful", "benign")
 
 
 class Trainable(Protocol):
@@ -147,9 +146,9 @@ def class_sums(columns: Mapping[str, Tensor], harmful: BoolTensor) -> Row:
     """For each column [batch] its sums over the harmful and the benign examples, and how many there are of each."""
     values = torch.stack([column.to(torch.float32) for column in columns.values()]).detach()
     sums: Row = {}
-    for name, chosen in zip(CLASSES, (harmful, ~harmful), strict=True):
-        found = [*(values * chosen).sum(dim=1).tolist(), float(chosen.sum())]
-        sums |= dict(zip((f"{key}_{name}" for key in (*columns, "n")), found, strict=True))
+    for label, is_member in zip(CLASSES, (~harmful, harmful), strict=True):
+        of_class = [*(values * is_member).sum(dim=1).tolist(), float(is_member.sum())]
+        sums |= dict(zip((f"{key}_{label}" for key in (*columns, "n")), of_class, strict=True))
     return sums
 
 
@@ -160,7 +159,7 @@ def class_means(sums: Sequence[Row]) -> Row:
     for key in total:
         name = key.removesuffix("_harmful")
         if name not in (key, "n", "right"):
-            row |= {f"{name}_{kind}": total[f"{name}_{kind}"] / max(1.0, total[f"n_{kind}"]) for kind in CLASSES}
+            row |= {f"{name}_{label}": total[f"{name}_{label}"] / max(1.0, total[f"n_{label}"]) for label in CLASSES}
     if "right_harmful" in total:
         count = total["n_harmful"] + total["n_benign"]
         row["token_accuracy"] = (total["right_harmful"] + total["right_benign"]) / count

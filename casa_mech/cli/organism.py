@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +21,19 @@ def organism_build(
     device: Annotated[str, typer.Option(help="Where the sibling is trained: cpu, cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Train an embedded model from its micro-world (up to 40 minutes on two cores), or a sibling from a corpus."""
+    """Train an embedded model from its micro-world (up to 40 minutes on two cores), or a sibling from a corpus.
+
+    A build that was stopped goes on when the same command is given again.
+    """
     from casa_mech.organism import build
 
     if corpus is not None:
+        from casa_mech.files import check_writable
         from casa_mech.organism.corpus import read_corpus
         from casa_mech.organism.sibling import build_sibling
 
         target = out or Path("organism-weights") / "corpus"
+        check_writable(target)
         _print_build(build_sibling(read_corpus(corpus, seed), target, seed, device=device), "corpus", target, as_json)
         return
     check_choice("NAME", name, ("organism", "organism-split"))
@@ -53,8 +57,7 @@ def organism_card(
     from casa_mech.organism import card
 
     target = out or Path()
-    found = card(name, n=n, seed=seed, out=target)
-    rows = found["rows"] if isinstance(found, dict) else json.loads((target / "card.json").read_text())["rows"]
+    rows = card(name, n=n, seed=seed, out=target)["rows"]
     show({"name": name, "seed": seed, "out": str(target), "rows": rows}, as_json)
 
 

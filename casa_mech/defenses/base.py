@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from casa_mech.casa.config import Settings
-from casa_mech.defenses.prompts import with_safety_prompt, wording
+from casa_mech.defenses.prompts import defense_text, with_safety_prompt
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni, with_system
 from casa_mech.queries import Query, Reply
@@ -78,7 +78,7 @@ class Defense(ABC):
         """All that its replies depend on beside the queries and the model's weights as they are, as JSON values."""
         settings = getattr(self, "settings", None)
         own = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else None
-        prompt = wording(self.omni, "safety") if self.safety_prompt else None
+        prompt = defense_text(self.omni, "safety") if self.safety_prompt else None
         return {"description": self.describe().model_dump(mode="json"), "settings": own, "safety_prompt": prompt}
 
     @property
@@ -98,7 +98,7 @@ class Defense(ABC):
         queries = with_system(queries, settings.system)
         if not self.safety_prompt:
             return queries
-        prompt = wording(self.omni, "safety")
+        prompt = defense_text(self.omni, "safety")
         return [with_safety_prompt(query, prompt) for query in queries]
 
     def close(self) -> None:  # noqa: B027  (most defences change nothing that would have to be given back)

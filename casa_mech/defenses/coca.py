@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
-from casa_mech.defenses.prompts import with_text_before, wording
+from casa_mech.defenses.prompts import defense_text, with_text_before
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply
 from casa_mech.trace.contrast import Sampling, decode_branches, pick, told_apart
@@ -40,7 +40,7 @@ class Coca(Defense):
     def __init__(self, omni: Omni, settings: CocaSettings = CocaSettings()) -> None:
         super().__init__(omni)
         self.settings = settings
-        self.principle = wording(omni, "principle") if settings.principle is None else settings.principle
+        self.principle = defense_text(omni, "principle") if settings.principle is None else settings.principle
 
     def describe(self) -> Description:
         """Prompt and logits; two forwards a token, in one batch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from torch import Tensor, nn
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
 from casa_mech.defenses.media import need_image
-from casa_mech.defenses.prompts import in_micro_world, with_text_before, wording
+from casa_mech.defenses.prompts import defense_text, in_micro_world, with_text_before
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
 from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni.finite import check_decision, finite_logits
 from casa_mech.queries import Query, Reply, TextPart
 from casa_mech.queries.files import QuerySource
 from casa_mech.trace.contrast import Sampling, pick
@@ -118,11 +119,15 @@ class Moras(Defense):
         """As of every defence, with its texts as worded for this model and what was calibrated."""
         known = self.calibration
         texts = [self._text(name) for name in TEXTS]
-        digest = hashlib.sha256(known.prototypes.float().cpu().numpy().tobytes()).hexdigest()
+        digest = digest_of([known.prototypes.float().cpu().numpy().tobytes()])
         return super().identity | {"texts": texts, "base": known.base, "prototypes": digest}
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
-        """The risk of each query, in [0, 1]."""
+        """The risk of each query, in [0, 1].
+
+        Raises:
+            InputError: a query without a picture, `extend` being off. ModelError: a risk that is not finite.
+        """
         queries = self._prepared(queries, settings)
         need_image(queries, self.name, self.settings.extend)
         found: dict[int, float] = {}
@@ -139,27 +144,35 @@ class Moras(Defense):
         def answer(group: list[int]) -> list[list[int]]:
             chosen = [queries[index] for index in group]
             read = read_prompts(self.omni, self.omni.encode(chosen))
-            return self._steered(read, self._risks(read, chosen), settings)
+            return self._steered(read, chosen, self._risks(read, chosen), settings)
 
         return self.omni.decoded(queries, settings, answer, self.name, progress)
 
-    def _steered(self, read: ReadPrompts, risks: Tensor, settings: GenerationSettings) -> list[list[int]]:
+    def _steered(
+        self, read: ReadPrompts, queries: Sequence[Query], risks: Tensor, settings: GenerationSettings
+    ) -> list[list[int]]:
         """Ids of each reply to the prompts read: the first N positions steered, the rest as the model has it."""
         sampling = Sampling.of(settings, len(risks), self.omni.device)
         steps = min(self.settings.positions, settings.max_new_tokens)
         mean = self.calibration.prototypes
+
+        def choose(logits: Tensor) -> Tensor:
+            check_decision("a logit of the reply", logits, queries)
+            return pick(logits, sampling)
+
         first = first_steps(
             self.omni,
             resumed(self.omni, read),
             steps,
-            pick=lambda logits: pick(logits, sampling),
+            pick=choose,
             edit=lambda position, states: steer(states, mean[position], risks),
         )
         written: list[list[int]] = first.ids.tolist()
         still = [row for row, ids in enumerate(written) if self.omni.end_id not in ids]
         left = settings.max_new_tokens - steps
         if still and left > 0:
-            kwargs = settings.kwargs() | {"max_new_tokens": left}
+            finite = finite_logits([queries[row] for row in still])
+            kwargs = settings.kwargs() | {"max_new_tokens": left, "logits_processor": finite}
             more = continue_from(self.omni, read.batch, first.cache, [written[row] for row in still], still, kwargs)
             for row, ids in zip(still, more.tolist(), strict=True):
                 written[row] += ids
@@ -177,7 +190,9 @@ class Moras(Defense):
             for query, context in zip(queries, self._contexts(read, queries), strict=True)
         ]
         states = first_steps(self.omni, beside(self.omni, read, probes), self.settings.positions).states
-        return similarity(states, prototypes, self.omni.model.lm_head, self.settings.gamma)
+        similarities = similarity(states, prototypes, self.omni.head, self.settings.gamma)
+        check_decision("the similarity to MoRAS's prototypes", similarities, queries)
+        return similarities
 
     def contexts(self, queries: Sequence[Query]) -> list[str]:
         """A sentence about each query's picture or clip (both, one after the other), without regard to what is asked;
@@ -199,7 +214,12 @@ class Moras(Defense):
             start = beside(
                 self.omni, read, [_about_media(query, self._text(question), begun) for query in queries], asked
             )
-            ids = self.omni.model.generate(**start, max_new_tokens=self.settings.context_tokens, do_sample=False)
+            ids = self.omni.model.generate(
+                **start,
+                max_new_tokens=self.settings.context_tokens,
+                do_sample=False,
+                logits_processor=finite_logits([queries[row] for row in asked]),
+            )
             for row, new in zip(asked, ids[:, start["input_ids"].shape[1] :].tolist(), strict=True):
                 sentence = f"{begun} {self.omni.decode(self.omni.until_end(new))}".strip()
                 found[row] = f"{found[row]} {sentence}".strip()
@@ -207,14 +227,16 @@ class Moras(Defense):
 
     def _text(self, name: Text) -> str:
         given = getattr(self.settings, name)
-        return wording(self.omni, name) if given is None else given
+        return defense_text(self.omni, name) if given is None else given
 
     def _calibrate(self, unsafe: Sequence[Query], labelled: Sequence[Query], batch_size: int = 16) -> Calibration:
         n = self.settings.positions
         with torch.no_grad():
             groups = [[unsafe[i] for i in group] for group in self.omni.batches(unsafe, batch_size)]
-            states = torch.cat([first_steps(self.omni, self.omni.encode(group).inputs, n).states for group in groups])
-            mean = states.mean(dim=0)
+            states = [first_steps(self.omni, self.omni.encode(group).inputs, n).states for group in groups]
+            for members, group in zip(states, groups, strict=True):
+                check_decision("a state that MoRAS makes a prototype of", members, group)
+            mean = torch.cat(states).mean(dim=0)
             groups = [[labelled[i] for i in group] for group in self.omni.batches(labelled, batch_size)]
             read = ((read_prompts(self.omni, self.omni.encode(group)), group) for group in groups)
             base = float(torch.cat([self._similarities(*pair, mean) for pair in read]).mean())

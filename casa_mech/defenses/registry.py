@@ -12,13 +12,15 @@ from pydantic import BaseModel
 from casa_mech.casa.config import CasaConfig, TrainSettings
 from casa_mech.defenses.base import Defense
 from casa_mech.defenses.casa import CasaDefense, CasaSettings
-from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
+from casa_mech.defenses.circuit_breaker import CircuitBreaker
 from casa_mech.defenses.coca import Coca, CocaSettings
-from casa_mech.defenses.gated import GateSettings
 from casa_mech.defenses.moras import Moras, MorasSettings
 from casa_mech.defenses.none import NoSettings, Undefended
 from casa_mech.defenses.refusal_token import RefusalToken, RefusalTokenSettings
-from casa_mech.defenses.safecode import SafeCode, SafeCodeSettings
+from casa_mech.defenses.rerouting import CircuitBreakerSettings
+from casa_mech.defenses.safecode import SafeCode
+from casa_mech.defenses.safecode_decoding import SafeCodeSettings
+from casa_mech.defenses.safety_token import SafetyTokenSettings
 from casa_mech.defenses.ssft import Ssft, SsftSettings, SsftToken, SsftTokenSettings
 from casa_mech.defenses.trained import TrainedDefense, saved_as
 from casa_mech.errors import InputError, ModelError
@@ -26,7 +28,7 @@ from casa_mech.omni import Omni
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DefenseRecipe:
     """How a defence is trained and loaded.
 
     records: the records whose fields are its options in training. attach: makes it untrained from the model, a record
@@ -41,7 +43,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Entry:
+class DefenseEntry:
     """One defence.
 
     name: as on the command line. settings: its options at test time, a frozen record. summary: one line.
@@ -52,7 +54,7 @@ class Entry:
     settings: type[BaseModel]
     summary: str
     build: Callable[[Omni, Any], Defense] | None = None
-    recipe: Recipe | None = None
+    recipe: DefenseRecipe | None = None
 
     @property
     def trains(self) -> bool:
@@ -60,59 +62,63 @@ class Entry:
         return self.recipe is not None
 
 
-def _tokens(kind: type[SsftToken] | type[RefusalToken]) -> Recipe:
+def _tokens(kind: type[SsftToken] | type[RefusalToken]) -> DefenseRecipe:
     def attach(omni: Omni, config: SsftTokenSettings, training: TrainSettings, seed: int) -> TrainedDefense:
         return kind.attach(omni, config.casa_config(), training, seed)
 
-    return Recipe((SsftTokenSettings, TrainSettings), attach, kind.load, "ssft-token")
+    return DefenseRecipe((SsftTokenSettings, TrainSettings), attach, kind.load, "ssft-token")
 
 
 _ENTRIES = (
-    Entry("none", NoSettings, "the model as it is", lambda omni, _: Undefended(omni)),
-    Entry("safety-prompt", NoSettings, "the safety prompt alone", lambda omni, _: Undefended(omni, safety_prompt=True)),
+    DefenseEntry("none", NoSettings, "the model as it is", lambda omni, _: Undefended(omni)),
+    DefenseEntry(
+        "safety-prompt", NoSettings, "the safety prompt alone", lambda omni, _: Undefended(omni, safety_prompt=True)
+    ),
     # Trained.
-    Entry(
+    DefenseEntry(
         "ssft",
         NoSettings,
         "fine-tuned to refuse, no token",
-        recipe=Recipe(
+        recipe=DefenseRecipe(
             (SsftSettings, TrainSettings), Ssft, lambda omni, path, _: Ssft.from_pretrained(path, omni), "ssft"
         ),
     ),
-    Entry("ssft-token", GateSettings, "CASA without safety attention", recipe=_tokens(SsftToken)),
-    Entry(
+    DefenseEntry("ssft-token", SafetyTokenSettings, "CASA without safety attention", recipe=_tokens(SsftToken)),
+    DefenseEntry(
         "refusal-token",
         RefusalTokenSettings,
         "a threshold on the unsafe token's probability",
         recipe=_tokens(RefusalToken),
     ),
-    Entry(
+    DefenseEntry(
         "circuit-breaker",
         NoSettings,
         "representation rerouting",
-        recipe=Recipe(
+        recipe=DefenseRecipe(
             (CircuitBreakerSettings,),
             CircuitBreaker,
             lambda omni, path, _: CircuitBreaker.from_pretrained(path, omni),
             "circuit-breaker",
         ),
     ),
-    Entry(
+    DefenseEntry(
         "casa",
         CasaSettings,
         "safety tokens and safety attention",
-        recipe=Recipe((CasaConfig, TrainSettings), CasaDefense.attach, CasaDefense.load, "casa"),
+        recipe=DefenseRecipe((CasaConfig, TrainSettings), CasaDefense.attach, CasaDefense.load, "casa"),
     ),
     # At decoding time.
-    Entry("coca", CocaSettings, "a safety principle's effect on the logits, made larger", Coca),
-    Entry("safecode", SafeCodeSettings, "contrast with a noised picture, refusals pushed by a verdict", SafeCode),
-    Entry("moras", MorasSettings, "first states steered towards unsafe prototypes, by risk", Moras),
+    DefenseEntry("coca", CocaSettings, "a safety principle's effect on the logits, made larger", Coca),
+    DefenseEntry(
+        "safecode", SafeCodeSettings, "contrast with a noised picture, refusals pushed by a verdict", SafeCode
+    ),
+    DefenseEntry("moras", MorasSettings, "first states steered towards unsafe prototypes, by risk", Moras),
 )
-DEFENSES: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+DEFENSES: Mapping[str, DefenseEntry] = {entry.name: entry for entry in _ENTRIES}
 """All defences, in the order of the comparison's rows."""
 
 
-def defense_entry(name: str) -> Entry:
+def defense_entry(name: str) -> DefenseEntry:
     """The entry of `name`.
 
     Raises:
@@ -149,7 +155,7 @@ def load_defense(
     return defense
 
 
-def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any]) -> tuple[Entry, Any]:
+def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any]) -> tuple[DefenseEntry, Any]:
     """What `load_defense` refuses without looking at a model; the entry, and `settings` as its record.
 
     Raises:

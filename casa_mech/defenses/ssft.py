@@ -19,7 +19,7 @@ from casa_mech.casa.objective import reply_losses
 from casa_mech.casa.supervised import Supervised, class_sums, is_harmful
 from casa_mech.casa.trainer import Row
 from casa_mech.defenses.base import Description
-from casa_mech.defenses.gated import Gated
+from casa_mech.defenses.safety_token import SafetyTokenDefense
 from casa_mech.defenses.trained import Tuned
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
@@ -117,7 +117,7 @@ class Ssft(Tuned):
         return self._plan
 
 
-class SsftToken(Gated):
+class SsftToken(SafetyTokenDefense):
     """CASA without safety attention: the safety token is predicted and conditioned on, by the model's own logits."""
 
     name = "ssft-token"

@@ -19,7 +19,7 @@ from casa_mech.casa.storage import (
     CARD,
     SCHEMA,
     Base,
-    Training,
+    TrainingRecord,
     base_lines,
     check_base,
     lora_line,
@@ -61,7 +61,7 @@ class Saved(BaseModel):
     defense: str
     config: dict[str, Any]
     base: Base
-    training: Training | None = None
+    training: TrainingRecord | None = None
 
 
 class Tuned(TrainedDefense):
@@ -80,7 +80,7 @@ class Tuned(TrainedDefense):
     def __init__(self, omni: Omni, config: LoraSettings, seed: int = 0) -> None:
         super().__init__(omni)
         self.config = config
-        self.training: Training | None = None
+        self.training: TrainingRecord | None = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.adapter: Adapter | None = Adapter(omni, config, self._layers())
@@ -95,7 +95,7 @@ class Tuned(TrainedDefense):
         """
         settings = self._loop()
         log = Trainer(self._learner(examples), settings, out).run(resume, progress)
-        self.training = Training.of(examples, settings, log)
+        self.training = TrainingRecord.of(examples, settings, log)
         return log
 
     def save_pretrained(self, directory: Path | str) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from casa_mech.defenses.prompts import with_text_after, with_text_before, wording
+from casa_mech.defenses.prompts import defense_text, with_text_after, with_text_before
+from casa_mech.identity import digest_of
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni.finite import finite_logits
 from casa_mech.queries import Query
 from casa_mech.trace.fork import ReadPrompts, beside
 
@@ -43,7 +44,7 @@ class ModelVerdict:
 
     @property
     def _asked(self) -> str:
-        return wording(self.omni, "verdict") if self.question is None else self.question
+        return defense_text(self.omni, "verdict") if self.question is None else self.question
 
     def __call__(self, queries: Sequence[Query]) -> list[bool | None]:
         """Its verdicts."""
@@ -56,7 +57,9 @@ class ModelVerdict:
         """Its verdicts on queries whose prompts are the first rows of `read`: only the question is read besides."""
         asked = self._asked
         start = beside(self.omni, read, [with_text_after(query, asked) for query in queries])
-        ids = self.omni.model.generate(**start, max_new_tokens=int(self.forwards), do_sample=False)
+        ids = self.omni.model.generate(
+            **start, max_new_tokens=int(self.forwards), do_sample=False, logits_processor=finite_logits(queries)
+        )
         new = ids[:, start["input_ids"].shape[1] :].tolist()
         return [read_answer(self.omni.decode(self.omni.until_end(row))) for row in new]
 
@@ -112,10 +115,9 @@ class CasaVerdict:
     @property
     def identity(self) -> str:
         """A digest of the saved gate, and the threshold."""
-        digest = hashlib.sha256()
-        for file in sorted(self.path.glob("*.safetensors")):
-            digest.update(file.name.encode() + file.read_bytes())
-        return f"casa: {digest.hexdigest()} from {self.threshold}"
+        files = sorted(self.path.glob("*.safetensors"))
+        digest = digest_of(piece for file in files for piece in (file.name, file.read_bytes()))
+        return f"casa: {digest} from {self.threshold}"
 
     def __call__(self, queries: Sequence[Query]) -> list[bool | None]:
         """Its verdicts; the gate is put on and taken off again."""

@@ -12,13 +12,14 @@ import numpy as np
 from casa_mech.attacks import apply_attack
 from casa_mech.attacks.prefill import PREFILL_LENGTHS
 from casa_mech.errors import InputError
-from casa_mech.files import write_text
+from casa_mech.files import check_writable, write_text
 from casa_mech.judging import MicroWorldJudge, wilson
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.world import Task, World, default_world
 from casa_mech.queries import Label, Query
 
 SCHEMA_VERSION = 1
+CARD, CARD_TEXT = "card.json", "card.md"
 MIN_N = 300
 CARD_SEED = 1_000_003
 READING: dict[str, Task] = {"names": "name", "dangerous": "dangerous", "category": "category"}
@@ -42,10 +43,12 @@ def card(
     the topic in safety training. Values are fractions with Wilson's 95 % interval.
 
     Raises:
-        InputError: `n` below 1.
+        InputError: `n` below 1. RunError: `out` cannot be written, which is tried first.
     """
     if n < 1:
         raise InputError(f"a card needs at least one draw a row, not n={n}; {MIN_N} is the default")
+    if out is not None:
+        check_writable(out)
     omni = load_omni(name) if isinstance(name, str) else name
     plan = list(_plan())
     from tqdm import tqdm
@@ -69,8 +72,8 @@ def card(
 
 def write_card(record: dict[str, Any], out: Path) -> None:
     """Write `card.json` and `card.md` into the directory `out`."""
-    write_text(out / "card.json", json.dumps(record, indent=1) + "\n")
-    write_text(out / "card.md", card_markdown(record))
+    write_text(out / CARD, json.dumps(record, indent=1) + "\n")
+    write_text(out / CARD_TEXT, card_markdown(record))
 
 
 def card_markdown(record: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,11 +14,12 @@ from casa_mech.casa.generation import Order
 from casa_mech.casa.trainer import Row
 from casa_mech.defenses.base import DefenseSettings, Description
 from casa_mech.defenses.trained import TrainedDefense
+from casa_mech.identity import digest_of
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Example, Query, Reply
 
 
-class GateSettings(DefenseSettings):
+class SafetyTokenSettings(DefenseSettings):
     """How a trained gate is used."""
 
     order: Order = "gate_first"
@@ -30,7 +30,7 @@ class GateSettings(DefenseSettings):
     """The hard gate's text."""
 
 
-class Gated(TrainedDefense):
+class SafetyTokenDefense(TrainedDefense):
     """A `Casa` as a defence. Subclasses name themselves and choose the gate's form.
 
     Args:
@@ -40,10 +40,10 @@ class Gated(TrainedDefense):
     """
 
     source: ClassVar[str]
-    settings_type: ClassVar[type[GateSettings]] = GateSettings
+    settings_type: ClassVar[type[SafetyTokenSettings]] = SafetyTokenSettings
 
     def __init__(
-        self, casa: Casa, settings: GateSettings | None = None, training: TrainSettings = TrainSettings()
+        self, casa: Casa, settings: SafetyTokenSettings | None = None, training: TrainSettings = TrainSettings()
     ) -> None:
         super().__init__(casa.omni)
         self.casa, self.settings = casa, settings or self.settings_type()
@@ -56,7 +56,7 @@ class Gated(TrainedDefense):
         return cls(Casa.attach(omni, config, seed), None, training)
 
     @classmethod
-    def load(cls, omni: Omni, path: Path, settings: GateSettings) -> Self:
+    def load(cls, omni: Omni, path: Path, settings: SafetyTokenSettings) -> Self:
         """A saved gate on `omni` (see `Casa.from_pretrained`)."""
         return cls(Casa.from_pretrained(path, omni), settings)
 
@@ -71,10 +71,17 @@ class Gated(TrainedDefense):
         self.casa.save_pretrained(directory)
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
-        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability."""
+        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability.
+
+        Raises:
+            ModelError: as `Casa.decide`.
+        """
         queries = self._prepared(queries, settings)
-        readings = self.casa.decide(queries, settings, order=self.settings.order)
-        return [float(reading.v_s or 0.0) for reading in readings]
+        scores = []
+        for reply in self.casa.decide(queries, settings, order=self.settings.order):
+            assert reply.v_s is not None
+            scores.append(reply.v_s)
+        return scores
 
     def describe(self) -> Description:
         """LoRA, two token rows and, in CASA, safety attention; one token more than the reply has."""
@@ -91,10 +98,9 @@ class Gated(TrainedDefense):
     @property
     def identity(self) -> dict[str, Any]:
         """As for any defence, and safety attention, which is not among the model's weights."""
-        digest = hashlib.sha256(self.casa.config.model_dump_json().encode())
-        for name, value in sorted(self.casa.parts.groups()[1].items()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-        return super().identity | {"gate": digest.hexdigest()}
+        weights = sorted(self.casa.parts.groups()[1].items())
+        pieces = (piece for name, value in weights for piece in (name, value.detach().cpu().numpy().tobytes()))
+        return super().identity | {"gate": digest_of([self.casa.config.model_dump_json(), *pieces])}
 
     def close(self) -> None:
         """Take the gate off; the model is the base again."""
