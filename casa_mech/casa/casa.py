@@ -13,7 +13,7 @@ from casa_mech.casa.adapter import WEIGHTS, Adapter
 from casa_mech.casa.attention import SafetyAttention
 from casa_mech.casa.config import CasaConfig, TrainSettings
 from casa_mech.casa.gate import SafetyGate, class_embeddings
-from casa_mech.casa.generation import Behaviour, Order, gate_readings, gated_replies
+from casa_mech.casa.generation import GateUse, Order, gate_decisions, gated_replies
 from casa_mech.casa.storage import (
     ATTENTION,
     CARD,
@@ -81,7 +81,7 @@ class Casa:
 
     @property
     def config(self) -> CasaConfig:
-        """What the method is."""
+        """Its options."""
         return self._parts.config
 
     @property
@@ -102,7 +102,7 @@ class Casa:
 
     @property
     def parts(self) -> Parts:
-        """What training changes: adapter, safety attention and token rows, with the model they are in."""
+        """Adapter, safety attention and token rows, which training changes, with the model they are in."""
         return self._parts
 
     @property
@@ -124,7 +124,7 @@ class Casa:
         resume: bool = False,
         progress: bool = True,
     ) -> list[Row]:
-        """Train on text alone (method notes §1.4, §1.5).
+        """Train on text alone (docs/method.md §1.4, §1.5).
 
         Args:
             examples: labelled text queries with the replies they should get; refusals for harmful ones.
@@ -190,10 +190,10 @@ class Casa:
         self._need_active()
         if hard and force is not None:
             raise InputError("a hard gate answers unsafe queries itself: leave out hard=True to force the token")
-        behaviour = Behaviour(order, refusal if hard else None, attention, threshold)
+        use = GateUse(order, refusal if hard else None, attention, threshold)
         forced = self._forced_ids(force, len(queries))
         with self._parts.adapter.merged() if merge else nullcontext():
-            return gated_replies(self.omni, self._parts.gate, queries, settings, behaviour, progress, forced)
+            return gated_replies(self.omni, self._parts.gate, queries, settings, use, progress, forced)
 
     def decide(
         self,
@@ -211,9 +211,9 @@ class Casa:
             InputError, ModelError: as `generate`.
         """
         self._need_active()
-        behaviour = Behaviour(order, None, attention)
+        use = GateUse(order, None, attention)
         with self._parts.adapter.merged() if merge else nullcontext():
-            return gate_readings(self.omni, self._parts.gate, queries, settings, behaviour, progress)
+            return gate_decisions(self.omni, self._parts.gate, queries, settings, use, progress)
 
     def _forced_ids(
         self, force: SafetyToken | Sequence[Sequence[int]] | None, n: int

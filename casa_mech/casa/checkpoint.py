@@ -19,19 +19,24 @@ from casa_mech.omni.finite import is_finite
 
 FILE = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+"""A line of metrics for each step."""
 SCHEMA = 1
 
 
 @dataclass
 class Progress:
-    """Where a run stands. `step`: steps done; `best_loss`, `bad_rounds`: of the validations so far; `best`: weights at
-    the best validation, if any; `done`: nothing is left to do."""
+    """Where a run stands."""
 
     step: int = 0
+    """Steps done."""
     best_loss: float = float("inf")
+    """The lowest validation loss."""
     bad_rounds: int = 0
+    """Validations since then."""
     done: bool = False
+    """Nothing is left to do."""
     best: dict[str, Tensor] = field(default_factory=dict)
+    """Weights by name at the lowest validation loss, if there was a validation."""
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -43,7 +48,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(states: dict[str, Tensor]) -> None:
-    """Undo of `rng_state`; generators of devices that are not here are passed over."""
+    """Set torch's generators to what `rng_state` returned; generators of devices that are not here are passed over."""
     torch.set_rng_state(states["cpu"])
     for index in range(torch.cuda.device_count()):
         if f"cuda{index}" in states:
@@ -106,18 +111,19 @@ def read_checkpoint(
             value.copy_(tensors[f"weights/{name}"])
     _load_optimizer(optimizer, tensors)
     progress = Progress(
-        header["step"], header["best_loss"], header["bad_rounds"], header["done"], _part(tensors, "best/")
+        header["step"], header["best_loss"], header["bad_rounds"], header["done"], _under(tensors, "best/")
     )
-    return progress, _part(tensors, "rng/")
+    return progress, _under(tensors, "rng/")
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Any]] = {}
-    for name, value in _part(tensors, "optimizer/").items():
+    for name, value in _under(tensors, "optimizer/").items():
         index, key = name.split("/")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -30,15 +30,20 @@ CONFIG, ATTENTION, ROWS, CARD = (
 
 
 class Base(BaseModel):
-    """The model a gate was trained on."""
+    """The model that a gate was trained on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
+    """Where it was loaded from."""
     fingerprint: str
+    """Digest of its weights (`Omni.fingerprint`)."""
     d_model: int
+    """Width of its residual stream."""
     n_layers: int
+    """Number of its blocks."""
     tied: bool
+    """Embedding and head are one matrix."""
 
     @classmethod
     def of(cls, omni: Omni) -> Base:
@@ -53,41 +58,50 @@ class Base(BaseModel):
 
 
 class TrainingRecord(BaseModel):
-    """How a gate was trained: the settings, how many examples of each class, and the metrics of the weights kept."""
+    """How a gate, or another trained defence, was trained."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: TrainSettings
+    """Of the run."""
     n_harmful: int
+    """Number of harmful examples."""
     n_benign: int
+    """Number of benign examples."""
     steps: int
+    """Optimiser steps taken."""
     metrics: dict[str, float]
+    """Metrics at the step whose weights were saved."""
 
     @classmethod
     def of(cls, examples: Sequence[Example], settings: TrainSettings, log: Sequence[Row]) -> TrainingRecord:
         """The record of a run over `examples` that left the rows `log`."""
         harmful = sum(example.query.label == "harmful" for example in examples)
-        # The weights kept are those of the best validation, so the numbers must be, too.
+        # The weights are those of the best validation, so the metrics must be, too.
         validated = [row for row in log if "validation_loss" in row]
-        kept = min(validated, key=lambda row: row["validation_loss"]) if validated else log[-1]
+        best = min(validated, key=lambda row: row["validation_loss"]) if validated else log[-1]
         return cls(
             settings=settings,
             n_harmful=harmful,
             n_benign=len(examples) - harmful,
             steps=len(log),
-            metrics={key: value for key, value in kept.items() if key != "seconds"},
+            metrics={key: value for key, value in best.items() if key != "seconds"},
         )
 
 
 class Stored(BaseModel):
-    """What `casa_config.json` holds."""
+    """The content of `casa_config.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA
+    """Version of this format."""
     config: CasaConfig
+    """The method's options."""
     base: Base
+    """The model it was trained on."""
     training: TrainingRecord | None = None
+    """How it was trained; None for a gate that was not."""
 
 
 def read_stored(directory: Path) -> Stored:
@@ -122,12 +136,12 @@ def check_base(trained: Base, base: Base, directory: Path) -> str | None:
     Raises:
         ModelError: the shapes differ.
     """
-    for what in ("d_model", "n_layers", "tied"):
-        theirs, ours = getattr(trained, what), getattr(base, what)
+    for field in ("d_model", "n_layers", "tied"):
+        theirs, ours = getattr(trained, field), getattr(base, field)
         if theirs != ours:
             raise ModelError(
-                f"{directory} was trained on {trained.source} with {what} {theirs}, and does not fit {base.source} "
-                f"with {what} {ours}; load it on {trained.source}"
+                f"{directory} was trained on {trained.source} with {field} {theirs}, and does not fit {base.source} "
+                f"with {field} {ours}; load it on {trained.source}"
             )
     if trained.fingerprint != base.fingerprint:
         return (
@@ -229,7 +243,7 @@ def training_lines(training: TrainingRecord | None) -> list[str]:
         f"| examples | {training.n_harmful} harmful, {training.n_benign} benign, text only |",
         f"| steps | {training.steps} of {training.settings.batch_size}, seed {training.settings.seed} |",
         "",
-        "## Metrics of the weights kept",
+        "## Metrics of the saved weights",
         "",
         "| measure | value |",
         "|---|---|",

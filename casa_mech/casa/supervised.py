@@ -1,4 +1,4 @@
-"""Supervised training on text: what CASA and plain fine-tuning share (method notes §1.4, §5.1)."""
+"""Supervised training on text, shared by CASA and plain fine-tuning (docs/method.md §1.4, §5.1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from casa_mech.trace.gate import gated_targets
 
 
 class Trainable(Protocol):
-    """What a supervised run changes in one model, and its objective."""
+    """The parameters that a supervised run changes in one model, and its objective."""
 
     @property
     def omni(self) -> Omni:
@@ -35,7 +35,7 @@ class Trainable(Protocol):
 
     @property
     def key(self) -> str:
-        """All that determines the objective and the start."""
+        """All that determines the objective and the initial values."""
 
     def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """Trainable parameters by name, in the two groups that have a learning rate each."""
@@ -47,13 +47,18 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What training CASA changes in one model."""
+    """CASA's modules on one model, which training changes."""
 
     omni: Omni
+    """The model."""
     config: CasaConfig
+    """The method's options."""
     adapter: Adapter
+    """LoRA on the language model."""
     gate: SafetyGate
+    """Safety attention and logit rule."""
     tokens: SafetyTokens
+    """The safety tokens, with their trainable rows."""
 
     @property
     def beta(self) -> float:
@@ -99,10 +104,10 @@ class Supervised:
     def __init__(self, parts: Trainable, examples: Sequence[Example], settings: TrainSettings) -> None:
         check_examples(examples)
         self._parts, self._settings = parts, settings
-        train, self._held = split_examples(examples, settings.validation, settings.seed)
+        train, self._held_out = split_examples(examples, settings.validation, settings.seed)
         self._batches = BalancedBatches(train, settings.batch_size, settings.seed)
         self.steps = settings.max_steps or self._batches.steps(settings.epochs)
-        self.validates = bool(self._held)
+        self.validates = bool(self._held_out)
         self.key = (examples_digest(examples), settings.model_dump_json(), parts.key)
 
     @property
@@ -124,7 +129,7 @@ class Supervised:
 
     def validation(self) -> list[Row]:
         """The objective's sums on the examples held out."""
-        return [row for _, row in self._objectives(self._held)]
+        return [row for _, row in self._objectives(self._held_out)]
 
     def summarise(self, sums: Sequence[Row]) -> Row:
         """Means of what the objective summed, over the parts of one batch."""
@@ -138,7 +143,7 @@ class Supervised:
 
 
 def is_harmful(examples: Sequence[Example]) -> BoolTensor:
-    """Whether each example is labelled harmful; [batch]."""
+    """True for each example that is labelled harmful; bool [batch]."""
     return torch.tensor([example.query.label == "harmful" for example in examples])
 
 

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, metrics, validation, checkpoints; what is trained is a `Learner` (method notes §1.5)."""
+"""The training loop: AdamW, metrics, validation, checkpoints; what is trained is a `Learner` (docs/method.md §1.5)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from casa_mech.locks import locked
 from casa_mech.omni import Omni
 
 Row = dict[str, float]
+"""Metrics by name."""
 SHOWN = ("loss", "v_harmful", "v_benign", "reroute", "retain")
-"""Metrics beside the bar, where a method has them."""
+"""Metrics beside the progress bar, where a method has them."""
 
 
 class Learner(Protocol):
-    """What a run trains, and on what."""
+    """The parameters and losses of a run."""
 
     @property
     def omni(self) -> Omni:
@@ -45,11 +46,11 @@ class Learner(Protocol):
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """Number of steps."""
 
     @property
     def validates(self) -> bool:
-        """Whether there is a validation set."""
+        """True where there is a validation set."""
 
     @property
     def key(self) -> Sequence[str]:
@@ -96,7 +97,7 @@ class Trainer:
         self._run_key = digest_of(repr([*learner.key, learner.omni.fingerprint()]))
 
     def run(self, resume: bool, progress: bool) -> list[Row]:
-        """Train to the end, or from where the checkpoint in `out` stands; the best validated weights are kept.
+        """Train to the end, or from where the checkpoint in `out` stands; the model gets the best validated weights.
 
         Raises:
             RunError: `out` holds a run already and `resume` is off, or another one, another process trains in it, or it
@@ -178,16 +179,16 @@ class Trainer:
         return row | {"lr": self._rates[0] * factor, "grad_norm": norm}
 
     def _check_finite(self, what: str, value: float, step: int) -> None:
-        """Stop before weights of which nothing is known are stepped to, chosen or written down.
+        """Stop before weights that are not finite are stepped to, picked as the best or written down.
 
         Raises:
             RunError: `value` is NaN or infinite.
         """
         if not math.isfinite(value):
             checkpoint = self._out / FILE if self._out is not None else None
-            kept = f", {checkpoint} holds the last checkpoint" if checkpoint and checkpoint.is_file() else ""
+            last = f", {checkpoint} holds the last checkpoint" if checkpoint and checkpoint.is_file() else ""
             raise RunError(
-                f"{what} is {value} at step {step}: training stopped{kept}; lower the learning rate, or check the data"
+                f"{what} is {value} at step {step}: training stopped{last}; lower the learning rate, or check the data"
             )
 
     def _record(self, row: Row, began: float, metrics: IO[str] | None) -> None:

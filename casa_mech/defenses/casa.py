@@ -1,4 +1,4 @@
-"""CASA as one defence among others (arXiv 2604.00310; method notes §1)."""
+"""CASA as one defence among others (arXiv 2604.00310; docs/method.md §1)."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class CasaDefense(SafetyTokenDefense):
         """
         casa = Casa.from_pretrained(path, omni)
         for name in ("form", "rule"):
-            wanted, found = getattr(settings, name, None), getattr(casa.config, name)
-            if wanted not in (None, found):
+            wanted, trained = getattr(settings, name, None), getattr(casa.config, name)
+            if wanted not in (None, trained):
                 casa.detach()
                 raise InputError(
-                    f"{path} was trained with {name} {found}, not {wanted}: train one with {name}={wanted}"
+                    f"{path} was trained with {name} {trained}, not {wanted}: train one with {name}={wanted}"
                 )
         return cls(casa, settings)

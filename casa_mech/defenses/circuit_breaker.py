@@ -1,6 +1,6 @@
 """Circuit breakers (arXiv 2406.04313): the states of harmful completions are turned away from what they were.
 
-Representation rerouting with the authors' losses, schedule and LoRA (method notes §5.2), on text alone as CASA.
+Representation rerouting with the authors' losses, schedule and LoRA (docs/method.md §5.2), on text alone as CASA.
 """
 
 from __future__ import annotations

@@ -40,15 +40,22 @@ class RefusalToken(SafetyTokenDefense):
 
 @dataclass(frozen=True)
 class ControlPoint:
-    """One threshold of the control curve: attack success and over-refusal, each with its 95 % Wilson interval."""
+    """One threshold of the control curve."""
 
     threshold: float
+    """The share of the two tokens' probability above which the unsafe one is taken."""
     attack_success: float
+    """Share of harmful queries that get a complying reply."""
     attack_interval: tuple[float, float]
+    """Its 95 % Wilson interval."""
     over_refusal: float
+    """Share of benign queries that are refused."""
     refusal_interval: tuple[float, float]
+    """Its 95 % Wilson interval."""
     n_harmful: int
+    """Number of harmful queries."""
     n_benign: int
+    """Number of benign queries."""
 
 
 def control_curve(
@@ -65,9 +72,9 @@ def control_curve(
 
     Args:
         scores: the unsafe token's share for each query (`RefusalToken.scores`).
-        harmful: whether the query is harmful.
-        passed: whether the reply after the safe token counts against the defence: it complies with a harmful query, or
-            refuses a benign one. None: every harmful query succeeds once passed, no benign one is refused.
+        harmful: True for the harmful queries.
+        passed: True where the reply after the safe token counts against the defence: it complies with a harmful query,
+            or refuses a benign one. None: every harmful query succeeds once passed, no benign one is refused.
         flagged: the same after the unsafe token. None: everything flagged is refused.
         thresholds: default, every score at which something changes, and 0 and 1.
 

@@ -1,4 +1,4 @@
-"""The defences by name: what each is, how it is made, how it is trained and loaded."""
+"""The defences by name: what each is, how it is built, trained and loaded."""
 
 from __future__ import annotations
 
@@ -29,40 +29,42 @@ from casa_mech.omni import Omni
 
 @dataclass(frozen=True)
 class DefenseRecipe:
-    """How a defence is trained and loaded.
-
-    records: the records whose fields are its options in training. attach: makes it untrained from the model, a record
-    of each kind, and a seed. load: from the model, a folder, and the options at test time. saved_as: the name under
-    which its folders are saved; defences of one name share them.
-    """
+    """How a defence is trained and loaded."""
 
     records: tuple[type[BaseModel], ...]
+    """The records whose fields are its options in training."""
     attach: Callable[..., TrainedDefense]
+    """Builds it untrained from the model, a record of each kind, and a seed."""
     load: Callable[[Omni, Path, Any], TrainedDefense]
+    """Builds it from the model, a folder, and the options at test time."""
     saved_as: str
+    """The name under which its folders are saved; defences of one name share them."""
 
 
 @dataclass(frozen=True)
 class DefenseEntry:
-    """One defence.
-
-    name: as on the command line. settings: its options at test time, a frozen record. summary: one line.
-    build: makes it from a model and `settings`, for a defence without training; recipe: for one with.
-    """
+    """One defence."""
 
     name: str
+    """As on the command line."""
     settings: type[BaseModel]
+    """The record of its options at test time."""
     summary: str
+    """What it does, in a line."""
     build: Callable[[Omni, Any], Defense] | None = None
+    """Builds it from a model and `settings`; None for a defence that is trained."""
     recipe: DefenseRecipe | None = None
+    """How it is trained and loaded; None for a defence without training."""
 
     @property
     def trains(self) -> bool:
-        """Whether it has to be trained before it can be loaded."""
+        """True for a defence that has to be trained before it can be loaded."""
         return self.recipe is not None
 
 
-def _tokens(kind: type[SsftToken] | type[RefusalToken]) -> DefenseRecipe:
+def _token_recipe(kind: type[SsftToken] | type[RefusalToken]) -> DefenseRecipe:
+    """The recipe that both defences with safety tokens but without safety attention share."""
+
     def attach(omni: Omni, config: SsftTokenSettings, training: TrainSettings, seed: int) -> TrainedDefense:
         return kind.attach(omni, config.casa_config(), training, seed)
 
@@ -83,12 +85,12 @@ _ENTRIES = (
             (SsftSettings, TrainSettings), Ssft, lambda omni, path, _: Ssft.from_pretrained(path, omni), "ssft"
         ),
     ),
-    DefenseEntry("ssft-token", SafetyTokenSettings, "CASA without safety attention", recipe=_tokens(SsftToken)),
+    DefenseEntry("ssft-token", SafetyTokenSettings, "CASA without safety attention", recipe=_token_recipe(SsftToken)),
     DefenseEntry(
         "refusal-token",
         RefusalTokenSettings,
         "a threshold on the unsafe token's probability",
-        recipe=_tokens(RefusalToken),
+        recipe=_token_recipe(RefusalToken),
     ),
     DefenseEntry(
         "circuit-breaker",
@@ -145,24 +147,24 @@ def load_defense(
         InputError: an unknown defence or option (the known ones are listed), or a path missing or not wanted.
         ModelError: the folder holds another defence, or does not fit the model.
     """
-    entry, chosen = check_defense(name, path, settings)
+    entry, record = check_defense(name, path, settings)
     if entry.recipe is not None:
-        defense: Defense = entry.recipe.load(omni, Path(str(path)), chosen)
+        defense: Defense = entry.recipe.load(omni, Path(str(path)), record)
     else:
         assert entry.build is not None
-        defense = entry.build(omni, chosen)
+        defense = entry.build(omni, record)
     defense.safety_prompt = defense.safety_prompt or safety_prompt
     return defense
 
 
 def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any]) -> tuple[DefenseEntry, Any]:
-    """What `load_defense` refuses without looking at a model; the entry, and `settings` as its record.
+    """The entry of a defence and `settings` as its record; refuses what `load_defense` can refuse without a model.
 
     Raises:
         InputError, ModelError: as `load_defense`.
     """
     entry = defense_entry(name)
-    chosen = options(name, (entry.settings,), settings)[0]
+    record = options(name, (entry.settings,), settings)[0]
     if entry.recipe is None:
         if path is not None:
             raise InputError(f"defense {name!r} is not trained, so there is nothing to load from {path}; leave it out")
@@ -171,19 +173,20 @@ def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any
             f"defense {name!r} has to be trained first: casa-mech train --defense {name} --out DIR; "
             "then give DIR as path= (--gate DIR)"
         )
-    elif (found := saved_as(path)) != entry.recipe.saved_as:
-        raise ModelError(f"{path} holds the defense {found!r}, not {name!r}; give the folder of one")
-    return entry, chosen
+    elif (saved := saved_as(path)) != entry.recipe.saved_as:
+        raise ModelError(f"{path} holds the defense {saved!r}, not {name!r}; give the folder of one")
+    return entry, record
 
 
-def options(name: str, kinds: Sequence[type[BaseModel]], given: Mapping[str, Any]) -> list[Any]:
-    """`given` as a record of each of `kinds`, which together are the options of the defence `name`.
+def options(name: str, kinds: Sequence[type[BaseModel]], settings: Mapping[str, Any]) -> list[Any]:
+    """`settings` as a record of each of `kinds`, which together are the options of the defence `name`.
 
     Raises:
         InputError: an unknown option (the known ones are listed), or a value that does not fit.
     """
     known = [field for kind in kinds for field in kind.model_fields]
-    unknown = [option for option in given if option not in known]
+    unknown = [option for option in settings if option not in known]
     if unknown:
         raise InputError(f"defense {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
-    return [kind(**{option: value for option, value in given.items() if option in kind.model_fields}) for kind in kinds]
+    fields = [{name: value for name, value in settings.items() if name in kind.model_fields} for kind in kinds]
+    return [kind(**values) for kind, values in zip(kinds, fields, strict=True)]

@@ -1,4 +1,4 @@
-"""Representation rerouting: the losses and the schedule of circuit breakers (arXiv 2406.04313; method notes §5.2)."""
+"""Representation rerouting: losses and schedule of circuit breakers (arXiv 2406.04313; docs/method.md §5.2)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class CircuitBreakerSettings(LoraSettings):
     """Circuit breakers; the defaults are those published for Llama-3-8B."""
 
     lora_alpha: int = Field(default=16, ge=1)
+    """Scale of LoRA's update, which is multiplied by lora_alpha / lora_r."""
     alpha: float = Field(default=10.0, gt=0)
     """Scale of both losses (Mistral-7B: 5)."""
     layers: tuple[int, ...] | None = None
@@ -59,6 +60,7 @@ class CircuitBreakerSettings(LoraSettings):
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints (only with an output folder)."""
     seed: int = Field(default=0, ge=0)
+    """Of LoRA's start, the batches, the blanked requests and LoRA's dropout."""
 
     @property
     def two_t0(self) -> int:
@@ -72,10 +74,10 @@ class CircuitBreakerSettings(LoraSettings):
             InputError: a layer that it does not have.
         """
         # Halves are rounded up: 18 of 28, 23 of 36.
-        wanted = self.layers or [max(1, int(depth * n_layers + 0.5)) for depth in DEPTHS]
-        if not 1 <= min(wanted) <= max(wanted) <= n_layers:
-            raise InputError(f"layers={tuple(wanted)}: a model of {n_layers} blocks has layers 1 to {n_layers}")
-        return sorted(set(wanted))
+        layers = self.layers or [max(1, int(depth * n_layers + 0.5)) for depth in DEPTHS]
+        if not 1 <= min(layers) <= max(layers) <= n_layers:
+            raise InputError(f"layers={tuple(layers)}: a model of {n_layers} blocks has layers 1 to {n_layers}")
+        return sorted(set(layers))
 
     def learning_rate(self, d_model: int) -> float:
         """The constant learning rate for a model of width `d_model`."""
@@ -94,8 +96,8 @@ class CircuitBreakerSettings(LoraSettings):
 
 def coefficients(step: int, alpha: float, horizon: int) -> tuple[float, float]:
     """(c_s, c_r) at `step`: weight of rerouting, α(1 - t/2T₀), and of retaining, α·t/2T₀; `horizon` is 2T₀."""
-    done = step / horizon
-    return alpha * (1 - done), alpha * done
+    progress = step / horizon
+    return alpha * (1 - progress), alpha * progress
 
 
 def reroute_loss(states: Tensor, frozen: Tensor, mask: Tensor) -> Tensor:
@@ -147,8 +149,8 @@ class Rerouting:
         refusals = round(config.refusal_share * config.batch_size)
         counts = (config.batch_size, config.batch_size - refusals, refusals)
         self._passes = [
-            Passes(range(len(found)), count, (config.seed, number))
-            for number, (found, count) in enumerate(zip(self._sets, counts, strict=True))
+            Passes(range(len(members)), count, (config.seed, number))
+            for number, (members, count) in enumerate(zip(self._sets, counts, strict=True))
         ]
 
     def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -163,18 +165,19 @@ class Rerouting:
         """c_s · L_rr on the circuit-breaker batch, then c_r · L_retain on the retain batch."""
         c_s, c_r = coefficients(step, self._config.alpha, self._config.two_t0)
         broken, benign, refused = (
-            [found[index] for index in passes.at(step)] for found, passes in zip(self._sets, self._passes, strict=True)
+            [members[index] for index in passes.at(step)]
+            for members, passes in zip(self._sets, self._passes, strict=True)
         )
         blank = np.random.default_rng([self._config.seed, 3, step]).random(len(broken)) < self._config.blank_share
-        for part in self._parts(len(broken)):
-            batch = blanked(self._encode(broken[part]), torch.from_numpy(blank[part]))
+        for rows in self._micro_batches(len(broken)):
+            batch = blanked(self._encode(broken[rows]), torch.from_numpy(blank[rows]))
             states, frozen, mask = self._both(batch, max(self.targets))
             loss = reroute_loss(states[self.targets], frozen[self.targets], mask)
-            yield self._weighted("reroute", loss, c_s, len(broken[part]) / len(broken))
-        kept = [*benign, *refused]
-        for part in self._parts(len(kept)):
-            loss = retain_loss(*self._both(self._encode(kept[part]), self.depth))
-            yield self._weighted("retain", loss, c_r, len(kept[part]) / len(kept))
+            yield self._weighted("reroute", loss, c_s, len(broken[rows]) / len(broken))
+        retained = [*benign, *refused]
+        for rows in self._micro_batches(len(retained)):
+            loss = retain_loss(*self._both(self._encode(retained[rows]), self.depth))
+            yield self._weighted("retain", loss, c_r, len(retained[rows]) / len(retained))
 
     def validation(self) -> list[Row]:
         """None: the authors train for a fixed number of steps."""
@@ -191,7 +194,8 @@ class Rerouting:
         row["c_s" if name == "reroute" else "c_r"] = share * weight
         return share * weight * loss, row
 
-    def _parts(self, size: int) -> Iterator[slice]:
+    def _micro_batches(self, size: int) -> Iterator[slice]:
+        """Slices of a batch that fit in memory."""
         for start in range(0, size, self._config.micro_batch_size):
             yield slice(start, start + self._config.micro_batch_size)
 

@@ -38,9 +38,9 @@ class SafeCodeSettings(DefenseSettings):
     suppress: float = Field(1.0, ge=0, le=1)
     """lambda_supp: after a safe verdict, refusal tokens' probabilities times 1 - suppress."""
     safe_scale: float = Field(0.5, ge=0, le=1)
-    """What alpha and suppress are multiplied by after a safe verdict, as released; 1 for the formula to the letter."""
+    """Factor on alpha and suppress after a safe verdict, as released; 1 for the formula to the letter."""
     verdict: Literal["model", "casa"] = "model"
-    """Who judges the query: the model itself or CASA's v_s. Any other callable is given to `SafeCode` directly."""
+    """The judge of the query: the model itself or CASA's v_s. Any other callable is given to `SafeCode` directly."""
     question: str | None = None
     """The model's own verdict: the question after the request; None for the package's."""
     casa: Path | None = None
@@ -68,7 +68,7 @@ class SafeCodeSettings(DefenseSettings):
 
 
 class Guidance:
-    """What a verdict does to the logits of one model.
+    """The effect of a verdict on the logits of one model.
 
     Args:
         omni: the model.
@@ -108,7 +108,7 @@ def contrast(logits: Tensor, noised_logits: Tensor, of: LongTensor, alpha: Tenso
 
 
 def modulate(logits: Tensor, tokens: BoolTensor, factor: Tensor) -> Tensor:
-    """Log-probabilities [row, vocab]: those of `logits`, the `tokens`' made `factor` [row] times as probable.
+    """Log-probabilities [row, vocab] of `logits`, with the `tokens` `factor` [row] times as probable.
 
     A factor of 0 rules the tokens out.
     """

@@ -1,4 +1,4 @@
-"""Defences that choose a safety token first: what CASA and its relatives without safety attention share."""
+"""Defences that choose a safety token before the reply: CASA, and its relatives without safety attention."""
 
 from __future__ import annotations
 
@@ -20,34 +20,36 @@ from casa_mech.queries import Example, Query, Reply
 
 
 class SafetyTokenSettings(DefenseSettings):
-    """How a trained gate is used."""
+    """How safety tokens are used."""
 
     order: Order = "gate_first"
-    """With a prefill: A, the gate decides first; B, the prefill comes first."""
+    """With a prefill: "gate_first", the token is chosen before it; "prefill_first", after it."""
     hard: bool = False
     """Answer unsafe queries with `refusal` instead of generating."""
     refusal: str = Field(default=REFUSAL, min_length=1)
-    """The hard gate's text."""
+    """The fixed reply to unsafe queries, with `hard`."""
 
 
 class SafetyTokenDefense(TrainedDefense):
-    """A `Casa` as a defence. Subclasses name themselves and choose the gate's form.
+    """A `Casa`, with safety attention or without, as a defence. Subclasses name themselves and choose the form.
 
     Args:
         casa: attached to the model until `close`.
-        settings: how the gate is used.
+        settings: how the token is used.
         training: settings of a run of `train`.
     """
 
     source: ClassVar[str]
+    """Where the method is from, for its description."""
     settings_type: ClassVar[type[SafetyTokenSettings]] = SafetyTokenSettings
+    """The record of its options at test time."""
 
     def __init__(
         self, casa: Casa, settings: SafetyTokenSettings | None = None, training: TrainSettings = TrainSettings()
     ) -> None:
         super().__init__(casa.omni)
         self.casa, self.settings = casa, settings or self.settings_type()
-        self._plan = training
+        self._training_settings = training
         self._open = True
 
     @classmethod
@@ -64,7 +66,7 @@ class SafetyTokenDefense(TrainedDefense):
         self, examples: Sequence[Example], out: Path | None = None, resume: bool = False, progress: bool = True
     ) -> list[Row]:
         """As `Casa.train`."""
-        return self.casa.train(examples, self._plan, out, resume, progress)
+        return self.casa.train(examples, self._training_settings, out, resume, progress)
 
     def save_pretrained(self, directory: Path | str) -> None:
         """As `Casa.save_pretrained`."""
@@ -103,7 +105,7 @@ class SafetyTokenDefense(TrainedDefense):
         return super().identity | {"gate": digest_of([self.casa.config.model_dump_json(), *pieces])}
 
     def close(self) -> None:
-        """Take the gate off; the model is the base again."""
+        """Detach it; the model is the base again."""
         if self._open:
             self.casa.detach()
             self._open = False
@@ -112,5 +114,5 @@ class SafetyTokenDefense(TrainedDefense):
         return self.casa.generate(queries, settings, progress=progress, **self._use())
 
     def _use(self) -> dict[str, Any]:
-        """Arguments of `Casa.generate` that say how the gate is used."""
+        """Arguments of `Casa.generate` that say how the token is used."""
         return {"order": self.settings.order, "hard": self.settings.hard, "refusal": self.settings.refusal}

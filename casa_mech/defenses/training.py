@@ -1,4 +1,4 @@
-"""Training a defence by name into a folder, so that a stopped training goes on where it was."""
+"""Training of a defence by name into a folder; a stopped training goes on where it was."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train_defense(
         omni: the model, which carries the defence afterwards, until it is closed.
         examples: labelled text queries with the replies they should get; for circuit breakers each harmful query
             with its harmful completion in `meta["compliance"]`.
-        out: folder; new, empty, or with a stopped training. Ends up with what `load_defense` reads, and
+        out: folder; new, empty, or with a stopped training. In the end it holds what `load_defense` reads, and
             `metrics.jsonl`, a row each step.
         seed: of initial values, batches and dropout.
         progress: show a bar.
@@ -50,8 +50,8 @@ def train_defense(
     """
     entry = defense_entry(name)
     if entry.recipe is None:
-        trained = ", ".join(other.name for other in DEFENSES.values() if other.trains)
-        raise InputError(f"defense {name!r} needs no training; those that do: {trained}")
+        names = ", ".join(entry.name for entry in DEFENSES.values() if entry.trains)
+        raise InputError(f"defense {name!r} needs no training; those that do: {names}")
     records = options(name, entry.recipe.records, {"seed": seed, **settings})
     out = Path(out)
     check_folder(out, marker=WORK)
