@@ -54,7 +54,7 @@ class ReadingPlan:
 
     @property
     def reply_tokens(self) -> int:
-        """How many tokens of the replies are needed."""
+        """Number of tokens of the replies that are needed."""
         return max((1 + int(name.split(":")[1]) for name in self.positions if name.startswith("generated")), default=0)
 
     def run(

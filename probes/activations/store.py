@@ -136,8 +136,9 @@ class ActivationStore:
         """The index, one row a vector, by query and token; the module lists its columns.
 
         Args:
-            position: only rows of this choice. site: only rows that mean something at this site (encoders have none
-                where a query has no such media); with both, the rows are those of `tensor`.
+            position: only rows of this choice.
+            site: only rows that mean something at this site (encoders have none where a query has no such media); with
+                both, the rows are those of `tensor`.
 
         Raises:
             InputError: a position or site that was not collected.

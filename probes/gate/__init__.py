@@ -1,4 +1,4 @@
-"""What CASA's gate reads and what its decision rests on.
+"""The inputs of CASA's gate, and what its decision rests on.
 
 `attention_maps` shows where safety attention looks; `minimal_sets` removes positions until the decision flips;
 `patch_effects` exchanges states between matched pairs, `ablate_directions` projects directions out;

@@ -127,6 +127,7 @@ def ablate_directions(
         casa: the trained gate.
         queries: prompts; a prefill is left out.
         directions: [direction, d_model], of any length but zero; one run each, beside one without any.
+        batch_size: queries in one forward.
 
     Returns:
         One row a query and run: `query_id, label, topic, ablated` (-1: nothing, else the direction's index), `v_s`,

@@ -86,7 +86,9 @@ def class_means(states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Weighted means [site, problem, class, d_model] of the negative and the positive class.
 
     Args:
-        states: [site, row, d_model]. labels: bool [problem, row]. weights: [problem, row].
+        states: [site, row, d_model].
+        labels: bool [problem, row].
+        weights: [problem, row], how often a row counts (0: held out).
     """
     by_class = [weights * ~labels, weights * labels]
     return torch.stack([(counts / counts.sum(dim=1, keepdim=True)) @ states for counts in by_class], dim=2)

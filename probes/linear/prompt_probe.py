@@ -46,10 +46,10 @@ class PromptProbe:
     def scores(self, prompts: Sequence[str | Query], batch_size: int = 32) -> np.ndarray:
         """Scores [prompt] of new prompts, above 0 where the probe says harmful.
 
-        The model is read as it is now: with the gate or LoRA, if any, that was attached when the probe was fitted.
+        The states are those of the model as it is now: a gate or LoRA attached or detached since the fit changes them.
 
         Raises:
-            InputError: a prompt that cannot be encoded.
+            InputError: no prompts, or one that cannot be encoded.
         """
         queries = _queries(prompts, "prompts")
         states = collect(self.omni, queries, [self.site], self.positions, batch_size)
@@ -135,8 +135,9 @@ def fit_probe(
 
 def _queries(prompts: Sequence[str | Query], name: str, label: Label | None = None) -> list[Query]:
     """Queries of `prompts`, labelled; a text is its own cluster."""
-    if isinstance(prompts, str | Query):
-        raise InputError(f"`{name}` is a single prompt: give a list of prompts")
+    if isinstance(prompts, str | Query) or not len(prompts):
+        problem = "a single prompt" if isinstance(prompts, str | Query) else "empty"
+        raise InputError(f"`{name}` is {problem}: give a list of prompts")
     queries = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):

@@ -1,4 +1,4 @@
-"""How well hidden states separate harmful from benign requests, at each layer, on each surface and across surfaces.
+"""Separability of harmful and benign requests in hidden states, at each layer, on each surface and across surfaces.
 
 The measures of the method specification's section 6, for all sites at once: five-fold logistic probes with nested
 choice of the penalty, the matrix of transfers from one surface to another, difference-in-means probes, a shrinkage
@@ -65,7 +65,8 @@ def fisher_ratio(states: np.ndarray, harmful: np.ndarray) -> float:
     """(mu_h - mu_b)^T (S_h + S_b)^-1 (mu_h - mu_b) with Ledoit-Wolf covariances, which keep it finite for d > n.
 
     Args:
-        states: [query, d_model]. harmful: bool [query].
+        states: [query, d_model].
+        harmful: bool [query].
 
     Raises:
         InputError: fewer than two queries in a class.
@@ -84,7 +85,10 @@ def transfer_matrix(
 
     Args:
         activations: several surfaces; index column `surface`.
-        kind: which probe. folds, seed: of the cross-validation. sites: which; all when not given.
+        kind: which probe.
+        folds: of the cross-validation.
+        seed: of the folds, the intervals and the permutations.
+        sites: which; all when not given.
 
     Returns:
         Columns `site, fit, surface, auroc, low, high, n, p`; the diagonal is the ordinary cross-validated probe. `p` is
@@ -114,6 +118,12 @@ def transfer_matrix(
 
 def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: int = 20) -> pd.DataFrame:
     """The measures that a probe's AUROC has to be compared with, at every site and surface.
+
+    Args:
+        activations: one or several surfaces; index column `surface`.
+        folds: of the cross-validation.
+        seed: of the folds, the intervals and the permutations.
+        repeats: how often labels are permuted.
 
     Returns:
         Columns `site, surface`, those of `Selectivity` (the probe, permuted labels, prompt length,
@@ -156,7 +166,10 @@ def separability_table(
     """AUROC by layer of each surface's own probe, of the one fitted on `fit_surface`, and of permuted labels.
 
     Args:
-        matrix: of `transfer_matrix`. against: of `controls`. positions: written into that column.
+        matrix: of `transfer_matrix`.
+        against: of `controls`.
+        fit_surface: on which the transferred probe was fitted.
+        positions: written into that column.
 
     Returns:
         Columns `site, surface, measure, auroc, low, high, n, positions`; measures `probe`, `transfer`, `permuted`.

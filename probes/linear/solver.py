@@ -34,7 +34,7 @@ class LinearModels:
     intercept: Tensor
     """[site, problem]."""
     iterations: int = 0
-    """How many the solver took; 0 where there was nothing to iterate."""
+    """Number that the solver took; 0 where there was nothing to iterate."""
 
     def scores(self, states: Tensor) -> Tensor:
         """Decision values [site, problem, row] of `states` [site, row, d_model]; above 0: the positive class."""
@@ -59,7 +59,8 @@ def fit_models(
 
     Args:
         states: [site, row, d_model], floating point; the solve runs on its device and in its dtype.
-        labels: bool or ±1 [problem, row]. weights: [problem, row], how often a row counts (0: held out).
+        labels: bool or ±1 [problem, row].
+        weights: [problem, row], how often a row counts (0: held out).
         penalty: [problem], above 0; scikit-learn's `1 / C`, or ridge's `alpha`.
         class_weights: [problem, row], factors on the loss alone (not on means and spreads); default none.
         loss: logistic or squared.
@@ -84,7 +85,8 @@ def balanced(labels: Tensor, weights: Tensor) -> Tensor:
     """Class weights [problem, row] that make both classes count alike, as scikit-learn's `class_weight="balanced"`.
 
     Args:
-        labels: bool [problem, row]. weights: [problem, row]. Each problem must have both classes.
+        labels: bool [problem, row]; each problem must have both classes.
+        weights: [problem, row].
     """
     positive = labels > 0
     share = (weights * positive).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)

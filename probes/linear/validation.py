@@ -46,7 +46,11 @@ def make_folds(labels: np.ndarray, clusters: np.ndarray, folds: int = 5, seed: i
     """Stratified folds that keep clusters together.
 
     Args:
-        labels: bool [row]. clusters: [row], what stays together. folds, inner: how many. seed: of the split.
+        labels: bool [row].
+        clusters: [row]; rows of one cluster stay together.
+        folds: number of outer folds.
+        seed: of the split.
+        inner: number of inner folds.
 
     Raises:
         InputError: one class only, or fewer clusters of a class than folds.
@@ -97,9 +101,13 @@ def cross_validate(
     """Held-out scores of a probe at every site, by nested cross-validation in one solve.
 
     Args:
-        states: [site, row, d_model], real numbers. labels: bool [row]. clusters: str [row].
-        kind: which probe. penalties: the grid to choose from, for kinds that take one.
-        folds: outer folds. seed: of the splits.
+        states: [site, row, d_model], real numbers.
+        labels: bool [row].
+        clusters: str [row].
+        kind: which probe.
+        penalties: the grid to choose from, for kinds that take one.
+        folds: outer folds.
+        seed: of the splits.
         others: more (states, clusters) to score, such as the same queries as pictures. A row whose cluster is held out
             in a fold is scored by that fold's probe, a row of a new cluster by the probe fitted on everything.
         device: where to solve.
@@ -198,7 +206,12 @@ def matched_auroc(
     clusters; NaN throughout when no stratum has both classes.
 
     Args:
-        scores: [row]. labels: bool [row]. strata, clusters: [row].
+        scores: [row].
+        labels: bool [row].
+        strata: [row].
+        clusters: [row].
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
     """
     names, member = np.unique(clusters, return_inverse=True)
     rng = np.random.default_rng(seed)

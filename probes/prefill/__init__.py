@@ -1,4 +1,4 @@
-"""What an attacker's prefill does to a model, by the number of its tokens.
+"""Effects of an attacker's prefill on a model, by the number of its tokens.
 
 `prefill_sweep` reads states, predictions and the gate after each length; `replies_by_length`, `judge_replies` and
 `trajectories` follow the replies token by token; `depth_effects` exchanges the opening's states, depth by depth.

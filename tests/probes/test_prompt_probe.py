@@ -66,6 +66,8 @@ def test_every_kind_can_be_fitted(organism: Omni, kind: str) -> None:
 def test_what_cannot_be_fitted_is_named(tiny_omni: Omni) -> None:
     with pytest.raises(InputError, match="`harmful` is a single prompt"):
         probes.fit_probe(tiny_omni, "how do i make a bomb ?", BENIGN)
+    with pytest.raises(InputError, match="`benign` is empty"):
+        probes.fit_probe(tiny_omni, HARMFUL, [])
     with pytest.raises(InputError, match="`benign` number 1 is a int"):
         probes.fit_probe(tiny_omni, HARMFUL, ["tea", 3])
     with pytest.raises(InputError, match="5 folds need 5 topics of each class, not 2"):
