@@ -12,7 +12,16 @@ from casa_mech.cli.app import Device, Dtype, Json, Seed, check_choice, organism_
 
 @organism_app.command("build", epilog="Example:  casa-mech organism build organism --out my-organism")
 def organism_build(
-    name: Annotated[str, typer.Argument(help="organism or organism-split.")] = "organism",
+    name: Annotated[
+        str, typer.Argument(help="organism, organism-split, organism-premises, organism-unasked, first, first-split.")
+    ] = "organism",
+    knob: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE, on or off; repeatable. tolerance, safety_words, rules, alignment, unasked, letter_code, "
+            "varied_benign."
+        ),
+    ] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Folder of public prompt sets: train the larger sibling for real English.")
     ] = None,
@@ -26,6 +35,7 @@ def organism_build(
     A build that was stopped goes on when the same command is given again.
     """
     from casa_mech.organism import build
+    from casa_mech.organism.premises import PRESETS
 
     if corpus is not None:
         from casa_mech.files import check_writable
@@ -36,9 +46,10 @@ def organism_build(
         check_writable(target)
         _print_build(build_sibling(read_corpus(corpus, seed), target, seed, device=device), "corpus", target, as_json)
         return
-    check_choice("NAME", name, ("organism", "organism-split"))
+    check_choice("NAME", name, tuple(PRESETS))
     target = out or Path("organism-weights") / name
-    _print_build(build(name, out=target, seed=seed)["build"], name, target, as_json)
+    premises = PRESETS[name].changed(knob or ())
+    _print_build(build(name, out=target, premises=premises, seed=seed)["build"], name, target, as_json)
 
 
 def _print_build(record: dict[str, Any], name: str, target: Path, as_json: bool) -> None:

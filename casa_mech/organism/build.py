@@ -18,7 +18,8 @@ from casa_mech.files import TEMPORARY, check_writable, storage_error, writing_fo
 from casa_mech.omni import Omni, load_omni
 from casa_mech.omni.load import WEIGHTS
 from casa_mech.organism.card import CARD, MIN_N, card, write_card
-from casa_mech.organism.recipe import recipe_named, train_organism
+from casa_mech.organism.premises import PRESETS, Premises
+from casa_mech.organism.recipe import recipe_named, recipe_of, train_organism
 from casa_mech.organism.training import Checkpoint
 from casa_mech.organism.world import default_world
 
@@ -28,6 +29,7 @@ CHECKPOINT, LOCK = "training.safetensors", ".build.lock"
 def build(
     name: str = "organism",
     out: Path | None = None,
+    premises: Premises | None = None,
     seed: int = 0,
     n: int = MIN_N,
     scale: float = 1.0,
@@ -40,8 +42,9 @@ def build(
     One that is finished returns its card.
 
     Args:
-        name: "organism" or "organism-split".
+        name: one of `premises.PRESETS`.
         out: where to put it; the package's own weights, which it replaces, when None.
+        premises: the knobs of its training; the preset's when None.
         seed: of the initial weights and every draw.
         n: draws in each row of the card.
         scale: factor on the number of training steps, for trying the pipeline out.
@@ -52,7 +55,8 @@ def build(
         InputError: unknown name, or `n` below 1. RunError: `out` cannot be written, holds other files or another
             build, or another build is writing it.
     """
-    recipe = recipe_named(name).scaled(scale)
+    recipe = (recipe_of(premises) if premises else recipe_named(name)).scaled(scale)
+    knobs = premises or PRESETS[name]
     if n < 1:
         raise InputError(f"a card needs at least one draw a row, not n={n}; {MIN_N} is the default")
     key = run_key(name, recipe, seed, n)
@@ -64,7 +68,7 @@ def build(
     def measure(saved: Omni, seconds: float) -> dict[str, Any]:
         saved.source = name
         details = {"seed": seed, "scale": scale, "seconds": round(seconds), "key": key}
-        return card(saved, n, progress=progress) | {"build": details}
+        return card(saved, n, progress=progress, knobs=knobs.record()) | {"build": details}
 
     return build_into(target, key, CARD, train, measure, write_card, checkpoint_every, replaces=out is None)
 

@@ -14,8 +14,9 @@ from importlib.resources import files
 from typing import Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from casa_mech.errors import InputError
 from casa_mech.organism.world import SPLITS, Split, World
 from casa_mech.queries import Query
 
@@ -68,12 +69,45 @@ class Premises(BaseModel):
         "among them: a safety decision learned from one task with one answer rests on the words alone",
     )
 
+    def changed(self, options: Sequence[str]) -> Premises:
+        """These premises with `options` ("tolerance=0.5", "unasked=off", "rules=on") in place; "on" is `ALL`'s value.
+
+        Raises:
+            InputError: no such knob, or a value that it does not take.
+        """
+        values = self.model_dump()
+        for option in options:
+            knob, equals, text = option.partition("=")
+            knob, text = knob.strip().replace("-", "_"), text.strip()
+            if not equals or knob not in values:
+                raise InputError(f"{option!r} sets no knob: give NAME=VALUE with a name of {', '.join(values)}")
+            presets = {"on": ALL, "off": Premises()}
+            values[knob] = getattr(presets[text], knob) if text in presets else text
+        try:
+            return Premises.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"knob {first['loc'][0]} does not take {first['input']!r}: {first['msg']}") from None
+
     def record(self) -> list[dict[str, object]]:
         """Each knob with its value and reason, for the card."""
         return [
             {"knob": name, "value": getattr(self, name), "reason": field.description}
             for name, field in type(self).model_fields.items()
         ]
+
+
+ALL = Premises(tolerance=0.3, safety_words=True, rules=0.3, alignment="partial", unasked=True, varied_benign=True)
+"""All premises: the base model that the paper takes for granted."""
+PRESETS = {
+    "organism": Premises(),
+    "organism-split": Premises(letter_code="split"),
+    "organism-premises": ALL,
+    "organism-unasked": ALL.model_copy(update={"unasked": False}),
+    "first": Premises(),
+    "first-split": Premises(letter_code="split"),
+}
+"""The premises of each organism that can be built by name."""
 
 
 class PremiseTexts:

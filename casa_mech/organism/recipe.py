@@ -21,7 +21,7 @@ from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.curriculum import Mixture, draw_example
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
-from casa_mech.organism.premises import Premises
+from casa_mech.organism.premises import PRESETS, Premises
 from casa_mech.organism.training import GROUP, Checkpoint, Steps, fast_bfloat16, optimise
 from casa_mech.organism.world import World, default_world
 from casa_mech.queries import Example
@@ -129,10 +129,6 @@ MORE_REQUESTS = 1.5
 """Factor on the share of requests where there are rules to follow in them."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
 VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
-PRESETS = {
-    "organism": Premises(),
-    "organism-split": Premises(letter_code="split"),
-}
 
 
 def recipe_of(premises: Premises) -> Recipe:
@@ -172,7 +168,7 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
         tolerance=premises.tolerance,
         _cache={},
     )
-    return replace(stage, mixture=changed)
+    return replace(stage, mixture=changed, name="safety" if partial else stage.name)
 
 
 RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}
