@@ -1,4 +1,4 @@
-"""Figures that are readable alone: a claim as title, a caption, units, n and intervals, colours for colour-blind eyes too.
+"""Figures that are readable alone: a claim as title, a caption, units, n and intervals; safe for colour-blind eyes.
 
 Every figure is saved as PNG and SVG together with the plotted numbers as CSV.
 """
@@ -93,10 +93,8 @@ def titled(figure: Figure, title: str, caption: str = "", legend_of: Axes | Sequ
             [handles[name] for name in names], names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns
         )
     if caption:
-        drawn = figure.get_tightbbox()
-        to_share = figure.transFigure.inverted() + figure.dpi_scale_trans
+        drawn = figure.get_tightbbox()  # in inches
         left, bottom = (figure.dpi_scale_trans + figure.transFigure.inverted()).transform((drawn.x0, drawn.y0 - _GAP))
-        del to_share
         figure.text(
             left, bottom, _wrapped(caption, drawn.width, CAPTION_SIZE), fontsize=CAPTION_SIZE, va="top", ha="left"
         ).set_gid("caption")

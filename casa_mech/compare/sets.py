@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,7 +9,6 @@ from typing import Protocol
 from casa_mech.attacks import STUDY_ATTACKS, apply_with_twins, attack_named
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
-from casa_mech.evaluation.reply_parts import query_digest
 from casa_mech.omni import Omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Label, Query
@@ -89,12 +86,3 @@ class WorldSets:
                 cell.attack, harmful, benign, Draw.EVALUATION + seed, tokenizer=omni.tokenizer
             )
         return self._made[wanted][LABELS.index(cell.label)]
-
-
-def queries_digest(queries: Sequence[Query]) -> str:
-    """SHA-256 of queries with their media, and with what a judge reads of them: their labels and meta."""
-    digest = hashlib.sha256()
-    for query in queries:
-        known = [query_digest(query), query.label, sorted(query.meta.items())]
-        digest.update(json.dumps(known).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()

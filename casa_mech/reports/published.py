@@ -30,7 +30,7 @@ def plot_published(data: pd.DataFrame, title: str) -> Figure:
             axis.set(xlim=(-3, 103), xlabel="attack success as published, %", title=model)
             axis.set_yticks(np.arange(len(attacks)), attacks)
         axes[0][0].invert_yaxis()
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_published_rates(data: pd.DataFrame, title: str) -> Figure:

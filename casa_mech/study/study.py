@@ -20,17 +20,18 @@ from casa_mech.draws import BENIGN, Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.figures import save_figure
-from casa_mech.files import file_sha256, write_text
+from casa_mech.files import write_text
+from casa_mech.identity import file_sha256, key_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Label, Query
-from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.folder import RunFolder
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
-from probes.activations.store import Activations, ActivationStore
+from probes.activations import Activations, ActivationStore
+from probes.activations.shards import FORMAT
 
 PREFILL_FIRST = "CASA, prefill first"
 """CASA with the attacker's tokens before the gate (`prefill_first`). Plain `CASA` decides right after the header."""
@@ -107,7 +108,7 @@ class Study:
     def new_omni(self, model: str = "") -> Omni:
         """Another copy of the model, for weights that are changed: two adapters cannot be in one copy at once."""
         settings = self.settings
-        return settle_threads(load_omni(model or settings.model, device=settings.device, dtype=settings.dtype))
+        return load_omni(model or settings.model, device=settings.device, dtype=settings.dtype)
 
     @contextmanager
     def without_gate(self, model: str = "") -> Iterator[Omni]:
@@ -231,7 +232,7 @@ class Study:
 
     def activation_store(self, model: str = "") -> ActivationStore:
         """The store behind `activations`: every block's output and the final norm's, last position and prompt mean."""
-        key = {**self.model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"]}
+        key = {**self.model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"], "format": FORMAT}
 
         def build(folder: Path) -> None:
             attacks = [attack for surface, attack in SURFACES.items() if surface != "spelled"]

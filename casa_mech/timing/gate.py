@@ -38,7 +38,7 @@ def measure_gate(omni: Omni, repeats: int = 5) -> dict[str, Any]:
 
 
 def _help() -> None:
-    subprocess.run([sys.executable, "-m", "casa_mech.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "casa_mech", "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
 def _generation(omni: Omni, queries: list[Query]) -> tuple[Side, Side]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.timing.defenses import measure_defenses
 from casa_mech.timing.gate import measure_gate
 from casa_mech.timing.lens import measure_extraction
@@ -37,7 +36,5 @@ def measure_parts(
         if name not in PARTS:
             raise InputError(f"no benchmark {name!r}; there are {', '.join(PARTS)}, and all")
     # Each on a model of its own: some attach an adapter, or take the end of a turn away.
-    sections = {
-        name: PARTS[name](settle_threads(load_omni(model, device=device, dtype=dtype)), repeats) for name in names
-    }
+    sections = {name: PARTS[name](load_omni(model, device=device, dtype=dtype), repeats) for name in names}
     return {"model": model, "repeats": repeats, **sections.pop("gate", {}), **sections}

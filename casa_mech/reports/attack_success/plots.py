@@ -43,7 +43,7 @@ def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]
             axis.tick_params(labelbottom=True)
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_separation(data: pd.DataFrame, title: str, scores: Mapping[str, str]) -> Figure:
@@ -72,4 +72,4 @@ def plot_separation(data: pd.DataFrame, title: str, scores: Mapping[str, str]) -
             axis.set(xlabel="AUROC", title=f"{model.rstrip('/').split('/')[-1]} (n ≥ {int(part['n'].min())} an attack)")
             axis.set_yticks(np.arange(len(attacks)), attacks)
         axes[0][0].invert_yaxis()
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])

@@ -49,7 +49,7 @@ def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str) -> Figur
         named_rows(axes[0], attacks)
         if unread:
             axes[0].text(99, len(attacks) - 0.6, "grey: cannot read it", ha="right", va="bottom", fontsize=8)
-        return titled(figure, title, axes[0])
+        return titled(figure, title, legend_of=axes[0])
 
 
 def plot_reading(data: pd.DataFrame, title: str) -> Figure:
@@ -75,7 +75,7 @@ def plot_reading(data: pd.DataFrame, title: str) -> Figure:
             axis.set(xlim=(0, 100), xlabel="% of replies before CASA")
             axis.set_title(f"{label} (n = {sizes.min()}–{sizes.max()} an attack)")
         named_rows(axes[0], attacks)
-        return titled(figure, title, axes[0] if len(axes[0].patches) >= len(axes[1].patches) else axes[1])
+        return titled(figure, title, legend_of=axes[0] if len(axes[0].patches) >= len(axes[1].patches) else axes[1])
 
 
 def plot_judges(counts: pd.DataFrame, confusion: pd.DataFrame, reference: str, title: str) -> Figure:
@@ -106,7 +106,7 @@ def plot_judges(counts: pd.DataFrame, confusion: pd.DataFrame, reference: str, t
             title=f"n = {sizes.min()}–{sizes.max()} a cell",
         )
         _confusion(right, confusion, str(judge), reference)
-        return titled(figure, title, left)
+        return titled(figure, title, legend_of=left)
 
 
 def _confusion(axis: Axes, confusion: pd.DataFrame, judge: str, reference: str) -> None:

@@ -26,7 +26,7 @@ def plot_training(data: pd.DataFrame, title: str) -> Figure:
         for column, colour, dash in (("v_s_harmful", HARMFUL, "-"), ("v_s_benign", BENIGN, "--")):
             right.plot(data["step"], data[column], color=colour, linestyle=dash, label=column.removeprefix("v_s_"))
         right.set(xlabel="step", ylabel="mean v_s of the batch", title="safety attention", ylim=(-0.03, 1.03))
-        return titled(figure, title, right)
+        return titled(figure, title, legend_of=right)
 
 
 def plot_gate(data: pd.DataFrame, title: str) -> Figure:
@@ -48,7 +48,7 @@ def plot_gate(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(xlabel="surface of the request", ylim=(-0.03, 1.03), title=moment or "")
         axes[0][0].set_ylabel("v_s (1: unsafe)")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def _boxes(axis: Axes, groups: list[np.ndarray], places: np.ndarray, colour: str, label: str) -> None:

@@ -42,4 +42,4 @@ def plot_english(data: pd.DataFrame, title: str) -> Figure:
         # The figure's one legend is the right panel's; what is on the left is named there.
         for colour, marker, name in _ENGLISH.values():
             right.plot([], [], marker, color=colour, markersize=4, label=name)
-        return titled(figure, title, right)
+        return titled(figure, title, legend_of=right)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
-from probes.lens.heads import ROLES
+from probes.lens.heads import PATTERN_ROLES
 
 LENSES = {"tuned lens": "-", "logit lens": ":"}
 COLOURS = {"harmful": HARMFUL, "benign": BENIGN, "both": SERIES[5]}
@@ -43,7 +43,7 @@ def plot_depth(data: pd.DataFrame, title: str) -> Figure:
         for axis, name in zip(axes[:, 0], names.values(), strict=True):
             axis.set_ylabel(name)
         _depths(axes[1], data)
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_quality(data: pd.DataFrame, title: str) -> Figure:
@@ -63,7 +63,7 @@ def plot_quality(data: pd.DataFrame, title: str) -> Figure:
             axis.set(yscale="log", title=f"{surface} (n = {int(part['n'].max())})")
         axes[0][0].set_ylabel("KL(model || lens), nats a position")
         _depths(axes[0], data)
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_heads(data: pd.DataFrame, title: str) -> Figure:
@@ -105,7 +105,8 @@ def plot_attention(data: pd.DataFrame, title: str) -> Figure:
         data: columns `surface, layer, head, label, role, n, value, low, high`.
         title: the claim.
     """
-    surfaces, roles = list(dict.fromkeys(data["surface"])), [role for role in ROLES if role in set(data["role"])]
+    surfaces = list(dict.fromkeys(data["surface"]))
+    roles = [role for role in PATTERN_ROLES if role in set(data["role"])]
     heads = list(dict.fromkeys(zip(data["layer"], data["head"], strict=True)))
     with style():
         size = (3 * len(surfaces), 2.1 * len(heads) + 0.6)
@@ -126,7 +127,7 @@ def plot_attention(data: pd.DataFrame, title: str) -> Figure:
             axis.set_title(surface)
         for axis in axes[-1]:
             axis.set_xticks(np.arange(len(roles)), roles, rotation=30)
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def _line(axis: Axes, rows: pd.DataFrame, colour: str, dash: str, name: str, marker: str = "o") -> None:

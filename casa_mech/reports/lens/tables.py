@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 
 from casa_mech.draws import Draw
+from casa_mech.identity import key_digest
 from casa_mech.judging import auroc_interval
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
-from casa_mech.study.folder import key_digest
 from casa_mech.study.settings import slug
 from casa_mech.study.study import LABELS, SURFACES, Study
 
@@ -63,7 +63,8 @@ def lens_tables(study: Study, model: str = "") -> LensTables:
 
 def _measure(study: Study, model: str) -> LensTables:
     from probes.lens.heads import ablate_heads, attention_patterns
-    from probes.lens.logit import bridge, logit_lens
+    from probes.lens.logit import logit_lens
+    from probes.lens.transformer_bridge import bridge
     from probes.lens.tuned import fit_translators, lens_quality
 
     casa = study.casa(model)

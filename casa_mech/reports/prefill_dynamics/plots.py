@@ -62,7 +62,7 @@ def plot_tokens(data: pd.DataFrame, title: str) -> Figure:
             line[0].set_ylabel(measure.replace(", ", ",\n").replace(" of ", "\nof "), fontsize=8)
         for axis in axes[-1]:
             axis.set_xlabel("token of the reply")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_depth(data: pd.DataFrame, title: str) -> Figure:
@@ -85,7 +85,7 @@ def plot_depth(data: pd.DataFrame, title: str) -> Figure:
             gap, n = part["gap"].iloc[0], int(part["n"].min())
             axis.set(xlabel="residual stream after block", title=f"{system}\n{gap:.1f} nats in all, n = {n}")
         axes[0][0].set_ylabel("share that runs through these positions")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def _line(axis: Axes, x: pd.Series | np.ndarray, rows: pd.DataFrame, number: int, dash: str, name: str) -> None:

@@ -43,7 +43,7 @@ def plot_learning(log: pd.DataFrame, readings: pd.DataFrame, title: str) -> Figu
         left.set(xlabel="training step", ylabel="v_s (1: unsafe)", title="batch means in training", ylim=(-0.03, 1.03))
         right.set_xticks(np.arange(len(attacks)), attacks)
         right.set(xlabel="attack", title="after training, new requests")
-        return titled(figure, title, right)
+        return titled(figure, title, legend_of=right)
 
 
 def plot_attention_maps(maps: Sequence[AttentionMap], title: str) -> Figure:
@@ -129,7 +129,7 @@ def plot_shares(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xticks(np.arange(len(spans)), spans, rotation=25, ha="right")
             axis.set(title=f"{surface} (n = {int(part['n'].min())} each)", ylim=(-0.03, 1.03))
         axes[0][0].set_ylabel("share of safety attention")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_patching(data: pd.DataFrame, title: str) -> Figure:
@@ -228,7 +228,7 @@ def plot_attribution(data: pd.DataFrame, title: str, shown: int = 14) -> Figure:
         axis.set_yticks(np.arange(len(order)), order)
         axis.invert_yaxis()
         axis.set_xlabel("contribution to the logit difference, unsafe minus safe")
-        return titled(figure, title, axis)
+        return titled(figure, title, legend_of=axis)
 
 
 def plot_removals(data: pd.DataFrame, title: str) -> Figure:
@@ -248,7 +248,7 @@ def plot_removals(data: pd.DataFrame, title: str) -> Figure:
             axis.step(sizes, share, where="post", color=SERIES[number], label=name)
             axis.plot(sizes, share, MARKERS[number], color=SERIES[number], markersize=4)
         axis.set(xlabel="positions removed, greedily", ylabel="share of decisions flipped", ylim=(-0.03, 1.03))
-        return titled(figure, title, axis)
+        return titled(figure, title, legend_of=axis)
 
 
 def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str) -> Figure:
@@ -282,7 +282,7 @@ def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str) -> Figu
         right.set_yticks(y, names, fontsize=8)
         right.invert_yaxis()
         right.set(xlim=(-1.03, 1.03), xlabel="cosine (grey: random directions)")
-        return titled(figure, title, left)
+        return titled(figure, title, legend_of=left)
 
 
 def plot_reliability(data: Mapping[str, Reliability], title: str) -> Figure:

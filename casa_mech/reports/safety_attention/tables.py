@@ -20,15 +20,15 @@ from casa_mech.organism.world import Topic, default_world
 from casa_mech.queries import Query, TextPart
 from casa_mech.study.study import BENIGN_ATTACKS, LABELS, SURFACES, Study
 from casa_mech.trace.sites import Site
-from probes.activations.store import Activations, collect
+from probes.activations import Activations, collect
 from probes.gate.attribution import Attribution, attribute_token_difference
 from probes.gate.calibration import Reliability, reliability
-from probes.gate.minimal_sets import minimal_sets, sets_table
-from probes.gate.pairs import Pair, aligned_pairs
+from probes.gate.pairs import MatchedPair, aligned_pairs
 from probes.gate.patching import PatchEffects, ablate_directions, patch_effects
+from probes.gate.removal import minimal_sets, sets_table
 from probes.gate.safety_attention import AttentionMap, attention_maps, cosine_table, gate_directions
-from probes.linear.directions import RefusalDirection, find_refusal_direction
 from probes.linear.estimators import LogisticProbe
+from probes.linear.refusal_direction import RefusalDirection, find_refusal_direction
 
 PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
 """Surfaces on which states are exchanged, and their attacks."""
@@ -55,7 +55,7 @@ def v_s_by_attack(study: Study) -> pd.DataFrame:
     return kept_table(study, "v_s-by-attack", {"n": study.sizes.n_probe}, build)
 
 
-def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Pair]:
+def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[MatchedPair]:
     """Up to `n` harmful requests under `attack`, each with a benign twin that differs in the key word alone and whose
     prompt has the same layout: same phrasing, verb, article, and on a picture or in a clip as many tokens.
 
@@ -66,14 +66,14 @@ def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Pair]:
     # Half of the clips or more have no twin of as many tokens.
     requests = study.queries("plain", "harmful", 2 * n, Draw.GATE_MEASUREMENT)
     waiting = list(requests)
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, MatchedPair] = {}
     for attempt in range(tries):
         proposed = [(query, twin) for query in waiting if (twin := _twin(query, attempt)) is not None]
         if not proposed:
             break
         originals, twins = [list(part) for part in zip(*proposed, strict=True)]
         both = apply_with_twins(attack, originals, twins, study.settings.seed, tokenizer=omni.tokenizer)
-        candidates = [Pair(*pair) for pair in zip(*both, strict=True)]
+        candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
         try:
             pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}
         except InputError:
@@ -201,7 +201,7 @@ def cosines(study: Study) -> pd.DataFrame:
     casa = study.casa()
     layer, refusal = casa.config.layer, refusal_direction(study)
     found = states_for_directions(study, [layer])
-    norm = study.omni().language_model.norm.weight.detach().float().cpu().numpy()
+    norm = study.omni().norm.weight.detach().float().cpu().numpy()
     states = found.states[str(layer)]
     others = {
         "logistic probe": LogisticProbe().fit(states, found.harmful).coef_[0],

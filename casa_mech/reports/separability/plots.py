@@ -66,14 +66,14 @@ def plot_controls(data: pd.DataFrame, title: str) -> Figure:
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
         for axis in axes[-1]:
             axis.set_xlabel("layer (norm: after the final norm)")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_prediction(data: pd.DataFrame, title: str) -> Figure:
     """Transfer of the text probe (across) and of CASA (up), a point a gate and surface, with 95 % intervals.
 
     Args:
-        data: `probes.linear.transfer.POINT_COLUMNS`.
+        data: `probes.linear.gate_transfer.POINT_COLUMNS`.
         title: the claim.
     """
     models, surfaces = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["surface"]))
@@ -166,7 +166,7 @@ def plot_planes(data: pd.DataFrame, title: str) -> Figure:
                 axis.set_xlabel(f"PC 1 ({here['explained_x'].iloc[0]:.0%} of variance)")
             share = f"PC 2 ({here['explained_y'].iloc[0]:.0%} of variance)"
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\n{share}")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_probes(data: pd.DataFrame, title: str) -> Figure:
@@ -186,7 +186,7 @@ def plot_probes(data: pd.DataFrame, title: str) -> Figure:
                 _layers(axis, here, measure, surfaces)
                 axis.set_title(f"probe {name}")
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -> None:

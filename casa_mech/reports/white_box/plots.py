@@ -42,7 +42,7 @@ def plot_rates_along(data: pd.DataFrame, title: str, units: Mapping[str, str]) -
             axis.set_title(f"{medium} (n = {int(data[data['medium'] == medium]['n'].min())})")
         for axis, unit in zip(axes[-1], units.values(), strict=True):
             axis.set_xlabel(unit)
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
 
 
 def plot_ablation(data: pd.DataFrame, title: str) -> Figure:
@@ -68,4 +68,4 @@ def plot_ablation(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(title=f"{system}: {measure}", ylim=(0, 104))
         axes[0][0].set_ylabel("harmful requests, %")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, legend_of=axes[0][0])
