@@ -116,10 +116,15 @@ def error_bars(
     axis: Axes, rows: pd.DataFrame, y: np.ndarray, colour: str, marker: str, label: str, scale: float = 100
 ) -> None:
     """Draw `rows` (`value, low, high`) at the heights `y` as points with horizontal intervals, in percent."""
-    error = scale * np.nan_to_num(np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None))
+    error = scale * bar_lengths(rows)
     axis.errorbar(
         scale * rows["value"], y, xerr=error, fmt=marker, color=colour, capsize=2, markersize=4.5, label=label
     )
+
+
+def bar_lengths(rows: pd.DataFrame, value: str = "value") -> np.ndarray:
+    """How far intervals (`low, high`) reach below and above the column `value`, [2, row]; 0 where that is unknown."""
+    return np.nan_to_num(np.clip([rows[value] - rows["low"], rows["high"] - rows[value]], 0, None))
 
 
 def named_rows(axis: Axes, names: Sequence[str]) -> None:
