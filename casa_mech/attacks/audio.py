@@ -151,7 +151,7 @@ def distractor(query: Query, kind: Distractor, seed: int = 0, speech: Speech = S
         noise = (noise - noise.mean()) / noise.std()  # the sample's own moments, so that they match exactly
         scale, shift = (_HISS, 0.0) if kind == "silence" else (float(spoken.std()), float(spoken.mean()))
         clip = np.clip(shift + scale * noise, -1, 1).astype(np.float32)
-    return _with_clip(query, query.parts, clip, f"distractor-{kind}", surface=query.meta.get("surface", "text"))
+    return _with_clip(query, query.parts, clip, f"distractor-{kind}", surface=query.surface)
 
 
 def _with_clip(query: Query, parts: MediaParts, clip: np.ndarray, attack: str, surface: str = "") -> Query:

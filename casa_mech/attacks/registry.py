@@ -54,7 +54,7 @@ Attack = Callable[[Query, AttackContext], Query]
 
 
 def _plain(query: Query, context: AttackContext) -> Query:
-    return query.model_copy(update={"meta": {"surface": "text", **marked(query, attack="plain")}})
+    return query.model_copy(update={"meta": {"surface": query.surface, **marked(query, attack="plain")}})
 
 
 def _jailbreak(query: Query, context: AttackContext) -> Query:

@@ -64,7 +64,7 @@ class BenchmarkSets:
         return {label: self._under(plan, queries, seed, omni) for label, queries in read.items()}
 
     def _read(self, name: str, source: Source, label: Label, seed: int) -> list[Query]:
-        fields = {**source.columns, "label": label} if source.set == TABLE else None
+        fields = {**source.columns, "label": label, "other_labels": "leave_out"} if source.set == TABLE else None
         shared = None if source.set == TABLE else BenchmarkSource(source.set, data=self.config.data).place
         reading = read_benchmark(
             source.set, source.path or shared, source.split, None, seed, missing_media=source.missing_media,
@@ -108,5 +108,4 @@ def _apply(plan: SetPlan, query: Query, seed: int, omni: Omni) -> Query:
         (query,) = apply_attack(
             plan.attack, [query], seed, tokenizer=omni.tokenizer, wrappers=plan.wrappers, picture=plan.picture
         )
-    surface = "+".join(sorted(query.modalities))
-    return query.model_copy(update={"meta": {"surface": surface, **query.meta, "attack": plan.name}})
+    return query.model_copy(update={"meta": {"surface": query.surface, **query.meta, "attack": plan.name}})

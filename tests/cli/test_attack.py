@@ -7,26 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from helpers.command import run
 from PIL import Image
 
 from casa_mech.attacks import ATTACKS, apply_attack
 from casa_mech.attacks.registry import SUMMARIES
-from casa_mech.cli import main
 from casa_mech.evaluation import attack_files
 from casa_mech.omni.media import load_audio, load_image
 from casa_mech.omni.processor import load_processor
 from casa_mech.organism.world import default_world
 from casa_mech.queries import index as index_module
 from casa_mech.queries.index import is_index, read_index
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path | int) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of one call, in this process."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    code = caught.value.code
-    return int(code) if isinstance(code, int) else 0, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)
