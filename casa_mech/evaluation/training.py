@@ -14,6 +14,8 @@ from casa_mech.defenses.registry import defense_entry, options
 from casa_mech.defenses.training import check_folder
 from casa_mech.errors import InputError
 from casa_mech.omni import load_omni
+from casa_mech.omni.load import ORGANISMS, find_checkpoint
+from casa_mech.omni.processor import load_processor
 from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries.files import LoadedExamples, read_examples
@@ -41,7 +43,7 @@ def train_gate(
         model: organism, hub id or directory.
         out: folder for the defence; new, empty, or with a stopped training.
         settings: options in training, fields of the records in `DEFENSES[defense].recipe`.
-        data: a table of examples; None: the micro-world's.
+        data: a table of examples; None: the micro-world's, for an organism alone.
         columns: names of its prompt, reply and label columns and, for circuit breakers, of harmful completions.
         n_examples: how many of the micro-world's.
         defense: which of `DEFENSES`.
@@ -52,7 +54,7 @@ def train_gate(
         What was trained: the folder, steps and the last step's metrics.
 
     Raises:
-        InputError: a setting or table that cannot be used. RunError: `out` holds something else.
+        InputError: a setting or table that cannot be used, or no table for a model that is no organism. RunError: `out` holds something else.
     """
     recipe = defense_entry(defense).recipe
     if recipe is None:
@@ -62,6 +64,11 @@ def train_gate(
         settings = {"max_steps": STEPS, **settings}
     options(defense, recipe.records, settings)  # before the model is loaded
     check_folder(out)
+    if data is None and not _speaks_micro_world(model):
+        raise InputError(
+            f"{model} is no organism, so the micro-world's examples would teach it nothing of use: give --data, a table "
+            "of prompts, replies and labels"
+        )
     read = (
         read_examples(data, *columns) if data else LoadedExamples(default_world().training_examples(n_examples, seed))
     )
@@ -70,3 +77,16 @@ def train_gate(
     log = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
     trained = {"examples": len(read.examples), "dropped_minors": len(read.dropped), "steps": len(log), "last": log[-1]}
     return {"model": model, "defense": defense, "out": str(out), **trained}
+
+
+def _speaks_micro_world(model: str) -> bool:
+    """Whether `model` is an organism: its tokenizer does not know plain English. A hub id is taken as none."""
+    if model in ORGANISMS:
+        return True
+    if not Path(model).is_dir():
+        return False
+    tokenizer = load_processor(find_checkpoint(model)).tokenizer
+    return bool(
+        tokenizer.unk_token_id
+        in tokenizer("yesterday we walked along the river", add_special_tokens=False)["input_ids"]
+    )

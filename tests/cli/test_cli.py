@@ -2,6 +2,7 @@
 
 import errno
 import json
+import string
 import subprocess
 import sys
 import time
@@ -12,10 +13,12 @@ import pandas as pd
 import pytest
 import soundfile
 from helpers.command import run
+from helpers.model import SHAPE
 from PIL import Image
 
 from casa_mech import cli
 from casa_mech.cli import main
+from casa_mech.organism.architecture import new_omni
 
 COMMANDS = [
     *("run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"),
@@ -162,6 +165,19 @@ def test_training_on_a_table(random_organism: Path, tmp_path: Path, capsys: pyte
     assert code == 0 and json.loads(out)["examples"] == 8
     code, _, err = run(capsys, *shared, "--out", tmp_path / "other", "--label-column", "kind")
     assert code == 2 and "it has prompt, reply, label" in err and not (tmp_path / "other").exists()
+
+
+def test_training_a_model_that_is_no_organism_needs_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    omni = new_omni([*string.ascii_lowercase, *(word for word in "yesterday we walked along the river".split())], SHAPE)
+    omni.model.save_pretrained(tmp_path / "english")
+    omni.processor.save_pretrained(tmp_path / "english")
+    monkeypatch.setattr("casa_mech.evaluation.training.load_omni", lambda *_, **__: pytest.fail("a model was loaded"))
+    for model in (tmp_path / "english", "Qwen/Qwen2.5-Omni-3B"):
+        code, out, err = run(capsys, "train", "--model", model, "--out", tmp_path / "gate")
+        assert (code, out) == (2, "") and f"{model} is no organism" in err and "give --data" in err
+        assert not (tmp_path / "gate").exists()
 
 
 def test_evaluate_mixes_files_in_one_call(
