@@ -54,7 +54,8 @@ def train_gate(
         What was trained: the folder, steps and the last step's metrics.
 
     Raises:
-        InputError: a setting or table that cannot be used, or no table for a model that is no organism. RunError: `out` holds something else.
+        InputError: a setting or table that cannot be used, or no table for a model that is no organism.
+        RunError: `out` holds something else.
     """
     recipe = defense_entry(defense).recipe
     if recipe is None:
@@ -66,8 +67,8 @@ def train_gate(
     check_folder(out)
     if data is None and not _speaks_micro_world(model):
         raise InputError(
-            f"{model} is no organism, so the micro-world's examples would teach it nothing of use: give --data, a table "
-            "of prompts, replies and labels"
+            f"{model} is no organism, and the micro-world's examples are not for it: give --data, a table of prompts, "
+            "replies and labels"
         )
     read = (
         read_examples(data, *columns) if data else LoadedExamples(default_world().training_examples(n_examples, seed))
@@ -86,7 +87,5 @@ def _speaks_micro_world(model: str) -> bool:
     if not Path(model).is_dir():
         return False
     tokenizer = load_processor(find_checkpoint(model)).tokenizer
-    return bool(
-        tokenizer.unk_token_id
-        in tokenizer("yesterday we walked along the river", add_special_tokens=False)["input_ids"]
-    )
+    plain_english = tokenizer("yesterday we walked along the river", add_special_tokens=False)["input_ids"]
+    return tokenizer.unk_token_id is not None and tokenizer.unk_token_id in plain_english
