@@ -1,4 +1,6 @@
-"""The two safety tokens: registered with the tokenizer, one id each, with trainable rows in embedding and head (§1.3).
+"""The two safety tokens: registered with the tokenizer, one id each, with trainable rows in embedding and head.
+
+Which strings they are is a choice of ours (docs/method.md §1.3).
 
 The rows are written straight into the model's matrices, so decoding costs nothing extra and any generation sees them.
 Spare rows are used where the matrices have more rows than the tokenizer has tokens (as the hub checkpoints do);
@@ -118,11 +120,11 @@ class SafetyTokens:
 
     def _matrices(self) -> list[nn.Parameter]:
         """The embedding's and the head's weight [vocab, d_model]; one where they are the same parameter."""
-        embedding, head = self._omni.language_model.embed_tokens.weight, self._omni.model.lm_head.weight
+        embedding, head = self._omni.embedding.weight, self._omni.head.weight
         return [embedding] if head is embedding else [embedding, head]
 
     def _resized(self, size: int) -> None:
-        self._omni.language_model.embed_tokens.num_embeddings = size
-        self._omni.model.lm_head.out_features = size
+        self._omni.embedding.num_embeddings = size
+        self._omni.head.out_features = size
         self._omni.model.config.text_config.vocab_size = size
         self._omni.model.vocab_size = size

@@ -14,6 +14,7 @@ from casa_mech.casa.checkpoint import FILE, METRICS
 from casa_mech.casa.examples import BalancedBatches, split_examples
 from casa_mech.casa.trainer import Trainer
 from casa_mech.errors import InputError, RunError
+from casa_mech.locks import LOCK
 from casa_mech.omni import Omni
 from casa_mech.queries import Example, Query
 
@@ -43,7 +44,7 @@ def test_v_s_parts_the_classes(tiny_omni: Omni, fields: dict[str, object]) -> No
     assert last["v_harmful"] - last["v_benign"] > max(0.02, first["v_harmful"] - first["v_benign"])
     assert not tiny_omni.model.training
     ids = list(casa.token_ids)
-    assert torch.equal(tiny_omni.language_model.embed_tokens.weight[ids], casa.parts.tokens.rows.embedding)
+    assert torch.equal(tiny_omni.embedding.weight[ids], casa.parts.tokens.rows.embedding)
 
 
 def test_metrics_are_written_each_step(tiny_omni: Omni, tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     monkeypatch.undo()
     resumed = Casa.attach(tiny_omni).train(examples(), SETTINGS, tmp_path, resume=True, progress=False)
     assert untimed(resumed) == untimed(whole)
-    assert not [path for path in tmp_path.iterdir() if path.name not in (FILE, METRICS)]
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, METRICS, LOCK}
 
 
 def test_checkpoints_of_other_runs_are_refused(tiny_omni: Omni, tmp_path: Path) -> None:
