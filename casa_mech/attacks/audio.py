@@ -21,7 +21,7 @@ from casa_mech.attacks.voice import (
     draw_settings,
     spell_clip,
 )
-from casa_mech.attacks.wording import wording_of
+from casa_mech.attacks.wording import ENGLISH, Wording
 from casa_mech.errors import InputError
 from casa_mech.queries import AudioPart, Part, Query, TextPart
 
@@ -118,17 +118,19 @@ def spoken_word(
     return _with_clip(query, parts, speech.noisy(clip, query, seed, "spoken", rng), "spoken")
 
 
-def spoken_question(query: Query, seed: int = 0, speech: Speech = Speech()) -> Query:
+def spoken_question(query: Query, seed: int = 0, speech: Speech = Speech(), wording: Wording = ENGLISH) -> Query:
     """The whole text spoken in a clip that comes first; the text only asks to answer it (AIAH's first setting)."""
     rng = query_rng(query, seed, "spoken-question")
     chosen = speech.settings(rng, SENTENCE_SPEEDS)
     clip = speech.say(request_text(query), chosen, query)
     media = tuple(part for part in query.parts if not isinstance(part, TextPart))
-    parts: MediaParts = (*media, TextPart(text=wording_of(query).spoken))
+    parts: MediaParts = (*media, TextPart(text=wording.spoken))
     return _with_clip(query, parts, speech.noisy(clip, query, seed, "spoken-question", rng), "spoken-question")
 
 
-def distractor(query: Query, kind: Distractor, seed: int = 0, speech: Speech = Speech()) -> Query:
+def distractor(
+    query: Query, kind: Distractor, seed: int = 0, speech: Speech = Speech(), wording: Wording = ENGLISH
+) -> Query:
     """The query as it is, with a clip before it that says nothing of the request (AIAH's second setting).
 
     silence: as long as the question would be if spoken, 80 dB below full scale. noise: Gaussian, with the length, mean
@@ -142,7 +144,7 @@ def distractor(query: Query, kind: Distractor, seed: int = 0, speech: Speech = S
     text, rng = request_text(query), query_rng(query, seed, f"distractor-{kind}")
     chosen = speech.settings(rng, SENTENCE_SPEEDS)
     if kind == "speech":
-        sentences = wording_of(query).distractors
+        sentences = wording.distractors
         clip = speech.say(sentences[int(rng.integers(len(sentences)))], chosen, query)
         clip = speech.noisy(clip, query, seed, f"distractor-{kind}", rng)
     else:

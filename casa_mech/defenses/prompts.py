@@ -120,21 +120,16 @@ REFUSAL_KEYWORDS = (
 def wording(omni: Omni, name: PromptName) -> str:
     """The text `name` in words that `omni`'s tokenizer knows: plain English, or the micro-world's."""
     plain, micro = WORDINGS[name]
-    return plain if omni.unknown_share([plain]) == 0 else micro
+    return micro if omni.speaks_micro_world else plain
 
 
 def refusal_phrases(omni: Omni) -> tuple[str, ...]:
     """Refusals in words that `omni`'s tokenizer knows: our own list, or those of the micro-world."""
-    if omni.unknown_share(REFUSALS) == 0:
+    if not omni.speaks_micro_world:
         return REFUSALS
     from casa_mech.organism.world import default_world
 
     return default_world().refusals
-
-
-def in_micro_world(omni: Omni) -> bool:
-    """Whether `omni` knows no plain English, so that queries for it have to come from the micro-world."""
-    return omni.unknown_share([SAFETY_PROMPT]) > 0
 
 
 def with_safety_prompt(query: Query, prompt: str = SAFETY_PROMPT) -> Query:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import nnsight
 
 END_OF_TURN = "<|im_end|>"
+MICRO_WORLD_FIELD = "micro_world"
+"""The field of a checkpoint's `config.json` that is true for an organism of the micro-world."""
 
 
 class GenerationSettings(BaseModel):
@@ -132,6 +134,11 @@ class Omni:
     def text_offset(self, offset: Tensor) -> None:
         owner, _, name = self.architecture.text_offset.rpartition(".")
         setattr(part_at(self.model, owner) if owner else self.model, name, offset)
+
+    @property
+    def speaks_micro_world(self) -> bool:
+        """True for an organism of the micro-world, which knows no other words; its checkpoint's config says so."""
+        return bool(getattr(self.model.config, MICRO_WORLD_FIELD, False))
 
     @property
     def device(self) -> torch.device:
@@ -303,7 +310,7 @@ class Omni:
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Share of words in `texts` that the tokenizer maps to its unknown token (0 where it has none)."""
         unknown = self.tokenizer.unk_token_id
-        if unknown is None:
+        if unknown is None or not texts:
             return 0.0
         ids = [token for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in row]
         return sum(token == unknown for token in ids) / len(ids) if ids else 0.0
