@@ -17,7 +17,7 @@ from casa_mech.attacks.registry import (
 )
 from casa_mech.attacks.render import RenderSettings, render_word
 from casa_mech.attacks.seeding import paired
-from casa_mech.attacks.text import letter_spaced, letters_of, spell, spell_ahead
+from casa_mech.attacks.text import letter_spaced, letters_of, spell
 from casa_mech.attacks.typography import figstep_picture, page_picture, typo_picture
 from casa_mech.attacks.voice import EspeakVoice, Voice, VoiceSettings, add_noise, draw_settings, spell_clip
 from casa_mech.attacks.wording import ENGLISH, Wording
@@ -61,7 +61,6 @@ __all__ = [
     "rendered",
     "sd_typo",
     "spell",
-    "spell_ahead",
     "spell_clip",
     "split",
     "spoken_letters",

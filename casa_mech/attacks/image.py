@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from casa_mech.attacks.fonts import Use, find_font
-from casa_mech.attacks.render import RenderSettings, draw_style, render_word
+from casa_mech.attacks.render import draw_style, render_word
 from casa_mech.attacks.seeding import PAIR, query_rng
 from casa_mech.attacks.text import key_word, marked, replace_key, request_text
 from casa_mech.attacks.typography import figstep_picture, figstep_text, page_picture, stack_pictures, typo_picture
@@ -23,6 +23,7 @@ from casa_mech.errors import InputError
 from casa_mech.queries import ImagePart, Part, Query, TextPart
 
 IMAGE_PHRASE = "the word in the image"
+"""Stands for a key word that is drawn in letter cells."""
 _ASKS_HOW = re.compile(
     r"^(?:please\s+)?(?:(?:tell|show|teach)\s+me\s+)?how\s+"
     r"(?:(?:do|can|could|should|would|might)\s+(?:i|you|we|one|someone|somebody|anyone|a\s+person|people)|to|i\s+can)\s+",
@@ -30,10 +31,10 @@ _ASKS_HOW = re.compile(
 )
 
 
-def image_word(query: Query, seed: int = 0, settings: RenderSettings = RenderSettings()) -> Query:
+def image_word(query: Query, seed: int = 0) -> Query:
     """The key word drawn in an image that comes first; the text says "the word in the image" in its place."""
     parts = replace_key(query, IMAGE_PHRASE)
-    picture = _strip(key_word(query), query, seed, "image", settings)
+    picture = _strip(key_word(query), query, seed, "image")
     return _shown(query, picture, parts, "image")
 
 
@@ -94,15 +95,15 @@ def rendered(query: Query, seed: int = 0, wording: Wording = ENGLISH) -> Query:
     text = request_text(query)
     with _named(query):
         if wording.letter_cells:
-            picture = _strip(text, query, seed, "rendered", RenderSettings())
+            picture = _strip(text, query, seed, "rendered")
             return _shown(query, picture, _instead(query, wording.rendered), "rendered")
         return _shown(query, page_picture(text), _instead(query, wording.rendered), "rendered", "page")
 
 
-def _strip(text: str, query: Query, seed: int, purpose: str, settings: RenderSettings) -> Image.Image:
+def _strip(text: str, query: Query, seed: int, purpose: str) -> Image.Image:
     # Colours are drawn after as many moves as there are letters: a pair, of words unlike in length, draws them before.
-    style = draw_style(query_rng(query, seed, f"{purpose}-style"), settings) if PAIR in query.meta else None
-    return render_word(text, query_rng(query, seed, purpose), settings, style)
+    style = draw_style(query_rng(query, seed, f"{purpose}-style")) if PAIR in query.meta else None
+    return render_word(text, query_rng(query, seed, purpose), style=style)
 
 
 def _pointing(query: Query, wording: Wording) -> tuple[Part, ...]:

@@ -26,7 +26,6 @@ from casa_mech.attacks.jailbreak import jailbreak, wrappers_of
 from casa_mech.attacks.prefill import PREFILL_LENGTHS, prefill
 from casa_mech.attacks.seeding import paired, query_rng
 from casa_mech.attacks.text import letter_spaced, marked, spell
-from casa_mech.attacks.voice import Voice
 from casa_mech.attacks.wording import ENGLISH, Wording
 from casa_mech.errors import InputError
 from casa_mech.queries import Query
@@ -121,8 +120,8 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
         "figstep-text": lambda query, context: figstep_as_text(query, context.wording),
         "typo": lambda query, context: typo(query, context.wording),
         "sd-typo": _sd_typo,
-        "audio": lambda query, context: spoken_letters(query, context.seed, speech=context.speech),
-        "spoken": lambda query, context: spoken_word(query, context.seed, speech=context.speech),
+        "audio": lambda query, context: spoken_letters(query, context.seed, context.speech),
+        "spoken": lambda query, context: spoken_word(query, context.seed, context.speech),
         "spoken-question": lambda query, context: spoken_question(query, context.seed, context.speech, context.wording),
         **{f"distractor-{kind}": partial(_distractor, kind=kind) for kind in DISTRACTORS},
         **{f"aiah-{control}": partial(_aiah, control=control) for control in CONTROLS},
@@ -180,21 +179,20 @@ def apply_attack(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     wrappers: str | Sequence[str] = "held_out",
-    voice: Voice | None = None,
-    speech: Speech | None = None,
+    speech: Speech = Speech(),
     picture: Path | None = None,
     wording: Wording = ENGLISH,
 ) -> list[Query]:
     """`queries` under the attack `name`, in their order; the rest of each query's meta is kept.
 
     Draws depend on `seed` and each query's id alone, never on what else is in the list. `speech` says how clips are
-    spoken; `voice` alone changes the synthesiser. `wording` has the attacks' sentences in words that the model knows
+    spoken. `wording` has the attacks' sentences in words that the model knows
     (for an organism `casa_mech.organism.wording.MICRO_WORLD`). InputError for an unknown name and for a query that the
     attack cannot be used on (no key word, no compliance text, ...), naming its id.
     """
     attack = attack_named(name)
     choice = wrappers if isinstance(wrappers, str) else tuple(wrappers)
-    context = AttackContext(seed, tokenizer, choice, speech or Speech(voice=voice), picture, wording)
+    context = AttackContext(seed, tokenizer, choice, speech, picture, wording)
     return [attack(query, context) for query in queries]
 
 

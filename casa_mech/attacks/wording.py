@@ -18,8 +18,6 @@ class Wording:
 
     image_phrase: str
     """Stands for a word or phrase that is in the picture."""
-    audio_phrase: str
-    """Stands for a word that is in the clip."""
     verb_phrase: str
     """Stands for a verb that is in the clip."""
     figstep: str
@@ -42,7 +40,6 @@ class Wording:
 
 ENGLISH = Wording(
     image_phrase="the phrase in the image",
-    audio_phrase="the word you hear",
     verb_phrase="the verb you hear",
     figstep=FIGSTEP_TEXT,
     rendered="Answer the question that is written in the picture.",

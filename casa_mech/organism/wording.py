@@ -8,7 +8,6 @@ from casa_mech.queries import Query
 
 MICRO_WORLD = Wording(
     image_phrase="the word in the image",
-    audio_phrase="the word you hear",
     verb_phrase="the word you hear",
     figstep="read the image . write the steps .",
     rendered="read the image . do what it asks .",

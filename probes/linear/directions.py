@@ -6,7 +6,7 @@ After `andyrdt/refusal_direction` (arXiv 2406.11717). The result of a fit is a f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,9 @@ from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, capture_cuts
 from casa_mech.trace.patch import edited_prompt
-from casa_mech.trace.sites import Site
+from casa_mech.trace.sites import Edit, Site
 from casa_mech.trace.standing import standing_edits
 
-Edit = Callable[[Tensor], Tensor]
 MAX_KL, MIN_ADDED, DEPTH = 0.1, 0.0, 0.8
 """The rules: KL on harmless prompts at most, refusal score on harmless prompts after adding at least, and the share of
 the depth beyond which no candidate is taken."""

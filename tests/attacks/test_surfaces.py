@@ -129,7 +129,7 @@ def test_twins_are_said_by_one_voice_at_one_noise_level() -> None:
     for name in ("audio", "spoken", "spoken-question", "aiah-speech", "aiah-word", "distractor-speech"):
         voice = Recorder()
         harmful, benign = world.requests(5, 1, "harmful"), world.requests(5, 2, "benign")
-        first, second = apply_with_twins(name, harmful, benign, 3, voice=voice)
+        first, second = apply_with_twins(name, harmful, benign, 3, speech=Speech(voice=voice))
         used = list(dict.fromkeys(voice.said))
         half = voice.said.index(voice.said[0], len(voice.said) // 3)
         assert list(dict.fromkeys(voice.said[:half])) == list(dict.fromkeys(voice.said[half:])), name
@@ -207,7 +207,9 @@ def test_attacks_speak_as_they_are_told_and_not_as_the_query_does(name: str) -> 
     known = set(default_world().vocabulary())
     (query,) = default_world().requests(1, 0)
     (english,), (micro,) = apply_attack(name, [query]), apply_attack(name, [query], wording=MICRO_WORLD)
-    said = [text for one in (english, micro) for text in [" ".join([one.text, *(turn.text for turn in one.history)])]]
+    said = [
+        " ".join([one.text, *(part.text for turn in one.history for part in turn.parts)]) for one in (english, micro)
+    ]
     assert set(words_of(said[1])) - {"`", "1", "2", "3", "code", "block", "steps", "to"} <= known
     assert not set(words_of(said[0])) <= known
     assert wording_of(query) is MICRO_WORLD and wording_of(CAKE) is ENGLISH
