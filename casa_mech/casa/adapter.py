@@ -20,6 +20,7 @@ from casa_mech.omni import Omni
 from casa_mech.trace.sites import remirror
 
 NAME = "casa"
+"""peft's name of the adapter, which is part of its parameters' names."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 """peft names weights from its own wrapper, which we do without; files carry the prefix, so plain peft reads them."""
@@ -31,7 +32,7 @@ class Adapter:
     Args:
         omni: the model.
         config: rank, alpha, dropout and which linear layers.
-        layers: the blocks that get them; all when not given.
+        layers: the blocks that get them; all by default.
     """
 
     def __init__(self, omni: Omni, config: LoraSettings, layers: Sequence[int] | None = None) -> None:
@@ -74,20 +75,20 @@ class Adapter:
         peft's layers step aside for the linear layers they wrap. Afterwards the weights are the very tensors they were:
         subtracting LoRA again would leave rounding behind.
         """
-        found = [
+        layers = [
             (parent, name, layer, layer.base_layer.weight.data)
             for parent in self._omni.text_model.modules()
             for name, layer in parent.named_children()
             if isinstance(layer, LoraLayer)
         ]
         try:
-            for parent, name, layer, weight in found:
+            for parent, name, layer, weight in layers:
                 linear = layer.base_layer
                 linear.weight.data = weight + layer.get_delta_weight(NAME).to(weight.dtype)
                 setattr(parent, name, linear)
             yield
         finally:
-            for parent, name, layer, weight in found:
+            for parent, name, layer, weight in layers:
                 layer.base_layer.weight.data = weight
                 setattr(parent, name, layer)
 
@@ -120,10 +121,12 @@ class Adapter:
                 result = set_peft_model_state_dict(self._omni.model, state, adapter_name=NAME)
         except RuntimeError as error:
             raise ModelError(f"{path} does not fit this model: {_shape_line(error)}") from None
-        lacking = [name for name in result.missing_keys if f".{NAME}." in name]
-        wrong = lacking or list(result.unexpected_keys)
-        if wrong:
-            raise ModelError(f"{path} does not fit this model: {wrong[0]} has no counterpart; load it on its own base")
+        missing = [name for name in result.missing_keys if f".{NAME}." in name]
+        unmatched = missing or list(result.unexpected_keys)
+        if unmatched:
+            raise ModelError(
+                f"{path} does not fit this model: {unmatched[0]} has no counterpart; load it on its own base"
+            )
 
 
 def _shape_line(error: RuntimeError) -> str:

@@ -1,7 +1,7 @@
 """Safety attention: one cross-attention from a class query to the prompt's hidden states, giving v_s in [0, 1].
 
-The forms are those of the method notes §1.2 (conflict B). Why none of them is an average of softmax
-weights alone: those sum to 1 over the prompt, so their mean is 1/T whatever the prompt says.
+The forms are those of docs/method.md §1.2 (conflict B). None of them is an average of softmax weights alone: those sum
+to 1 over the prompt, so their mean is 1/T whatever the prompt says.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAFE, UNSAFE = 0, 1
 
 
 class SafetyAttention(nn.Module):
-    """Queries from two class embeddings, keys and values from prompt states; prompt states are detached (§1.2).
+    """Queries from two class embeddings, keys and values from detached prompt states (docs/method.md §1.2).
 
     Parameters stay in float32 whatever the model's dtype is.
 

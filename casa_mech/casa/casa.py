@@ -13,7 +13,7 @@ from casa_mech.casa.adapter import WEIGHTS, Adapter
 from casa_mech.casa.attention import SafetyAttention
 from casa_mech.casa.config import CasaConfig, TrainSettings
 from casa_mech.casa.gate import SafetyGate, class_embeddings
-from casa_mech.casa.generation import Behaviour, Order, gate_readings, gated_replies
+from casa_mech.casa.generation import GateUse, Order, gate_decisions, gated_replies
 from casa_mech.casa.storage import (
     ATTENTION,
     CARD,
@@ -21,7 +21,7 @@ from casa_mech.casa.storage import (
     ROWS,
     Base,
     Stored,
-    Training,
+    TrainingRecord,
     check_base,
     dump,
     fill,
@@ -36,7 +36,7 @@ from casa_mech.casa.trainer import Row, Trainer
 from casa_mech.errors import InputError, ModelError
 from casa_mech.files import writing_folder
 from casa_mech.omni import GenerationSettings, Omni
-from casa_mech.queries import Example, Query, Reply
+from casa_mech.queries import Example, Query, Reply, SafetyToken
 from casa_mech.trace.sites import check_sites
 
 REFUSAL = "Sorry, I can not help with that."
@@ -49,7 +49,7 @@ class Casa:
     rows; `detach` gives it back exactly as it was, `disabled` does so for the length of a block.
     """
 
-    def __init__(self, parts: Parts, training: Training | None = None) -> None:
+    def __init__(self, parts: Parts, training: TrainingRecord | None = None) -> None:
         self._parts = parts
         self._training = training
         self._active = True
@@ -81,7 +81,7 @@ class Casa:
 
     @property
     def config(self) -> CasaConfig:
-        """What the method is."""
+        """Its options."""
         return self._parts.config
 
     @property
@@ -102,7 +102,7 @@ class Casa:
 
     @property
     def parts(self) -> Parts:
-        """What training changes: adapter, safety attention and token rows, with the model they are in."""
+        """Adapter, safety attention and token rows, which training changes, with the model they are in."""
         return self._parts
 
     @property
@@ -112,7 +112,7 @@ class Casa:
         return safe, unsafe
 
     @property
-    def training(self) -> Training | None:
+    def training(self) -> TrainingRecord | None:
         """How the gate was trained, if it was."""
         return self._training
 
@@ -124,7 +124,7 @@ class Casa:
         resume: bool = False,
         progress: bool = True,
     ) -> list[Row]:
-        """Train on text alone (method notes §1.4, §1.5).
+        """Train on text alone (docs/method.md §1.4, §1.5).
 
         Args:
             examples: labelled text queries with the replies they should get; refusals for harmful ones.
@@ -139,7 +139,8 @@ class Casa:
 
         Raises:
             InputError: media or missing labels in the examples.
-            RunError: `out` holds a run already, or another one, or cannot be written.
+            RunError: `out` holds a run already, or another, another process trains in it, or it cannot be written; or
+                the loss is not finite (the last checkpoint stays).
         """
         self._need_active()
         folder = Path(out) if out is not None else None
@@ -148,7 +149,7 @@ class Casa:
             log = trainer.run(resume, progress)
         finally:
             self._parts.tokens.write()
-        self._training = Training.of(examples, settings, log)
+        self._training = TrainingRecord.of(examples, settings, log)
         return log
 
     def generate(
@@ -160,6 +161,7 @@ class Casa:
         hard: bool = False,
         refusal: str = REFUSAL,
         threshold: float | None = None,
+        force: SafetyToken | Sequence[Sequence[int]] | None = None,
         attention: bool = False,
         merge: bool = True,
         progress: bool = False,
@@ -174,6 +176,8 @@ class Casa:
             refusal: the hard gate's text.
             threshold: choose unsafe where its share of the two tokens' probability is above this, instead of the
                 likelier one.
+            force: "safe" or "unsafe" puts that token before every reply whatever the gate decides; ids for each query
+                put any others in its place. The replies report the gate's own decision. Not with `hard`.
             merge: add LoRA into copies of the weights for this call, which is faster and takes the memory of one more
                 set of the language model's linear layers; results with and without differ by rounding.
             attention: put safety attention's weight at each of the prompt's tokens (padding left out) into the replies.
@@ -181,11 +185,15 @@ class Casa:
 
         Raises:
             InputError: an empty prompt or unreadable media.
+            ModelError: logits or v_s are not finite for a query.
         """
         self._need_active()
-        behaviour = Behaviour(order, refusal if hard else None, attention, threshold)
+        if hard and force is not None:
+            raise InputError("a hard gate answers unsafe queries itself: leave out hard=True to force the token")
+        use = GateUse(order, refusal if hard else None, attention, threshold)
+        forced = self._forced_ids(force, len(queries))
         with self._parts.adapter.merged() if merge else nullcontext():
-            return gated_replies(self.omni, self._parts.gate, queries, settings, behaviour, progress)
+            return gated_replies(self.omni, self._parts.gate, queries, settings, use, progress, forced)
 
     def decide(
         self,
@@ -197,11 +205,24 @@ class Casa:
         merge: bool = True,
         progress: bool = False,
     ) -> list[Reply]:
-        """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`)."""
+        """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`).
+
+        Raises:
+            InputError, ModelError: as `generate`.
+        """
         self._need_active()
-        behaviour = Behaviour(order, None, attention)
+        use = GateUse(order, None, attention)
         with self._parts.adapter.merged() if merge else nullcontext():
-            return gate_readings(self.omni, self._parts.gate, queries, settings, behaviour, progress)
+            return gate_decisions(self.omni, self._parts.gate, queries, settings, use, progress)
+
+    def _forced_ids(
+        self, force: SafetyToken | Sequence[Sequence[int]] | None, n: int
+    ) -> Sequence[Sequence[int]] | None:
+        if isinstance(force, str):
+            return [[self.token_ids[("safe", "unsafe").index(force)]]] * n
+        if force is not None and (len(force) != n or not all(force)):
+            raise InputError(f"force: give at least one token id for each of the {n} queries")
+        return force
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Write adapter, safety attention, token rows, config and model card into `directory`, all or nothing.
@@ -225,7 +246,7 @@ class Casa:
         """Attach a saved gate to `omni`; warns when it was trained on other weights of the same shape.
 
         Raises:
-            ModelError: files are missing, truncated or of another schema, or the shapes do not fit.
+            ModelError: files are missing, truncated, of another schema or not finite, or the shapes do not fit.
         """
         directory = Path(directory)
         stored = read_stored(directory)

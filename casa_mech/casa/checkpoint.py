@@ -15,22 +15,28 @@ from torch.optim import Optimizer
 
 from casa_mech.errors import RunError
 from casa_mech.files import writing
+from casa_mech.omni.finite import is_finite
 
 FILE = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+"""A line of metrics for each step."""
 SCHEMA = 1
 
 
 @dataclass
 class Progress:
-    """Where a run stands. `step`: steps done; `best_loss`, `bad_rounds`: of the validations so far; `best`: weights at
-    the best validation, if any; `done`: nothing is left to do."""
+    """Where a run stands."""
 
     step: int = 0
+    """Steps done."""
     best_loss: float = float("inf")
+    """The lowest validation loss."""
     bad_rounds: int = 0
+    """Validations since then."""
     done: bool = False
+    """Nothing is left to do."""
     best: dict[str, Tensor] = field(default_factory=dict)
+    """Weights by name at the lowest validation loss, if there was a validation."""
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -42,7 +48,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(states: dict[str, Tensor]) -> None:
-    """Undo of `rng_state`; generators of devices that are not here are passed over."""
+    """Set torch's generators to what `rng_state` returned; generators of devices that are not here are passed over."""
     torch.set_rng_state(states["cpu"])
     for index in range(torch.cuda.device_count()):
         if f"cuda{index}" in states:
@@ -86,7 +92,7 @@ def read_checkpoint(
     """Put the state in `folder` into `weights` and `optimizer`; returns the progress and the generators' states.
 
     Raises:
-        RunError: the file is corrupt, or belongs to a run with other data, settings or model.
+        RunError: the file is corrupt, holds NaN, or belongs to a run with other data, settings or model.
     """
     path = folder / FILE
     try:
@@ -97,23 +103,27 @@ def read_checkpoint(
         raise RunError(f"{path} cannot be read ({error}); remove it and train again") from None
     if header["run_key"] != run_key:
         raise RunError(f"{path} is of a run with other data, settings or model; give another folder, or remove it")
+    broken = next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
+    if broken is not None:
+        raise RunError(f"{path}: the tensor {broken} holds NaN or infinite numbers; remove it and train again")
     with torch.no_grad():
         for name, value in weights.items():
             value.copy_(tensors[f"weights/{name}"])
     _load_optimizer(optimizer, tensors)
     progress = Progress(
-        header["step"], header["best_loss"], header["bad_rounds"], header["done"], _part(tensors, "best/")
+        header["step"], header["best_loss"], header["bad_rounds"], header["done"], _under(tensors, "best/")
     )
-    return progress, _part(tensors, "rng/")
+    return progress, _under(tensors, "rng/")
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Any]] = {}
-    for name, value in _part(tensors, "optimizer/").items():
+    for name, value in _under(tensors, "optimizer/").items():
         index, key = name.split("/")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

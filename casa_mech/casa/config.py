@@ -1,7 +1,7 @@
-"""What the method is (`CasaConfig`) and how it is trained (`TrainSettings`).
+"""Options of the method (`CasaConfig`) and of a training run (`TrainSettings`).
 
-CASA is arXiv 2604.00310. Its equations are not public, so several readings are offered; "§1.2" and the like point into
-the project's method notes, which give the evidence for each.
+CASA is arXiv 2604.00310. Its equations are not public, so several readings are offered; docs/method.md §1 gives the
+evidence for each.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ OLD_NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "rule": {"S1": "scale", "S2": "replace", "S3": "add_log", "S4": "scale_above"},
     }
 )
-"""What gates saved before version 0.2 call the forms and rules; `storage` reads them."""
+"""Names of the forms and rules in gates saved before version 0.2, and their present names; `storage` reads both."""
 
 
 class Settings(BaseModel):
     """A frozen record of options, with a doc sentence under each field.
 
     Raises:
-        InputError: on making one with a value that does not fit; one line that names the field.
+        InputError: on making one with an unknown field (the known ones are listed) or a value that does not fit; one
+            line that names the field.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -44,17 +45,23 @@ class Settings(BaseModel):
         except ValidationError as error:
             # One line for the user instead of pydantic's report.
             first = error.errors()[0]
-            where = ".".join(str(step) for step in first["loc"])
-            what = first["msg"].removeprefix("Value error, ")
-            raise InputError(f"{type(self).__name__}: {where + ': ' if where else ''}{what}") from None
+            field = ".".join(str(step) for step in first["loc"])
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(type(self).model_fields) or "none"
+                raise InputError(f"{type(self).__name__} has no field {field!r}; its fields: {known}") from None
+            fault = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{type(self).__name__}: {field + ': ' if field else ''}{fault}") from None
 
 
 class LoraSettings(Settings):
-    """The LoRA that every trained defence shares, so that they differ in nothing else (§1.5, §5.1)."""
+    """The LoRA that every trained defence shares, so that they differ in nothing else (docs/method.md §1.5, §5.1)."""
 
     lora_r: int = Field(default=16, ge=1)
+    """Rank of the update of each linear layer."""
     lora_alpha: int = Field(default=32, ge=1)
+    """Scale of the update, which is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Share of a linear layer's inputs that the update does not see at a training step."""
     lora_targets: tuple[str, ...] = QWEN2_5_OMNI.lora_targets
     """Linear layers of the language model's blocks that get a LoRA."""
 
@@ -71,10 +78,10 @@ class CasaConfig(LoraSettings):
     """The method: form of safety attention, what it reads, how it changes the logits, the objective and the adapter."""
 
     form: Form = "pooled"
-    """How attention becomes v_s (§1.2). "mean" and "top_k" average sigmoid scores, over all positions or the `k`
-    highest; "pooled" pools values with a softmax and reads the result out; "compete" lets the safe and the unsafe query
-    compete at each position. "none": safety tokens without safety attention, a neutral gate that leaves the logits
-    alone; v_s is then the unsafe token's share of the pair."""
+    """How attention becomes v_s (docs/method.md §1.2). "mean" and "top_k" average sigmoid scores, over all positions or
+    the `k` highest; "pooled" pools values with a softmax and reads the result out; "compete" lets the safe and the
+    unsafe query compete at each position. "none": safety tokens without safety attention, a neutral gate that leaves
+    the logits alone; v_s is then the unsafe token's share of the pair."""
     k: int | None = Field(default=None, ge=1)
     """Form "top_k" only: how many positions are averaged (8 when not given)."""
     query_source: QuerySource = "pooled_text_hidden"
@@ -92,13 +99,15 @@ class CasaConfig(LoraSettings):
     width: int = Field(default=256, ge=1)
     """Size of queries, keys and values; no more than the model's own width is used."""
     rule: Rule = "add_log"
-    """How v_s changes the two logits (§1.2, conflict C): "scale" multiplies them (the paper), "replace" puts v_s and
-    1 - v_s in their place, "add_log" adds log v_s and log(1 - v_s), "scale_above" multiplies their height above the
-    smallest logit."""
+    """How v_s changes the two logits (docs/method.md §1.2, conflict C): "scale" multiplies them (the paper), "replace"
+    puts v_s and 1 - v_s in their place, "add_log" adds log v_s and log(1 - v_s), "scale_above" multiplies their height
+    above the smallest logit."""
     safe_token: str = "<|safe|>"
+    """The safe token's string, added to the tokenizer as a special token."""
     unsafe_token: str = "<|unsafe|>"
+    """The unsafe token's string, added to the tokenizer as a special token."""
     beta: float = Field(default=0.5, ge=0, le=1)
-    """Weight of harmful sequences in the loss; benign ones get 1 - beta (§1.4)."""
+    """Weight of harmful sequences in the loss; benign ones get 1 - beta (docs/method.md §1.4)."""
     lambda_tok: float = Field(default=1.0, gt=0)
     """Weight of the safety token's loss beside the mean loss of the reply's tokens."""
     ce_support: Literal["full", "two_way"] = "full"
@@ -146,12 +155,15 @@ class TrainSettings(Settings):
     lr_attention: float | None = Field(default=None, gt=0)
     """Learning rate of safety attention; by default 5e-4 from d_model 1024 on, else 2e-3."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay, the same for all parameters."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises; after them it falls along a cosine."""
     grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of a step's gradient; a longer one is scaled down to it."""
     max_reply_tokens: int = Field(default=256, ge=1)
     """Replies are cut to this many tokens."""
     seed: int = Field(default=0, ge=0)
+    """Of the batches, the validation split and LoRA's dropout."""
     validation: float = Field(default=0.1, ge=0, lt=1)
     """Share of the examples of each class held out for validation; 0 turns validation off."""
     validate_every: int = Field(default=50, ge=1)

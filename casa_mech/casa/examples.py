@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.queries import Example
+from casa_mech.queries import Example, Label
 
-CLASSES = ("benign", "harmful")
+CLASSES: tuple[Label, ...] = ("benign", "harmful")
+"""The labels, in the order of the safety tokens; a label's index seeds its draws, so the order is not to be changed."""
 
 
 def check_examples(examples: Sequence[Example]) -> None:
-    """Refuse what CASA is not trained on.
+    """Refuse examples that CASA is not trained on.
 
     Raises:
         InputError: media in a query (CASA learns from text only), a missing label, or a class without examples.
@@ -33,32 +33,22 @@ def check_examples(examples: Sequence[Example]) -> None:
             raise InputError(f"no {label} example among {len(examples)}; training needs both classes")
 
 
-def examples_digest(examples: Sequence[Example]) -> str:
-    """SHA-256 over the examples in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        query = example.query
-        turns = [[turn.role, *(getattr(part, "text", "") for part in turn.parts)] for turn in query.history]
-        digest.update(repr((query.text, query.label, query.system, turns, example.reply)).encode())
-    return digest.hexdigest()
-
-
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Training and validation examples: `share` of each class is held out, at least one of each if share > 0."""
-    held: set[int] = set()
+    held_out: set[int] = set()
     for number, label in enumerate(CLASSES):
         of_class = [index for index, example in enumerate(examples) if example.query.label == label]
         order = np.random.default_rng([seed, number]).permutation(of_class)
         count = max(1, round(share * len(of_class))) if share > 0 and len(of_class) > 1 else 0
-        held.update(int(index) for index in order[:count])
-    train = [example for index, example in enumerate(examples) if index not in held]
-    return train, [examples[index] for index in sorted(held)]
+        held_out.update(int(index) for index in order[:count])
+    train = [example for index, example in enumerate(examples) if index not in held_out]
+    return train, [examples[index] for index in sorted(held_out)]
 
 
 class Passes:
-    """`members` in shuffled passes, one after the other, so many a step.
+    """Batches of `per_step` of `members`, from shuffled passes, one after the other.
 
-    What a step gets is a function of `seed` and the step, so that a resumed run sees what it would have seen.
+    A step's batch is a function of `seed` and the step, so that a resumed run sees what it would have seen.
     """
 
     def __init__(self, members: Sequence[int], per_step: int, seed: Sequence[int]) -> None:
@@ -68,8 +58,8 @@ class Passes:
     def at(self, step: int) -> list[int]:
         """The members of `step` (from 0)."""
         size = len(self._members)
-        places = range(step * self._per_step, (step + 1) * self._per_step)
-        return [self._members[self._order(place // size)[place % size]] for place in places]
+        positions = range(step * self._per_step, (step + 1) * self._per_step)
+        return [self._members[self._order(position // size)[position % size]] for position in positions]
 
     def _shuffled(self, number: int) -> list[int]:
         rng = np.random.default_rng([*self._seed, number])
@@ -82,11 +72,11 @@ class BalancedBatches:
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
         self._examples = examples
         self._half = batch_size // 2
-        members = [
+        classes = [
             [index for index, example in enumerate(examples) if example.query.label == label] for label in CLASSES
         ]
-        self._largest = max(map(len, members))
-        self._passes = [Passes(found, self._half, (seed, number)) for number, found in enumerate(members)]
+        self._largest = max(map(len, classes))
+        self._passes = [Passes(members, self._half, (seed, number)) for number, members in enumerate(classes)]
 
     def steps(self, epochs: float) -> int:
         """Steps in `epochs` passes over the larger class."""

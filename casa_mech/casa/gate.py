@@ -1,4 +1,4 @@
-"""The gate: which states are read, safety attention over them, and the logit rule; what `casa_mech.trace` puts in."""
+"""The gate: positions and layer that are read, safety attention over them, and the logit rule."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from casa_mech.trace.sites import Site
 
 
 class SafetyGate:
-    """Safety attention with its positions, layer and logit rule. `token_ids`: long [2] (safe, unsafe).
+    """Safety attention with its positions, layer and logit rule, as the traces of `casa_mech.trace.gate` take it.
 
-    Without safety attention (form "none") the gate is neutral: it reports the pair of logits and leaves all alone.
+    `token_ids`: long [2] (safe, unsafe). Without safety attention (form "none") the gate is neutral: it reports the
+    pair of logits and leaves all alone.
     """
 
     def __init__(self, config: CasaConfig, attention: SafetyAttention | None, token_ids: LongTensor) -> None:
@@ -67,7 +68,9 @@ def prompt_positions(config: CasaConfig, batch: OmniBatch) -> BoolTensor:
 
 
 def class_embeddings(omni: Omni, config: CasaConfig) -> Tensor:
-    """Class embeddings [2, d_model] (safe, unsafe), computed once from the untouched base model (§1.2, conflict A).
+    """Class embeddings [2, d_model] (safe, unsafe), computed once from the untouched base model.
+
+    The sources are those of docs/method.md §1.2 (conflict A).
 
     Raises:
         InputError: form "compete" with a source that cannot tell the two classes apart on this tokenizer.
@@ -77,14 +80,14 @@ def class_embeddings(omni: Omni, config: CasaConfig) -> Tensor:
     if config.query_source == "pooled_text_hidden":
         # No system prompt: nothing but the phrase itself should be in its states.
         queries = [Query.from_text(phrase, id=phrase, system="") for phrase in config.class_phrases]
-        found = capture(omni, omni.encode(queries), [config.layer], "mean:text")[config.layer]
-        named = config.class_phrases
+        embeddings = capture(omni, omni.encode(queries), [config.layer], "mean:text")[config.layer]
+        names = config.class_phrases
     else:
         matrix = omni.head if config.query_source == "lm_head_rows" else omni.embedding
-        found = word_rows(omni, config.class_words, matrix.weight)
-        named = config.class_words
-    if config.form == "compete" and torch.equal(found[0], found[1]):
+        embeddings = word_rows(omni, config.class_words, matrix.weight)
+        names = config.class_words
+    if config.form == "compete" and torch.equal(embeddings[0], embeddings[1]):
         raise InputError(
-            f"{named[0]!r} and {named[1]!r} are the same to this tokenizer; name the classes by other words"
+            f"{names[0]!r} and {names[1]!r} are the same to this tokenizer; name the classes by other words"
         )
-    return found
+    return embeddings

@@ -1,4 +1,4 @@
-"""CASA's training objective (method notes §1.4): safety token and reply, balanced between the two classes."""
+"""CASA's training objective (docs/method.md §1.4): safety token and reply, balanced between the two classes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from casa_mech.trace.targets import Targets
 
 @dataclass(frozen=True)
 class SequenceLosses:
-    """Each [batch]: loss of the safety token, mean loss of the reply's tokens, whether the token is right."""
+    """Losses of each sequence of a batch."""
 
     token: Tensor
+    """Loss of the safety token [batch]."""
     reply: Tensor
+    """Mean loss of the reply's tokens [batch]."""
     correct: Tensor
+    """True where the safety token is the right one [batch]."""
 
 
 def sequence_losses(config: CasaConfig, targets: GatedTargets, harmful: BoolTensor) -> SequenceLosses:

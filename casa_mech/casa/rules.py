@@ -1,4 +1,4 @@
-"""The four ways in which v_s changes the logits of the two safety tokens (method notes §1.2, conflict C)."""
+"""The four ways in which v_s changes the logits of the two safety tokens (docs/method.md §1.2, conflict C)."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from casa_mech.casa.config import OLD_NAMES, CasaConfig, LoraSettings, TrainSett
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni
+from casa_mech.omni.finite import check_weights
 from casa_mech.queries import Example
 
 SCHEMA = 1
@@ -29,15 +30,20 @@ CONFIG, ATTENTION, ROWS, CARD = (
 
 
 class Base(BaseModel):
-    """The model a gate was trained on."""
+    """The model that a gate was trained on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
+    """Where it was loaded from."""
     fingerprint: str
+    """Digest of its weights (`Omni.fingerprint`)."""
     d_model: int
+    """Width of its residual stream."""
     n_layers: int
+    """Number of its blocks."""
     tied: bool
+    """Embedding and head are one matrix."""
 
     @classmethod
     def of(cls, omni: Omni) -> Base:
@@ -51,42 +57,51 @@ class Base(BaseModel):
         )
 
 
-class Training(BaseModel):
-    """How a gate was trained: the settings, how many examples of each class, and the metrics of the weights kept."""
+class TrainingRecord(BaseModel):
+    """How a gate, or another trained defence, was trained."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: TrainSettings
+    """Of the run."""
     n_harmful: int
+    """Number of harmful examples."""
     n_benign: int
+    """Number of benign examples."""
     steps: int
+    """Optimiser steps taken."""
     metrics: dict[str, float]
+    """Metrics at the step whose weights were saved."""
 
     @classmethod
-    def of(cls, examples: Sequence[Example], settings: TrainSettings, log: Sequence[Row]) -> Training:
+    def of(cls, examples: Sequence[Example], settings: TrainSettings, log: Sequence[Row]) -> TrainingRecord:
         """The record of a run over `examples` that left the rows `log`."""
         harmful = sum(example.query.label == "harmful" for example in examples)
-        # The weights kept are those of the best validation, so the numbers must be, too.
+        # The weights are those of the best validation, so the metrics must be, too.
         validated = [row for row in log if "validation_loss" in row]
-        kept = min(validated, key=lambda row: row["validation_loss"]) if validated else log[-1]
+        best = min(validated, key=lambda row: row["validation_loss"]) if validated else log[-1]
         return cls(
             settings=settings,
             n_harmful=harmful,
             n_benign=len(examples) - harmful,
             steps=len(log),
-            metrics={key: value for key, value in kept.items() if key != "seconds"},
+            metrics={key: value for key, value in best.items() if key != "seconds"},
         )
 
 
 class Stored(BaseModel):
-    """What `casa_config.json` holds."""
+    """The content of `casa_config.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA
+    """Version of this format."""
     config: CasaConfig
+    """The method's options."""
     base: Base
-    training: Training | None = None
+    """The model it was trained on."""
+    training: TrainingRecord | None = None
+    """How it was trained; None for a gate that was not."""
 
 
 def read_stored(directory: Path) -> Stored:
@@ -121,12 +136,12 @@ def check_base(trained: Base, base: Base, directory: Path) -> str | None:
     Raises:
         ModelError: the shapes differ.
     """
-    for what in ("d_model", "n_layers", "tied"):
-        theirs, ours = getattr(trained, what), getattr(base, what)
+    for field in ("d_model", "n_layers", "tied"):
+        theirs, ours = getattr(trained, field), getattr(base, field)
         if theirs != ours:
             raise ModelError(
-                f"{directory} was trained on {trained.source} with {what} {theirs}, and does not fit {base.source} "
-                f"with {what} {ours}; load it on {trained.source}"
+                f"{directory} was trained on {trained.source} with {field} {theirs}, and does not fit {base.source} "
+                f"with {field} {ours}; load it on {trained.source}"
             )
     if trained.fingerprint != base.fingerprint:
         return (
@@ -139,19 +154,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of one safetensors file.
 
     Raises:
-        ModelError: the file is missing or truncated; the message names it.
+        ModelError: the file is missing or truncated, or a tensor is not finite; the message names it.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is missing or corrupt ({error}); save the gate again") from None
+    check_weights(tensors, path, "train it again")
+    return tensors
 
 
 def fill(module: nn.Module, path: Path) -> None:
     """Load a module's state from `path`.
 
     Raises:
-        ModelError: the file is missing, truncated, or of another shape.
+        ModelError: the file is missing, truncated, not finite, or of another shape.
     """
     try:
         module.load_state_dict(read_tensors(path))
@@ -218,7 +235,7 @@ def lora_line(config: LoraSettings) -> str:
     return f"| LoRA | r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout} |"
 
 
-def training_lines(training: Training | None) -> list[str]:
+def training_lines(training: TrainingRecord | None) -> list[str]:
     """The last rows of a card's table, and its metrics."""
     if training is None:
         return ["", "Not trained."]
@@ -226,7 +243,7 @@ def training_lines(training: Training | None) -> list[str]:
         f"| examples | {training.n_harmful} harmful, {training.n_benign} benign, text only |",
         f"| steps | {training.steps} of {training.settings.batch_size}, seed {training.settings.seed} |",
         "",
-        "## Metrics of the weights kept",
+        "## Metrics of the saved weights",
         "",
         "| measure | value |",
         "|---|---|",

@@ -1,4 +1,4 @@
-"""Supervised training on text: what CASA and plain fine-tuning share (method notes §1.4, §5.1)."""
+"""Supervised training on text, shared by CASA and plain fine-tuning (docs/method.md §1.4, §5.1)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from torch import BoolTensor, Tensor, nn
 
 from casa_mech.casa.adapter import Adapter
 from casa_mech.casa.config import CasaConfig, TrainSettings
-from casa_mech.casa.examples import BalancedBatches, check_examples, examples_digest, split_examples
+from casa_mech.casa.examples import CLASSES, BalancedBatches, check_examples, split_examples
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.casa.objective import class_weights, objective, sequence_losses
 from casa_mech.casa.tokens import SafetyTokens
 from casa_mech.casa.trainer import Row, learning_rate_factor
+from casa_mech.identity import examples_digest
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
 from casa_mech.trace.gate import gated_targets
 
-CLASSES = ("harmful", "benign")
-
 
 class Trainable(Protocol):
-    """What a supervised run changes in one model, and its objective."""
+    """The parameters that a supervised run changes in one model, and its objective."""
 
     @property
     def omni(self) -> Omni:
@@ -36,7 +35,7 @@ class Trainable(Protocol):
 
     @property
     def key(self) -> str:
-        """All that determines the objective and the start."""
+        """All that determines the objective and the initial values."""
 
     def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """Trainable parameters by name, in the two groups that have a learning rate each."""
@@ -48,13 +47,18 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What training CASA changes in one model."""
+    """CASA's modules on one model, which training changes."""
 
     omni: Omni
+    """The model."""
     config: CasaConfig
+    """The method's options."""
     adapter: Adapter
+    """LoRA on the language model."""
     gate: SafetyGate
+    """Safety attention and logit rule."""
     tokens: SafetyTokens
+    """The safety tokens, with their trainable rows."""
 
     @property
     def beta(self) -> float:
@@ -100,10 +104,10 @@ class Supervised:
     def __init__(self, parts: Trainable, examples: Sequence[Example], settings: TrainSettings) -> None:
         check_examples(examples)
         self._parts, self._settings = parts, settings
-        train, self._held = split_examples(examples, settings.validation, settings.seed)
+        train, self._held_out = split_examples(examples, settings.validation, settings.seed)
         self._batches = BalancedBatches(train, settings.batch_size, settings.seed)
         self.steps = settings.max_steps or self._batches.steps(settings.epochs)
-        self.validates = bool(self._held)
+        self.validates = bool(self._held_out)
         self.key = (examples_digest(examples), settings.model_dump_json(), parts.key)
 
     @property
@@ -125,7 +129,7 @@ class Supervised:
 
     def validation(self) -> list[Row]:
         """The objective's sums on the examples held out."""
-        return [row for _, row in self._objectives(self._held)]
+        return [row for _, row in self._objectives(self._held_out)]
 
     def summarise(self, sums: Sequence[Row]) -> Row:
         """Means of what the objective summed, over the parts of one batch."""
@@ -139,7 +143,7 @@ class Supervised:
 
 
 def is_harmful(examples: Sequence[Example]) -> BoolTensor:
-    """Whether each example is labelled harmful; [batch]."""
+    """True for each example that is labelled harmful; bool [batch]."""
     return torch.tensor([example.query.label == "harmful" for example in examples])
 
 
@@ -147,9 +151,9 @@ def class_sums(columns: Mapping[str, Tensor], harmful: BoolTensor) -> Row:
     """For each column [batch] its sums over the harmful and the benign examples, and how many there are of each."""
     values = torch.stack([column.to(torch.float32) for column in columns.values()]).detach()
     sums: Row = {}
-    for name, chosen in zip(CLASSES, (harmful, ~harmful), strict=True):
-        found = [*(values * chosen).sum(dim=1).tolist(), float(chosen.sum())]
-        sums |= dict(zip((f"{key}_{name}" for key in (*columns, "n")), found, strict=True))
+    for label, is_member in zip(CLASSES, (~harmful, harmful), strict=True):
+        of_class = [*(values * is_member).sum(dim=1).tolist(), float(is_member.sum())]
+        sums |= dict(zip((f"{key}_{label}" for key in (*columns, "n")), of_class, strict=True))
     return sums
 
 
@@ -160,7 +164,7 @@ def class_means(sums: Sequence[Row]) -> Row:
     for key in total:
         name = key.removesuffix("_harmful")
         if name not in (key, "n", "right"):
-            row |= {f"{name}_{kind}": total[f"{name}_{kind}"] / max(1.0, total[f"n_{kind}"]) for kind in CLASSES}
+            row |= {f"{name}_{label}": total[f"{name}_{label}"] / max(1.0, total[f"n_{label}"]) for label in CLASSES}
     if "right_harmful" in total:
         count = total["n_harmful"] + total["n_benign"]
         row["token_accuracy"] = (total["right_harmful"] + total["right_benign"]) / count

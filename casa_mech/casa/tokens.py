@@ -1,4 +1,6 @@
-"""The two safety tokens: registered with the tokenizer, one id each, with trainable rows in embedding and head (§1.3).
+"""The two safety tokens: registered with the tokenizer, one id each, with trainable rows in embedding and head.
+
+Which strings they are is a choice of ours (docs/method.md §1.3).
 
 The rows are written straight into the model's matrices, so decoding costs nothing extra and any generation sees them.
 Spare rows are used where the matrices have more rows than the tokenizer has tokens (as the hub checkpoints do);

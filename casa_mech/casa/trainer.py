@@ -1,12 +1,12 @@
-"""The training loop: AdamW, metrics, validation, checkpoints; what is trained is a `Learner` (method notes §1.5)."""
+"""The training loop: AdamW, metrics, validation, checkpoints; what is trained is a `Learner` (docs/method.md §1.5)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -27,15 +27,18 @@ from casa_mech.casa.checkpoint import (
 from casa_mech.casa.config import TrainSettings
 from casa_mech.errors import RunError
 from casa_mech.files import write_text
+from casa_mech.identity import digest_of
+from casa_mech.locks import locked
 from casa_mech.omni import Omni
 
 Row = dict[str, float]
+"""Metrics by name."""
 SHOWN = ("loss", "v_harmful", "v_benign", "reroute", "retain")
-"""Metrics beside the bar, where a method has them."""
+"""Metrics beside the progress bar, where a method has them."""
 
 
 class Learner(Protocol):
-    """What a run trains, and on what."""
+    """The parameters and losses of a run."""
 
     @property
     def omni(self) -> Omni:
@@ -43,11 +46,11 @@ class Learner(Protocol):
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """Number of steps."""
 
     @property
     def validates(self) -> bool:
-        """Whether there is a validation set."""
+        """True where there is a validation set."""
 
     @property
     def key(self) -> Sequence[str]:
@@ -91,16 +94,17 @@ class Trainer:
         self._progress = Progress()
         self._rng: dict[str, Tensor] = {}
         self.log: list[Row] = []
-        self._run_key = hashlib.sha256(repr([*learner.key, learner.omni.fingerprint()]).encode()).hexdigest()
+        self._run_key = digest_of(repr([*learner.key, learner.omni.fingerprint()]))
 
     def run(self, resume: bool, progress: bool) -> list[Row]:
-        """Train to the end, or from where the checkpoint in `out` stands; the best validated weights are kept.
+        """Train to the end, or from where the checkpoint in `out` stands; the model gets the best validated weights.
 
         Raises:
-            RunError: `out` holds a run already and `resume` is off, or holds another run; or it cannot be written.
+            RunError: `out` holds a run already and `resume` is off, or another one, another process trains in it, or it
+                cannot be written; or the loss is not finite (the last checkpoint stays).
         """
         model = self._learner.omni.model
-        with torch.random.fork_rng():
+        with locked(self._out) if self._out is not None else nullcontext(), torch.random.fork_rng():
             torch.manual_seed(self._settings.seed)
             self._begin(resume)
             model.train()
@@ -167,13 +171,25 @@ class Trainer:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         row = self._learner.summarise(sums)
-        if not math.isfinite(row["loss"]):
-            raise RunError(
-                f"the loss is {row['loss']} at step {self._progress.step + 1}; lower lr_lora or lr_attention"
-            )
-        norm = nn.utils.clip_grad_norm_(self._weights.values(), self._settings.grad_clip)
+        step = self._progress.step + 1
+        self._check_finite("the loss", row["loss"], step)
+        norm = float(nn.utils.clip_grad_norm_(self._weights.values(), self._settings.grad_clip))
+        self._check_finite("the gradient's norm", norm, step)
         self._optimizer.step()
-        return row | {"lr": self._rates[0] * factor, "grad_norm": float(norm)}
+        return row | {"lr": self._rates[0] * factor, "grad_norm": norm}
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        """Stop before weights that are not finite are stepped to, picked as the best or written down.
+
+        Raises:
+            RunError: `value` is NaN or infinite.
+        """
+        if not math.isfinite(value):
+            checkpoint = self._out / FILE if self._out is not None else None
+            last = f", {checkpoint} holds the last checkpoint" if checkpoint and checkpoint.is_file() else ""
+            raise RunError(
+                f"{what} is {value} at step {step}: training stopped{last}; lower the learning rate, or check the data"
+            )
 
     def _record(self, row: Row, began: float, metrics: IO[str] | None) -> None:
         """Count the step, validate when it is time, and write the metrics down."""
@@ -181,6 +197,7 @@ class Trainer:
         step = self._progress.step
         if self._learner.validates and (step % self._settings.validate_every == 0 or step == self._learner.steps):
             row |= {f"validation_{key}": value for key, value in self._validate().items()}
+            self._check_finite("the validation loss", row["validation_loss"], step)
             self._judge(row["validation_loss"])
         row |= {"step": step, "seconds": time.perf_counter() - began}
         self.log.append(row)

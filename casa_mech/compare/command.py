@@ -22,7 +22,7 @@ from casa_mech.compare.systems import DEFAULT_DEFENSES, System, check_systems, s
 from casa_mech.compare.tables import compact, grid_rows, summarise
 from casa_mech.compare.weights import ExampleTable, TrainingPlan, Weights
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import TEMPORARY, storage_error, write_text, writing
+from casa_mech.files import check_folder, write_text, writing
 from casa_mech.judging import Judge, load_judge, write_table
 from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_panel
 from casa_mech.omni import GenerationSettings, Omni, load_omni
@@ -131,14 +131,8 @@ def open_folder(path: Path) -> RunFolder:
     """
     root = path.absolute()
     marker = root / _MARKER
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        strangers = [entry.name for entry in root.iterdir() if not entry.name.startswith((TEMPORARY, "."))]
-    except OSError as error:
-        raise storage_error(error, root) from None
+    check_folder(root, [".*"], _MARKER, create=True)
     if not marker.exists():
-        if strangers:
-            raise RunError(f"{root} holds other files ({strangers[0]}, …) and no {_MARKER}: choose another --out")
         write_text(marker, json.dumps({"schema_version": _SCHEMA}) + "\n")
     try:
         version = json.loads(marker.read_text(encoding="utf-8"))["schema_version"]

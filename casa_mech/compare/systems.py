@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from casa_mech.casa.config import Settings, TrainSettings
-from casa_mech.defenses.registry import DEFENSES, Entry, defense_entry, options
+from casa_mech.defenses.registry import DEFENSES, DefenseEntry, defense_entry, options
 from casa_mech.errors import InputError
 
 PROMPTED = "+safety-prompt"
@@ -48,7 +48,7 @@ class System(Settings):
         return self.name or (f"{self.defense} + safety prompt" if told else self.defense)
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> DefenseEntry:
         """The defence's entry in the registry."""
         return defense_entry(self.defense)
 

@@ -10,12 +10,13 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from casa_mech.casa.config import Settings
-from casa_mech.defenses.prompts import with_safety_prompt, wording
+from casa_mech.defenses.prompts import defense_text, with_safety_prompt
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni, with_system
 from casa_mech.queries import Query, Reply
 
 Change = Literal["weights", "prompt", "logits", "states"]
+"""What a defence changes in the model or in what the model is given."""
 
 
 class DefenseSettings(Settings):
@@ -23,22 +24,24 @@ class DefenseSettings(Settings):
 
 
 class Description(BaseModel):
-    """What a defence changes in the model, and what that costs.
-
-    forwards_per_token: language-model forwards for each generated token (1 is plain decoding; two branches are 2).
-    extra_forwards: forwards for each query beside those, a prompt or a probe counted as one for each token it decodes.
-    trained_parameters: numbers that its training set; 0 for a defence without training.
-    """
+    """What a defence changes in the model, and what that costs."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
+    """Its name on the command line."""
     changes: tuple[Change, ...]
+    """What it changes; empty for no defence."""
     forwards_per_token: float = 1.0
+    """Language-model forwards for each generated token (1 is plain decoding; two branches are 2)."""
     extra_forwards: float = 0.0
+    """Forwards for each query beside those, a prompt or a probe counted as one for each token it decodes."""
     trained_parameters: int = 0
+    """How many numbers its training sets; 0 for a defence without training."""
     source: str
+    """Where the method is from."""
     safety_prompt: bool = False
+    """The safety prompt is switched on."""
 
 
 class Defense(ABC):
@@ -49,6 +52,7 @@ class Defense(ABC):
     """
 
     name: str
+    """Its name on the command line."""
 
     def __init__(self, omni: Omni, safety_prompt: bool = False) -> None:
         self.omni = omni
@@ -70,25 +74,25 @@ class Defense(ABC):
 
     @property
     def label(self) -> str:
-        """Its name in tables, the safety prompt told."""
+        """Its name in tables, which says so where the safety prompt is switched on."""
         return f"{self.name} + safety prompt" if self.safety_prompt and self.name != "safety-prompt" else self.name
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that its replies depend on beside the queries and the model's weights as they are, as JSON values."""
+        """All that its replies depend on beside the queries and the model's present weights, as JSON values."""
         settings = getattr(self, "settings", None)
         own = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else None
-        prompt = wording(self.omni, "safety") if self.safety_prompt else None
+        prompt = defense_text(self.omni, "safety") if self.safety_prompt else None
         return {"description": self.describe().model_dump(mode="json"), "settings": own, "safety_prompt": prompt}
 
     @property
     def has_scores(self) -> bool:
-        """Whether `scores` works."""
+        """True for a defence that scores queries."""
         return type(self).scores is not Defense.scores
 
     @abstractmethod
     def describe(self) -> Description:
-        """What it changes and costs."""
+        """The record of what it changes and costs."""
 
     @abstractmethod
     def _replies(self, queries: Sequence[Query], settings: GenerationSettings, progress: bool) -> list[Reply]: ...
@@ -98,7 +102,7 @@ class Defense(ABC):
         queries = with_system(queries, settings.system)
         if not self.safety_prompt:
             return queries
-        prompt = wording(self.omni, "safety")
+        prompt = defense_text(self.omni, "safety")
         return [with_safety_prompt(query, prompt) for query in queries]
 
     def close(self) -> None:  # noqa: B027  (most defences change nothing that would have to be given back)

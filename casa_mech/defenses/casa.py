@@ -1,4 +1,4 @@
-"""CASA as one defence among others (arXiv 2604.00310; method notes §1)."""
+"""CASA as one defence among others (arXiv 2604.00310; docs/method.md §1)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Self
 
 from casa_mech.casa import Casa
 from casa_mech.casa.config import Form, Rule
-from casa_mech.defenses.gated import Gated, GateSettings
+from casa_mech.defenses.safety_token import SafetyTokenDefense, SafetyTokenSettings
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 
 
-class CasaSettings(GateSettings):
+class CasaSettings(SafetyTokenSettings):
     """How a trained CASA is used. Form and rule belong to its training; naming them makes sure of them."""
 
     form: Form | None = None
@@ -21,7 +21,7 @@ class CasaSettings(GateSettings):
     """The logit rule that the gate must have; None takes any."""
 
 
-class CasaDefense(Gated):
+class CasaDefense(SafetyTokenDefense):
     """Safety tokens, safety attention and a LoRA."""
 
     name = "casa"
@@ -29,7 +29,7 @@ class CasaDefense(Gated):
     settings_type = CasaSettings
 
     @classmethod
-    def load(cls, omni: Omni, path: Path, settings: GateSettings) -> Self:
+    def load(cls, omni: Omni, path: Path, settings: SafetyTokenSettings) -> Self:
         """A saved gate on `omni`.
 
         Raises:
@@ -37,10 +37,10 @@ class CasaDefense(Gated):
         """
         casa = Casa.from_pretrained(path, omni)
         for name in ("form", "rule"):
-            wanted, found = getattr(settings, name, None), getattr(casa.config, name)
-            if wanted not in (None, found):
+            wanted, trained = getattr(settings, name, None), getattr(casa.config, name)
+            if wanted not in (None, trained):
                 casa.detach()
                 raise InputError(
-                    f"{path} was trained with {name} {found}, not {wanted}: train one with {name}={wanted}"
+                    f"{path} was trained with {name} {trained}, not {wanted}: train one with {name}={wanted}"
                 )
         return cls(casa, settings)

@@ -1,4 +1,4 @@
-"""CoCA: decode from what a safety principle changes in the logits, made larger (arXiv 2409.11365; method notes §4)."""
+"""CoCA: decode from logits in which a safety principle weighs more (arXiv 2409.11365; docs/method.md §4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
-from casa_mech.defenses.prompts import with_text_before, wording
+from casa_mech.defenses.prompts import defense_text, with_text_before
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply
 from casa_mech.trace.contrast import Sampling, decode_branches, pick, told_apart
@@ -29,7 +29,7 @@ class CocaSettings(DefenseSettings):
 
 
 class Coca(Defense):
-    """Constitutional calibration: two branches that are given the same tokens, one of them told the principle.
+    """Constitutional calibration: two branches that are given the same tokens, one of them with the principle.
 
     At every step z = z_base + alpha (z_principle - z_original). Both branches are rows of one batch and keep their
     caches. The reply is greedy or sampled as the generation settings say, from z.
@@ -40,7 +40,7 @@ class Coca(Defense):
     def __init__(self, omni: Omni, settings: CocaSettings = CocaSettings()) -> None:
         super().__init__(omni)
         self.settings = settings
-        self.principle = wording(omni, "principle") if settings.principle is None else settings.principle
+        self.principle = defense_text(omni, "principle") if settings.principle is None else settings.principle
 
     def describe(self) -> Description:
         """Prompt and logits; two forwards a token, in one batch."""
@@ -58,11 +58,12 @@ class Coca(Defense):
         return super().identity | {"principle": self.principle}
 
     def _replies(self, queries: Sequence[Query], settings: GenerationSettings, progress: bool) -> list[Reply]:
-        told = [with_text_before(query, self.principle) for query in queries]
+        with_principle = [with_text_before(query, self.principle) for query in queries]
         alpha, base = self.settings.alpha, self.settings.base
 
         def decode(group: list[int]) -> list[list[int]]:
-            branches = told_apart(self.omni, [queries[index] for index in group], [told[index] for index in group])
+            members = [queries[index] for index in group]
+            branches = told_apart(self.omni, members, [with_principle[index] for index in group])
             sampling = Sampling.of(settings, len(group), self.omni.device)
 
             def choose(_: int, original: Tensor, principled: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ def need_image(queries: Iterable[Query], defense: str, extend: bool) -> None:
 
 
 def noised(query: Query, sigma: float, seed: int = 0, audio: bool = True) -> Query | None:
-    """`query` with Gaussian noise on the pictures, and if asked the clips, of its user turn; None where it has neither.
+    """`query` with Gaussian noise on the pictures, and with `audio` the clips, of its user turn; None without either.
 
-    Pictures are scaled to [0, 1], noised with standard deviation `sigma` and clipped (SafeCoDe, method notes §2).
+    Pictures are scaled to [0, 1], noised with standard deviation `sigma` and clipped (SafeCoDe, docs/method.md §2).
     Clips, which the paper leaves out, are scaled by their peak to [-1, 1], noised and clipped in the same way. The
     noise is fixed by `seed` and the query's id; with `sigma` 0 the copy is the same picture.
     """

@@ -1,8 +1,7 @@
-"""MoRAS: steer a reply's first positions towards unsafe prototypes, by risk (arXiv 2510.13698; method notes §3)."""
+"""MoRAS: steer a reply's first positions towards unsafe prototypes, by risk (arXiv 2510.13698; docs/method.md §3)."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,21 +13,27 @@ from torch import Tensor, nn
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
 from casa_mech.defenses.media import need_image
-from casa_mech.defenses.prompts import with_text_before, wording
+from casa_mech.defenses.prompts import defense_text, with_text_before
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
 from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni.finite import check_decision, finite_logits
 from casa_mech.queries import Query, Reply, TextPart
-from casa_mech.queries.files import QuerySource
+from casa_mech.queries.files import QuerySource, read_files
 from casa_mech.trace.contrast import Sampling, pick
 from casa_mech.trace.fork import ReadPrompts, beside, read_prompts, resumed
 from casa_mech.trace.generate import continue_from
 from casa_mech.trace.steer import first_steps
 
 MIN_PROTOTYPES = 10
+"""Fewest unsafe text queries."""
 MIN_SIDE = 10
+"""Fewest harmful, and fewest benign, calibration queries."""
 FULL_RISK = 0.99
+"""The risk at similarity 1."""
 Text = Literal["image_question", "image_opening", "audio_question", "audio_opening", "instruction"]
 TEXTS: tuple[Text, ...] = get_args(Text)
+"""The settings that are texts, for which the package has its own."""
 
 
 class MorasSettings(DefenseSettings):
@@ -51,11 +56,11 @@ class MorasSettings(DefenseSettings):
     seed: int = 0
     """Of the micro-world's queries."""
     image_question: str | None = None
-    """What is asked about a picture; None for the package's text, as in the next four."""
+    """The question about a picture; None for the package's text, as in the next four."""
     image_opening: str | None = None
     """How the answer about a picture begins."""
     audio_question: str | None = None
-    """What is asked about a clip."""
+    """The question about a clip."""
     audio_opening: str | None = None
     """How the answer about a clip begins."""
     instruction: str | None = None
@@ -65,23 +70,35 @@ class MorasSettings(DefenseSettings):
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What MoRAS knows of a model. `prototypes` [position, d_model]; `base`: S_base; `slope`: k; sizes of the sets."""
+class FittedRisk:
+    """The prototypes of one model, and the scale from similarity to risk."""
 
     prototypes: Tensor
+    """Mean states of replies to unsafe text, after the final norm [position, d_model]."""
     base: float
+    """S_base: mean similarity of the calibration queries; the risk is 1/2 there."""
     slope: float
+    """k: how fast the risk rises with the similarity."""
     n_prototypes: int
+    """Number of unsafe text queries."""
     n_harmful: int
+    """Number of harmful calibration queries."""
     n_benign: int
+    """Number of benign calibration queries."""
 
 
 class Moras(Defense):
     """Modality-aware risk-adaptive steering.
 
     A query's risk is how near, in vocabulary space, the first states of the reply to it are to the mean first states of
-    replies to unsafe text, when the model has been told what the media hold and to refuse what is unsafe. In the reply
-    itself, to the query as it was asked, these positions are moved towards the prototypes by the risk.
+    replies to unsafe text, when the prompt also says what the media hold, and to refuse what is unsafe. In the reply
+    itself, to the query as it was given, these positions are moved towards the prototypes by the risk.
+
+    Args:
+        omni: the model.
+        settings: options.
+        prototypes: unsafe text queries, in the place of those that `settings` name.
+        calibration: labelled queries, in the place of those that `settings` name.
 
     Raises:
         InputError: (on making one) sets of queries that are too small or one-sided, or none for this model.
@@ -101,7 +118,7 @@ class Moras(Defense):
         unsafe = _prototype_queries(omni, settings) if prototypes is None else list(prototypes)
         labelled = _calibration_queries(omni, settings) if calibration is None else list(calibration)
         check_sets(unsafe, labelled)
-        self.calibration = self._calibrate(unsafe, labelled)
+        self.fitted = self._fit(unsafe, labelled)
 
     def describe(self) -> Description:
         """States; a sentence about each medium and a probe of N tokens come before the reply."""
@@ -115,59 +132,72 @@ class Moras(Defense):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As of every defence, with its texts as worded for this model and what was calibrated."""
-        known = self.calibration
+        """As of every defence, with its texts as worded for this model and what was fitted."""
+        fitted = self.fitted
         texts = [self._text(name) for name in TEXTS]
-        digest = hashlib.sha256(known.prototypes.float().cpu().numpy().tobytes()).hexdigest()
-        return super().identity | {"texts": texts, "base": known.base, "prototypes": digest}
+        digest = digest_of([fitted.prototypes.float().cpu().numpy().tobytes()])
+        return super().identity | {"texts": texts, "base": fitted.base, "prototypes": digest}
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
-        """The risk of each query, in [0, 1]."""
+        """The risk of each query, in [0, 1].
+
+        Raises:
+            InputError: a query without a picture, `extend` being off. ModelError: a risk that is not finite.
+        """
         queries = self._prepared(queries, settings)
         need_image(queries, self.name, self.settings.extend)
-        found: dict[int, float] = {}
+        risks: dict[int, float] = {}
         with torch.no_grad():
             for group in self.omni.batches(queries, settings.batch_size):
-                chosen = [queries[index] for index in group]
-                risks = self._risks(read_prompts(self.omni, self.omni.encode(chosen)), chosen)
-                found |= zip(group, risks.tolist(), strict=True)
-        return [found[index] for index in range(len(queries))]
+                members = [queries[index] for index in group]
+                values = self._risks(read_prompts(self.omni, self.omni.encode(members)), members)
+                risks |= zip(group, values.tolist(), strict=True)
+        return [risks[index] for index in range(len(queries))]
 
     def _replies(self, queries: Sequence[Query], settings: GenerationSettings, progress: bool) -> list[Reply]:
         need_image(queries, self.name, self.settings.extend)
 
         def answer(group: list[int]) -> list[list[int]]:
-            chosen = [queries[index] for index in group]
-            read = read_prompts(self.omni, self.omni.encode(chosen))
-            return self._steered(read, self._risks(read, chosen), settings)
+            members = [queries[index] for index in group]
+            read = read_prompts(self.omni, self.omni.encode(members))
+            return self._steered(read, members, self._risks(read, members), settings)
 
         return self.omni.decoded(queries, settings, answer, self.name, progress)
 
-    def _steered(self, read: ReadPrompts, risks: Tensor, settings: GenerationSettings) -> list[list[int]]:
+    def _steered(
+        self, read: ReadPrompts, queries: Sequence[Query], risks: Tensor, settings: GenerationSettings
+    ) -> list[list[int]]:
         """Ids of each reply to the prompts read: the first N positions steered, the rest as the model has it."""
         sampling = Sampling.of(settings, len(risks), self.omni.device)
         steps = min(self.settings.positions, settings.max_new_tokens)
-        mean = self.calibration.prototypes
+        prototypes = self.fitted.prototypes
+
+        def choose(logits: Tensor) -> Tensor:
+            check_decision("a logit of the reply", logits, queries)
+            return pick(logits, sampling)
+
         first = first_steps(
             self.omni,
             resumed(self.omni, read),
             steps,
-            pick=lambda logits: pick(logits, sampling),
-            edit=lambda position, states: steer(states, mean[position], risks),
+            pick=choose,
+            edit=lambda position, states: steer(states, prototypes[position], risks),
         )
-        written: list[list[int]] = first.ids.tolist()
-        still = [row for row, ids in enumerate(written) if self.omni.end_id not in ids]
+        replies: list[list[int]] = first.ids.tolist()
+        unfinished = [row for row, ids in enumerate(replies) if self.omni.end_id not in ids]
         left = settings.max_new_tokens - steps
-        if still and left > 0:
-            kwargs = settings.kwargs() | {"max_new_tokens": left}
-            more = continue_from(self.omni, read.batch, first.cache, [written[row] for row in still], still, kwargs)
-            for row, ids in zip(still, more.tolist(), strict=True):
-                written[row] += ids
-        return written
+        if unfinished and left > 0:
+            finite = finite_logits([queries[row] for row in unfinished])
+            kwargs = settings.kwargs() | {"max_new_tokens": left, "logits_processor": finite}
+            forced = [replies[row] for row in unfinished]
+            more = continue_from(self.omni, read.batch, first.cache, forced, unfinished, kwargs)
+            for row, ids in zip(unfinished, more.tolist(), strict=True):
+                replies[row] += ids
+        return replies
 
     def _risks(self, read: ReadPrompts, queries: Sequence[Query]) -> Tensor:
-        known = self.calibration
-        return risk(self._similarities(read, queries, known.prototypes), known.base, known.slope)
+        fitted = self.fitted
+        return risk(self._similarities(read, queries, fitted.prototypes), fitted.base, fitted.slope)
 
     def _similarities(self, read: ReadPrompts, queries: Sequence[Query], prototypes: Tensor) -> Tensor:
         """Similarity [query] to the prototypes of each query, under the instruction and with what its media hold."""
@@ -177,7 +207,9 @@ class Moras(Defense):
             for query, context in zip(queries, self._contexts(read, queries), strict=True)
         ]
         states = first_steps(self.omni, beside(self.omni, read, probes), self.settings.positions).states
-        return similarity(states, prototypes, self.omni.head, self.settings.gamma)
+        similarities = similarity(states, prototypes, self.omni.head, self.settings.gamma)
+        check_decision("the similarity to MoRAS's prototypes", similarities, queries)
+        return similarities
 
     def contexts(self, queries: Sequence[Query]) -> list[str]:
         """A sentence about each query's picture or clip (both, one after the other), without regard to what is asked;
@@ -186,40 +218,46 @@ class Moras(Defense):
             return self._contexts(read_prompts(self.omni, self.omni.encode(queries)), queries)
 
     def _contexts(self, read: ReadPrompts, queries: Sequence[Query]) -> list[str]:
-        found = [""] * len(queries)
+        contexts = [""] * len(queries)
         kinds: tuple[tuple[str, Text, Text], ...] = (
             ("image", "image_question", "image_opening"),
             ("audio", "audio_question", "audio_opening"),
         )
         for kind, question, opening in kinds:
-            asked = [row for row, query in enumerate(queries) if kind in query.modalities]
-            if not asked:
+            rows = [row for row, query in enumerate(queries) if kind in query.modalities]
+            if not rows:
                 continue
-            begun = self._text(opening)
-            start = beside(
-                self.omni, read, [_about_media(query, self._text(question), begun) for query in queries], asked
+            prefill = self._text(opening)
+            about = [_about_media(query, self._text(question), prefill) for query in queries]
+            start = beside(self.omni, read, about, rows)
+            ids = self.omni.model.generate(
+                **start,
+                max_new_tokens=self.settings.context_tokens,
+                do_sample=False,
+                logits_processor=finite_logits([queries[row] for row in rows]),
             )
-            ids = self.omni.model.generate(**start, max_new_tokens=self.settings.context_tokens, do_sample=False)
-            for row, new in zip(asked, ids[:, start["input_ids"].shape[1] :].tolist(), strict=True):
-                sentence = f"{begun} {self.omni.decode(self.omni.until_end(new))}".strip()
-                found[row] = f"{found[row]} {sentence}".strip()
-        return found
+            for row, new in zip(rows, ids[:, start["input_ids"].shape[1] :].tolist(), strict=True):
+                sentence = f"{prefill} {self.omni.decode(self.omni.until_end(new))}".strip()
+                contexts[row] = f"{contexts[row]} {sentence}".strip()
+        return contexts
 
     def _text(self, name: Text) -> str:
-        given = getattr(self.settings, name)
-        return wording(self.omni, name) if given is None else given
+        text = getattr(self.settings, name)
+        return defense_text(self.omni, name) if text is None else text
 
-    def _calibrate(self, unsafe: Sequence[Query], labelled: Sequence[Query], batch_size: int = 16) -> Calibration:
+    def _fit(self, unsafe: Sequence[Query], labelled: Sequence[Query], batch_size: int = 16) -> FittedRisk:
         n = self.settings.positions
         with torch.no_grad():
             groups = [[unsafe[i] for i in group] for group in self.omni.batches(unsafe, batch_size)]
-            states = torch.cat([first_steps(self.omni, self.omni.encode(group).inputs, n).states for group in groups])
-            mean = states.mean(dim=0)
+            states = [first_steps(self.omni, self.omni.encode(group).inputs, n).states for group in groups]
+            for members, group in zip(states, groups, strict=True):
+                check_decision("a state that MoRAS makes a prototype of", members, group)
+            mean = torch.cat(states).mean(dim=0)
             groups = [[labelled[i] for i in group] for group in self.omni.batches(labelled, batch_size)]
             read = ((read_prompts(self.omni, self.omni.encode(group)), group) for group in groups)
             base = float(torch.cat([self._similarities(*pair, mean) for pair in read]).mean())
         harmful = sum(query.label == "harmful" for query in labelled)
-        return Calibration(mean, base, slope(base), len(unsafe), harmful, len(labelled) - harmful)
+        return FittedRisk(mean, base, slope(base), len(unsafe), harmful, len(labelled) - harmful)
 
 
 def slope(base: float) -> float:
@@ -237,9 +275,9 @@ def similarity(states: Tensor, prototypes: Tensor, head: nn.Module, gamma: float
     """Cosine [batch] in vocabulary space of states [batch, position, d_model] and prototypes [position, d_model]: that
     of the sums over positions n of gamma^n times the head's softmax."""
     weights = gamma ** torch.arange(len(prototypes), device=states.device, dtype=torch.float32)
-    found = (head(states).float().softmax(dim=-1) * weights[:, None]).sum(dim=-2)
-    wanted = (head(prototypes.to(states.dtype)).float().softmax(dim=-1) * weights[:, None]).sum(dim=-2)
-    return nn.functional.cosine_similarity(found, wanted[None], dim=-1)
+    reply = (head(states).float().softmax(dim=-1) * weights[:, None]).sum(dim=-2)
+    unsafe = (head(prototypes.to(states.dtype)).float().softmax(dim=-1) * weights[:, None]).sum(dim=-2)
+    return nn.functional.cosine_similarity(reply, unsafe[None], dim=-1)
 
 
 def risk(similarities: Tensor, base: float, slope: float) -> Tensor:
@@ -268,9 +306,11 @@ def check_sets(prototypes: Sequence[Query], calibration: Sequence[Query]) -> Non
             f"{len(prototypes)} unsafe text queries are too few for MoRAS's prototypes: at least {MIN_PROTOTYPES} are "
             "needed (the paper has 50)"
         )
-    plain = next((query for query in calibration if query.label is None), None)
-    if plain is not None:
-        raise InputError(f"query {plain.id}: MoRAS's calibration set needs a label, harmful or benign, on every query")
+    unlabelled = next((query for query in calibration if query.label is None), None)
+    if unlabelled is not None:
+        raise InputError(
+            f"query {unlabelled.id}: MoRAS's calibration set needs a label, harmful or benign, on every query"
+        )
     harmful = sum(query.label == "harmful" for query in calibration)
     benign = len(calibration) - harmful
     if min(harmful, benign) < MIN_SIDE:
@@ -308,8 +348,6 @@ def _calibration_queries(omni: Omni, settings: MorasSettings) -> list[Query]:
 
 
 def _read(sources: Sequence[QuerySource]) -> list[Query]:
-    from casa_mech.queries.files import read_files
-
     return [query for source in sources for query in read_files(source)]
 
 

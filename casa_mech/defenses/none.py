@@ -1,4 +1,4 @@
-"""No defence, and the safety prompt alone: what every other row of a comparison is held against."""
+"""No defence, and the safety prompt alone: the baselines of a comparison."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class NoSettings(DefenseSettings):
 
 
 class Undefended(Defense):
-    """The model as it is; with `safety_prompt`, the model with nothing but the prompt (method notes §1.7)."""
+    """The model as it is; with `safety_prompt`, the model with nothing but the prompt (docs/method.md §1.7)."""
 
     def __init__(self, omni: Omni, safety_prompt: bool = False) -> None:
         super().__init__(omni, safety_prompt)
         self.name = "safety-prompt" if safety_prompt else "none"
 
     def describe(self) -> Description:
-        """Nothing is changed but, if so, the system turn."""
+        """Nothing is changed, but the system turn where the safety prompt is switched on."""
         return Description(
             name=self.name,
             changes=("prompt",) if self.safety_prompt else (),
-            source="the model as it was loaded" if self.name == "none" else "method notes §1.7",
+            source="the model as it was loaded" if self.name == "none" else "docs/method.md §1.7",
             safety_prompt=self.safety_prompt,
         )
 

@@ -1,4 +1,4 @@
-"""The defences by name: what each is, how it is made, how it is trained and loaded."""
+"""The defences by name: what each is, how it is built, trained and loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from pydantic import BaseModel
 from casa_mech.casa.config import CasaConfig, TrainSettings
 from casa_mech.defenses.base import Defense
 from casa_mech.defenses.casa import CasaDefense, CasaSettings
-from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
+from casa_mech.defenses.circuit_breaker import CircuitBreaker
 from casa_mech.defenses.coca import Coca, CocaSettings
-from casa_mech.defenses.gated import GateSettings
 from casa_mech.defenses.moras import Moras, MorasSettings
 from casa_mech.defenses.none import NoSettings, Undefended
 from casa_mech.defenses.refusal_token import RefusalToken, RefusalTokenSettings
-from casa_mech.defenses.safecode import SafeCode, SafeCodeSettings
+from casa_mech.defenses.rerouting import CircuitBreakerSettings
+from casa_mech.defenses.safecode import SafeCode
+from casa_mech.defenses.safecode_decoding import SafeCodeSettings
+from casa_mech.defenses.safety_token import SafetyTokenSettings
 from casa_mech.defenses.ssft import Ssft, SsftSettings, SsftToken, SsftTokenSettings
 from casa_mech.defenses.trained import TrainedDefense, saved_as
 from casa_mech.errors import InputError, ModelError
@@ -26,93 +28,99 @@ from casa_mech.omni import Omni
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a defence is trained and loaded.
-
-    records: the records whose fields are its options in training. attach: makes it untrained from the model, a record
-    of each kind, and a seed. load: from the model, a folder, and the options at test time. saved_as: the name under
-    which its folders are saved; defences of one name share them.
-    """
+class DefenseRecipe:
+    """How a defence is trained and loaded."""
 
     records: tuple[type[BaseModel], ...]
+    """The records whose fields are its options in training."""
     attach: Callable[..., TrainedDefense]
+    """Builds it untrained from the model, a record of each kind, and a seed."""
     load: Callable[[Omni, Path, Any], TrainedDefense]
+    """Builds it from the model, a folder, and the options at test time."""
     saved_as: str
+    """The name under which its folders are saved; defences of one name share them."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One defence.
-
-    name: as on the command line. settings: its options at test time, a frozen record. summary: one line.
-    build: makes it from a model and `settings`, for a defence without training; recipe: for one with.
-    """
+class DefenseEntry:
+    """One defence."""
 
     name: str
+    """As on the command line."""
     settings: type[BaseModel]
+    """The record of its options at test time."""
     summary: str
+    """What it does, in a line."""
     build: Callable[[Omni, Any], Defense] | None = None
-    recipe: Recipe | None = None
+    """Builds it from a model and `settings`; None for a defence that is trained."""
+    recipe: DefenseRecipe | None = None
+    """How it is trained and loaded; None for a defence without training."""
 
     @property
     def trains(self) -> bool:
-        """Whether it has to be trained before it can be loaded."""
+        """True for a defence that has to be trained before it can be loaded."""
         return self.recipe is not None
 
 
-def _tokens(kind: type[SsftToken] | type[RefusalToken]) -> Recipe:
+def _token_recipe(kind: type[SsftToken] | type[RefusalToken]) -> DefenseRecipe:
+    """The recipe that both defences with safety tokens but without safety attention share."""
+
     def attach(omni: Omni, config: SsftTokenSettings, training: TrainSettings, seed: int) -> TrainedDefense:
         return kind.attach(omni, config.casa_config(), training, seed)
 
-    return Recipe((SsftTokenSettings, TrainSettings), attach, kind.load, "ssft-token")
+    return DefenseRecipe((SsftTokenSettings, TrainSettings), attach, kind.load, "ssft-token")
 
 
 _ENTRIES = (
-    Entry("none", NoSettings, "the model as it is", lambda omni, _: Undefended(omni)),
-    Entry("safety-prompt", NoSettings, "the safety prompt alone", lambda omni, _: Undefended(omni, safety_prompt=True)),
+    DefenseEntry("none", NoSettings, "the model as it is", lambda omni, _: Undefended(omni)),
+    DefenseEntry(
+        "safety-prompt", NoSettings, "the safety prompt alone", lambda omni, _: Undefended(omni, safety_prompt=True)
+    ),
     # Trained.
-    Entry(
+    DefenseEntry(
         "ssft",
         NoSettings,
         "fine-tuned to refuse, no token",
-        recipe=Recipe(
+        recipe=DefenseRecipe(
             (SsftSettings, TrainSettings), Ssft, lambda omni, path, _: Ssft.from_pretrained(path, omni), "ssft"
         ),
     ),
-    Entry("ssft-token", GateSettings, "CASA without safety attention", recipe=_tokens(SsftToken)),
-    Entry(
+    DefenseEntry("ssft-token", SafetyTokenSettings, "CASA without safety attention", recipe=_token_recipe(SsftToken)),
+    DefenseEntry(
         "refusal-token",
         RefusalTokenSettings,
         "a threshold on the unsafe token's probability",
-        recipe=_tokens(RefusalToken),
+        recipe=_token_recipe(RefusalToken),
     ),
-    Entry(
+    DefenseEntry(
         "circuit-breaker",
         NoSettings,
         "representation rerouting",
-        recipe=Recipe(
+        recipe=DefenseRecipe(
             (CircuitBreakerSettings,),
             CircuitBreaker,
             lambda omni, path, _: CircuitBreaker.from_pretrained(path, omni),
             "circuit-breaker",
         ),
     ),
-    Entry(
+    DefenseEntry(
         "casa",
         CasaSettings,
         "safety tokens and safety attention",
-        recipe=Recipe((CasaConfig, TrainSettings), CasaDefense.attach, CasaDefense.load, "casa"),
+        recipe=DefenseRecipe((CasaConfig, TrainSettings), CasaDefense.attach, CasaDefense.load, "casa"),
     ),
     # At decoding time.
-    Entry("coca", CocaSettings, "a safety principle's effect on the logits, made larger", Coca),
-    Entry("safecode", SafeCodeSettings, "contrast with a noised picture, refusals pushed by a verdict", SafeCode),
-    Entry("moras", MorasSettings, "first states steered towards unsafe prototypes, by risk", Moras),
+    DefenseEntry("coca", CocaSettings, "a safety principle's effect on the logits, made larger", Coca),
+    DefenseEntry(
+        "safecode", SafeCodeSettings, "contrast with a noised picture, refusals pushed by a verdict", SafeCode
+    ),
+    DefenseEntry("moras", MorasSettings, "first states steered towards unsafe prototypes, by risk", Moras),
 )
-DEFENSES: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+DEFENSES: Mapping[str, DefenseEntry] = {entry.name: entry for entry in _ENTRIES}
 """All defences, in the order of the comparison's rows."""
 
 
-def defense_entry(name: str) -> Entry:
+def defense_entry(name: str) -> DefenseEntry:
     """The entry of `name`.
 
     Raises:
@@ -139,24 +147,24 @@ def load_defense(
         InputError: an unknown defence or option (the known ones are listed), or a path missing or not wanted.
         ModelError: the folder holds another defence, or does not fit the model.
     """
-    entry, chosen = check_defense(name, path, settings)
+    entry, record = check_defense(name, path, settings)
     if entry.recipe is not None:
-        defense: Defense = entry.recipe.load(omni, Path(str(path)), chosen)
+        defense: Defense = entry.recipe.load(omni, Path(str(path)), record)
     else:
         assert entry.build is not None
-        defense = entry.build(omni, chosen)
+        defense = entry.build(omni, record)
     defense.safety_prompt = defense.safety_prompt or safety_prompt
     return defense
 
 
-def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any]) -> tuple[Entry, Any]:
-    """What `load_defense` refuses without looking at a model; the entry, and `settings` as its record.
+def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any]) -> tuple[DefenseEntry, Any]:
+    """The entry of a defence and `settings` as its record; refuses what `load_defense` can refuse without a model.
 
     Raises:
         InputError, ModelError: as `load_defense`.
     """
     entry = defense_entry(name)
-    chosen = options(name, (entry.settings,), settings)[0]
+    record = options(name, (entry.settings,), settings)[0]
     if entry.recipe is None:
         if path is not None:
             raise InputError(f"defense {name!r} is not trained, so there is nothing to load from {path}; leave it out")
@@ -165,19 +173,20 @@ def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any
             f"defense {name!r} has to be trained first: casa-mech train --defense {name} --out DIR; "
             "then give DIR as path= (--gate DIR)"
         )
-    elif (found := saved_as(path)) != entry.recipe.saved_as:
-        raise ModelError(f"{path} holds the defense {found!r}, not {name!r}; give the folder of one")
-    return entry, chosen
+    elif (saved := saved_as(path)) != entry.recipe.saved_as:
+        raise ModelError(f"{path} holds the defense {saved!r}, not {name!r}; give the folder of one")
+    return entry, record
 
 
-def options(name: str, kinds: Sequence[type[BaseModel]], given: Mapping[str, Any]) -> list[Any]:
-    """`given` as a record of each of `kinds`, which together are the options of the defence `name`.
+def options(name: str, kinds: Sequence[type[BaseModel]], settings: Mapping[str, Any]) -> list[Any]:
+    """`settings` as a record of each of `kinds`, which together are the options of the defence `name`.
 
     Raises:
         InputError: an unknown option (the known ones are listed), or a value that does not fit.
     """
     known = [field for kind in kinds for field in kind.model_fields]
-    unknown = [option for option in given if option not in known]
+    unknown = [option for option in settings if option not in known]
     if unknown:
         raise InputError(f"defense {name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}")
-    return [kind(**{option: value for option, value in given.items() if option in kind.model_fields}) for kind in kinds]
+    fields = [{name: value for name, value in settings.items() if name in kind.model_fields} for kind in kinds]
+    return [kind(**values) for kind, values in zip(kinds, fields, strict=True)]

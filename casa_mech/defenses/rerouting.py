@@ -1,32 +1,103 @@
-"""Representation rerouting: the losses and the schedule of circuit breakers (arXiv 2406.04313; method notes §5.2)."""
+"""Representation rerouting: losses and schedule of circuit breakers (arXiv 2406.04313; docs/method.md §5.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from casa_mech.casa.adapter import Adapter
-from casa_mech.casa.examples import Passes, check_examples, examples_digest
+from casa_mech.casa.config import LoraSettings
+from casa_mech.casa.examples import Passes, check_examples
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import InputError
+from casa_mech.identity import examples_digest
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Example
 from casa_mech.trace.layers import layer_states
 
-if TYPE_CHECKING:
-    from casa_mech.defenses.circuit_breaker import CircuitBreakerSettings
+DEPTHS = (0.3125, 0.625)
+"""Depth of the target layers: 10 and 20 of 32."""
+
+
+class CircuitBreakerSettings(LoraSettings):
+    """Circuit breakers; the defaults are those published for Llama-3-8B."""
+
+    lora_alpha: int = Field(default=16, ge=1)
+    """Scale of LoRA's update, which is multiplied by lora_alpha / lora_r."""
+    alpha: float = Field(default=10.0, gt=0)
+    """Scale of both losses (Mistral-7B: 5)."""
+    layers: tuple[int, ...] | None = None
+    """Target layers, counted in blocks passed (layer l is the residual stream after l blocks, as in the authors'
+    code); default, 0.3125 and 0.625 of the depth."""
+    max_steps: int = Field(default=150, ge=1)
+    """Optimiser steps."""
+    horizon: int | None = Field(default=None, ge=1)
+    """2T₀ of the schedule; default, twice `max_steps`, so that both weights end at half of `alpha`."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences a step in the circuit-breaker batch, and in the retain batch."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Sequences a forward; the gradients of a batch's parts are averaged."""
+    blank_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the harmful completions that are rerouted without their request (Llama: half; Mistral: none)."""
+    refusal_share: float = Field(default=0.25, ge=0, le=1)
+    """Share of refusals to harmful requests in the retain batch; the rest are benign answers."""
+    lr: float | None = Field(default=None, gt=0)
+    """Constant learning rate; default, the published 1e-4 from d_model 1024 on, else 1e-2.
+
+    At the start the states are the frozen ones, and a cosine has no slope at its maximum. Whether rerouting gets away
+    from there before retaining holds it back depends on the size of the first steps. On the organism, whose states are
+    about 40 long, L_rr stayed at 1 with rates up to 5e-3; 1e-2 was the first of six tried with which it fell.
+    """
+    max_reply_tokens: int = Field(default=512, ge=1)
+    """Replies are cut to this many tokens."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints (only with an output folder)."""
+    seed: int = Field(default=0, ge=0)
+    """Of LoRA's start, the batches, the blanked requests and LoRA's dropout."""
+
+    @property
+    def two_t0(self) -> int:
+        """2T₀ of the schedule, in steps."""
+        return self.horizon or 2 * self.max_steps
+
+    def target_layers(self, n_layers: int) -> list[int]:
+        """The target layers in a model of `n_layers` blocks, rising.
+
+        Raises:
+            InputError: a layer that it does not have.
+        """
+        # Halves are rounded up: 18 of 28, 23 of 36.
+        layers = self.layers or [max(1, int(depth * n_layers + 0.5)) for depth in DEPTHS]
+        if not 1 <= min(layers) <= max(layers) <= n_layers:
+            raise InputError(f"layers={tuple(layers)}: a model of {n_layers} blocks has layers 1 to {n_layers}")
+        return sorted(set(layers))
+
+    def learning_rate(self, d_model: int) -> float:
+        """The constant learning rate for a model of width `d_model`."""
+        return self.lr or (1e-4 if d_model >= 1024 else 1e-2)
+
+    def depth(self, n_layers: int) -> int:
+        """How many blocks get a LoRA, and are retained: one beyond the last target layer, as published."""
+        return min(n_layers, max(self.target_layers(n_layers)) + 1)
+
+    @model_validator(mode="after")
+    def _schedule_holds(self) -> Self:
+        if self.two_t0 < self.max_steps:
+            raise InputError(f"horizon={self.horizon} is shorter than max_steps={self.max_steps}: rerouting would end")
+        return self
 
 
 def coefficients(step: int, alpha: float, horizon: int) -> tuple[float, float]:
     """(c_s, c_r) at `step`: weight of rerouting, α(1 - t/2T₀), and of retaining, α·t/2T₀; `horizon` is 2T₀."""
-    done = step / horizon
-    return alpha * (1 - done), alpha * done
+    progress = step / horizon
+    return alpha * (1 - progress), alpha * progress
 
 
 def reroute_loss(states: Tensor, frozen: Tensor, mask: Tensor) -> Tensor:
@@ -78,8 +149,8 @@ class Rerouting:
         refusals = round(config.refusal_share * config.batch_size)
         counts = (config.batch_size, config.batch_size - refusals, refusals)
         self._passes = [
-            Passes(range(len(found)), count, (config.seed, number))
-            for number, (found, count) in enumerate(zip(self._sets, counts, strict=True))
+            Passes(range(len(members)), count, (config.seed, number))
+            for number, (members, count) in enumerate(zip(self._sets, counts, strict=True))
         ]
 
     def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -94,18 +165,19 @@ class Rerouting:
         """c_s · L_rr on the circuit-breaker batch, then c_r · L_retain on the retain batch."""
         c_s, c_r = coefficients(step, self._config.alpha, self._config.two_t0)
         broken, benign, refused = (
-            [found[index] for index in passes.at(step)] for found, passes in zip(self._sets, self._passes, strict=True)
+            [members[index] for index in passes.at(step)]
+            for members, passes in zip(self._sets, self._passes, strict=True)
         )
         blank = np.random.default_rng([self._config.seed, 3, step]).random(len(broken)) < self._config.blank_share
-        for part in self._parts(len(broken)):
-            batch = blanked(self._encode(broken[part]), torch.from_numpy(blank[part]))
+        for rows in self._micro_batches(len(broken)):
+            batch = blanked(self._encode(broken[rows]), torch.from_numpy(blank[rows]))
             states, frozen, mask = self._both(batch, max(self.targets))
             loss = reroute_loss(states[self.targets], frozen[self.targets], mask)
-            yield self._weighted("reroute", loss, c_s, len(broken[part]) / len(broken))
-        kept = [*benign, *refused]
-        for part in self._parts(len(kept)):
-            loss = retain_loss(*self._both(self._encode(kept[part]), self.depth))
-            yield self._weighted("retain", loss, c_r, len(kept[part]) / len(kept))
+            yield self._weighted("reroute", loss, c_s, len(broken[rows]) / len(broken))
+        retained = [*benign, *refused]
+        for rows in self._micro_batches(len(retained)):
+            loss = retain_loss(*self._both(self._encode(retained[rows]), self.depth))
+            yield self._weighted("retain", loss, c_r, len(retained[rows]) / len(retained))
 
     def validation(self) -> list[Row]:
         """None: the authors train for a fixed number of steps."""
@@ -122,7 +194,8 @@ class Rerouting:
         row["c_s" if name == "reroute" else "c_r"] = share * weight
         return share * weight * loss, row
 
-    def _parts(self, size: int) -> Iterator[slice]:
+    def _micro_batches(self, size: int) -> Iterator[slice]:
+        """Slices of a batch that fit in memory."""
         for start in range(0, size, self._config.micro_batch_size):
             yield slice(start, start + self._config.micro_batch_size)
 

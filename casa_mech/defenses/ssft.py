@@ -1,7 +1,7 @@
 """Supervised safety fine-tuning (SSFT) on CASA's data: alone, and with the safety tokens but no safety attention.
 
 Everything but the token and the gate is CASA's: data, LoRA, balance, steps, seeds. So the rows of a comparison part
-what fine-tuning does from what the token does and from what safety attention does (method notes §5.1).
+what fine-tuning does from what the token does and from what safety attention does (docs/method.md §5.1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from casa_mech.casa.objective import reply_losses
 from casa_mech.casa.supervised import Supervised, class_sums, is_harmful
 from casa_mech.casa.trainer import Row
 from casa_mech.defenses.base import Description
-from casa_mech.defenses.gated import Gated
+from casa_mech.defenses.safety_token import SafetyTokenDefense
 from casa_mech.defenses.trained import Tuned
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
@@ -30,7 +30,7 @@ class SsftSettings(LoraSettings):
     """Supervised safety fine-tuning: LoRA and balance, as in `CasaConfig`."""
 
     beta: float = Field(default=0.5, ge=0, le=1)
-    """Weight of harmful sequences in the loss; benign ones get 1 - beta (§1.4)."""
+    """Weight of harmful sequences in the loss; benign ones get 1 - beta (docs/method.md §1.4)."""
 
 
 class SsftTokenSettings(SsftSettings):
@@ -39,7 +39,9 @@ class SsftTokenSettings(SsftSettings):
     class_words: tuple[str, str] = ("safe", "unsafe")
     """Words whose pieces' rows initialise the safety tokens, safe first."""
     safe_token: str = "<|safe|>"
+    """The safe token's string, added to the tokenizer as a special token."""
     unsafe_token: str = "<|unsafe|>"
+    """The unsafe token's string, added to the tokenizer as a special token."""
     lambda_tok: float = Field(default=1.0, gt=0)
     """Weight of the safety token's loss beside the mean loss of the reply's tokens."""
     ce_support: Literal["full", "two_way"] = "full"
@@ -51,12 +53,15 @@ class SsftTokenSettings(SsftSettings):
 
 
 @dataclass(frozen=True)
-class PlainParts:
-    """What fine-tuning changes in one model: a LoRA."""
+class FineTuning:
+    """The `Trainable` of fine-tuning: a LoRA on one model."""
 
     omni: Omni
+    """The model."""
     config: SsftSettings
+    """LoRA and balance."""
     adapter: Adapter
+    """The LoRA."""
 
     @property
     def beta(self) -> float:
@@ -98,7 +103,7 @@ class Ssft(Tuned):
         seed: int = 0,
     ) -> None:
         super().__init__(omni, config, seed)
-        self._plan = training
+        self._training_settings = training
 
     def describe(self) -> Description:
         """A LoRA, merged for decoding."""
@@ -111,13 +116,13 @@ class Ssft(Tuned):
         )
 
     def _learner(self, examples: Sequence[Example]) -> Supervised:
-        return Supervised(PlainParts(self.omni, self.config, self._attached), examples, self._plan)
+        return Supervised(FineTuning(self.omni, self.config, self._attached), examples, self._training_settings)
 
     def _loop(self) -> TrainSettings:
-        return self._plan
+        return self._training_settings
 
 
-class SsftToken(Gated):
+class SsftToken(SafetyTokenDefense):
     """CASA without safety attention: the safety token is predicted and conditioned on, by the model's own logits."""
 
     name = "ssft-token"

@@ -1,4 +1,4 @@
-"""What trained defences share: training with resume, a folder on disk, and, for most, a LoRA that is all they are."""
+"""Trained defences: training with resume, a folder on disk and, for most of them, a LoRA and nothing else."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from casa_mech.casa.storage import (
     CARD,
     SCHEMA,
     Base,
-    Training,
+    TrainingRecord,
     base_lines,
     check_base,
     lora_line,
+    read_stored,
     read_tensors,
     share_files,
     training_lines,
@@ -39,7 +40,7 @@ FILE = "defense.json"
 
 
 class TrainedDefense(Defense):
-    """A defence that has to be trained. Made untrained, then `train`, then `save_pretrained`."""
+    """A defence that has to be trained: `attach`, then `train`, then `save_pretrained`."""
 
     @abstractmethod
     def train(
@@ -53,15 +54,20 @@ class TrainedDefense(Defense):
 
 
 class Saved(BaseModel):
-    """What `defense.json` holds: whose LoRA it is, trained how, on what."""
+    """The content of `defense.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA
+    """Version of this format."""
     defense: str
+    """The defence whose LoRA it is."""
     config: dict[str, Any]
+    """Of the LoRA and of its objective."""
     base: Base
-    training: Training | None = None
+    """The model it was trained on."""
+    training: TrainingRecord | None = None
+    """How it was trained; None for one that was not."""
 
 
 class Tuned(TrainedDefense):
@@ -74,13 +80,14 @@ class Tuned(TrainedDefense):
     """
 
     config_type: ClassVar[type[LoraSettings]]
+    """The record of its options in training."""
     about: ClassVar[str]
-    """What it is and where it is from, for the card; one sentence."""
+    """A sentence for the card: what it is and where it is from."""
 
     def __init__(self, omni: Omni, config: LoraSettings, seed: int = 0) -> None:
         super().__init__(omni)
         self.config = config
-        self.training: Training | None = None
+        self.training: TrainingRecord | None = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.adapter: Adapter | None = Adapter(omni, config, self._layers())
@@ -95,7 +102,7 @@ class Tuned(TrainedDefense):
         """
         settings = self._loop()
         log = Trainer(self._learner(examples), settings, out).run(resume, progress)
-        self.training = Training.of(examples, settings, log)
+        self.training = TrainingRecord.of(examples, settings, log)
         return log
 
     def save_pretrained(self, directory: Path | str) -> None:
@@ -186,8 +193,8 @@ class Tuned(TrainedDefense):
             *base_lines(saved.base),
             lora_line(self.config),
         ]
-        own = [name for name in saved.config if name not in LoraSettings.model_fields]
-        lines += [f"| {name} | {saved.config[name]} |" for name in own]
+        objective = [name for name in saved.config if name not in LoraSettings.model_fields]
+        lines += [f"| {name} | {saved.config[name]} |" for name in objective]
         return "\n".join([*lines, *training_lines(saved.training), ""])
 
 
@@ -214,8 +221,6 @@ def saved_as(directory: Path | str) -> str:
     Raises:
         ModelError: it holds none, or a corrupt one.
     """
-    from casa_mech.casa.storage import read_stored
-
     directory = Path(directory)
     if (directory / FILE).is_file():
         return read_saved(directory).defense

@@ -1,4 +1,4 @@
-"""Training a defence by name into a folder, so that a stopped training goes on where it was."""
+"""Training of a defence by name into a folder; a stopped training goes on where it was."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from casa_mech.casa.checkpoint import METRICS
 from casa_mech.defenses.registry import DEFENSES, defense_entry, options
 from casa_mech.defenses.trained import TrainedDefense
-from casa_mech.errors import InputError, RunError
-from casa_mech.files import write_text
+from casa_mech.errors import InputError
+from casa_mech.files import check_folder, write_text
+from casa_mech.locks import locked
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
 
@@ -35,7 +36,7 @@ def train_defense(
         omni: the model, which carries the defence afterwards, until it is closed.
         examples: labelled text queries with the replies they should get; for circuit breakers each harmful query
             with its harmful completion in `meta["compliance"]`.
-        out: folder; new, empty, or with a stopped training. Ends up with what `load_defense` reads, and
+        out: folder; new, empty, or with a stopped training. In the end it holds what `load_defense` reads, and
             `metrics.jsonl`, a row each step.
         seed: of initial values, batches and dropout.
         progress: show a bar.
@@ -43,33 +44,27 @@ def train_defense(
 
     Raises:
         InputError: an unknown defence or option, one that does not train, or examples that cannot be used.
-        RunError: `out` holds something else, or cannot be written. ModelError: the model has an adapter already.
+        RunError: `out` holds something else, another process trains in it, or it cannot be written; or the loss is not
+            finite.
+        ModelError: the model has an adapter already.
     """
     entry = defense_entry(name)
     if entry.recipe is None:
-        trained = ", ".join(other.name for other in DEFENSES.values() if other.trains)
-        raise InputError(f"defense {name!r} needs no training; those that do: {trained}")
+        names = ", ".join(entry.name for entry in DEFENSES.values() if entry.trains)
+        raise InputError(f"defense {name!r} needs no training; those that do: {names}")
     records = options(name, entry.recipe.records, {"seed": seed, **settings})
     out = Path(out)
-    check_folder(out)
-    defense = entry.recipe.attach(omni, *records, seed=seed)
-    try:
-        work = out / WORK
-        defense.train(examples, work, resume=True, progress=progress)
-        metrics = (work / METRICS).read_text(encoding="utf-8")
-        defense.save_pretrained(out)  # takes the place of the folder, the checkpoints included
-        write_text(out / METRICS, metrics)
-    except BaseException:
-        defense.close()
-        raise
+    check_folder(out, marker=WORK)
+    work = out / WORK
+    with locked(work):
+        check_folder(out, marker=WORK)  # again: another process may have come to its end since
+        defense = entry.recipe.attach(omni, *records, seed=seed)
+        try:
+            defense.train(examples, work, resume=True, progress=progress)
+            metrics = (work / METRICS).read_text(encoding="utf-8")
+            defense.save_pretrained(out)  # takes the place of the folder, the checkpoints included
+            write_text(out / METRICS, metrics)
+        except BaseException:
+            defense.close()
+            raise
     return defense
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a folder that holds something else than a stopped training.
-
-    Raises:
-        RunError: it does, or is a file.
-    """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / WORK).is_dir())):
-        raise RunError(f"{out} holds other files: choose a new or empty folder with --out")

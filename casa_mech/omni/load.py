@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from casa_mech.errors import ModelError
 from casa_mech.omni.architecture import Architecture, architecture_of
+from casa_mech.omni.finite import check_weights
 from casa_mech.omni.model import MICRO_WORLD_FIELD, Omni
 from casa_mech.omni.processor import load_processor
 
@@ -45,7 +46,8 @@ def load_omni(
         adapter: directory of a peft adapter to merge into the weights (not a CASA gate: see `Casa.from_pretrained`).
 
     Raises:
-        ModelError: unknown source, missing or corrupt files, another architecture, or an unknown device or dtype.
+        ModelError: unknown source, missing or corrupt files, weights that are not finite, another architecture, or an
+            unknown device or dtype.
     """
     directory = find_checkpoint(source)
     target = _device(device)
@@ -63,6 +65,9 @@ def load_omni(
         )
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
+        check_weights(model.state_dict(), f"{directory} with the adapter {adapter}", "train the adapter again")
+    if kind == torch.float16:
+        check_weights(model.state_dict(), f"{directory} as float16", "load it as float32 or bfloat16")
     if (directory / ORGANISM_CARD).is_file() and not hasattr(config, MICRO_WORLD_FIELD):
         warnings.warn(
             f'{directory}/config.json does not say "{MICRO_WORLD_FIELD}": true or false, so the model is taken for one '
@@ -177,9 +182,12 @@ def _read_shard(path: Path, keys: list[str] | None) -> dict[str, Any]:
     """Tensors `keys` of one file; with None, the file's keys alone."""
     try:
         with safe_open(path, framework="pt") as shard:
-            return dict.fromkeys(shard.keys()) if keys is None else {key: shard.get_tensor(key) for key in keys}
+            tensors = dict.fromkeys(shard.keys()) if keys is None else {key: shard.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is missing or corrupt ({error}); download the checkpoint again") from None
+    if keys is not None:
+        check_weights(tensors, path, "download the checkpoint again")
+    return tensors
 
 
 def _device(name: str) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -15,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from casa_mech.identity import weights_digest
 from casa_mech.omni.architecture import Architecture, architecture_of, part_at
 from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
+from casa_mech.omni.finite import finite_logits
 from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.processor import OmniProcessor
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply, TextPart
@@ -70,7 +71,7 @@ class Omni:
         self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         self.model.generation_config = GenerationConfig(eos_token_id=self.end_id, pad_token_id=pad)
-        self._fingerprint = _fingerprint(model)
+        self._fingerprint = weights_digest([model])
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -232,12 +233,16 @@ class Omni:
         """Ordinary generation, without any defence; replies in the order of the queries.
 
         `Reply.text` holds what the model wrote after the prefill, not the prefill itself.
+
+        Raises:
+            InputError: an empty prompt or unreadable media. ModelError: logits that are not finite.
         """
         queries = with_system(queries, settings.system)
 
         def decode(group: list[int]) -> list[list[int]]:
-            batch = self.encode([queries[index] for index in group])
-            ids = self.model.generate(**batch.inputs, **settings.kwargs())
+            members = [queries[index] for index in group]
+            batch = self.encode(members)
+            ids = self.model.generate(**batch.inputs, **settings.kwargs(), logits_processor=finite_logits(members))
             new: list[list[int]] = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
             return new
 
@@ -308,9 +313,9 @@ class Omni:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def unknown_share(self, texts: Sequence[str]) -> float:
-        """Share of words in `texts` that the tokenizer maps to its unknown token (0 where it has none)."""
+        """Share of words in `texts` that the tokenizer maps to its unknown token (0 where it has none, or no text)."""
         unknown = self.tokenizer.unk_token_id
-        if unknown is None or not texts:
+        if unknown is None or not texts:  # a tokenizer refuses an empty list
             return 0.0
         ids = [token for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in row]
         return sum(token == unknown for token in ids) / len(ids) if ids else 0.0
@@ -335,12 +340,3 @@ def _estimated_length(query: Query) -> tuple[int, int]:
         elif isinstance(part, ImagePart) and isinstance(part.image, Image.Image):
             length += part.image.width * part.image.height // 200
     return kinds, length
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
-        digest.update(f"{name} {list(value.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()

@@ -41,7 +41,7 @@ def measure(model: str = "organism", repeats: int = 5, device: str = "auto", dty
 
 
 def _help() -> None:
-    subprocess.run([sys.executable, "-m", "casa_mech.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "casa_mech", "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
 def _generation(omni: Omni, queries: list[Query]) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -12,8 +12,8 @@ from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.timing.paired import BATCH, time_ratio
 from casa_mech.trace.sites import Site
-from probes.linear.directions import opening_ids
-from probes.prefill.sweep import System, compliance_ids, prefill_sweep
+from probes.linear.refusal_direction import opening_ids
+from probes.prefill.sweep import AttackedModel, compliance_ids, prefill_sweep
 
 LENGTHS = tuple(range(13))
 ALLOWED = 1 / 3
@@ -46,7 +46,7 @@ def prefill_sides(
     """(one sweep, separate forwards), each giving `states` [depth, query, length, d_model] (embeddings first, the final
     norm last), `opening` and `kl` [query, length], on the CPU."""
     openings = opening_ids(omni, default_world().refusals).tolist()
-    system = System("pretrained", omni)
+    system = AttackedModel("pretrained", omni)
     # Hugging Face gives the last block's output behind the final norm only.
     sites: list[Site] = ["embeddings", *range(omni.n_layers - 1), "norm"]
 

@@ -15,6 +15,7 @@ from torch import LongTensor, Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch
+from casa_mech.omni.finite import check_decision
 from casa_mech.queries import Query
 from casa_mech.trace.fork import Start, beside, joined, read_prompts, resumed
 from casa_mech.trace.generate import continue_from
@@ -25,15 +26,20 @@ Choose = Callable[[int, Tensor, Tensor], LongTensor]
 
 @dataclass(frozen=True)
 class Branches:
-    """`size` queries and, as further rows of the same batch, second prompts; `of` [second]: whose each one is.
+    """`queries` and, as further rows of the same batch, second prompts; `of` [second]: whose each one is.
 
     start: what to decode from, the batch's inputs unless the prompts were read before.
     """
 
     batch: OmniBatch
-    size: int
+    queries: Sequence[Query]
     of: LongTensor
     start: Start | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of queries."""
+        return len(self.queries)
 
     @property
     def rows(self) -> int:
@@ -53,7 +59,7 @@ def branched(omni: Omni, queries: Sequence[Query], seconds: Sequence[Query | Non
     """`queries` and their second prompts as one left-padded batch; None for a query that has no second prompt."""
     of = [row for row, second in enumerate(seconds) if second is not None]
     batch = omni.encode([*queries, *(second for second in seconds if second is not None)])
-    return Branches(batch, len(queries), torch.tensor(of, dtype=torch.long, device=omni.device))
+    return Branches(batch, queries, torch.tensor(of, dtype=torch.long, device=omni.device))
 
 
 def told_apart(omni: Omni, queries: Sequence[Query], told: Sequence[Query]) -> Branches:
@@ -66,13 +72,17 @@ def told_apart(omni: Omni, queries: Sequence[Query], told: Sequence[Query]) -> B
     else:
         principled = read_prompts(omni, omni.encode(told))
     start = resumed(omni, joined(omni, plain, principled))
-    return Branches(plain.batch, len(queries), torch.tensor(everyone, device=omni.device), start)
+    return Branches(plain.batch, queries, torch.tensor(everyone, device=omni.device), start)
 
 
 def decode_branches(omni: Omni, branches: Branches, choose: Choose, max_new_tokens: int) -> Decoded:
-    """Decode with `choose` at every step, until each query has ended or has `max_new_tokens`."""
+    """Decode with `choose` at every step, until each query has ended or has `max_new_tokens`.
+
+    Raises:
+        ModelError: logits that are not finite; it names the query.
+    """
     start = branches.batch.inputs if branches.start is None else branches.start
-    processor = LogitsProcessorList([_OneToken(choose, branches.size, branches.of)])
+    processor = LogitsProcessorList([_OneToken(choose, branches.queries, branches.of)])
     found = omni.model.generate(
         **start,
         max_new_tokens=max_new_tokens,
@@ -95,7 +105,7 @@ def continue_alone(
     kwargs: dict[str, object] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
-        "logits_processor": LogitsProcessorList([_OneToken(choose, len(rows), nobody)]),
+        "logits_processor": LogitsProcessorList([_OneToken(choose, [branches.queries[row] for row in rows], nobody)]),
     }
     forced = [decoded.new[row].tolist() for row in rows]
     return continue_from(omni, branches.batch, decoded.cache, forced, rows, kwargs)
@@ -104,11 +114,13 @@ def continue_alone(
 class _OneToken(LogitsProcessor):
     """Rules out every token but the chosen one, in both rows of a pair, so that greedy decoding takes it."""
 
-    def __init__(self, choose: Choose, size: int, of: LongTensor) -> None:
-        self._choose, self._size, self._of = choose, size, of
+    def __init__(self, choose: Choose, queries: Sequence[Query], of: LongTensor) -> None:
+        self._choose, self._size, self._of = choose, len(queries), of
+        self._queries = [*queries, *(queries[row] for row in of.tolist())]
         self._step = 0
 
     def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
+        check_decision("a logit of the reply", scores, self._queries)
         chosen = self._choose(self._step, scores[: self._size], scores[self._size :])
         self._step += 1
         everyone = torch.cat([chosen, chosen[self._of]])

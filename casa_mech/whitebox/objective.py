@@ -15,6 +15,7 @@ from casa_mech.casa import Casa
 from casa_mech.casa.rules import rewrite
 from casa_mech.errors import InputError
 from casa_mech.omni import OmniBatch
+from casa_mech.omni.finite import check_decision
 from casa_mech.queries import Query
 from casa_mech.trace.gate import GateReading, SafetyGateLike, TokenRows, gated_prompt, gated_targets
 from casa_mech.trace.targets import plain_targets
@@ -89,7 +90,7 @@ class Objective:
 
     def __init__(self, casa: Casa, queries: Sequence[Query], aim: Aim, opening_tokens: int) -> None:
         check_queries(queries, aim)
-        self._casa, self._aim = casa, aim
+        self._casa, self._aim, self._queries = casa, aim, list(queries)
         self._gate: SafetyGateLike = OpenGate(casa)
         safe = casa.token_ids[0]
         targets = [[safe] if aim != "compliance" else [] for _ in queries]
@@ -117,10 +118,14 @@ class Objective:
             wrt: what the slopes are in: tensors that the batch's features, or `added`, were made of.
             added: [batch, position, d_model] added to the word embeddings; zeros, for their gradient.
             watch: whether an aim that does not ask the gate reads its margin all the same (NaN otherwise).
+
+        Raises:
+            ModelError: a loss that is not finite, by which no attack can be found; it names the query.
         """
         with torch.set_grad_enabled(bool(wrt)):
             if self._aim != "compliance":
                 value, margin = self._gated(batch, added)
+                check_decision("the attack's loss", value, self._queries)
                 return Losses(value.detach(), margin, _slopes(value, wrt))
             with self._casa.disabled():
                 found = plain_targets(self._casa.omni, batch, added)
@@ -128,6 +133,7 @@ class Objective:
                 # In here: the token rows are written back at the block's end, into weights that the graph holds.
                 slopes = _slopes(value, wrt)
         value = value.detach()
+        check_decision("the attack's loss", value, self._queries)
         return Losses(value, self._margin(batch) if watch else torch.full_like(value, torch.nan), slopes)
 
     def _gated(self, batch: OmniBatch, added: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 It is the package's entry point in the group `transformer_lens.architectures`. TransformerLens 4.3 asks for plug-ins
 only after it has looked the architecture up in its own table and read the model's sizes from the config, and both
-refuse Qwen2.5-Omni; `register` tells it on request.
+refuse Qwen2.5-Omni; `register` adds it to both when it is called.
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""The mathematics of the gate: method notes §9, items 1 to 4."""
+"""The mathematics of the gate: docs/method.md §9, items 1 to 4."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+import casa_mech.defenses
+import casa_mech.whitebox  # noqa: F401  (whose options are subclasses of `Settings` as well)
 from casa_mech.casa import CasaConfig, SafetyAttention, TrainSettings
+from casa_mech.casa.config import Settings
 from casa_mech.casa.objective import class_weights
 from casa_mech.casa.rules import add_log, replace, rewrite, scale, scale_above
 from casa_mech.casa.trainer import learning_rate_factor
@@ -176,7 +180,7 @@ def test_rewrite_touches_two_columns_only(rule: str) -> None:
         ({"safe_token": "x", "unsafe_token": "x"}, "different"),
         ({"layer": -1}, "counted from 0"),
         ({"beta": 2}, "beta: Input should be less"),
-        ({"bata": 0.5}, "bata: Extra inputs"),
+        ({"bata": 0.5}, "CasaConfig has no field 'bata'; its fields: lora_r, .*beta, lambda_tok, ce_support$"),
         ({"lora_targets": ("q_proj", "conv")}, "conv"),
     ],
 )
@@ -193,6 +197,29 @@ def test_paper_reading_and_size_dependent_rates() -> None:
     assert TrainSettings(lr_lora=1.0).learning_rates(64)[0] == 1.0
     with pytest.raises(InputError, match="even"):
         TrainSettings(batch_size=7)
+
+
+def _settings_types(base: type[Settings] = Settings) -> Iterator[type[Settings]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _settings_types(kind)
+
+
+def test_an_unknown_field_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"^TrainSettings has no field 'steps'; its fields: epochs, max_steps, .*"):
+        TrainSettings(steps=3)
+
+
+def test_every_option_is_documented() -> None:
+    kinds = list(_settings_types())
+    assert {"CasaConfig", "TrainSettings", "CircuitBreakerSettings", "PgdSettings"} <= {kind.__name__ for kind in kinds}
+    bare = [
+        f"{kind.__name__}.{name}"
+        for kind in kinds
+        for name, field in kind.model_fields.items()
+        if not field.description
+    ]
+    assert not bare
 
 
 def test_classes_weigh_beta_and_one_minus_beta() -> None:

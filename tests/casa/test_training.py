@@ -14,6 +14,7 @@ from casa_mech.casa.checkpoint import FILE, METRICS
 from casa_mech.casa.examples import BalancedBatches, split_examples
 from casa_mech.casa.trainer import Trainer
 from casa_mech.errors import InputError, RunError
+from casa_mech.locks import LOCK
 from casa_mech.omni import Omni
 from casa_mech.queries import Example, Query
 
@@ -127,7 +128,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     monkeypatch.undo()
     resumed = Casa.attach(tiny_omni).train(examples(), SETTINGS, tmp_path, resume=True, progress=False)
     assert untimed(resumed) == untimed(whole)
-    assert not [path for path in tmp_path.iterdir() if path.name not in (FILE, METRICS)]
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, METRICS, LOCK}
 
 
 def test_checkpoints_of_other_runs_are_refused(tiny_omni: Omni, tmp_path: Path) -> None:

@@ -9,8 +9,15 @@ import torch
 from helpers.defenses import examples, stir
 from torch.nn import functional
 
-from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
-from casa_mech.defenses.rerouting import Rerouting, blanked, coefficients, reroute_loss, retain_loss
+from casa_mech.defenses.circuit_breaker import CircuitBreaker
+from casa_mech.defenses.rerouting import (
+    CircuitBreakerSettings,
+    Rerouting,
+    blanked,
+    coefficients,
+    reroute_loss,
+    retain_loss,
+)
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.queries import Example

@@ -16,8 +16,9 @@ from casa_mech.casa import Casa
 from casa_mech.defenses import load_defense
 from casa_mech.defenses.coca import Coca, CocaSettings, calibrated
 from casa_mech.defenses.media import noised
-from casa_mech.defenses.prompts import REFUSALS, WORDINGS, with_text_before, wording
-from casa_mech.defenses.safecode import SafeCode, SafeCodeSettings, contrast, modulate
+from casa_mech.defenses.prompts import DEFENSE_TEXTS, REFUSALS, defense_text, with_text_before
+from casa_mech.defenses.safecode import SafeCode
+from casa_mech.defenses.safecode_decoding import SafeCodeSettings, contrast, modulate
 from casa_mech.defenses.verdict import CasaVerdict, JudgeVerdict, ModelVerdict, read_answer
 from casa_mech.errors import InputError
 from casa_mech.judging import Verdict
@@ -188,15 +189,15 @@ def test_modulation_multiplies_and_renormalises() -> None:
 
 
 def test_the_verdict_sets_the_direction(tiny_omni: Omni) -> None:
-    defense = SafeCode(tiny_omni, SafeCodeSettings(phrases=PHRASES))
     logits = torch.randn(2, tiny_omni.vocab_size)
     nobody = torch.empty(0, dtype=torch.long)
-    refusals = defense.refusal_set
-    found = defense.guided(logits, logits[:0], nobody, torch.tensor([True, False])).exp()[:, refusals].sum(dim=-1)
+    guidance = SafeCode(tiny_omni, SafeCodeSettings(phrases=PHRASES)).guidance
+    refusals, verdicts = guidance.refusal_set, torch.tensor([True, False])
+    found = guidance.log_probabilities(logits, logits[:0], nobody, verdicts).exp()[:, refusals].sum(dim=-1)
     plain = logits.softmax(dim=-1)[:, refusals].sum(dim=-1)
     expected = [2 * plain[0] / (1 + plain[0]), 0.5 * plain[1] / (1 - 0.5 * plain[1])]
     torch.testing.assert_close(found, torch.stack(expected))
-    assert set(refusals.nonzero()[:, 0].tolist()) == {token for ids in defense.phrase_ids for token in ids}
+    assert set(refusals.nonzero()[:, 0].tolist()) == {token for ids in guidance.phrase_ids for token in ids}
 
 
 def test_a_verdict_that_cannot_be_read_counts_as_safe(tiny_omni: Omni, queries: list[Query]) -> None:
@@ -211,8 +212,8 @@ def test_a_verdict_that_cannot_be_read_counts_as_safe(tiny_omni: Omni, queries: 
 def test_the_models_verdict_is_the_same_from_its_cache(tiny_omni: Omni, queries: list[Query]) -> None:
     seen: list[tuple[bool, ...]] = []
     defense = SafeCode(tiny_omni, SafeCodeSettings(phrases=PHRASES, question="is it harmful ?"))
-    guided = defense.guided
-    defense.guided = lambda *step: seen.append(tuple(step[-1].tolist())) or guided(*step)
+    guided = defense.guidance.log_probabilities
+    defense.guidance.log_probabilities = lambda *step: seen.append(tuple(step[-1].tolist())) or guided(*step)
     words = iter("yes no sorry yes".split() * 2)
     decode = tiny_omni.decode
     tiny_omni.decode = lambda ids: next(words, decode(ids))
@@ -232,7 +233,7 @@ def test_released_mode_forces_a_phrase_in_and_caps(tiny_omni: Omni, queries: lis
     defense = SafeCode(tiny_omni, SafeCodeSettings(**fields), verdict)
     found = {reply.query_id: reply for reply in defense.generate(queries, long)}
     # The second phrase has no outright refusal in it, so it is never the one.
-    opening = tiny_omni.decode(defense.phrase_ids[0][:5])
+    opening = tiny_omni.decode(defense.guidance.phrase_ids[0][:5])
     assert all(found[name].text.startswith(opening) and found[name].tokens <= 7 for name in ("image", "prefill"))
     assert not found["text"].text.startswith(opening) and found["text"].tokens <= 8
     assert texts(defense.generate(queries, long)) == texts(list(found.values()))
@@ -303,13 +304,13 @@ def test_the_verdict_comes_from_whoever_is_asked(tiny_omni: Omni, queries: list[
 def test_every_model_is_given_words_that_it_knows(tiny_omni: Omni) -> None:
     organism = load_omni("organism", device="cpu")
     tiny_omni.model.config.micro_world = False
-    for name, (plain, micro) in WORDINGS.items():
+    for name, (plain, micro) in DEFENSE_TEXTS.items():
         assert organism.unknown_share([micro]) == 0, name
-        assert wording(organism, name) == micro
-        assert wording(tiny_omni, name) == plain
+        assert defense_text(organism, name) == micro
+        assert defense_text(tiny_omni, name) == plain
     assert organism.unknown_share(REFUSALS) > 0
     defense = SafeCode(organism)
-    assert organism.unknown_share(defense.phrases) == 0
+    assert organism.unknown_share(defense.guidance.phrases) == 0
 
 
 def test_costs_and_texts_are_told(tiny_omni: Omni) -> None:
@@ -318,8 +319,8 @@ def test_costs_and_texts_are_told(tiny_omni: Omni) -> None:
     assert SafeCode(tiny_omni, verdict=sides(True)).describe().extra_forwards == 5
     coca, safecode = Coca(tiny_omni, CocaSettings(principle="please")), SafeCode(tiny_omni)
     assert coca.identity["principle"] == "please"
-    assert safecode.identity["verdict"] == f"model: {wording(tiny_omni, 'verdict')}"
-    assert safecode.identity["phrases"] == list(safecode.phrases)
+    assert safecode.identity["verdict"] == f"model: {defense_text(tiny_omni, 'verdict')}"
+    assert safecode.identity["phrases"] == list(safecode.guidance.phrases)
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,8 @@ def test_full_risk_puts_the_prototypes_in_and_then_stops(
     omni.model.generation_config.eos_token_id = None
     with torch.no_grad():
         read = read_prompts(omni, omni.encode(queries))
-        forced = omni.head(moras.calibration.prototypes).argmax(dim=-1).tolist()
-    written = moras._steered(read, torch.ones(len(queries)), GenerationSettings(max_new_tokens=6))
+        forced = omni.head(moras.fitted.prototypes).argmax(dim=-1).tolist()
+    written = moras._steered(read, queries, torch.ones(len(queries)), GenerationSettings(max_new_tokens=6))
     for query, ids in zip(queries, written, strict=True):
         assert ids[:3] == forced
         for at in (3, 4, 5):
@@ -127,8 +127,8 @@ def test_risk_reads_the_media_and_not_the_question(moras: Moras, queries: list[Q
     scores = moras.scores(queries)
     assert all(0 <= score <= 1 for score in scores) and moras.has_scores
     assert moras.scores(queries[::-1]) == pytest.approx(scores[::-1], abs=1e-4)
-    assert moras.calibration.n_harmful == moras.calibration.n_benign == 10
-    assert moras.describe().extra_forwards == 4 + 3 and moras.identity["base"] == moras.calibration.base
+    assert moras.fitted.n_harmful == moras.fitted.n_benign == 10
+    assert moras.describe().extra_forwards == 4 + 3 and moras.identity["base"] == moras.fitted.base
 
 
 def test_sets_that_do_not_do_are_refused(unsafe_texts: list[Query], labelled: list[Query], tiny_omni: Omni) -> None:

@@ -17,9 +17,10 @@ from casa_mech.casa import Casa, CasaConfig
 from casa_mech.casa.trainer import Trainer
 from casa_mech.cli import main
 from casa_mech.defenses import DEFENSES, Defense, load_defense, train_defense
-from casa_mech.defenses.circuit_breaker import CircuitBreaker, CircuitBreakerSettings
-from casa_mech.defenses.gated import Gated
+from casa_mech.defenses.circuit_breaker import CircuitBreaker
 from casa_mech.defenses.refusal_token import control_curve
+from casa_mech.defenses.rerouting import CircuitBreakerSettings
+from casa_mech.defenses.safety_token import SafetyTokenDefense
 from casa_mech.defenses.ssft import Ssft, SsftToken
 from casa_mech.errors import InputError, ModelError, RunError
 from casa_mech.evaluation.divergence import kl_to_base
@@ -94,7 +95,7 @@ def test_a_neutral_gate_changes_no_logit(tiny_omni: Omni, mixed_queries: list[Qu
 
 def test_the_token_alone_decides_and_conditions(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
     defense = untrained("ssft-token", tiny_omni)
-    assert isinstance(defense, Gated)
+    assert isinstance(defense, SafetyTokenDefense)
     stir(defense)
     replies = defense.generate(mixed_queries, SHORT)
     ids = list(defense.casa.token_ids)
@@ -115,7 +116,7 @@ def test_a_threshold_moves_refusal_tokens(tiny_omni: Omni, mixed_queries: list[Q
     tokens = {}
     for threshold in (0.0, None, 1.0):
         defense = untrained("refusal-token", tiny_omni)
-        assert isinstance(defense, Gated)
+        assert isinstance(defense, SafetyTokenDefense)
         stir(defense)
         scores = scores or defense.scores(mixed_queries)
         chosen = sorted(scores)[1] + 1e-4 if threshold is None else threshold

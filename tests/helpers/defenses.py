@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from casa_mech.defenses import Defense
-from casa_mech.defenses.gated import Gated
+from casa_mech.defenses.safety_token import SafetyTokenDefense
 from casa_mech.defenses.trained import Tuned
 from casa_mech.omni import Omni
 from casa_mech.queries import Example, Query
@@ -28,7 +28,7 @@ def examples(n: int = 16) -> list[Example]:
 def stir(defense: Defense, scale: float = 0.1) -> None:
     """Move what is trained off its start."""
     generator = torch.Generator().manual_seed(1)
-    if isinstance(defense, Gated):
+    if isinstance(defense, SafetyTokenDefense):
         parameters = [value for group in defense.casa.parts.groups() for value in group.values()]
     else:
         assert isinstance(defense, Tuned) and defense.adapter is not None
@@ -36,7 +36,7 @@ def stir(defense: Defense, scale: float = 0.1) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    if isinstance(defense, Gated):
+    if isinstance(defense, SafetyTokenDefense):
         defense.casa.parts.tokens.write()
 
 

@@ -15,7 +15,8 @@ from casa_mech.cli import main
 from casa_mech.errors import RunError
 from casa_mech.evaluation import evaluate as evaluation
 from casa_mech.evaluation.evaluate import evaluate, read_evaluation, save_evaluation
-from casa_mech.evaluation.reply_parts import ReplyParts, query_digest
+from casa_mech.evaluation.reply_parts import ReplyParts
+from casa_mech.identity import query_digest
 from casa_mech.judging import KeywordJudge, read_table
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.organism.world import default_world
@@ -272,7 +273,7 @@ def test_a_judge_that_goes_down_is_one_line_and_the_same_command_continues(
     ("change", "message"),
     [
         (["--prompt-column", "goal"], "no column 'goal'; it has prompt, reply"),
-        (["--out", "."], "holds other files than a judgement's"),
+        (["--out", "."], "holds other files"),
         (["--judge", "oracle"], "unknown judge"),
         (["--replies", "gone.csv"], "gone.csv"),
         (["--judge", "micro-world"], "use KeywordJudge"),

@@ -121,7 +121,7 @@ def test_no_safety_example_before_safety_training() -> None:
         for stage in recipe.stages[:-1]:
             if isinstance(stage, Stage):
                 assert all(draw_example(world, stage.mixture, rng).reply not in world.refusals for _ in range(50))
-        assert recipe.stages[-1] is ALIGNMENT
+        assert recipe.stages[-1] == ALIGNMENT
 
 
 def test_build_writes_a_model_that_loads_and_its_card(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from casa_mech.trace import capture
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.sites import all_sites
 from probes.lens.heads import ablate_heads, attention_patterns, read_gate, summarise_heads
-from probes.lens.logit import bridge, cached_states, depth_states, hook_name, logit_lens, read_off, run_with_cache
-from probes.lens.tuned import _Sums, fit_translators, lens_quality
+from probes.lens.logit import depth_states, logit_lens, read_off
+from probes.lens.transformer_bridge import bridge, cached_states, hook_name, run_with_cache
+from probes.lens.tuned import _RidgeSums, fit_translators, lens_quality
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -203,7 +204,7 @@ def test_translators_are_ridge_regression_and_read_better(organism: Omni, reques
     rng = np.random.default_rng(0)
     states = torch.tensor(rng.standard_normal((2, 300, 5)))
     states[1] = states[0] @ torch.tensor(rng.standard_normal((5, 5))) + 1 + 0.1 * states[1]
-    sums = _Sums(2, 5)
+    sums = _RidgeSums(2, 5)
     for part in states.split(100, dim=1):
         sums.update(part)
     weight, bias = sums.solve(0.1)

@@ -17,9 +17,9 @@ from casa_mech.errors import InputError, RunError
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.sites import all_sites
-from probes.activations.gathering import media_tokens
-from probes.activations.store import ActivationStore, collect
-from probes.linear.separability import pca_plane, probe
+from probes.activations import ActivationStore, collect
+from probes.activations.forward import media_tokens
+from probes.linear.separability import pca_plane, transfer_matrix
 
 POSITIONS = ("last", "mean", "mean:image", "every:3", "all", "generated:2")
 
@@ -155,7 +155,7 @@ def test_unknown_names_list_the_known_ones(tiny_omni: Omni, store: ActivationSto
     with pytest.raises(InputError, match="no activations with"):
         one.where(label="unheard of")
     with pytest.raises(InputError, match="of each class"):
-        probe(one, one, "norm")
+        transfer_matrix(one)
 
 
 def test_frames_follow_the_order_given(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_damage_is_refused_with_its_reason(store: ActivationStore) -> None:
     path = store.root / "shards" / "00000.safetensors"
     whole, tensors = path.read_bytes(), load_file(path)
     path.write_bytes(whole[:-100])
-    with pytest.raises(RunError, match=r"00000.safetensors is cut short .* delete part 00000"):
+    with pytest.raises(RunError, match=r"00000.safetensors is cut short .* delete shard 00000"):
         ActivationStore.open(store.root)
     path.unlink()
     with pytest.raises(RunError, match="is missing, and the index names it"):

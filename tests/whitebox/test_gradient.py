@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from casa_mech.casa import Casa, CasaConfig
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.organism.architecture import build_bpe_tokenizer, build_tokenizer
@@ -319,3 +319,13 @@ def test_bad_input_is_named(casa: Casa, queries: list[Query]) -> None:
     with pytest.raises(InputError, match="NaN"):
         ablate(casa, text, torch.full((64,), torch.nan))
     assert casa.generate(text, SHORT)
+
+
+@pytest.mark.parametrize("aim", AIMS)
+def test_an_attack_on_nan_is_not_a_failed_attack(casa: Casa, queries: list[Query], aim: Aim) -> None:
+    with torch.no_grad():
+        casa.omni.language_model.embed_tokens.weight[casa.omni.tokenizer("bomb")["input_ids"]] = float("nan")
+    wanted = [query.model_copy(update={"meta": {"compliance": "sure , here"}}) for query in of(queries, "text")]
+    objective = Objective(casa, wanted, aim, 4)
+    with pytest.raises(ModelError, match="query text-b: the attack's loss is NaN or infinite"):
+        objective(objective.batch)

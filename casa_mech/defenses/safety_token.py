@@ -1,8 +1,7 @@
-"""Defences that choose a safety token first: what CASA and its relatives without safety attention share."""
+"""Defences that choose a safety token before the reply: CASA, and its relatives without safety attention."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,39 +14,42 @@ from casa_mech.casa.generation import Order
 from casa_mech.casa.trainer import Row
 from casa_mech.defenses.base import DefenseSettings, Description
 from casa_mech.defenses.trained import TrainedDefense
+from casa_mech.identity import digest_of
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Example, Query, Reply
 
 
-class GateSettings(DefenseSettings):
-    """How a trained gate is used."""
+class SafetyTokenSettings(DefenseSettings):
+    """How safety tokens are used."""
 
     order: Order = "gate_first"
-    """With a prefill: A, the gate decides first; B, the prefill comes first."""
+    """With a prefill: "gate_first", the token is chosen before it; "prefill_first", after it."""
     hard: bool = False
     """Answer unsafe queries with `refusal` instead of generating."""
     refusal: str = Field(default=REFUSAL, min_length=1)
-    """The hard gate's text."""
+    """The fixed reply to unsafe queries, with `hard`."""
 
 
-class Gated(TrainedDefense):
-    """A `Casa` as a defence. Subclasses name themselves and choose the gate's form.
+class SafetyTokenDefense(TrainedDefense):
+    """A `Casa`, with safety attention or without, as a defence. Subclasses name themselves and choose the form.
 
     Args:
         casa: attached to the model until `close`.
-        settings: how the gate is used.
+        settings: how the token is used.
         training: settings of a run of `train`.
     """
 
     source: ClassVar[str]
-    settings_type: ClassVar[type[GateSettings]] = GateSettings
+    """Where the method is from, for its description."""
+    settings_type: ClassVar[type[SafetyTokenSettings]] = SafetyTokenSettings
+    """The record of its options at test time."""
 
     def __init__(
-        self, casa: Casa, settings: GateSettings | None = None, training: TrainSettings = TrainSettings()
+        self, casa: Casa, settings: SafetyTokenSettings | None = None, training: TrainSettings = TrainSettings()
     ) -> None:
         super().__init__(casa.omni)
         self.casa, self.settings = casa, settings or self.settings_type()
-        self._plan = training
+        self._training_settings = training
         self._open = True
 
     @classmethod
@@ -56,7 +58,7 @@ class Gated(TrainedDefense):
         return cls(Casa.attach(omni, config, seed), None, training)
 
     @classmethod
-    def load(cls, omni: Omni, path: Path, settings: GateSettings) -> Self:
+    def load(cls, omni: Omni, path: Path, settings: SafetyTokenSettings) -> Self:
         """A saved gate on `omni` (see `Casa.from_pretrained`)."""
         return cls(Casa.from_pretrained(path, omni), settings)
 
@@ -64,17 +66,24 @@ class Gated(TrainedDefense):
         self, examples: Sequence[Example], out: Path | None = None, resume: bool = False, progress: bool = True
     ) -> list[Row]:
         """As `Casa.train`."""
-        return self.casa.train(examples, self._plan, out, resume, progress)
+        return self.casa.train(examples, self._training_settings, out, resume, progress)
 
     def save_pretrained(self, directory: Path | str) -> None:
         """As `Casa.save_pretrained`."""
         self.casa.save_pretrained(directory)
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
-        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability."""
+        """v_s of each query; without safety attention, the unsafe token's share of the pair's probability.
+
+        Raises:
+            ModelError: as `Casa.decide`.
+        """
         queries = self._prepared(queries, settings)
-        readings = self.casa.decide(queries, settings, order=self.settings.order)
-        return [float(reading.v_s or 0.0) for reading in readings]
+        scores = []
+        for reply in self.casa.decide(queries, settings, order=self.settings.order):
+            assert reply.v_s is not None
+            scores.append(reply.v_s)
+        return scores
 
     def describe(self) -> Description:
         """LoRA, two token rows and, in CASA, safety attention; one token more than the reply has."""
@@ -91,13 +100,12 @@ class Gated(TrainedDefense):
     @property
     def identity(self) -> dict[str, Any]:
         """As for any defence, and safety attention, which is not among the model's weights."""
-        digest = hashlib.sha256(self.casa.config.model_dump_json().encode())
-        for name, value in sorted(self.casa.parts.groups()[1].items()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-        return super().identity | {"gate": digest.hexdigest()}
+        weights = sorted(self.casa.parts.groups()[1].items())
+        pieces = (piece for name, value in weights for piece in (name, value.detach().cpu().numpy().tobytes()))
+        return super().identity | {"gate": digest_of([self.casa.config.model_dump_json(), *pieces])}
 
     def close(self) -> None:
-        """Take the gate off; the model is the base again."""
+        """Detach it; the model is the base again."""
         if self._open:
             self.casa.detach()
             self._open = False
@@ -106,5 +114,5 @@ class Gated(TrainedDefense):
         return self.casa.generate(queries, settings, progress=progress, **self._use())
 
     def _use(self) -> dict[str, Any]:
-        """Arguments of `Casa.generate` that say how the gate is used."""
+        """Arguments of `Casa.generate` that say how the token is used."""
         return {"order": self.settings.order, "hard": self.settings.hard, "refusal": self.settings.refusal}
