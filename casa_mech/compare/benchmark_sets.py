@@ -12,6 +12,7 @@ from casa_mech.compare.sets import LABELS, Cell
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import check_media
 from casa_mech.omni import Omni
+from casa_mech.organism.wording import wording_of
 from casa_mech.queries import Label, Query, read_benchmark
 from casa_mech.queries.benchmarks import BenchmarkSource
 from casa_mech.queries.benchmarks.read import TABLE
@@ -106,6 +107,7 @@ def _sources(plan: SetPlan) -> Mapping[Label, Source]:
 def _apply(plan: SetPlan, query: Query, seed: int, omni: Omni) -> Query:
     if plan.attack != AS_IT_IS:
         (query,) = apply_attack(
-            plan.attack, [query], seed, tokenizer=omni.tokenizer, wrappers=plan.wrappers, picture=plan.picture
-        )
+            plan.attack, [query], seed, tokenizer=omni.tokenizer, wrappers=plan.wrappers, picture=plan.picture,
+            wording=wording_of(query),
+        )  # fmt: skip
     return query.model_copy(update={"meta": {"surface": query.surface, **query.meta, "attack": plan.name}})

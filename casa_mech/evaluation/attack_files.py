@@ -147,8 +147,12 @@ class _Maker:
             check_media([query])
         if self.tokenizer is None and attack.name.startswith("prefill"):
             self.tokenizer = _tokenizer(attack.model)
+        from casa_mech.organism.wording import wording_of
+
         shared: dict[str, Any] = {"tokenizer": self.tokenizer, "speech": attack.speech, "picture": attack.picture}
-        return apply_attack(attack.name, [query], attack.seed, wrappers=self.wrappers, **shared)[0]
+        return apply_attack(
+            attack.name, [query], attack.seed, wrappers=self.wrappers, wording=wording_of(query), **shared
+        )[0]
 
 
 def _picture_digests(picture: Path | None, queries: Sequence[Query]) -> list[Any]:

@@ -139,7 +139,7 @@ def evaluate_files(
     queries, dropped = _checked(sources, attack, out, judge, note)
     omni = load_omni(system.model, device=system.device, dtype=system.dtype)
     unknown = omni.unknown_share([query.text for query in queries if query.text])
-    if unknown > 0:
+    if unknown > 0 and omni.speaks_micro_world:
         note(
             f"warning: {unknown:.0%} of the words are unknown to {system.model}, which speaks a micro-world's English "
             "only: replies, v_s and rates say nothing about these files beyond that they can be run"

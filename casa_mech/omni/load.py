@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,15 @@ from transformers.utils import logging
 from casa_mech.errors import ModelError
 from casa_mech.omni.architecture import Architecture, architecture_of
 from casa_mech.omni.finite import check_weights
-from casa_mech.omni.model import Omni
+from casa_mech.omni.model import MICRO_WORLD_FIELD, Omni
 from casa_mech.omni.processor import load_processor
 
 ORGANISMS = ("organism", "organism-split")
 WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ORGANISM_CARD = "card.json"
+"""What the folder of an organism of the micro-world holds beside its checkpoint."""
 SMALL = 1024
 """Width below which one matrix product is too short to share between threads."""
 
@@ -65,6 +68,12 @@ def load_omni(
         check_weights(model.state_dict(), f"{directory} with the adapter {adapter}", "train the adapter again")
     if kind == torch.float16:
         check_weights(model.state_dict(), f"{directory} as float16", "load it as float32 or bfloat16")
+    if (directory / ORGANISM_CARD).is_file() and not hasattr(config, MICRO_WORLD_FIELD):
+        warnings.warn(
+            f'{directory}/config.json does not say "{MICRO_WORLD_FIELD}": true or false, so the model is taken for one '
+            "that reads English; add the line to an organism of an earlier release, or build it again",
+            stacklevel=2,
+        )
     omni = Omni(model.to(target), load_processor(directory), str(source))
     _settle_threads(omni)
     return omni

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import nnsight
 
 END_OF_TURN = "<|im_end|>"
+MICRO_WORLD_FIELD = "micro_world"
+"""The field of a checkpoint's `config.json` that is true for an organism of the micro-world."""
 
 
 class GenerationSettings(BaseModel):
@@ -133,6 +135,11 @@ class Omni:
     def text_offset(self, offset: Tensor) -> None:
         owner, _, name = self.architecture.text_offset.rpartition(".")
         setattr(part_at(self.model, owner) if owner else self.model, name, offset)
+
+    @property
+    def speaks_micro_world(self) -> bool:
+        """True for an organism of the micro-world, which knows no other words; its checkpoint's config says so."""
+        return bool(getattr(self.model.config, MICRO_WORLD_FIELD, False))
 
     @property
     def device(self) -> torch.device:
