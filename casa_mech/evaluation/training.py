@@ -15,8 +15,7 @@ from casa_mech.defenses.training import WORK
 from casa_mech.errors import InputError
 from casa_mech.files import check_folder
 from casa_mech.omni import load_omni
-from casa_mech.omni.load import ORGANISMS, find_checkpoint
-from casa_mech.omni.processor import load_processor
+from casa_mech.omni.checkpoint import speaks_micro_world
 from casa_mech.organism.world import default_world
 from casa_mech.queries.files import LoadedExamples, read_examples
 
@@ -65,7 +64,7 @@ def train_gate(
         settings = {"max_steps": STEPS, **settings}
     options(defense, recipe.records, settings)  # before the model is loaded
     check_folder(out, marker=WORK)
-    if data is None and not _speaks_micro_world(model):
+    if data is None and not speaks_micro_world(model):
         raise InputError(
             f"{model} is no organism, and the micro-world's examples are not for it: give --data, a table of prompts, "
             "replies and labels"
@@ -78,14 +77,3 @@ def train_gate(
     log = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
     trained = {"examples": len(read.examples), "dropped_minors": len(read.dropped), "steps": len(log), "last": log[-1]}
     return {"model": model, "defense": defense, "out": str(out), **trained}
-
-
-def _speaks_micro_world(model: str) -> bool:
-    """Whether `model` is an organism: its tokenizer does not know plain English. A hub id is taken as none."""
-    if model in ORGANISMS:
-        return True
-    if not Path(model).is_dir():
-        return False
-    tokenizer = load_processor(find_checkpoint(model)).tokenizer
-    plain_english = tokenizer("yesterday we walked along the river", add_special_tokens=False)["input_ids"]
-    return tokenizer.unk_token_id is not None and tokenizer.unk_token_id in plain_english
