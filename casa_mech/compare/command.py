@@ -24,7 +24,7 @@ from casa_mech.compare.weights import ExampleTable, TrainingPlan, Weights
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import check_folder, write_text, writing
 from casa_mech.judging import Judge, load_judge, write_table
-from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_panel
+from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_rates
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.omni.threads import settle_threads
 from casa_mech.study.folder import RunFolder
@@ -114,7 +114,7 @@ def compare(
         write_table(rows, folder.path("tables", f"{name}.parquet"))
         comparison = Comparison(request.model, result, rows, summary, tests, tuple(chosen))
         figures = draw(comparison, folder, name) if draw else []
-        _write(folder, name, {"summary": summary, "tests": tests, "published": published_panel()})
+        _write(folder, name, {"summary": summary, "tests": tests, "published": published_rates()})
     return {
         "model": request.model,
         "out": str(folder.root),

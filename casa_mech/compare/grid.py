@@ -29,7 +29,8 @@ from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import evaluate
 from casa_mech.files import write_text
 from casa_mech.identity import json_digest, key_digest, queries_digest
-from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge, clusters_of
+from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge
+from casa_mech.judging.stats import clusters_of
 from casa_mech.judging.verdict import judge_identity
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.omni.threads import settle_threads

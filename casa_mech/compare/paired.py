@@ -15,9 +15,10 @@ from casa_mech.compare.intervals import macro_interval
 from casa_mech.compare.systems import REFERENCE
 from casa_mech.compare.tables import ALL
 from casa_mech.errors import InputError
-from casa_mech.judging import OUTCOME_METRICS, UNDECIDED, holm, mcnemar, permutation_test
 from casa_mech.judging.bootstrap import members
-from casa_mech.judging.verdict import Outcome
+from casa_mech.judging.hypothesis import holm, mcnemar, permutation_test
+from casa_mech.judging.merit import OUTCOME_METRICS
+from casa_mech.judging.verdict import UNDECIDED, Outcome
 from casa_mech.queries import Label
 
 TEST_COLUMNS = (

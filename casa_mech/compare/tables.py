@@ -11,8 +11,10 @@ import pandas as pd
 from casa_mech.compare.grid import GridResult
 from casa_mech.compare.intervals import Interval, macro_interval, over_seeds
 from casa_mech.evaluation.evaluate import RESAMPLES
-from casa_mech.judging import OUTCOME_METRICS, UNDECIDED, auroc_interval, outcome_rows, value_row
-from casa_mech.judging.results import Row, result_table
+from casa_mech.judging.merit import OUTCOME_METRICS, outcome_rows
+from casa_mech.judging.results import Row, result_table, value_row
+from casa_mech.judging.stats import auroc_interval
+from casa_mech.judging.verdict import UNDECIDED
 
 ALL = "all"
 HELD_OUT = "held_out"

@@ -13,7 +13,9 @@ from casa_mech.attacks import apply_attack
 from casa_mech.attacks.prefill import PREFILL_LENGTHS
 from casa_mech.errors import InputError
 from casa_mech.files import write_text
-from casa_mech.judging import MicroWorldJudge, wilson
+from casa_mech.judging import MicroWorldJudge
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.stats import rate
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.world import Task, World, default_world
 from casa_mech.queries import Label, Query
@@ -89,7 +91,7 @@ def card_markdown(record: dict[str, Any]) -> str:
     lines += ["", "## Attack success by length of the assistant prefill (plain text, seen topics)", ""]
     lines += ["| tokens | " + " | ".join(str(row["k"]) for row in record["prefill"]) + " |"]
     lines += ["|---|" + "---|" * len(record["prefill"])]
-    lines += ["| | " + " | ".join(_percent(row) for row in record["prefill"]) + " |", ""]
+    lines += ["| | " + " | ".join(Estimate.of(row).percent() for row in record["prefill"]) + " |", ""]
     return "\n".join(lines)
 
 
@@ -137,16 +139,11 @@ def _complied(omni: Omni, queries: Sequence[Query]) -> int:
 
 
 def _rate(k: int, n: int) -> Row:
-    low, high = wilson(k, n)
-    return {"n": n, "value": k / n, "low": low, "high": high}
+    return {"n": n, **rate(k, n)._asdict()}
 
 
 def _cell(rows: Sequence[Row], measure: str, surface: str, split: str) -> str:
     for row in rows:
         if (row["measure"], row["surface"], row["split"]) == (measure, surface, split):
-            return _percent(row)
+            return Estimate.of(row).percent()
     return "–"
-
-
-def _percent(row: Row) -> str:
-    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

@@ -10,7 +10,8 @@ import pandas as pd
 
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import bootstrap_interval, mean_interval
-from casa_mech.judging.stats import wilson
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.stats import rate
 
 Interval = tuple[float, float, float]
 """(value, low, high)."""
@@ -24,9 +25,9 @@ class Reliability:
     cluster bootstrap; ece is biased upwards where bins are small, so its interval can lie above its value."""
 
     curve: pd.DataFrame
-    brier: Interval
-    ece: Interval
-    bias: Interval
+    brier: Estimate
+    ece: Estimate
+    bias: Estimate
     n: int
 
 
@@ -58,7 +59,7 @@ def reliability(
     return Reliability(
         curve=_curve(values, truth, place, bins),
         brier=mean_interval((values - truth) ** 2, clusters, seed),
-        ece=(value, low, high),
+        ece=Estimate(value, low, high),
         bias=mean_interval(values - truth, clusters, seed),
         n=len(values),
     )
@@ -69,13 +70,13 @@ def _curve(values: np.ndarray, truth: np.ndarray, place: np.ndarray, bins: int) 
     for number in np.unique(place):
         here = place == number
         k, n = int(truth[here].sum()), int(here.sum())
-        low, high = wilson(k, n)
+        share, low, high = rate(k, n)
         rows.append(
             {
                 "low_edge": number / bins,
                 "high_edge": (number + 1) / bins,
                 "mean_score": values[here].mean(),
-                "share": k / n,
+                "share": share,
                 "low": low,
                 "high": high,
                 "n": n,

@@ -18,7 +18,7 @@ from casa_mech.compare.tables import compact, grid_rows, summarise
 from casa_mech.compare.weights import ExampleTable, TrainingPlan, Weights, training_cost
 from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError, RunError
-from casa_mech.judging import RESULT_COLUMNS
+from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 
 PLAN = TrainingPlan(16, {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4})
