@@ -19,6 +19,7 @@ from casa_mech.compare.paired import effect, paired_tests, pairs_of
 from casa_mech.compare.systems import training_records
 from casa_mech.compare.tables import ALL, compact, grid_rows, summarise
 from casa_mech.errors import InputError
+from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.published import published_rates
 from casa_mech.judging.stats import wilson
 from casa_mech.reports.ablations import claims as ablation_claims
@@ -78,12 +79,13 @@ def test_no_spread_is_no_certainty() -> None:
 
 def test_an_interval_over_seeds_is_the_wider_of_two() -> None:
     values = [0.2, 0.3, 0.7]
-    mean, low, high, kind = over_seeds(values, (0.4, 0.35, 0.45))
+    (mean, low, high), kind = over_seeds(values, Estimate(0.4, 0.35, 0.45))
     half = stats.sem(values) * stats.t.ppf(0.975, 2)
     assert mean == pytest.approx(0.4) and kind == "t over 3 seeds"
     assert (low, high) == pytest.approx((max(0, 0.4 - half), min(1, 0.4 + half)))
-    assert over_seeds([0.4, 0.4, 0.4], (0.4, 0.3, 0.5)) == pytest.approx((0.4, 0.3, 0.5, "draws of 3 seeds"))
-    assert over_seeds([0.4], (0.4, 0.3, 0.5))[3] == "draws of one seed"
+    pooled = Estimate(0.4, 0.3, 0.5)
+    assert over_seeds([0.4, 0.4, 0.4], pooled) == (pytest.approx(pooled), "draws of 3 seeds")
+    assert over_seeds([0.4], pooled) == (pooled, "draws of one seed")
 
 
 def test_the_summary_has_every_scope() -> None:
