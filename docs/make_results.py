@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
 from probes.linear.transfer import transfer_prediction
 
 DOCS = Path(__file__).parent

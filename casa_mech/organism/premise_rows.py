@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from casa_mech.attacks import apply_attack
-from casa_mech.judging import MicroWorldJudge, auroc_interval, wilson
+from casa_mech.judging import MicroWorldJudge
+from casa_mech.judging.stats import auroc_interval, wilson
 from casa_mech.judging.verdict import Outcome
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.organism.premises import draw_rule

@@ -11,7 +11,7 @@ import pandas as pd
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.evaluation.evaluate import PRETRAINED
 from casa_mech.identity import key_digest
-from casa_mech.judging import auroc_interval
+from casa_mech.judging.stats import auroc_interval
 from casa_mech.omni import load_omni
 from casa_mech.study.artifacts import LABELS, SURFACES, Study
 from casa_mech.study.settings import slug
