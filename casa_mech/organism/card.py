@@ -127,7 +127,8 @@ def _premises_markdown(record: dict[str, Any]) -> list[str]:
             low, high = row["threshold"]
             bounds = f"≥ {100 * low:.0f}" if high == 1 else f"{100 * low:.0f} to {100 * high:.0f}"
             verdict = "met" if low <= row["value"] <= high else "missed"
-        cells = (titles[row["measure"]], row["surface"], row["split"].replace("_", " "), Estimate.of(row).percent(), bounds, verdict)
+        split, value = row["split"].replace("_", " "), Estimate.of(row).percent()
+        cells = (titles[row["measure"]], row["surface"], split, value, bounds, verdict)
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     if "knobs" in record:

@@ -12,7 +12,7 @@ from pandas.io.formats.style import Styler
 from casa_mech.evaluation.evaluate import CASA
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.results import value_row
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 

@@ -29,7 +29,7 @@ from casa_mech.reports.english.baselines import LENGTH, WORDS, baselines
 from casa_mech.reports.english.gate import GateSizes, english_gate, english_table
 from casa_mech.reports.english.panel import english_panel, english_title
 from casa_mech.reports.english.plots import plot_english
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 
 SIZES = {"n_eval": 12, "n_probe": 6, "train_examples": 32, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
 SOME = ("plain", "jailbreak", "figstep", "audio", "multi-turn", "prefill-2")

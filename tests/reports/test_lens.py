@@ -22,7 +22,7 @@ from casa_mech.reports.lens.tables import (
     lens_tables,
     quality_data,
 )
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.timing.lens import measure_extraction
 
 

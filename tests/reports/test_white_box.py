@@ -14,7 +14,7 @@ from casa_mech.reports.white_box import claims
 from casa_mech.reports.white_box import tables as whitebox
 from casa_mech.reports.white_box.plots import plot_ablation, plot_rates_along
 from casa_mech.reports.white_box.tables import KNOWLEDGE, PASSED, SUCCESS, WhiteBoxTables
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 
 N = 3
 

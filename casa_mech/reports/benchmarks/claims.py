@@ -11,7 +11,7 @@ from casa_mech.judging.hypothesis import PERMUTATIONS, label_permutation_test, p
 from casa_mech.reports.benchmarks.judges import ALL, COMPLIED, JudgeTables
 from casa_mech.reports.benchmarks.tables import NO, YES, common
 from casa_mech.reports.claim import Claim
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 

@@ -18,7 +18,7 @@ from casa_mech.judging.results import value_row
 from casa_mech.judging.verdict import UNDECIDED, judge_identity
 from casa_mech.queries import Query
 from casa_mech.reports.benchmarks.tables import YES, common
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 COMPLIED = "complied"

@@ -25,8 +25,7 @@ from casa_mech.judging.stats import wilson
 from casa_mech.omni import GenerationSettings
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.queries import Label, Query
-from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, Study
-from casa_mech.study.settings import slug
+from casa_mech.study.study import BENIGN_ATTACKS, LABELS, Study
 
 DEFENSES = (PRETRAINED, CASA)
 LARGE_PICTURES = ("figstep", "typo", "sd-typo")
@@ -75,12 +74,11 @@ def attack_replies(study: Study, defense: str, attack: str) -> pd.DataFrame:
 
 
 def _twin_replies(study: Study, defense: str, attack: str, labels: list[Label]) -> pd.DataFrame:
-    model = study.settings.model
-    key = {**study._model_key(), "n": cell_size(study, attack), "tokens": study.sizes.max_new_tokens, "labels": labels}
+    key = {**study.model_key(), "n": cell_size(study, attack), "tokens": study.sizes.max_new_tokens, "labels": labels}
     if defense == CASA:
-        key["gate"] = key_digest(study._gate_key(model))
+        key["gate"] = key_digest(study.gate_key())
 
-    def build(folder: Path) -> None:
+    def build() -> pd.DataFrame:
         size = _PICTURE_BATCH if attack in LARGE_PICTURES else study.sizes.batch_size
         size = min(size, study.sizes.batch_size)
         settings = GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=size)
@@ -89,14 +87,12 @@ def _twin_replies(study: Study, defense: str, attack: str, labels: list[Label]) 
         if defense == CASA:
             replies = study.casa().generate(queries, settings)
         else:
-            with study._base() as omni:
+            with study.without_gate() as omni:
                 replies = omni.generate(queries, settings)
         verdicts = judge_all(study.judge(), queries, replies)
-        table = reply_table(study.omni().source, defense, queries, replies, verdicts)
-        table.to_parquet(folder / "replies.parquet")
+        return reply_table(study.omni().source, defense, queries, replies, verdicts)
 
-    folder = study.folder.artifact("benchmarks", f"{slug(model)}/{defense.lower()}/{attack}", key, build)
-    return pd.read_parquet(folder / "replies.parquet")
+    return study.table("benchmarks", f"{study.name}/{defense.lower()}/{attack}", key, build, "replies")
 
 
 def all_replies(study: Study) -> pd.DataFrame:

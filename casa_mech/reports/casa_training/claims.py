@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from casa_mech.evaluation.evaluate import CASA
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 

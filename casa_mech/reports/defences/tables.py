@@ -14,8 +14,8 @@ from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
 from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, ComparedSystem, system_named
 from casa_mech.compare.tables import grid_rows, summarise
 from casa_mech.compare.weights import TrainingPlan, Weights
-from casa_mech.omni import GenerationSettings, load_omni
-from casa_mech.study.artifacts import Study
+from casa_mech.omni import GenerationSettings
+from casa_mech.study import Study
 from casa_mech.study.settings import ProfileName, slug
 
 
@@ -77,10 +77,9 @@ def filled_grid(
     study.omni()  # written down for the manifest
     settings = study.settings
     # A model of the grid's own: the study's may carry the gate.
-    omni = load_omni(settings.model, device=settings.device, dtype=settings.dtype)
     grid = Grid(
-        omni, systems, WorldSets(sizes.attacks, n or sizes.n), range(settings.seed, settings.seed + sizes.seeds),
-        study.folder, Weights(plan, study.folder, study.progress),
+        study.new_omni(), systems, WorldSets(sizes.attacks, n or sizes.n),
+        range(settings.seed, settings.seed + sizes.seeds), study.folder, Weights(plan, study.folder, study.progress),
         generation=GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=study.sizes.batch_size),
         judge=study.judge(), rounds=sizes.rounds, progress=study.progress,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from casa_mech.judging.results import value_row
 from casa_mech.judging.stats import auroc_interval, aurocs_by_labels
 from casa_mech.reports.claim import Claim
 from casa_mech.reports.lens.tables import LensTables, best_heads
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 TUNED, PLAIN = "tuned lens", "logit lens"

@@ -15,8 +15,8 @@ from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import auroc_interval
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
-from casa_mech.study.artifacts import LABELS, SURFACES, Study
 from casa_mech.study.settings import slug
+from casa_mech.study.study import LABELS, SURFACES, Study
 
 HEAD_SURFACES = ("text", "image", "audio")
 TOP_HEADS = 3
@@ -44,9 +44,9 @@ def lens_tables(study: Study, model: str = "") -> LensTables:
     """The lens on CASA's gate: made on the first call, then found in the run folder."""
     model = model or study.settings.model
     key = {
-        **study._model_key(model),
+        **study.model_key(model),
         "n": study.sizes.n_probe,
-        "gate": key_digest(study._gate_key(model)),
+        "gate": key_digest(study.gate_key(model)),
         "draws": [Draw.LENS_MEASUREMENT, Draw.LENS_TRANSLATORS],
         "kl_epochs": KL_EPOCHS,
         "surfaces": list(HEAD_SURFACES),

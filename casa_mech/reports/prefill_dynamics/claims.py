@@ -13,7 +13,7 @@ from casa_mech.judging.hypothesis import holm, paired_difference, permutation_te
 from casa_mech.judging.stats import rate_interval
 from casa_mech.reports.claim import Claim, name_of
 from casa_mech.reports.prefill_dynamics.tables import DEPTH_LENGTH, SSFT, SYSTEMS, PrefillTables
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from probes.prefill.depth import EARLIER, LAST, depth_shares
 
 SUCCESS = "attack success"

@@ -13,7 +13,7 @@ from casa_mech.judging.hypothesis import paired_difference
 from casa_mech.judging.stats import rate_interval
 from casa_mech.reports.claim import Claim, name_of
 from casa_mech.reports.safety_attention.tables import RUNS
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 from probes.gate.attribution import GATE
 from probes.gate.calibration import Reliability, reliability, spiegelhalter

@@ -7,7 +7,7 @@ import pandas as pd
 from casa_mech.judging.hypothesis import paired_difference
 from casa_mech.reports.claim import Claim
 from casa_mech.reports.white_box.tables import EFFORTS, KNOWLEDGE, WhiteBoxTables
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 

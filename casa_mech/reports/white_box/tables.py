@@ -23,8 +23,8 @@ from casa_mech.judging.stats import rate
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import kept_table, refusal_direction
-from casa_mech.study.artifacts import SURFACES, Study
 from casa_mech.study.settings import ProfileName
+from casa_mech.study.study import SURFACES, Study
 from casa_mech.whitebox import (
     Aim,
     AttackResult,
