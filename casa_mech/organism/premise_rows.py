@@ -131,7 +131,7 @@ def _probes(omni: Omni, n: int, seed: int) -> Iterator[Row]:
 def header_states(omni: Omni, queries: Sequence[Query], batch_size: int = 50) -> Tensor:
     """Residual stream [query, d_model] after `PROBE_DEPTH` of the blocks, at the assistant header's last token."""
     states = torch.zeros(len(queries), omni.d_model)
-    block = omni.language_model.layers[round(PROBE_DEPTH * omni.n_layers) - 1]
+    block = omni.text_model.layers[round(PROBE_DEPTH * omni.n_layers) - 1]
     for group in omni.batches(queries, batch_size):
         batch = omni.encode([queries[index] for index in group])
         captured: list[Tensor] = []
