@@ -137,7 +137,7 @@ def test_a_second_build_of_one_folder_is_refused(tmp_path: Path, tiny_recipe: No
 
 
 def test_a_checkpoint_of_another_build_is_refused(tmp_path: Path, tiny_recipe: None) -> None:
-    checkpoint = Checkpoint(tmp_path / CHECKPOINT, "another")
+    checkpoint = Checkpoint(tmp_path / CHECKPOINT, ["another", "build"])
     checkpoint.finish_stage(torch.nn.Linear(1, 1))
     with pytest.raises(RunError, match="other options"):
         build("organism", tmp_path, n=1, progress=False)
