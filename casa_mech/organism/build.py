@@ -96,7 +96,7 @@ def build_into(
     Args:
         target: the folder; it, and that no other build is in it, is checked before anything is trained.
         keys: see `Checkpoint`; the last one, of all stages, names the build.
-        record_name: the file that says what was built, with `build_key(keys)` at "build", "key"; a finished build has it.
+        record_name: the file that says what was built, with `build_key(keys)` as its "key" under "build".
         train: the trained model, from where a checkpoint stands.
         measure: the record of a saved model, given also the seconds of its training.
         write_record: writes the record into a folder.
