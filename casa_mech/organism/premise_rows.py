@@ -147,6 +147,7 @@ def header_states(omni: Omni, queries: Sequence[Query], batch_size: int = 50) ->
     return states
 
 
-def threshold_of(row: Row) -> tuple[float, float] | None:
+def threshold_of(row: Row) -> list[float] | None:
     """Lowest and highest value of a card's row, where it has them."""
-    return THRESHOLDS.get(row["measure"], {}).get(row["surface"])
+    bounds = THRESHOLDS.get(row["measure"], {}).get(row["surface"])
+    return None if bounds is None else list(bounds)
