@@ -119,7 +119,7 @@ def ablate_directions(
 ) -> pd.DataFrame:
     """What the gate says when a direction is projected out of the residual stream wherever something is written to it.
 
-    x ← x - r̂ r̂ᵀ x at the embeddings and at every attention, MLP and block output (method notes §5.4).
+    x ← x - r̂ r̂ᵀ x at the embeddings and at every attention, MLP and block output (docs/method.md §5.4).
 
     Args:
         casa: the trained gate.
