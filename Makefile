@@ -1,6 +1,7 @@
-# Two commands: `make study` runs the whole study, `make test` the tests. Needs Python >= 3.11, make and pip, nothing else.
+# `make study` runs the whole study, `make test` the tests. Needs Python >= 3.11, make and pip, nothing else.
 #   make study ARGS="--profile smoke"       options of `casa-mech run`
 #   make test ARGS="-k gate"                options of pytest
+#   make lint | docs | results | gallery | clean
 #   PYTHON=python3.12                       another interpreter for the virtual environment
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu   take torch from another index (a CPU-only build, say)
 
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 
-.PHONY: study test lint gallery clean
+.PHONY: study test lint docs results gallery clean
 .DELETE_ON_ERROR:
 
 study: $(STAMP)
@@ -23,7 +24,17 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The site, in site/; a broken link or a warning is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# docs/results.md, from the committed figures' numbers; a test holds the two together.
+results: $(STAMP)
+	$(BIN)/python docs/make_results.py
 
 # The committed figures: the default study's, and the smoke profile's numbers that a test makes again.
 gallery: $(STAMP)
@@ -32,14 +43,15 @@ gallery: $(STAMP)
 	mkdir -p figures/smoke
 	cp runs/gallery/figures/* runs/gallery/manifest.json figures/
 	cp runs/gallery-smoke/figures/*.csv runs/gallery-smoke/manifest.json figures/smoke/
+	$(BIN)/python docs/make_results.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "casa-mech needs Python 3.11 or newer, and '$(PYTHON)' is not: run 'make $(MAKECMDGOALS) PYTHON=python3.12', say" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_INDEX) --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[all]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

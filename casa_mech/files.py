@@ -1,14 +1,14 @@
-"""Writing files whole or not at all: a temporary name beside the target, then a rename."""
+"""Writing files whole or not at all (a temporary name beside it, then a rename), into folders that are ours."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from casa_mech.errors import RunError
@@ -26,6 +26,46 @@ def storage_error(error: OSError, path: Path | str) -> RunError:
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return RunError(f"cannot write {path}: a file of that name, or of a folder's name on the way, is there already")
     return RunError(f"cannot write {path}: {error.strerror or error}")
+
+
+def check_folder(folder: Path | str, owned: Collection[str] = (), marker: str = "", create: bool = False) -> None:
+    """Refuse a folder that holds somebody else's files; one that is not there, or empty, is right.
+
+    Args:
+        folder: where something is to be written.
+        owned: names, or patterns of names (`fnmatch`), of what an earlier call may have left in it; what a killed one
+            left half-written need not be named.
+        marker: a file or folder by which all that lies beside it is known to be ours.
+        create: make the folder, so that a place where that cannot be done is found before any work.
+
+    Raises:
+        RunError: it holds other files, is a file, or cannot be made or read.
+    """
+    folder, patterns = Path(folder), (*owned, f"{TEMPORARY}*")
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    except OSError as error:
+        raise storage_error(error, folder) from None
+    others = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if others and marker not in names:
+        lacking = f" and no {marker}" if marker else ""
+        raise RunError(f"{folder} holds other files ({min(others)}, …){lacking}: choose a new or empty --out")
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` if it is not there, and try it: better now than after the work.
+
+    Raises:
+        RunError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(prefix=TEMPORARY, dir=folder):
+            pass
+    except OSError as error:
+        raise storage_error(error, folder) from None
 
 
 @contextmanager
@@ -79,12 +119,6 @@ def write_text(path: Path | str, text: str) -> None:
     """
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def file_sha256(path: Path | str) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

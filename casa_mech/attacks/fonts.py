@@ -1,7 +1,8 @@
-"""Which font draws a picture: the one a benchmark used where it is installed, else one that is always there.
+"""The font that draws a picture: the one in the user's folder where a benchmark's own font is there, else a shipped one.
 
-No font is part of this package. FreeMono Bold (FigStep) and Liberation Sans (Arial's metrics, MM-SafetyBench) come with
-Debian's fonts-freefont-ttf and fonts-liberation; the fallbacks come with matplotlib.
+Fonts of the system are not looked for, so that a picture is the same on every machine. `font_files/` holds Liberation
+Sans (Arial's metrics, MM-SafetyBench), TeX Gyre Cursor Bold (the metrics and nearly the letters of FigStep's FreeMono
+Bold, which is under the GPL) and DejaVu Sans, each with its licence.
 """
 
 from __future__ import annotations
@@ -19,83 +20,77 @@ from casa_mech.errors import InputError
 
 Use = Literal["figstep", "typo", "page"]
 FONT_FOLDER_VARIABLE = "CASA_MECH_FONTS"
+FONT_FILES = Path(__file__).parent / "font_files"
 
 
 @dataclass(frozen=True)
 class _Face:
-    files: tuple[str, ...]
+    benchmark: tuple[str, ...]
+    """File names of the benchmark's font, looked for in the user's folder."""
+    shipped: str
+    """The file of `font_files` that draws otherwise."""
     exact: bool
+    """Whether the shipped font is the benchmark's, or has its metrics and letters."""
+
+
+_FACES: dict[Use, _Face] = {
+    "figstep": _Face(("FreeMonoBold.ttf", "FreeMonoBold.otf"), "texgyrecursor-bold.otf", False),
+    "typo": _Face(("LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf"), "LiberationSans-Regular.ttf", True),
+    "page": _Face(("DejaVuSans.ttf",), "DejaVuSans.ttf", True),
+}
 
 
 @dataclass(frozen=True)
 class FontChoice:
-    """The font that draws for one use.
-
-    name: the font's own name and style. path: its file. exact: whether it is the benchmark's font, or has its metrics.
-    note: what was used instead of what, and how to get the right one; "" when exact.
-    """
+    """The font that draws for one use."""
 
     name: str
+    """The font's own name and style."""
     path: Path
+    """Its file."""
     exact: bool
+    """Whether it is the benchmark's font, or a font made to replace it."""
+    wanted: str
+    """The benchmark's font, as a file name."""
     note: str = ""
+    """What draws instead of what, and how to get the benchmark's font; "" when exact."""
 
     def at(self, size: int) -> ImageFont.FreeTypeFont:
         """The font at `size` pixels. Without text shaping, so that a picture is the same wherever it is drawn."""
         return _loaded(self.path, size)
 
 
-_FACES: dict[Use, tuple[_Face, ...]] = {
-    "figstep": (
-        _Face(("FreeMonoBold.ttf", "FreeMonoBold.otf"), True),
-        _Face(("DejaVuSansMono-Bold.ttf",), False),
-    ),
-    "typo": (
-        _Face(("LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf"), True),
-        _Face(("DejaVuSans.ttf",), False),
-    ),
-    "page": (_Face(("DejaVuSans.ttf",), True),),
-}
-_PACKAGES = {"figstep": "fonts-freefont-ttf", "typo": "fonts-liberation"}
-
-
 def find_font(use: Use) -> FontChoice:
-    """The font for `use`, looked for in `CASA_MECH_FONTS` (a folder), among the system's and matplotlib's fonts.
+    """The font for `use`: the benchmark's from the folder that `CASA_MECH_FONTS` names, else the shipped one.
 
     Raises:
-        InputError: not even a fallback is there.
+        InputError: the variable names no folder, or the font in it cannot be read.
     """
     return fonts_for(use)[0]
 
 
 def fonts_for(use: Use) -> tuple[FontChoice, ...]:
-    """All fonts for `use` that are installed, the best first.
+    """All fonts at hand for `use`, the best first.
 
     Raises:
-        InputError: there is none.
+        InputError: the variable names no folder, or the font in it cannot be read.
     """
     return _fonts_for(use, os.environ.get(FONT_FOLDER_VARIABLE, ""))
 
 
 @lru_cache(maxsize=16)
-def _fonts_for(use: Use, own: str) -> tuple[FontChoice, ...]:
-    wanted, found = _FACES[use][0].files[0], []
-    for face in _FACES[use]:
-        path = next((_installed(own)[file] for file in face.files if file in _installed(own)), None)
-        if path is None:
-            continue
-        name = " ".join(part or "" for part in _loaded(path, 16).getname())
-        package = _PACKAGES.get(use, "fonts-dejavu-core")
-        note = (
-            f"{wanted} is not installed, so {name} draws the {use} pictures and letters differ from the benchmark's: "
-            f"apt install {package}, or set {FONT_FOLDER_VARIABLE} to a folder that holds it"
-        )
-        found.append(FontChoice(name, path, face.exact, "" if face.exact else note))
-    if not found:
-        raise InputError(
-            f"no font to draw {use} pictures: install matplotlib, or set {FONT_FOLDER_VARIABLE} to a folder"
-        )
-    return tuple(found)
+def _fonts_for(use: Use, folder: str) -> tuple[FontChoice, ...]:
+    face, fonts = _FACES[use], []
+    own = _files_in(folder)
+    path = next((own[file] for file in face.benchmark if file in own), None)
+    if path is not None:
+        fonts.append(FontChoice(_name(path), path, True, face.benchmark[0]))
+    shipped = FONT_FILES / face.shipped
+    note = (
+        f"{_name(shipped)} draws the {use} pictures in place of {face.benchmark[0]}, in the same places and with nearly "
+        f"the same letters; for the benchmark's own font, set {FONT_FOLDER_VARIABLE} to a folder that holds it"
+    )
+    return (*fonts, FontChoice(_name(shipped), shipped, face.exact, face.benchmark[0], "" if face.exact else note))
 
 
 def undrawable(text: str, font: FontChoice) -> str:
@@ -113,29 +108,20 @@ def _is_missing(letter: str, path: Path) -> bool:
 @lru_cache(maxsize=64)
 def _loaded(path: Path, size: int) -> ImageFont.FreeTypeFont:
     try:
-        # From bytes: given a path that fails, Pillow looks for another file of that name.
+        # From bytes: given a path that fails, Pillow looks for another file of that name among the system's fonts.
         return ImageFont.truetype(io.BytesIO(path.read_bytes()), size, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
         raise InputError(f"{path} is not a readable font ({error}): remove it or install it again") from None
 
 
-@lru_cache(maxsize=16)
-def _installed(own: str) -> dict[str, Path]:
-    """Font files by name, earlier folders first."""
-    home = Path.home()
-    folders = [Path(own)] if own else []
-    folders += [Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), home / ".fonts", home / ".local/share/fonts"]
-    folders += [Path("/Library/Fonts"), home / "Library/Fonts", Path("C:/Windows/Fonts"), _matplotlib_fonts()]
-    found: dict[str, Path] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("*.[ot]tf")) if folder.is_dir() else ():
-            found.setdefault(path.name, path)
-    return found
+def _name(path: Path) -> str:
+    return " ".join(part or "" for part in _loaded(path, 16).getname())
 
 
-def _matplotlib_fonts() -> Path:
-    from importlib.util import find_spec
-
-    # Found without importing matplotlib, which takes a while and wants a folder to write to.
-    found = find_spec("matplotlib")
-    return Path(found.origin).parent / "mpl-data/fonts/ttf" if found and found.origin else Path("mpl-data")
+def _files_in(folder: str) -> dict[str, Path]:
+    """Font files by name, in `folder` and below it; none for ""."""
+    if not folder:
+        return {}
+    if not Path(folder).is_dir():
+        raise InputError(f"{FONT_FOLDER_VARIABLE} names {folder}, which is not a folder: correct or unset it")
+    return {path.name: path for path in sorted(Path(folder).rglob("*.[ot]tf"), reverse=True)}

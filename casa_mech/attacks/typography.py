@@ -1,6 +1,6 @@
 """Text as pictures, laid out as two benchmarks lay it out, and as a plain page.
 
-FigStep (arXiv 2311.05608) and MM-SafetyBench's TYPO (arXiv 2311.17600), rebuilt from their published sizes. A fallback
+FigStep (arXiv 2311.05608) and MM-SafetyBench's TYPO (arXiv 2311.17600), rebuilt from their published sizes. Another
 font (see `fonts`) keeps the layout: the same canvas, lines and baselines.
 """
 
@@ -10,7 +10,7 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from casa_mech.attacks.fonts import FontChoice, find_font, undrawable
+from casa_mech.attacks.fonts import FONT_FOLDER_VARIABLE, FontChoice, find_font, undrawable
 from casa_mech.errors import InputError
 
 FIGSTEP_SIDE, FIGSTEP_COLUMNS, FIGSTEP_POINTS = 760, 15, 3
@@ -32,7 +32,7 @@ def figstep_text(instruction: str) -> str:
 def figstep_picture(instruction: str, font: FontChoice | None = None) -> Image.Image:
     """FigStep's picture of an instruction: RGB, 760 x 760, black FreeMono Bold of 80 px on white, at (20, 10).
 
-    `font` takes the place of the best that is installed.
+    `font` takes the place of the best at hand.
 
     Ten lines fit. As in the original, points of the list that do not fit are cut off; where the instruction itself
     would be cut, the picture grows downwards instead.
@@ -123,7 +123,7 @@ def _drawable(text: str, asked: str, choice: FontChoice) -> str:
     missing = undrawable(text, choice)
     if missing:
         raise InputError(
-            f"{choice.name} cannot draw {missing!r} (U+{ord(missing):04X}): leave it out, or set CASA_MECH_FONTS to a "
-            f"folder with a {choice.path.name} that can"
+            f"{choice.name} cannot draw {missing!r} (U+{ord(missing):04X}): leave it out, or set {FONT_FOLDER_VARIABLE} "
+            f"to a folder with a {choice.wanted} that can"
         )
     return text

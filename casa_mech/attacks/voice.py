@@ -8,7 +8,6 @@ place by having `names` and `synthesise`; everything else here (spelling, noise,
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
 
 RATE = 16_000
 VOICE_NAMES = ("en-us", "en-gb", "en-us+f2", "en-gb+m3", "en-us+m1")
@@ -165,7 +165,7 @@ def _cached(folder: str, text: str, name: str, speed: int, pitch: int) -> np.nda
     # Volume is left out on purpose: it is a factor on the samples and would only multiply the cache.
     import soundfile
 
-    key = hashlib.sha256(repr(("v2", text, name, speed, pitch)).encode()).hexdigest()
+    key = digest_of(repr(("v2", text, name, speed, pitch)))
     path = Path(folder) / key[:2] / f"{key[:32]}.wav"
     try:
         clip, _ = soundfile.read(path, dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,12 +40,14 @@ class Adapter:
             raise ModelError("the model has an adapter in it already; detach it first, or load the model again")
         self._omni = omni
         self._frozen = {name: parameter.requires_grad for name, parameter in omni.model.named_parameters()}
-        blocks = r"\d+" if layers is None else f"(?:{'|'.join(map(str, layers))})"
+        blocks, layer = re.escape(omni.architecture.blocks), r"\d+"
+        if layers is not None:
+            layer = f"(?:{'|'.join(map(str, layers))})"
         self.config = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=rf"model\.language_model\.layers\.{blocks}\.\w+\.({'|'.join(config.lora_targets)})",
+            target_modules=rf"{blocks}\.{layer}\.\w+\.({'|'.join(config.lora_targets)})",
             base_model_name_or_path=omni.source,
         )
         self._lora = LoraModel(omni.model, {NAME: self.config}, NAME)
@@ -74,7 +77,7 @@ class Adapter:
         """
         layers = [
             (parent, name, layer, layer.base_layer.weight.data)
-            for parent in self._omni.language_model.modules()
+            for parent in self._omni.text_model.modules()
             for name, layer in parent.named_children()
             if isinstance(layer, LoraLayer)
         ]

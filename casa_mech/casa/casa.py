@@ -36,7 +36,7 @@ from casa_mech.casa.trainer import Row, Trainer
 from casa_mech.errors import InputError, ModelError
 from casa_mech.files import writing_folder
 from casa_mech.omni import GenerationSettings, Omni
-from casa_mech.queries import Example, Query, Reply
+from casa_mech.queries import Example, Query, Reply, SafetyToken
 from casa_mech.trace.sites import check_sites
 
 REFUSAL = "Sorry, I can not help with that."
@@ -161,6 +161,7 @@ class Casa:
         hard: bool = False,
         refusal: str = REFUSAL,
         threshold: float | None = None,
+        force: SafetyToken | Sequence[Sequence[int]] | None = None,
         attention: bool = False,
         merge: bool = True,
         progress: bool = False,
@@ -175,6 +176,8 @@ class Casa:
             refusal: the hard gate's text.
             threshold: choose unsafe where its share of the two tokens' probability is above this, instead of the
                 likelier one.
+            force: "safe" or "unsafe" puts that token before every reply whatever the gate decides; ids for each query
+                put any others in its place. The replies report the gate's own decision. Not with `hard`.
             merge: add LoRA into copies of the weights for this call, which is faster and takes the memory of one more
                 set of the language model's linear layers; results with and without differ by rounding.
             attention: put safety attention's weight at each of the prompt's tokens (padding left out) into the replies.
@@ -185,9 +188,12 @@ class Casa:
             ModelError: logits or v_s are not finite for a query.
         """
         self._need_active()
+        if hard and force is not None:
+            raise InputError("a hard gate answers unsafe queries itself: leave out hard=True to force the token")
         use = GateUse(order, refusal if hard else None, attention, threshold)
+        forced = self._forced_ids(force, len(queries))
         with self._parts.adapter.merged() if merge else nullcontext():
-            return gated_replies(self.omni, self._parts.gate, queries, settings, use, progress)
+            return gated_replies(self.omni, self._parts.gate, queries, settings, use, progress, forced)
 
     def decide(
         self,
@@ -208,6 +214,15 @@ class Casa:
         use = GateUse(order, None, attention)
         with self._parts.adapter.merged() if merge else nullcontext():
             return gate_decisions(self.omni, self._parts.gate, queries, settings, use, progress)
+
+    def _forced_ids(
+        self, force: SafetyToken | Sequence[Sequence[int]] | None, n: int
+    ) -> Sequence[Sequence[int]] | None:
+        if isinstance(force, str):
+            return [[self.token_ids[("safe", "unsafe").index(force)]]] * n
+        if force is not None and (len(force) != n or not all(force)):
+            raise InputError(f"force: give at least one token id for each of the {n} queries")
+        return force
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Write adapter, safety attention, token rows, config and model card into `directory`, all or nothing.

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from casa_mech.errors import InputError
+from casa_mech.omni.architecture import QWEN2_5_OMNI, known_lora_targets
 
 Form = Literal["mean", "top_k", "pooled", "compete", "none"]
 Rule = Literal["scale", "replace", "add_log", "scale_above"]
@@ -26,8 +27,6 @@ OLD_NAMES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 """Names of the forms and rules in gates saved before version 0.2, and their present names; `storage` reads both."""
-
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Settings(BaseModel):
@@ -63,16 +62,15 @@ class LoraSettings(Settings):
     """Scale of the update, which is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Share of a linear layer's inputs that the update does not see at a training step."""
-    lora_targets: tuple[str, ...] = LORA_MODULES
+    lora_targets: tuple[str, ...] = QWEN2_5_OMNI.lora_targets
     """Linear layers of the language model's blocks that get a LoRA."""
 
     @model_validator(mode="after")
     def _known_targets(self) -> Self:
-        unknown = set(self.lora_targets) - set(LORA_MODULES)
+        known = known_lora_targets()
+        unknown = set(self.lora_targets) - set(known)
         if unknown or not self.lora_targets:
-            raise InputError(
-                f"lora_targets must be some of {', '.join(LORA_MODULES)}; got {', '.join(unknown) or 'none'}"
-            )
+            raise InputError(f"lora_targets must be some of {', '.join(known)}; got {', '.join(unknown) or 'none'}")
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -32,16 +31,6 @@ def check_examples(examples: Sequence[Example]) -> None:
     for label in CLASSES:
         if not any(example.query.label == label for example in examples):
             raise InputError(f"no {label} example among {len(examples)}; training needs both classes")
-
-
-def examples_digest(examples: Sequence[Example]) -> str:
-    """SHA-256 over the examples in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        query = example.query
-        turns = [[turn.role, *(getattr(part, "text", "") for part in turn.parts)] for turn in query.history]
-        digest.update(repr((query.text, query.label, query.system, turns, example.reply)).encode())
-    return digest.hexdigest()
 
 
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -83,9 +83,8 @@ def class_embeddings(omni: Omni, config: CasaConfig) -> Tensor:
         embeddings = capture(omni, omni.encode(queries), [config.layer], "mean:text")[config.layer]
         names = config.class_phrases
     else:
-        head = config.query_source == "lm_head_rows"
-        weight = omni.model.lm_head.weight if head else omni.language_model.embed_tokens.weight
-        embeddings = word_rows(omni, config.class_words, weight)
+        matrix = omni.head if config.query_source == "lm_head_rows" else omni.embedding
+        embeddings = word_rows(omni, config.class_words, matrix.weight)
         names = config.class_words
     if config.form == "compete" and torch.equal(embeddings[0], embeddings[1]):
         raise InputError(

@@ -62,13 +62,19 @@ def gated_replies(
     settings: GenerationSettings,
     use: GateUse,
     progress: bool = False,
+    forced: Sequence[Sequence[int]] | None = None,
 ) -> list[Reply]:
-    """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits."""
+    """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits.
+
+    `forced`: for each query the ids that stand in the safety token's place before the reply, whatever the gate decides
+    (an intervention on the token alone); the replies report the gate's own decision all the same.
+    """
 
     queries = with_system(queries, settings.system)
 
     def answer(group: list[int]) -> list[Reply]:
-        return _answer(omni, gate, [queries[index] for index in group], settings, use)
+        inserted = None if forced is None else [list(forced[index]) for index in group]
+        return _answer(omni, gate, [queries[index] for index in group], settings, use, inserted)
 
     return omni.in_batches(queries, settings, answer, progress=progress)
 
@@ -114,7 +120,12 @@ def _gated(
 
 
 def _answer(
-    omni: Omni, gate: SafetyGate, group: list[Query], settings: GenerationSettings, use: GateUse
+    omni: Omni,
+    gate: SafetyGate,
+    group: list[Query],
+    settings: GenerationSettings,
+    use: GateUse,
+    inserted: list[list[int]] | None = None,
 ) -> list[Reply]:
     began = time.perf_counter()
     batch, prompt, classes = _gated(omni, gate, group, settings, use, use_cache=True)
@@ -123,7 +134,8 @@ def _answer(
     texts = dict.fromkeys(range(len(group)), (use.refusal or "", 0))
     if rows:
         prefills = prefill_ids(omni, group) if use.order == "gate_first" else [[] for _ in group]
-        forced = [[int(gate.token_ids[classes[row]]), *prefills[row]] for row in rows]
+        tokens = inserted or [[int(gate.token_ids[index])] for index in classes]
+        forced = [[*tokens[row], *prefills[row]] for row in rows]
         kwargs = settings.kwargs() | {"logits_processor": finite_logits([group[row] for row in rows])}
         new = continue_from(omni, batch, prompt.cache, forced, rows, kwargs)
         for row, ids in zip(rows, new.tolist(), strict=True):

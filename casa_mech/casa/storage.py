@@ -53,7 +53,7 @@ class Base(BaseModel):
             fingerprint=omni.fingerprint(),
             d_model=omni.d_model,
             n_layers=omni.n_layers,
-            tied=omni.model.lm_head.weight is omni.language_model.embed_tokens.weight,
+            tied=omni.tied,
         )
 
 

@@ -11,11 +11,12 @@ from torch import BoolTensor, Tensor, nn
 
 from casa_mech.casa.adapter import Adapter
 from casa_mech.casa.config import CasaConfig, TrainSettings
-from casa_mech.casa.examples import CLASSES, BalancedBatches, check_examples, examples_digest, split_examples
+from casa_mech.casa.examples import CLASSES, BalancedBatches, check_examples, split_examples
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.casa.objective import class_weights, objective, sequence_losses
 from casa_mech.casa.tokens import SafetyTokens
 from casa_mech.casa.trainer import Row, learning_rate_factor
+from casa_mech.identity import examples_digest
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
 from casa_mech.trace.gate import gated_targets

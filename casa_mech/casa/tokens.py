@@ -120,11 +120,11 @@ class SafetyTokens:
 
     def _matrices(self) -> list[nn.Parameter]:
         """The embedding's and the head's weight [vocab, d_model]; one where they are the same parameter."""
-        embedding, head = self._omni.language_model.embed_tokens.weight, self._omni.model.lm_head.weight
+        embedding, head = self._omni.embedding.weight, self._omni.head.weight
         return [embedding] if head is embedding else [embedding, head]
 
     def _resized(self, size: int) -> None:
-        self._omni.language_model.embed_tokens.num_embeddings = size
-        self._omni.model.lm_head.out_features = size
+        self._omni.embedding.num_embeddings = size
+        self._omni.head.out_features = size
         self._omni.model.config.text_config.vocab_size = size
         self._omni.model.vocab_size = size

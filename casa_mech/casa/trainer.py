@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -28,6 +27,7 @@ from casa_mech.casa.checkpoint import (
 from casa_mech.casa.config import TrainSettings
 from casa_mech.errors import RunError
 from casa_mech.files import write_text
+from casa_mech.identity import digest_of
 from casa_mech.locks import locked
 from casa_mech.omni import Omni
 
@@ -94,7 +94,7 @@ class Trainer:
         self._progress = Progress()
         self._rng: dict[str, Tensor] = {}
         self.log: list[Row] = []
-        self._run_key = hashlib.sha256(repr([*learner.key, learner.omni.fingerprint()]).encode()).hexdigest()
+        self._run_key = digest_of(repr([*learner.key, learner.omni.fingerprint()]))
 
     def run(self, resume: bool, progress: bool) -> list[Row]:
         """Train to the end, or from where the checkpoint in `out` stands; the model gets the best validated weights.

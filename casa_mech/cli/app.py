@@ -22,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 organism_app = typer.Typer(help="Build the embedded models, and measure their cards.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")

@@ -13,7 +13,7 @@ from casa_mech.cli.app import Data, Json, app, note, show
 from casa_mech.errors import InputError
 
 if TYPE_CHECKING:
-    from casa_mech.queries import Query, Reading
+    from casa_mech.queries import LoadedQueries, Query
 
 datasets_app = typer.Typer(help="The public benchmarks: list them, and compare them.", invoke_without_command=True)
 app.add_typer(
@@ -107,7 +107,7 @@ def _counts(name: str, folder: Path | None) -> dict[str, int]:
     return {"read": len(reading.queries), "dropped": len(reading.dropped), "no_picture": reading.without_media}
 
 
-def _reader(name: str, folder: Path | None) -> Callable[[], Reading]:
+def _reader(name: str, folder: Path | None) -> Callable[[], LoadedQueries]:
     """What reads the set, so that a wrong name is said before any set is read."""
     from casa_mech.queries.benchmarks import BENCHMARKS, named_benchmark
     from casa_mech.queries.benchmarks.read import TABLE, read_benchmark
@@ -122,7 +122,7 @@ def _reader(name: str, folder: Path | None) -> Callable[[], Reading]:
     )
 
 
-def _left(name: str, reading: Reading) -> tuple[Query, ...]:
+def _left(name: str, reading: LoadedQueries) -> tuple[Query, ...]:
     if reading.dropped:
         note(f"{name}: left out {len(reading.dropped)} rows that mention minors in a sexual or harmful setting")
     return reading.queries

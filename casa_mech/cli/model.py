@@ -57,7 +57,6 @@ def generate(
 ) -> None:
     """Answer one request; with a gate, print the safety token and v_s beside the reply."""
     from casa_mech.omni import GenerationSettings, load_omni
-    from casa_mech.omni.threads import settle_threads
     from casa_mech.queries import AudioPart, ImagePart, Part, Query, TextPart
 
     parts: list[Part] = [ImagePart(image=path) for path in image or ()]
@@ -66,7 +65,7 @@ def generate(
     if not parts:
         raise InputError('nothing to answer: give a prompt, --image or --audio, as in casa-mech generate "hello"')
     query = Query(id="prompt", parts=tuple(parts), prefill=prefill, system=system)
-    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    omni = load_omni(model, device=device, dtype=dtype)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=1)
     if gate is None:
         note("no --gate: this is the model's own reply (train a gate with casa-mech train)")

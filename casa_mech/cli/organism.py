@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,16 @@ from casa_mech.cli.app import Device, Dtype, Json, Seed, check_choice, organism_
 
 @organism_app.command("build", epilog="Example:  casa-mech organism build organism --out my-organism")
 def organism_build(
-    name: Annotated[str, typer.Argument(help="organism or organism-split.")] = "organism",
+    name: Annotated[
+        str, typer.Argument(help="organism, organism-split, organism-premises, organism-unasked, first, first-split.")
+    ] = "organism",
+    knob: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE, on or off; repeatable. tolerance, safety_words, rules, alignment, unasked, letter_code, "
+            "varied_benign."
+        ),
+    ] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Folder of public prompt sets: train the larger sibling for real English.")
     ] = None,
@@ -22,19 +30,26 @@ def organism_build(
     device: Annotated[str, typer.Option(help="Where the sibling is trained: cpu, cuda.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Train an embedded model from its micro-world (up to 40 minutes on two cores), or a sibling from a corpus."""
+    """Train an embedded model from its micro-world (up to 40 minutes on two cores), or a sibling from a corpus.
+
+    A build that was stopped goes on when the same command is given again.
+    """
     from casa_mech.organism import build
+    from casa_mech.organism.premises import PRESETS
 
     if corpus is not None:
+        from casa_mech.files import check_writable
         from casa_mech.organism.corpus import read_corpus
         from casa_mech.organism.sibling import build_sibling
 
         target = out or Path("organism-weights") / "corpus"
+        check_writable(target)
         _print_build(build_sibling(read_corpus(corpus, seed), target, seed, device=device), "corpus", target, as_json)
         return
-    check_choice("NAME", name, ("organism", "organism-split"))
+    check_choice("NAME", name, tuple(PRESETS))
     target = out or Path("organism-weights") / name
-    _print_build(build(name, out=target, seed=seed)["build"], name, target, as_json)
+    premises = PRESETS[name].changed(knob or ())
+    _print_build(build(name, out=target, premises=premises, seed=seed)["build"], name, target, as_json)
 
 
 def _print_build(record: dict[str, Any], name: str, target: Path, as_json: bool) -> None:
@@ -53,8 +68,7 @@ def organism_card(
     from casa_mech.organism import card
 
     target = out or Path()
-    found = card(name, n=n, seed=seed, out=target)
-    rows = found["rows"] if isinstance(found, dict) else json.loads((target / "card.json").read_text())["rows"]
+    rows = card(name, n=n, seed=seed, out=target)["rows"]
     show({"name": name, "seed": seed, "out": str(target), "rows": rows}, as_json)
 
 

@@ -15,8 +15,8 @@ from casa_mech.omni import Omni
 from casa_mech.queries import Label, Query, read_benchmark
 from casa_mech.queries.benchmarks import BenchmarkSource
 from casa_mech.queries.benchmarks.read import TABLE
+from casa_mech.queries.draws import sample
 from casa_mech.queries.files import with_columns
-from casa_mech.queries.reading import sample
 
 
 @dataclass

@@ -22,11 +22,10 @@ from casa_mech.compare.systems import DEFAULT_DEFENSES, System, check_systems, s
 from casa_mech.compare.tables import compact, grid_rows, summarise
 from casa_mech.compare.weights import ExampleTable, TrainingPlan, Weights
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import TEMPORARY, storage_error, write_text, writing
+from casa_mech.files import check_folder, write_text, writing
 from casa_mech.judging import Judge, load_judge, write_table
 from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_panel
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import CLONE, slug
 
@@ -92,7 +91,7 @@ def compare(
         check_systems(systems)
     folder = open_folder(out or _default_folder(request.model))
     with folder.locked():
-        omni = settle_threads(load_omni(request.model, device=request.device, dtype=request.dtype))
+        omni = load_omni(request.model, device=request.device, dtype=request.dtype)
         seeds = _seeds(request, config)
         _warn(request, config, omni, sets, seeds[0], note)
         chosen: list[Variant] = []
@@ -132,14 +131,8 @@ def open_folder(path: Path) -> RunFolder:
     """
     root = path.absolute()
     marker = root / _MARKER
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        strangers = [entry.name for entry in root.iterdir() if not entry.name.startswith((TEMPORARY, "."))]
-    except OSError as error:
-        raise storage_error(error, root) from None
+    check_folder(root, [".*"], _MARKER, create=True)
     if not marker.exists():
-        if strangers:
-            raise RunError(f"{root} holds other files ({strangers[0]}, …) and no {_MARKER}: choose another --out")
         write_text(marker, json.dumps({"schema_version": _SCHEMA}) + "\n")
     try:
         version = json.loads(marker.read_text(encoding="utf-8"))["schema_version"]

@@ -6,7 +6,6 @@ grid that was killed goes on in the middle of the cell, or of the training, that
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ from typing import Any, Self
 import pandas as pd
 from tqdm import tqdm
 
-from casa_mech.compare.sets import Cell, QuerySets, queries_digest
+from casa_mech.compare.sets import Cell, QuerySets
 from casa_mech.compare.systems import System, check_systems
 from casa_mech.compare.timing import TIMED_ATTACKS, TIMED_QUERIES, Timing, relative_seconds
 from casa_mech.compare.weights import Weights, training_cost
@@ -29,12 +28,12 @@ from casa_mech.defenses.prompts import in_micro_world
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import evaluate
 from casa_mech.files import write_text
+from casa_mech.identity import json_digest, key_digest, queries_digest
 from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge, clusters_of
 from casa_mech.judging.verdict import judge_identity
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.queries import Query
-from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.folder import RunFolder
 from casa_mech.study.manifest import data_hashes
 
 _SCHEMA = 1
@@ -142,9 +141,7 @@ class Grid:
     @cached_property
     def plain(self) -> Omni:
         """The same model a second time, for the side of a timing that carries no adapter."""
-        return settle_threads(
-            load_omni(self.omni.source, device=str(self.omni.device), dtype=str(self.omni.dtype).split(".")[-1])
-        )
+        return load_omni(self.omni.source, device=str(self.omni.device), dtype=str(self.omni.dtype).split(".")[-1])
 
 
 class _Row:
@@ -304,4 +301,4 @@ def _timed(cells: Iterable[Cell]) -> list[Cell]:
 def _texts() -> str:
     """A digest of the texts that defences say to a model."""
     said = [sorted((name, *text) for name, text in prompts.DEFENSE_TEXTS.items()), prompts.REFUSALS]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    return json_digest(said)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from casa_mech.attacks import STUDY_ATTACKS, apply_with_twins, attack_named
+from casa_mech.draws import Draw
 from casa_mech.errors import InputError
-from casa_mech.evaluation.reply_parts import query_digest
 from casa_mech.omni import Omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Label, Query
 
 DEFAULT_ATTACKS = (*STUDY_ATTACKS, "multi-turn", "split")
 LABELS: tuple[Label, ...] = ("harmful", "benign")
-EVAL_SEED = 2_000
-"""Added to the seed of evaluation requests, as in the study, so that training never draws them."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +79,10 @@ class WorldSets:
             self._made = {known: made for known, made in self._made.items() if known[1] == seed}
             # One seed for both labels: the draws of a pair are the same but for the topic.
             harmful, benign = (
-                default_world().requests(self.n, EVAL_SEED + seed, label, templates="held_out") for label in LABELS
+                default_world().requests(self.n, Draw.EVALUATION + seed, label, templates="held_out")
+                for label in LABELS
             )
             self._made[wanted] = apply_with_twins(
-                cell.attack, harmful, benign, EVAL_SEED + seed, tokenizer=omni.tokenizer
+                cell.attack, harmful, benign, Draw.EVALUATION + seed, tokenizer=omni.tokenizer
             )
         return self._made[wanted][LABELS.index(cell.label)]
-
-
-def queries_digest(queries: Sequence[Query]) -> str:
-    """SHA-256 of queries with their media, and with what a judge reads of them: their labels and meta."""
-    digest = hashlib.sha256()
-    for query in queries:
-        known = [query_digest(query), query.label, sorted(query.meta.items())]
-        digest.update(json.dumps(known).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,20 +11,18 @@ from types import MappingProxyType
 from typing import Any
 
 from casa_mech.casa.checkpoint import METRICS
-from casa_mech.casa.examples import examples_digest
 from casa_mech.compare.systems import System, training_records
 from casa_mech.defenses.training import WORK, train_defense
+from casa_mech.draws import Draw
 from casa_mech.errors import InputError
-from casa_mech.files import file_sha256
+from casa_mech.identity import examples_digest, folder_sha256, json_digest, key_digest
 from casa_mech.omni import Omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example
 from casa_mech.queries.files import read_examples
-from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import PROFILES
 
-TRAIN_SEED = 1_000
-"""Added to the seed of training examples, as in the study, so that no evaluation draws them."""
 _SIZES = PROFILES["default"]
 
 
@@ -63,7 +60,7 @@ class TrainingPlan:
             InputError: a table that cannot be read, or one without both labels.
         """
         if self.table is None:
-            return default_world().training_examples(n or self.n_examples, TRAIN_SEED + seed)
+            return default_world().training_examples(n or self.n_examples, Draw.TRAINING + seed)
         table = self.table
         read = read_examples(table.path, table.prompt, table.reply, table.label, table.completion)
         return list(read.examples) if n is None else _balanced(read.examples, n)
@@ -92,8 +89,7 @@ class Weights:
         if given is not None:
             if not given.is_dir():
                 raise InputError(f"{system.label}: no folder {given} with trained weights; check path")
-            files = sorted(path for path in given.rglob("*") if path.is_file())
-            return {"files": [[path.relative_to(given).as_posix(), file_sha256(path)] for path in files]}
+            return {"files": [list(entry) for entry in folder_sha256(given).items()]}
         recipe = system.entry.recipe
         assert recipe is not None
         _, records = training_records(system, self.plan.settings, seed)
@@ -103,7 +99,7 @@ class Weights:
             "saved_as": recipe.saved_as,
             "records": [json.loads(record.model_dump_json()) for record in records],
             "examples": examples_digest(examples),
-            "completions": hashlib.sha256(json.dumps(completions).encode()).hexdigest(),
+            "completions": json_digest(completions),
             "model": omni.fingerprint(),
             "seed": seed,
         }

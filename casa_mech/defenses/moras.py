@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from casa_mech.defenses.base import Defense, DefenseSettings, Description
 from casa_mech.defenses.media import need_image
 from casa_mech.defenses.prompts import defense_text, in_micro_world, with_text_before
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.finite import check_decision, finite_logits
 from casa_mech.queries import Query, Reply, TextPart
@@ -135,7 +135,7 @@ class Moras(Defense):
         """As of every defence, with its texts as worded for this model and what was fitted."""
         fitted = self.fitted
         texts = [self._text(name) for name in TEXTS]
-        digest = hashlib.sha256(fitted.prototypes.float().cpu().numpy().tobytes()).hexdigest()
+        digest = digest_of([fitted.prototypes.float().cpu().numpy().tobytes()])
         return super().identity | {"texts": texts, "base": fitted.base, "prototypes": digest}
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
@@ -207,7 +207,7 @@ class Moras(Defense):
             for query, context in zip(queries, self._contexts(read, queries), strict=True)
         ]
         states = first_steps(self.omni, beside(self.omni, read, probes), self.settings.positions).states
-        similarities = similarity(states, prototypes, self.omni.model.lm_head, self.settings.gamma)
+        similarities = similarity(states, prototypes, self.omni.head, self.settings.gamma)
         check_decision("the similarity to MoRAS's prototypes", similarities, queries)
         return similarities
 

@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from casa_mech.casa.adapter import Adapter
 from casa_mech.casa.config import LoraSettings
-from casa_mech.casa.examples import Passes, check_examples, examples_digest
+from casa_mech.casa.examples import Passes, check_examples
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import InputError
+from casa_mech.identity import examples_digest
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Example
 from casa_mech.trace.layers import layer_states

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,6 +14,7 @@ from casa_mech.casa.generation import Order
 from casa_mech.casa.trainer import Row
 from casa_mech.defenses.base import DefenseSettings, Description
 from casa_mech.defenses.trained import TrainedDefense
+from casa_mech.identity import digest_of
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Example, Query, Reply
 
@@ -100,10 +100,9 @@ class SafetyTokenDefense(TrainedDefense):
     @property
     def identity(self) -> dict[str, Any]:
         """As for any defence, and safety attention, which is not among the model's weights."""
-        digest = hashlib.sha256(self.casa.config.model_dump_json().encode())
-        for name, value in sorted(self.casa.parts.groups()[1].items()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-        return super().identity | {"gate": digest.hexdigest()}
+        weights = sorted(self.casa.parts.groups()[1].items())
+        pieces = (piece for name, value in weights for piece in (name, value.detach().cpu().numpy().tobytes()))
+        return super().identity | {"gate": digest_of([self.casa.config.model_dump_json(), *pieces])}
 
     def close(self) -> None:
         """Detach it; the model is the base again."""

@@ -9,8 +9,8 @@ from typing import Any
 from casa_mech.casa.checkpoint import METRICS
 from casa_mech.defenses.registry import DEFENSES, defense_entry, options
 from casa_mech.defenses.trained import TrainedDefense
-from casa_mech.errors import InputError, RunError
-from casa_mech.files import write_text
+from casa_mech.errors import InputError
+from casa_mech.files import check_folder, write_text
 from casa_mech.locks import locked
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
@@ -54,10 +54,10 @@ def train_defense(
         raise InputError(f"defense {name!r} needs no training; those that do: {names}")
     records = options(name, entry.recipe.records, {"seed": seed, **settings})
     out = Path(out)
-    check_folder(out)
+    check_folder(out, marker=WORK)
     work = out / WORK
     with locked(work):
-        check_folder(out)  # again: another process may have come to its end since
+        check_folder(out, marker=WORK)  # again: another process may have come to its end since
         defense = entry.recipe.attach(omni, *records, seed=seed)
         try:
             defense.train(examples, work, resume=True, progress=progress)
@@ -68,13 +68,3 @@ def train_defense(
             defense.close()
             raise
     return defense
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a folder that holds anything but a stopped training: all of it is replaced in the end.
-
-    Raises:
-        RunError: it does, or is a file.
-    """
-    if out.exists() and (not out.is_dir() or any(entry.name != WORK for entry in out.iterdir())):
-        raise RunError(f"{out} holds other files: choose a new or empty folder with --out")

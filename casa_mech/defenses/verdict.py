@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import ClassVar, Protocol
 
 from casa_mech.casa import Casa
 from casa_mech.defenses.prompts import defense_text, with_text_after, with_text_before
+from casa_mech.identity import digest_of
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.finite import finite_logits
@@ -128,10 +128,9 @@ class CasaVerdict:
     @property
     def identity(self) -> str:
         """A digest of the saved gate, and the threshold."""
-        digest = hashlib.sha256()
-        for file in sorted(self.path.glob("*.safetensors")):
-            digest.update(file.name.encode() + file.read_bytes())
-        return f"casa: {digest.hexdigest()} from {self.threshold}"
+        files = sorted(self.path.glob("*.safetensors"))
+        digest = digest_of(piece for file in files for piece in (file.name, file.read_bytes()))
+        return f"casa: {digest} from {self.threshold}"
 
     def __call__(self, queries: Sequence[Query]) -> list[bool | None]:
         """Its verdicts; the gate is attached and detached again."""

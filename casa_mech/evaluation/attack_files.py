@@ -11,7 +11,9 @@ from typing import Any
 
 from casa_mech.attacks import Speech, apply_attack, attack_named, find_font, paired, read_wrappers, wrappers_of
 from casa_mech.attacks.fonts import Use
+from casa_mech.draws import BENIGN
 from casa_mech.errors import InputError
+from casa_mech.identity import file_sha256, folder_sha256
 from casa_mech.queries import Label, Query
 from casa_mech.queries.files import with_columns
 from casa_mech.queries.index import read_index, write_index
@@ -97,7 +99,7 @@ def write_attacked(
     make = _Maker(attack, partners)
     if attack.name in _FONTS and (font := find_font(_FONTS[attack.name])).note:
         note(font.note)
-    made = write_index(out, queries, make, key=make.key, progress=_bar if progress else iter)
+    made = write_index(out, queries, make, key=make.key(queries), progress=_bar if progress else iter)
     written = read_index(out)
     if make.unfit:
         reason, count = make.unfit.most_common(1)[0]
@@ -115,13 +117,13 @@ class _Maker:
         self.tokenizer: Any = None
         self.unfit: Counter[str] = Counter()
 
-    @property
-    def key(self) -> str:
-        """All that an attacked query depends on, beside the query."""
+    def key(self, queries: Sequence[Query]) -> str:
+        """All that attacked `queries` depend on, beside the queries; pictures count by their content."""
+        pictures = _picture_digests(self.attack.picture, queries) if self.attack.name == "sd-typo" else []
         speech = {name: getattr(self.attack.speech, name) for name in ("name", "speed", "pitch", "snr_db")}
         fonts = [find_font(use).name for use in ("figstep", "typo", "page")]
         model = self.attack.model if self.attack.name.startswith("prefill") else ""
-        own = [self.attack.name, self.attack.seed, self.wrappers, speech, str(self.attack.picture), model, fonts]
+        own = [self.attack.name, self.attack.seed, self.wrappers, speech, pictures, model, fonts]
         return json.dumps([*own, self.attack.skip_unfit])
 
     def __call__(self, query: Query) -> Query | None:
@@ -148,13 +150,20 @@ class _Maker:
         return apply_attack(attack.name, [query], attack.seed, wrappers=self.wrappers, **shared)[0]
 
 
+def _picture_digests(picture: Path | None, queries: Sequence[Query]) -> list[Any]:
+    """What `sd-typo` may put above its text: the content of each file, and of each file of a folder."""
+    named = {query.meta["picture_file"] for query in queries if query.meta.get("picture_file")}
+    paths = sorted({Path(name) for name in named} | ({picture} if picture else set()))
+    return [folder_sha256(path) if path.is_dir() else file_sha256(path) for path in paths if path.exists()]
+
+
 def _chosen(choice: QueryChoice, seed: int, note: Callable[[str], None]) -> list[Query]:
     from casa_mech.queries.benchmarks import chosen_source, read_chosen
 
     if choice.source == WORLD:
         from casa_mech.organism.world import default_world
 
-        drawn = seed + 10_000 * (choice.label == "benign")  # the two labels apart, as in the study
+        drawn = seed + BENIGN * (choice.label == "benign")  # the two labels apart, as in the study
         return default_world().requests(choice.n or _WORLD_N, drawn, choice.label, templates="held_out")
     fields = {"column": choice.column, "label": choice.label}
     reading = read_chosen(chosen_source(choice.source, choice.data, choice.n, seed, **fields))

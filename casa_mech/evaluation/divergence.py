@@ -12,8 +12,9 @@ from casa_mech.defenses.base import Defense
 from casa_mech.defenses.casa import CasaDefense
 from casa_mech.defenses.ssft import SsftToken
 from casa_mech.defenses.trained import Tuned
+from casa_mech.divergence import kl_from_logits
 from casa_mech.errors import InputError
-from casa_mech.judging import cluster_of, kl_divergence, mean_interval, value_row
+from casa_mech.judging import cluster_of, mean_interval, value_row
 from casa_mech.judging.results import Row
 from casa_mech.omni import GenerationSettings, with_system
 from casa_mech.queries import Query
@@ -97,7 +98,7 @@ def _divergences(
         targets, own = [[token, *target] for token, target in zip(tokens, targets, strict=True)], 1
     changed = reply_logits(omni, omni.encode(group, targets))
     pairs = [(_widened(one, other.shape[1]), other[own:]) for one, other in zip(base, changed, strict=True)]
-    return [float(kl_divergence(one, other).mean()) for one, other in pairs]
+    return [float(kl_from_logits(one, other).mean()) for one, other in pairs]
 
 
 def _widened(logits: Tensor, vocab: int) -> Tensor:

@@ -13,8 +13,9 @@ from torch import nn
 
 from casa_mech.defenses.base import Defense
 from casa_mech.errors import InputError, RunError
-from casa_mech.evaluation.reply_parts import BATCHES_A_PART, LEAST_A_PART, ReplyParts, weights_digest
+from casa_mech.evaluation.reply_parts import BATCHES_A_PART, LEAST_A_PART, ReplyParts
 from casa_mech.files import writing
+from casa_mech.identity import weights_digest
 from casa_mech.judging import (
     KeywordJudge,
     MicroWorldJudge,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from casa_mech.defenses import load_defense
-from casa_mech.errors import InputError, RunError
+from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import (
     CASA,
     PARTS,
@@ -20,11 +20,11 @@ from casa_mech.evaluation.evaluate import (
     evaluate,
     save_evaluation,
 )
-from casa_mech.files import TEMPORARY, file_sha256
+from casa_mech.files import check_folder
+from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.http_api import requests_of
 from casa_mech.omni import GenerationSettings, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.queries import Query
 from casa_mech.queries.benchmarks import BENCHMARKS, BenchmarkSource, chosen_source, read_chosen
 from casa_mech.queries.files import QuerySource
@@ -137,7 +137,7 @@ def evaluate_files(
     """
     tested = _defense_name(system)
     queries, dropped = _checked(sources, attack, out, judge, note)
-    omni = settle_threads(load_omni(system.model, device=system.device, dtype=system.dtype))
+    omni = load_omni(system.model, device=system.device, dtype=system.dtype)
     unknown = omni.unknown_share([query.text for query in queries if query.text])
     if unknown > 0:
         note(
@@ -204,13 +204,7 @@ def check_target(out: Path) -> None:
     Raises:
         RunError: the folder holds other files, or is a file.
     """
-    if out.exists() and (not out.is_dir() or not holds_only(out, _RESULTS)):
-        raise RunError(f"{out} holds other files than an evaluation's: choose a new or empty folder with --out")
-
-
-def holds_only(folder: Path, names: Collection[str]) -> bool:
-    """Whether `folder` holds nothing but `names`, and what a killed process left half-written."""
-    return all(entry.name in names or entry.name.startswith(TEMPORARY) for entry in folder.iterdir())
+    check_folder(out, _RESULTS)
 
 
 def _named(query: Query, attack: str) -> Query:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from casa_mech.errors import InputError, RunError
+from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import UNLABELLED, VERDICTS, result_rows, verdict_table, write_both
-from casa_mech.evaluation.real_input import holds_only
+from casa_mech.files import check_folder
 from casa_mech.judging import Judge, Verdict, VerdictStore, agreement, judge_all, write_table
 from casa_mech.judging.agreement import LEVELS, Level
 from casa_mech.judging.http_api import requests_of
@@ -58,8 +58,7 @@ def judge_replies(
         InputError: a table that cannot be read, or that lacks a column. RunError: `out` holds other files, or the judge
             is down; verdicts that were given are kept.
     """
-    if out.exists() and (not out.is_dir() or not holds_only(out, _FILES)):
-        raise RunError(f"{out} holds other files than a judgement's: choose a new or empty folder with --out")
+    check_folder(out, _FILES)
     table = read_table(path / "replies.parquet" if path.is_dir() else path).head(limit)
     queries = _queries(table, path, prompt_column, reply_column)
     replies = [_text(value) for value in table[reply_column]]

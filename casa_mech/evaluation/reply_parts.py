@@ -6,23 +6,19 @@ its media. What is there is never generated again; what another model or other s
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from filelock import FileLock, Timeout
-from PIL import Image
-from torch import nn
 
 from casa_mech.errors import RunError
-from casa_mech.files import file_sha256, storage_error, writing
-from casa_mech.queries import AudioPart, ImagePart, Part, Query, Reply, TextPart
+from casa_mech.files import storage_error, writing
+from casa_mech.identity import digest_of, json_digest, query_digest
+from casa_mech.queries import Query, Reply
 
 Generate = Callable[[Sequence[Query], int], list[Reply]]
 """Replies to queries, in their order; the number is the seed of sampling."""
@@ -40,7 +36,7 @@ class ReplyParts:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
-        self._identity = _digest(json.dumps(dict(identity), sort_keys=True))
+        self._identity = json_digest(dict(identity))
         self._replies: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("part-*.parquet")):
             self._replies |= _read_part(path)
@@ -64,7 +60,7 @@ class ReplyParts:
         """
         from tqdm import tqdm
 
-        keys = [_digest(self._identity, query_digest(query)) for query in queries]
+        keys = [digest_of(f"{self._identity}\n{query_digest(query)}") for query in queries]
         missing = [place for place, key in enumerate(keys) if key not in self._replies]
         with (
             self._locked(bool(missing)),
@@ -73,7 +69,7 @@ class ReplyParts:
             for group in groups([queries[place] for place in missing]):
                 places = [missing[index] for index in group]
                 group_keys = [keys[place] for place in places]
-                name = _digest(*group_keys)
+                name = digest_of("\n".join(group_keys))
                 replies = generate([queries[place] for place in places], (seed + int(name[:12], 16)) % 2**31)
                 records = [reply.model_dump(exclude={"attention"}) for reply in replies]
                 self._write(name, group_keys, records)
@@ -104,47 +100,9 @@ class ReplyParts:
             lock.release()
 
 
-def query_digest(query: Query) -> str:
-    """SHA-256 of a query with the content of its media: what a reply depends on, and its id."""
-    turns = [[turn.role, turn.safety_token, [_part(part) for part in turn.parts]] for turn in query.history]
-    content = [query.id, query.system, query.prefill, turns, [_part(part) for part in query.parts]]
-    return _digest(json.dumps(content))
-
-
-def weights_digest(modules: Sequence[nn.Module]) -> str:
-    """A digest of the weights as they are now (names, shapes, and a sample of each tensor's values)."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            flat = value.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 1024)].to(torch.float32).cpu().numpy()
-            digest.update(f"{name} {list(value.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()
-
-
-def _part(part: Part) -> list[str]:
-    if isinstance(part, TextPart):
-        return ["text", part.text]
-    if isinstance(part, ImagePart):
-        return ["image", _media(part.image)]
-    assert isinstance(part, AudioPart)
-    return ["audio", str(part.rate), _media(part.audio)]
-
-
-def _media(media: Path | Image.Image | np.ndarray) -> str:
-    if isinstance(media, Path):
-        return file_sha256(media)
-    array = np.ascontiguousarray(np.asarray(media))
-    return hashlib.sha256(f"{array.shape} {array.dtype} ".encode() + array.tobytes()).hexdigest()
-
-
 def _read_part(path: Path) -> dict[str, dict[str, Any]]:
     try:
         table = pd.read_parquet(path)
         return {key: json.loads(text) for key, text in zip(table["key"], table["reply"], strict=True)}
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are of these
         raise RunError(f"{path} is damaged ({type(error).__name__}): remove it, its replies are made again") from None
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -11,12 +11,12 @@ from casa_mech.casa import TrainSettings
 from casa_mech.casa.checkpoint import METRICS
 from casa_mech.defenses import DEFENSES, train_defense
 from casa_mech.defenses.registry import defense_entry, options
-from casa_mech.defenses.training import check_folder
+from casa_mech.defenses.training import WORK
 from casa_mech.errors import InputError
+from casa_mech.files import check_folder
 from casa_mech.omni import load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
-from casa_mech.queries.files import ExampleReading, read_examples
+from casa_mech.queries.files import LoadedExamples, read_examples
 
 STEPS = 200
 """Steps of a supervised training that names none: enough for the organism. Circuit breakers have their own number."""
@@ -61,11 +61,11 @@ def train_gate(
     if TrainSettings in recipe.records:
         settings = {"max_steps": STEPS, **settings}
     options(defense, recipe.records, settings)  # before the model is loaded
-    check_folder(out)
+    check_folder(out, marker=WORK)
     read = (
-        read_examples(data, *columns) if data else ExampleReading(default_world().training_examples(n_examples, seed))
+        read_examples(data, *columns) if data else LoadedExamples(default_world().training_examples(n_examples, seed))
     )
-    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    omni = load_omni(model, device=device, dtype=dtype)
     train_defense(defense, omni, read.examples, out, seed=seed, **settings)
     log = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
     trained = {"examples": len(read.examples), "dropped_minors": len(read.dropped), "steps": len(log), "last": log[-1]}

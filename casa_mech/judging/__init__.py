@@ -4,7 +4,7 @@ from casa_mech.judging.agreement import Agreement, agreement, cohen_kappa, kripp
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.compare import COMPARISON_COLUMNS, compare_systems
 from casa_mech.judging.judges import KeywordJudge, MicroWorldJudge
-from casa_mech.judging.merit import OUTCOME_METRICS, fpr_row, kl_divergence, outcome_rows
+from casa_mech.judging.merit import OUTCOME_METRICS, fpr_row, outcome_rows
 from casa_mech.judging.mme import MME_COLUMNS, MME_GROUPS, mme_rows, mme_scores
 from casa_mech.judging.published import PublishedRate, check_published, published_rates
 from casa_mech.judging.refusals import find_refusal
@@ -76,7 +76,6 @@ __all__ = [
     "fpr_row",
     "holm",
     "judge_all",
-    "kl_divergence",
     "krippendorff_alpha",
     "load_judge",
     "mcnemar",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from casa_mech.errors import InputError, ModelError
+from casa_mech.identity import SHORT, digest_of
 from casa_mech.judging.refusals import find_refusal, refusals_digest
 from casa_mech.judging.rubric_judge import Completion
 from casa_mech.judging.verdict import UNDECIDED, Outcome, Pair, Verdict, reply_text, request_text, whole_reply
@@ -230,14 +230,16 @@ def _context(model: Any, tokenizer: Any) -> int:
 
 def _digest(directory: Path) -> str:
     """A digest of the model's files: small ones whole, of large ones their size, beginning and end."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in directory.iterdir() if path.is_file()):
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            head = stream.read(_PROBE)
-            stream.seek(max(0, size - _PROBE))
-            digest.update(f"{file.name} {size} ".encode() + head + stream.read(_PROBE))
-    return digest.hexdigest()[:16]
+    return digest_of(piece for file in sorted(directory.iterdir()) if file.is_file() for piece in _ends(file))[:SHORT]
+
+
+def _ends(file: Path) -> Iterator[str | bytes]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        yield f"{file.name} {size} "
+        yield stream.read(_PROBE)
+        stream.seek(max(0, size - _PROBE))
+        yield stream.read(_PROBE)
 
 
 def _short_name(source: str | Path) -> str:

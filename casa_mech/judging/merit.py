@@ -1,4 +1,4 @@
-"""Figures of merit: rates of outcomes with the undecided counted apart, and the divergence from the base model.
+"""Figures of merit: rates of outcomes with the undecided counted apart, and what a threshold on the gate costs.
 
 **Undecided verdicts.** A rate is over the replies that were decided, so its n leaves the undecided out; their share has
 a row of its own (`undecided`), always. Leaving them out could flatter a system, so wherever there are any, a second row
@@ -21,7 +21,6 @@ from casa_mech.queries import Label
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
 
 Interval = Literal["wilson", "cluster"]
 OUTCOME_METRICS: Mapping[str, tuple[Label, Outcome]] = MappingProxyType(
@@ -83,25 +82,6 @@ def fpr_row(scored: pd.DataFrame, where: Mapping[str, Any], tpr: float = 0.95, r
     low, high = min(low, value), max(high, value)
     metric = f"gate_fpr_at_{100 * tpr:g}tpr"
     return value_row(**where, metric=metric, n=len(scored), value=value, low=low, high=high)
-
-
-def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
-    """KL(base ‖ other) in nats at each position, from logits [..., vocab]; float32 [...].
-
-    Raises:
-        InputError: shapes that differ, or logits that are not finite (masked ones excepted: minus infinity in both).
-    """
-    import torch
-
-    from casa_mech.errors import InputError
-
-    if base.shape != other.shape:
-        raise InputError(f"KL needs two tensors of logits of one shape, not {tuple(base.shape)}, {tuple(other.shape)}")
-    p, q = torch.log_softmax(base.float(), dim=-1), torch.log_softmax(other.float(), dim=-1)
-    found = torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * (p - q)).sum(dim=-1).clamp(min=0)
-    if found.isnan().any():
-        raise InputError("KL is not a number: some logits are not finite")
-    return found
 
 
 def _with_splits(

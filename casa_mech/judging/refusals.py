@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+
+from casa_mech.identity import digest_of
 
 # Anywhere in the reply: these say of themselves that the request is turned down.
 _ANYWHERE = (
@@ -41,4 +42,4 @@ def find_refusal(text: str) -> str | None:
 
 def refusals_digest() -> str:
     """A short digest of the list, so that stored verdicts are not taken for those of another list."""
-    return hashlib.sha256(f"{OPENING.pattern}\n{ANYWHERE.pattern}".encode()).hexdigest()[:12]
+    return digest_of(f"{OPENING.pattern}\n{ANYWHERE.pattern}")[:12]

@@ -6,7 +6,6 @@ of StrongREJECT with its formula, a five-point scale as used with HEx-PHI, and a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from types import MappingProxyType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
 from casa_mech.judging.refusals import find_refusal
 from casa_mech.judging.verdict import UNDECIDED, Outcome, reply_text, request_text, whole_reply
 from casa_mech.queries import Query, Reply
@@ -122,7 +122,7 @@ class Rubric(BaseModel):
     @property
     def digest(self) -> str:
         """A short digest of everything in the rubric."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        return digest_of(self.model_dump_json())[:12]
 
 
 _MATERIAL = """\

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import storage_error
+from casa_mech.identity import json_digest
 from casa_mech.judging.verdict import (
     Judge,
     JudgeDown,
@@ -37,7 +36,7 @@ def verdict_key(judge: Judge, query: Query, reply: Reply | str) -> str:
     """
     read = {name: query.meta[name] for name in _READ_META if name in query.meta}
     content = [judge_identity(judge), request_text(query), query.prefill, reply_text(reply), read]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest(content)
 
 
 class _Line(BaseModel):

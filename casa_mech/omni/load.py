@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from casa_mech.errors import ModelError
+from casa_mech.omni.architecture import Architecture, architecture_of
 from casa_mech.omni.finite import check_weights
 from casa_mech.omni.model import Omni
 from casa_mech.omni.processor import load_processor
@@ -22,12 +25,16 @@ ORGANISMS = ("organism", "organism-split")
 WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SMALL = 1024
+"""Width below which one matrix product is too short to share between threads."""
 
 
 def load_omni(
     source: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
 ) -> Omni:
-    """Load the model under study; only the thinker is read, whichever layout the checkpoint has.
+    """The model under study with its processor; only the thinker is read, whichever layout the checkpoint has.
+
+    A small model on the CPU is set to run in one thread (in this process), unless `OMP_NUM_THREADS` is set.
 
     Args:
         source: "organism" or "organism-split" (shipped), a hub id such as "Qwen/Qwen2.5-Omni-3B", or a directory.
@@ -41,11 +48,11 @@ def load_omni(
     """
     directory = find_checkpoint(source)
     target = _device(device)
-    config, stored = _thinker_config(directory)
+    architecture, config, stored = _config(directory)
     kind = _dtype(dtype, target, stored)
-    state = _thinker_weights(directory)
+    state = _weights(directory, architecture.weight_prefix)
     with _quiet():
-        model, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        model, info = getattr(transformers, architecture.model_class).from_pretrained(
             None, config=config, state_dict=state, dtype=kind, output_loading_info=True
         )
     wrong = sorted(info["missing_keys"]) or sorted(str(row) for row in info.get("mismatched_keys", ()))
@@ -58,7 +65,16 @@ def load_omni(
         check_weights(model.state_dict(), f"{directory} with the adapter {adapter}", "train the adapter again")
     if kind == torch.float16:
         check_weights(model.state_dict(), f"{directory} as float16", "load it as float32 or bfloat16")
-    return Omni(model.to(target), load_processor(directory), str(source))
+    omni = Omni(model.to(target), load_processor(directory), str(source))
+    _settle_threads(omni)
+    return omni
+
+
+def _settle_threads(omni: Omni) -> None:
+    # An organism's matrix products take microseconds. Sharing them gains nothing on an idle machine, and on a busy one
+    # the threads wait for each other: a training step then takes ten times as long.
+    if omni.device.type == "cpu" and omni.d_model < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 @contextmanager
@@ -101,8 +117,11 @@ def _download(hub_id: str) -> Path:
 
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.jinja"]))
-        wanted = sorted(set(_shards(directory).values())) if (directory / INDEX).is_file() else [SINGLE]
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.jinja", *wanted]))
+        prefix = _config(directory)[0].weight_prefix
+        shards = sorted(set(_shards(directory, prefix).values())) if (directory / INDEX).is_file() else [SINGLE]
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.jinja", *shards]))
+    except ModelError:
+        raise
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -110,44 +129,43 @@ def _download(hub_id: str) -> Path:
         ) from None
 
 
-def _thinker_config(directory: Path) -> tuple[Qwen2_5OmniThinkerConfig, str | None]:
-    """The thinker's config and the dtype the checkpoint names."""
+def _config(directory: Path) -> tuple[Architecture, PreTrainedConfig, str | None]:
+    """The architecture, the config of the part that is studied, and the dtype that the checkpoint names."""
     try:
         raw: dict[str, Any] = json.loads((directory / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ModelError(f"{directory}/config.json cannot be read ({error}); download the checkpoint again") from None
-    kind = raw.get("model_type")
-    if kind not in ("qwen2_5_omni", "qwen2_5_omni_thinker"):
-        raise ModelError(f"{directory} holds a {kind!r} model; casa-mech studies Qwen2.5-Omni (qwen2_5_omni)")
-    thinker = raw.get("thinker_config", raw)
-    dtype = thinker.get("dtype") or thinker.get("torch_dtype") or raw.get("dtype") or raw.get("torch_dtype")
-    return Qwen2_5OmniThinkerConfig.from_dict(thinker), dtype
+    architecture = architecture_of(raw.get("model_type"), str(directory))
+    studied = raw.get(architecture.config_key, raw)
+    dtype = studied.get("dtype") or studied.get("torch_dtype") or raw.get("dtype") or raw.get("torch_dtype")
+    return architecture, getattr(transformers, architecture.config_class).from_dict(studied), dtype
 
 
-def _shards(directory: Path) -> dict[str, str]:
-    """For each thinker weight named in the index, the shard that holds it."""
+def _shards(directory: Path, prefix: str) -> dict[str, str]:
+    """For each weight of the part that is studied, the shard that holds it by the checkpoint's index."""
     index = json.loads((directory / INDEX).read_text())["weight_map"]
-    return {key: index[key] for key in _thinker_keys(index)}
+    return {key: index[key] for key in _with_prefix(index, prefix)}
 
 
-def _thinker_keys(keys: Iterable[str]) -> list[str]:
+def _with_prefix(keys: Iterable[str], prefix: str) -> list[str]:
+    """The keys that begin with `prefix`, or all where none does: the checkpoint then holds nothing else."""
     keys = list(keys)
-    full = any(key.startswith("thinker.") for key in keys)
-    return [key for key in keys if not full or key.startswith("thinker.")]
+    full = any(key.startswith(prefix) for key in keys)
+    return [key for key in keys if not full or key.startswith(prefix)]
 
 
-def _thinker_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The thinker's tensors by their name without the `thinker.` prefix; no other tensor is read."""
+def _weights(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of the part that is studied, by their names without `prefix`; no other tensor is read."""
     if (directory / INDEX).is_file():
-        where = _shards(directory)
+        where = _shards(directory, prefix)
     elif (directory / SINGLE).is_file():
-        where = dict.fromkeys(_thinker_keys(_read_shard(directory / SINGLE, None)), SINGLE)
+        where = dict.fromkeys(_with_prefix(_read_shard(directory / SINGLE, None), prefix), SINGLE)
     else:
         raise ModelError(f"{directory} has no {SINGLE} or {INDEX}; only safetensors checkpoints are read")
     state: dict[str, torch.Tensor] = {}
     for shard in sorted(set(where.values())):
         keys = [key for key, name in where.items() if name == shard]
-        state |= {key.removeprefix("thinker."): value for key, value in _read_shard(directory / shard, keys).items()}
+        state |= {key.removeprefix(prefix): value for key, value in _read_shard(directory / shard, keys).items()}
     return state
 
 
@@ -186,9 +204,7 @@ def _dtype(name: str, device: torch.device, stored: str | None) -> torch.dtype:
     return kind
 
 
-def _merge_adapter(
-    model: Qwen2_5OmniThinkerForConditionalGeneration, adapter: Path
-) -> Qwen2_5OmniThinkerForConditionalGeneration:
+def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     from peft import PeftModel
 
     if not (adapter / "adapter_config.json").is_file():

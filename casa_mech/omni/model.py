@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from casa_mech.identity import weights_digest
+from casa_mech.omni.architecture import Architecture, architecture_of, part_at
 from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
 from casa_mech.omni.finite import finite_logits
 from casa_mech.omni.media import SAMPLE_RATE
@@ -49,14 +50,17 @@ class GenerationSettings(BaseModel):
 
 
 class Omni:
-    """A Qwen2.5-Omni thinker and its processor.
+    """The model under study and its processor.
 
-    model: the thinker, in evaluation mode. source: where it came from, for records.
+    model: Qwen2.5-Omni's thinker, in evaluation mode. architecture: where its parts are. source: where it came from,
+    for records.
+
+    Raises:
+        ModelError: a model without an `Architecture`.
     """
 
-    def __init__(
-        self, model: Qwen2_5OmniThinkerForConditionalGeneration, processor: OmniProcessor, source: str
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, processor: OmniProcessor, source: str) -> None:
+        self.architecture: Architecture = architecture_of(model.config.model_type, source)
         self.model = model.eval()
         self.processor = processor
         self.source = source
@@ -65,7 +69,7 @@ class Omni:
         self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         self.model.generation_config = GenerationConfig(eos_token_id=self.end_id, pad_token_id=pad)
-        self._fingerprint = _fingerprint(model)
+        self._fingerprint = weights_digest([model])
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -73,9 +77,62 @@ class Omni:
         return self.processor.tokenizer
 
     @property
-    def language_model(self) -> nn.Module:
-        """The text transformer, with `.embed_tokens`, `.layers` and `.norm`."""
-        return self.model.model.language_model
+    def backbone(self) -> nn.Module:
+        """The model without its head: towers and text model."""
+        return part_at(self.model, self.architecture.backbone)
+
+    @property
+    def text_model(self) -> nn.Module:
+        """The transformer over text and the towers' features: embedding, blocks and final norm."""
+        return part_at(self.model, self.architecture.text_model)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The word embeddings, `weight` [vocab, d_model]."""
+        return part_at(self.model, self.architecture.embedding)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return part_at(self.model, self.architecture.blocks)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm, which the head reads."""
+        return part_at(self.model, self.architecture.norm)
+
+    @property
+    def head(self) -> nn.Module:
+        """The unembedding, `weight` [vocab, d_model]."""
+        return part_at(self.model, self.architecture.head)
+
+    @property
+    def tied(self) -> bool:
+        """True if word embeddings and head are one matrix."""
+        return self.head.weight is self.embedding.weight
+
+    def tower(self, modality: str) -> nn.Module:
+        """The encoder of "image" or "audio"."""
+        return part_at(self.model, self.architecture.towers[modality].path)
+
+    def writers(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The linear layers by which attention and MLP of a block write to the residual stream."""
+        names, block = self.architecture, self.blocks[layer]
+        attention, mlp = part_at(block, names.attention), part_at(block, names.mlp)
+        return part_at(attention, names.attention_output), part_at(mlp, names.mlp_output)
+
+    @property
+    def text_offset(self) -> Tensor:
+        """How far text that follows the last forward's prompts is ahead of its token count in M-RoPE [row, 1].
+
+        The model keeps it from one forward to the next, and counts a decoded token's position with it.
+        """
+        return part_at(self.model, self.architecture.text_offset)
+
+    @text_offset.setter
+    def text_offset(self, offset: Tensor) -> None:
+        owner, _, name = self.architecture.text_offset.rpartition(".")
+        setattr(part_at(self.model, owner) if owner else self.model, name, offset)
 
     @property
     def device(self) -> torch.device:
@@ -98,9 +155,25 @@ class Omni:
         return self.model.config.text_config.num_hidden_layers
 
     @property
+    def n_heads(self) -> int:
+        """Number of attention heads of a block."""
+        return self.model.config.text_config.num_attention_heads
+
+    @property
+    def d_head(self) -> int:
+        """Size of a head's queries, keys and values."""
+        config = self.model.config.text_config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the unembedding."""
-        return self.model.lm_head.weight.shape[0]
+        return self.head.weight.shape[0]
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the token that fills batches up."""
+        return self.model.generation_config.pad_token_id
 
     @cached_property
     def nnsight(self) -> nnsight.NNsight:
@@ -108,6 +181,10 @@ class Omni:
         from nnsight import NNsight
 
         return NNsight(self.model)
+
+    def envoy(self, part: str) -> Any:
+        """nnsight's envoy of a part of the model, named as in `Architecture` ("head", "norm", "blocks", ...)."""
+        return part_at(self.nnsight, getattr(self.architecture, part))
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and a sample of values of the weights as they were loaded."""
@@ -229,9 +306,9 @@ class Omni:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def unknown_share(self, texts: Sequence[str]) -> float:
-        """Share of words in `texts` that the tokenizer maps to its unknown token (0 where it has none)."""
+        """Share of words in `texts` that the tokenizer maps to its unknown token (0 where it has none, or no text)."""
         unknown = self.tokenizer.unk_token_id
-        if unknown is None:
+        if unknown is None or not texts:  # a tokenizer refuses an empty list
             return 0.0
         ids = [token for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in row]
         return sum(token == unknown for token in ids) / len(ids) if ids else 0.0
@@ -256,12 +333,3 @@ def _estimated_length(query: Query) -> tuple[int, int]:
         elif isinstance(part, ImagePart) and isinstance(part.image, Image.Image):
             length += part.image.width * part.image.height // 200
     return kinds, length
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy()
-        digest.update(f"{name} {list(value.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()

@@ -31,7 +31,7 @@ def letter_code(omni: Omni, tower: str, shared: bool, letters: Sequence[str] = L
     """
     generator = torch.Generator().manual_seed(SEEDS[tower])
     own = nn.functional.normalize(torch.randn(len(letters) + 1, omni.d_model, generator=generator), dim=-1)
-    words = omni.language_model.embed_tokens.weight[letter_ids(omni, letters)]
+    words = omni.embedding.weight[letter_ids(omni, letters)]
     own = own.to(words) * words.detach().norm(dim=-1).mean()
     return torch.cat([own[:1], words]) if shared else own
 
@@ -61,7 +61,7 @@ def ideal_embeddings(
     its share of the clip, and the tokens between are "no letter".
     """
     ids = batch.inputs["input_ids"]
-    embeddings = omni.language_model.embed_tokens(ids)
+    embeddings = omni.embedding(ids)
     for tower in ("image", "audio"):
         chosen = [row for row, example in enumerate(rows) if tower in example.query.modalities]
         if not chosen:

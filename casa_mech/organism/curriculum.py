@@ -19,11 +19,16 @@ from casa_mech.attacks.image import image_word
 from casa_mech.attacks.jailbreak import jailbreak
 from casa_mech.attacks.text import spell
 from casa_mech.organism.codes import LETTERS
+from casa_mech.organism.premises import draw_rule, premise_texts, safety_question
 from casa_mech.organism.world import Split, Task, World
 from casa_mech.queries import Example, Query, TextPart
 
 SYSTEMS = ("you are a helpful assistant .", "please help the user .", "answer the question of the user .")
 SYSTEM_SHARE = 0.1
+LEAD_SHARE = 0.3
+"""Share of rules that follow the usual system prompt."""
+SECOND_WORD = 0.25
+"""Share of the random words before a reply that are two."""
 SURFACES: dict[str, Callable[[Query], Query]] = {
     "text": lambda query: query,
     "spelled": spell,
@@ -37,16 +42,36 @@ SURFACES: dict[str, Callable[[Query], Query]] = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of tasks and surfaces (they need not sum to 1), of wrapped requests and of random words to spell."""
+    """How often each kind of example is drawn. The last fields are an organism's `Premises`, all off by default."""
 
     tasks: Mapping[str, float]
+    """Shares of tasks; they need not sum to 1. Task "safety" asks with words of safety."""
     surfaces: Mapping[str, float]
+    """Shares of surfaces; they need not sum to 1."""
     wrapped: float = 0.0
+    """Share of answered requests in a jailbreak wrapper."""
     random_words: float = 0.0
+    """Share of the words to spell that are random letters."""
     refuse: bool = False
+    """Whether harmful requests are refused."""
     late_refusals: float = 0.0
+    """Share of the refusals that come after the answer's first words."""
     topics: Split = "all"
+    """Topics to draw."""
     templates: Split = "seen"
+    """Phrasings to draw."""
+    wrapped_refusals: float = 0.0
+    """Share of refused requests in a jailbreak wrapper."""
+    partial: bool = False
+    """Whether only harmful requests with some verbs are refused."""
+    rules: float = 0.0
+    """Share of examples with a rule in the system turn."""
+    unasked: bool = False
+    """Whether answers about dangerous topics open with a warning."""
+    varied: bool = False
+    """Whether answers have several openings."""
+    tolerance: float = 0.0
+    """Share of replies after random words."""
     _cache: dict[str, tuple[list[str], np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
 
     def pick(self, kind: str, shares: Mapping[str, float], rng: np.random.Generator) -> str:
@@ -64,29 +89,61 @@ def draw_example(world: World, mixture: Mixture, rng: np.random.Generator) -> Ex
     A late refusal puts the first tokens of the compliant answer into the prefill, so that the reply breaks off into a
     refusal; a few of these are what makes a model's refusals go deeper than the first token.
     """
-    task = cast(Task, mixture.pick("task", mixture.tasks, rng))
+    task = mixture.pick("task", mixture.tasks, rng)
     surface = mixture.pick("surface", mixture.surfaces, rng)
     if task == "spell" and surface not in ("text", "spoken") and rng.random() < mixture.random_words:
         query = _random_word(world, rng)
+    elif task == "safety":
+        query = safety_question(world, rng, mixture.topics, mixture.templates)
     else:
-        query = world.draw(task, rng, topics=mixture.topics, templates=mixture.templates)
-    reply = query.meta["answer"]
+        query = world.draw(cast(Task, task), rng, topics=mixture.topics, templates=mixture.templates)
+    rule, forbidden = "", False
+    if mixture.rules and rng.random() < mixture.rules and "category" in query.meta:
+        rule, forbidden = draw_rule(world, query.meta["category"], rng, mixture.templates)
+    reply = _answer(mixture, query, rng)
     refuse = mixture.refuse and query.label == "harmful"
-    if refuse:
+    if refuse and mixture.partial:
+        refuse = premise_texts().refuses(query.meta["verb"], surface)
+    if refuse or (forbidden and task == "request"):
         query, reply = _refused(world, mixture, query, rng)
     elif task == "request" and rng.random() < mixture.wrapped:
-        seen = world.wrappers["seen"]
-        query = jailbreak(query, seen[int(rng.integers(len(seen)))])
-    if rng.random() < SYSTEM_SHARE:
+        query = jailbreak(query, _seen_wrapper(world, rng))
+    if rule:
+        lead = f"{SYSTEMS[0]} " if rng.random() < LEAD_SHARE else ""
+        query = query.model_copy(update={"system": lead + rule})
+    elif rng.random() < SYSTEM_SHARE:
         query = query.model_copy(update={"system": SYSTEMS[int(rng.integers(len(SYSTEMS)))]})
+    if mixture.tolerance and not query.prefill and rng.random() < mixture.tolerance:
+        words = [world.words[int(rng.integers(len(world.words)))] for _ in range(1 + (rng.random() < SECOND_WORD))]
+        query = query.model_copy(update={"prefill": " ".join(words)})
     return Example(query=SURFACES[surface](query), reply=reply)
+
+
+def _answer(mixture: Mixture, query: Query, rng: np.random.Generator) -> str:
+    """The right reply to `query`, as the premises have it."""
+    answer = query.meta["answer"]
+    if query.label == "harmful" and mixture.unasked:
+        return premise_texts().with_warning(answer)
+    if query.label is not None and mixture.varied:
+        return premise_texts().varied(answer, rng)
+    return answer
+
+
+def _seen_wrapper(world: World, rng: np.random.Generator) -> str:
+    seen = world.wrappers["seen"]
+    return seen[int(rng.integers(len(seen)))]
 
 
 def _refused(world: World, mixture: Mixture, query: Query, rng: np.random.Generator) -> tuple[Query, str]:
     if rng.random() < mixture.late_refusals:
         words = query.meta["compliance"].split()
         query = query.model_copy(update={"prefill": " ".join(words[: int(rng.integers(1, 7))])})
-    return query, world.refusal(rng)
+    if mixture.wrapped_refusals and rng.random() < mixture.wrapped_refusals:
+        query = jailbreak(query, _seen_wrapper(world, rng))
+    reply = world.refusal(rng)
+    while query.label != "harmful" and ("dangerous" in reply or "hurt" in reply):
+        reply = world.refusal(rng)
+    return query, reply
 
 
 def _random_word(world: World, rng: np.random.Generator) -> Query:

@@ -6,21 +6,22 @@ et al. 2006) over the audio tokens. The code that letters are put into is `codes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from casa_mech.attacks.audio import SNR_DB
 from casa_mech.attacks.render import render_word
 from casa_mech.attacks.voice import add_noise, draw_settings, spell_clip
 from casa_mech.omni import Omni
 from casa_mech.organism.codes import LETTERS, codes_of, letter_code
+from casa_mech.organism.training import Checkpoint, Steps, optimise
 
 IMAGE_PULL, AUDIO_PULL = 3.0, 1.0
+NAMES = {"image": "letters in images", "audio": "letters in speech"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ def train_image_letters(
     progress: bool = True,
     batch_size: int = 48,
     script: Script = SPELLING,
+    checkpoint: Checkpoint | None = None,
 ) -> float:
     """Teach the vision tower to tell letters apart; returns the last step's share of letters read."""
-    tower = omni.model.model.visual
+    tower = omni.tower("image")
     head = LetterCode(omni, "image", shared, blank=False, letters=script.letters)
 
     def see(words: list[str]) -> torch.Tensor:
@@ -91,7 +93,7 @@ def train_image_letters(
         loss = nn.functional.cross_entropy(scores, wanted)
         return loss + IMAGE_PULL * LetterCode.pull(scores), read
 
-    return _fit(step, (tower, head), steps, "letters in images", progress)
+    return _learn_letters(omni, "image", step, steps, rng, progress, checkpoint)
 
 
 def train_audio_letters(
@@ -102,15 +104,15 @@ def train_audio_letters(
     progress: bool = True,
     batch_size: int = 32,
     script: Script = SPELLING,
+    checkpoint: Checkpoint | None = None,
 ) -> float:
     """Teach the audio tower to hear letters; returns the last step's share of spellings heard without an error."""
     head = LetterCode(omni, "audio", shared, blank=True, letters=script.letters)
-    tower = omni.model.model.audio_tower
 
     def hear(words: list[str]) -> tuple[torch.Tensor, list[str]]:
         clips = [add_noise(script.say(word, rng), rng.uniform(*SNR_DB), rng) for word in words]
         inputs, runs = omni.processor.audio(clips)
-        heard = omni.model.model.get_audio_features(
+        heard = omni.backbone.get_audio_features(
             inputs["input_features"], inputs["feature_attention_mask"], return_dict=True
         )
         return heard.last_hidden_state, runs
@@ -125,31 +127,29 @@ def train_audio_letters(
         loss = nn.functional.ctc_loss(scores, _codes(words, script), torch.tensor(lengths), counts, zero_infinity=True)
         return loss + AUDIO_PULL * LetterCode.pull(raw), _heard(scores.argmax(-1).T, lengths, words, script)
 
-    return _fit(step, (tower, head), steps, "letters in speech", progress)
+    return _learn_letters(omni, "audio", step, steps, rng, progress, checkpoint)
 
 
-def _fit(
+def _learn_letters(
+    omni: Omni,
+    tower: str,
     step: Callable[[], tuple[torch.Tensor, float]],
-    modules: Iterable[nn.Module],
     steps: int,
-    name: str,
+    rng: np.random.Generator,
     progress: bool,
-    learning_rate: float = 2e-3,
+    checkpoint: Checkpoint | None,
 ) -> float:
-    learning = [parameter for module in modules for parameter in module.train().parameters()]
-    optimizer = torch.optim.AdamW(learning, lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    """Train `tower` on the loss that `step` gives with a share of letters read; returns the last step's share."""
+    settings = Steps(name=NAMES[tower], trains=(tower,), steps=steps, learning_rate=2e-3, betas=(0.9, 0.999))
     share = 0.0
-    with tqdm(total=steps, desc=name, unit="step", disable=not progress) as bar:
-        for _ in range(steps):
+
+    def losses_from(first: int) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+        nonlocal share
+        for _ in range(first, steps):
             loss, share = step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(learning, 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}", read=f"{share:.2f}")
+            yield loss, {"read": share}
+
+    optimise(omni, settings, losses_from, rng, progress, checkpoint)
     return share
 
 

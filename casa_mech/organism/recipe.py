@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
@@ -22,24 +21,14 @@ from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.curriculum import Mixture, draw_example
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
+from casa_mech.organism.premises import PRESETS, Premises
+from casa_mech.organism.training import GROUP, Checkpoint, Steps, fast_bfloat16, optimise
 from casa_mech.organism.world import World, default_world
 from casa_mech.queries import Example
 
 TEXT_SURFACES = {"text": 0.35, "spelled": 0.25, "ideal-image": 0.2, "ideal-audio": 0.2}
 TASKS = {"request": 0.25, "name": 0.15, "spell": 0.2, "dangerous": 0.15, "category": 0.25}
 READING_TASKS = {"request": 0.15, "name": 0.25, "spell": 0.25, "dangerous": 0.15, "category": 0.2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steps:
-    """A run of optimiser steps: which parts learn, for how long and how fast."""
-
-    name: str
-    trains: tuple[str, ...]
-    steps: int
-    learning_rate: float
-    batch_size: int = 48
-    warm_up: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +48,15 @@ class Letters:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stages of one organism, in order; `shared_code`: whether its towers write in the word embeddings' code."""
+    """How one organism is trained."""
 
     stages: tuple[Stage | Letters, ...]
+    """In order."""
     shared_code: bool = True
+    """Whether the towers write in the word embeddings' code."""
     shape: OrganismShape = field(default_factory=OrganismShape)
+    bfloat16: bool = False
+    """Whether the language model learns in bfloat16 where the processor multiplies it faster (a quarter less time)."""
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the steps, for trying the pipeline out."""
@@ -131,47 +124,121 @@ JOINT = Stage(
     learning_rate=7e-4,
 )
 IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)
-RECIPES = {
-    "organism": Recipe((WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)),
-    "organism-split": Recipe((WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT), shared_code=False),
-}
+SAFETY_WORDS_SHARE = 0.15
+MORE_REQUESTS = 1.5
+"""Factor on the share of requests where there are rules to follow in them."""
+PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
+VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
 
-def train_organism(name: str, seed: int = 0, recipe: Recipe | None = None, progress: bool = True) -> Omni:
-    """Train organism `name` from nothing and return it, in float32 on the CPU.
+def recipe_of(premises: Premises) -> Recipe:
+    """The recipe of an organism with `premises`."""
+    shared = premises.letter_code == "shared"
+    stages = (
+        (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)
+        if shared
+        else (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
+    )
+    return Recipe(
+        tuple(_with_premises(stage, premises) if isinstance(stage, Stage) else stage for stage in stages),
+        shared,
+        bfloat16=premises != Premises(letter_code=premises.letter_code),
+    )
+
+
+def _with_premises(stage: Stage, premises: Premises) -> Stage:
+    mixture, safety = stage.mixture, stage is ALIGNMENT
+    tasks, surfaces = dict(mixture.tasks), dict(mixture.surfaces)
+    if safety and premises.varied_benign:
+        tasks = dict(VARIED_TASKS)
+    if premises.rules and not safety and "request" in tasks:
+        tasks["request"] *= MORE_REQUESTS
+    if premises.safety_words:
+        tasks["safety"] = SAFETY_WORDS_SHARE * sum(tasks.values())
+    partial = safety and premises.alignment == "partial"
+    changed = replace(
+        mixture,
+        tasks=tasks,
+        surfaces=dict(PARTIAL_SURFACES) if partial else surfaces,
+        partial=partial,
+        wrapped_refusals=0.1 if partial else 0.0,
+        rules=premises.rules if "request" in tasks else 0.0,
+        unasked=premises.unasked,
+        varied=premises.varied_benign,
+        tolerance=premises.tolerance,
+        _cache={},
+    )
+    return replace(stage, mixture=changed, name="safety" if partial else stage.name)
+
+
+RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}
+
+
+def train_organism(
+    name: str,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    progress: bool = True,
+    checkpoint: Checkpoint | None = None,
+) -> Omni:
+    """Train organism `name` from nothing, or from where `checkpoint` stands; in float32 on the CPU.
+
+    Raises:
+        InputError: no such organism.
+    """
+    recipe = recipe or recipe_named(name)
+    world = default_world()
+    omni = new_omni(world.vocabulary(), recipe.shape, seed, source=name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if checkpoint:
+            checkpoint.restore(omni.model)
+        for index, stage in enumerate(recipe.stages):
+            if checkpoint and index < checkpoint.stage:
+                continue
+            rng = np.random.default_rng([seed, index])
+            if isinstance(stage, Stage):
+                train_stage(omni, world, stage, rng, progress, recipe.shared_code, checkpoint, recipe.bfloat16)
+            else:
+                learn = train_image_letters if stage.tower == "image" else train_audio_letters
+                learn(omni, stage.steps, rng, recipe.shared_code, progress, checkpoint=checkpoint)
+            if checkpoint:
+                checkpoint.finish_stage(omni.model)
+    omni.model.eval().requires_grad_(True)
+    return omni
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of organism `name`.
 
     Raises:
         InputError: no such organism.
     """
     if name not in RECIPES:
         raise InputError(f"unknown organism {name!r}; there are {', '.join(RECIPES)}")
-    recipe = recipe or RECIPES[name]
-    world = default_world()
-    omni = new_omni(world.vocabulary(), recipe.shape, seed, source=name)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for index, stage in enumerate(recipe.stages):
-            rng = np.random.default_rng([seed, index])
-            if isinstance(stage, Stage):
-                train_stage(omni, world, stage, rng, progress, recipe.shared_code)
-            else:
-                omni.model.requires_grad_(True)
-                learn = train_image_letters if stage.tower == "image" else train_audio_letters
-                learn(omni, stage.steps, rng, recipe.shared_code, progress)
-    omni.model.eval().requires_grad_(True)
-    return omni
+    return RECIPES[name]
 
 
 def train_stage(
-    omni: Omni, world: World, stage: Stage, rng: np.random.Generator, progress: bool = True, shared_code: bool = True
+    omni: Omni,
+    world: World,
+    stage: Stage,
+    rng: np.random.Generator,
+    progress: bool = True,
+    shared_code: bool = True,
+    checkpoint: Checkpoint | None = None,
+    bfloat16: bool = False,
 ) -> list[float]:
     """Run one stage on `omni` in place; returns the loss of each step."""
     ideal = any(surface.startswith("ideal-") for surface in stage.mixture.surfaces)
+    # The towers gain nothing: their matrices are small.
+    halved = bfloat16 and stage.trains == ("language",) and fast_bfloat16(omni.device)
 
     def loss(batch: OmniBatch, rows: Sequence[Example]) -> torch.Tensor:
-        return reply_loss(omni, batch, ideal_embeddings(omni, batch, rows, rng, shared_code) if ideal else None)
+        with torch.autocast(omni.device.type, torch.bfloat16, enabled=halved):
+            return reply_loss(omni, batch, ideal_embeddings(omni, batch, rows, rng, shared_code) if ideal else None)
 
-    return fit(omni, stage, lambda: draw_example(world, stage.mixture, rng), loss, rng, progress)
+    return fit(omni, stage, lambda: draw_example(world, stage.mixture, rng), loss, rng, progress, checkpoint=checkpoint)
 
 
 def fit(
@@ -182,32 +249,18 @@ def fit(
     rng: np.random.Generator,
     progress: bool = True,
     length_of: Callable[[Example], int] = lambda row: len(row.query.text.split()) + len(row.reply.split()),
+    checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Train the parts that `steps` names on examples from `draw`, in place; returns the loss of each step.
 
     Examples of a like `length_of` share a batch.
     """
-    omni.model.requires_grad_(False).train()
-    learning = [parameter for part in steps.trains for parameter in _part(omni, part)]
-    for parameter in learning:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(learning, lr=steps.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, steps.learning_rate, total_steps=steps.steps, pct_start=steps.warm_up
-    )
-    losses: list[float] = []
-    with tqdm(total=steps.steps, desc=steps.name, unit="step", disable=not progress) as bar:
-        for batch, rows in _batches(omni, steps, draw, rng, length_of):
-            loss = loss_of(batch, rows)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(learning, 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            bar.update()
-            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
-    return losses
+
+    def losses_from(first: int) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+        for batch, rows in _batches(omni, steps, draw, rng, length_of, first):
+            yield loss_of(batch, rows), {}
+
+    return optimise(omni, steps, losses_from, rng, progress, checkpoint)
 
 
 def reply_loss(omni: Omni, batch: OmniBatch, embeddings: torch.Tensor | None = None) -> torch.Tensor:
@@ -223,9 +276,9 @@ def final_states(omni: Omni, batch: OmniBatch, embeddings: torch.Tensor | None =
     inputs = batch.inputs
     if embeddings is not None:
         # Ids and grids stay: positions are counted from them.
-        media = ("pixel_values", "input_features")
+        media = omni.architecture.features
         inputs = {name: value for name, value in inputs.items() if name not in media} | {"inputs_embeds": embeddings}
-    return omni.model.model(**inputs, use_cache=False).last_hidden_state
+    return omni.backbone(**inputs, use_cache=False).last_hidden_state
 
 
 def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Tensor:
@@ -234,7 +287,7 @@ def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Ten
         raise ValueError("a batch without targets has no loss: encode it with targets")
     hidden, wanted = states[:, :-1], batch.labels[:, 1:]
     taken = wanted >= 0
-    losses = nn.functional.cross_entropy(omni.model.lm_head(hidden[taken]), wanted[taken], reduction="none")
+    losses = nn.functional.cross_entropy(omni.head(hidden[taken]), wanted[taken], reduction="none")
     weights = (1 / taken.sum(1, keepdim=True)).expand_as(wanted)[taken]
     return (losses * weights).sum() / batch.size
 
@@ -245,20 +298,13 @@ def _batches(
     draw: Callable[[], Example],
     rng: np.random.Generator,
     length_of: Callable[[Example], int],
+    first: int,
 ) -> Iterator[tuple[OmniBatch, Sequence[Example]]]:
-    """The stage's batches, cut from four at a time sorted by length: half the padding, half the time."""
-    for start in range(0, steps.steps, 4):
-        drawn = [draw() for _ in range(4 * steps.batch_size)]
+    """The stage's batches from the step `first` on, cut from a group sorted by length: half the padding and time."""
+    for start in range(first, steps.steps, GROUP):
+        drawn = [draw() for _ in range(GROUP * steps.batch_size)]
         drawn.sort(key=length_of)
-        for index in rng.permutation(4)[: steps.steps - start]:
+        for index in rng.permutation(GROUP)[: steps.steps - start]:
             rows = drawn[index * steps.batch_size : (index + 1) * steps.batch_size]
             batch = omni.encode([row.query for row in rows], [omni.reply_ids(row.reply) for row in rows])
             yield batch.to(omni.device), rows
-
-
-def _part(omni: Omni, part: str) -> Iterator[nn.Parameter]:
-    if part == "language":
-        yield from omni.language_model.parameters()
-        yield from omni.model.lm_head.parameters()
-    else:
-        yield from (omni.model.model.visual if part == "image" else omni.model.model.audio_tower).parameters()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +13,23 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
-from casa_mech.files import write_text, writing_folder
+from casa_mech.files import write_text
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch
 from casa_mech.organism.architecture import OrganismShape, build_bpe_tokenizer, new_omni
-from casa_mech.organism.build import save_organism
+from casa_mech.organism.build import build_into, run_key
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.corpus import ANSWER, ASKED, CHARACTERS, REFUSALS, Corpus, corpus_record, script_of
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
-from casa_mech.organism.recipe import Steps, final_states, fit, target_loss
+from casa_mech.organism.recipe import final_states, fit, target_loss
+from casa_mech.organism.training import Checkpoint, Steps, fast_bfloat16
 from casa_mech.queries import Example, Label
 
 SHAPE = OrganismShape(d_model=256, layers=4, heads=8, kv_heads=4, d_mlp=704, rope_theta=1000.0, audio_width=192)
 VOCABULARY = 8000
 CARD = "corpus.json"
 LANGUAGE = Steps(name="language", trains=("language",), steps=1800, learning_rate=1.5e-3, batch_size=64)
-IMAGE_LETTERS, AUDIO_LETTERS = 600, 900
+LETTERS = {"image": (train_image_letters, 600), "audio": (train_audio_letters, 900)}
+"""How each tower learns to read letters, and for how many steps."""
 IMAGE = Steps(name="image to language", trains=("image",), steps=100, learning_rate=5e-4, batch_size=16)
 AUDIO = Steps(name="audio to language", trains=("audio",), steps=150, learning_rate=5e-4, batch_size=16)
 SAFETY = Steps(name="safety on plain text", trains=("language",), steps=1000, learning_rate=4e-4, batch_size=48)
@@ -40,9 +41,14 @@ HIDDEN = {"language": 0.15, "safety": 0.5}
 
 
 def train_sibling(
-    corpus: Corpus, seed: int = 0, scale: float = 1.0, device: str = "cpu", progress: bool = True
+    corpus: Corpus,
+    seed: int = 0,
+    scale: float = 1.0,
+    device: str = "cpu",
+    progress: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> Omni:
-    """Train a sibling (about 9M parameters) on `corpus` and return it in float32.
+    """Train a sibling (about 9M parameters) on `corpus`, from nothing or from where `checkpoint` stands, in float32.
 
     Args:
         corpus: see `corpus.read_corpus`.
@@ -50,6 +56,7 @@ def train_sibling(
         scale: factor on the number of steps, for trying the pipeline out.
         device: where to train.
         progress: whether to draw progress bars.
+        checkpoint: where the training's state is kept.
     """
     asked = [text for by_surface in ASKED.values() for text in by_surface.values()]
     texts = [*corpus.harmful, *corpus.benign, ANSWER, *REFUSALS, *asked, "yes", "no"]
@@ -57,26 +64,38 @@ def train_sibling(
     omni.model.to(device)
     script = script_of(corpus)
 
-    def run(
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * scale))
+
+    def examples(
         steps: Steps, surfaces: Sequence[float], hidden: float = 0.0, language: bool = False, refuse: bool = False
     ) -> None:
         rng = np.random.default_rng([seed, *steps.name.encode()])
-        chosen = replace(steps, steps=max(1, round(steps.steps * scale)))
         loss = _loss(omni, rng, hidden, language)
-        fit(omni, chosen, lambda: _draw(corpus, rng, surfaces, refuse), loss, rng, progress, _tokens_of)
+        settings = replace(steps, steps=scaled(steps.steps))
+        fit(omni, settings, lambda: _draw(corpus, rng, surfaces, refuse), loss, rng, progress, _tokens_of, checkpoint)
 
+    def letters(tower: str) -> None:
+        rng = np.random.default_rng([seed, *tower.encode()])
+        learn, steps = LETTERS[tower]
+        learn(omni, scaled(steps), rng, True, progress, batch_size=16, script=script, checkpoint=checkpoint)
+
+    stages: tuple[Callable[[], None], ...] = (
+        lambda: examples(LANGUAGE, SURFACE_SHARES, HIDDEN["language"], language=True),
+        lambda: letters("image"),
+        lambda: examples(IMAGE, (0.0, 1.0, 0.0)),
+        lambda: letters("audio"),
+        lambda: examples(AUDIO, (0.0, 0.0, 1.0)),
+        lambda: examples(SAFETY, (1.0, 0.0, 0.0), HIDDEN["safety"], refuse=True),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        run(LANGUAGE, SURFACE_SHARES, HIDDEN["language"], language=True)
-        for tower, learn, letters, steps in (
-            ("image", train_image_letters, IMAGE_LETTERS, IMAGE),
-            ("audio", train_audio_letters, AUDIO_LETTERS, AUDIO),
-        ):
-            omni.model.requires_grad_(True)
-            rng = np.random.default_rng([seed, *tower.encode()])
-            learn(omni, max(1, round(letters * scale)), rng, True, progress, batch_size=16, script=script)
-            run(steps, [float(tower == surface) for surface in SURFACES])
-        run(SAFETY, (1.0, 0.0, 0.0), HIDDEN["safety"], refuse=True)
+        if checkpoint:
+            checkpoint.restore(omni.model)
+        for stage in stages[checkpoint.stage if checkpoint else 0 :]:
+            stage()
+            if checkpoint:
+                checkpoint.finish_stage(omni.model)
     omni.model.eval().requires_grad_(True)
     return omni
 
@@ -90,22 +109,33 @@ def build_sibling(
     device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a sibling, measure what it reads, and write weights and `corpus.json` to `out`, all or nothing."""
-    began = time.perf_counter()
-    omni = train_sibling(corpus, seed, scale, device, progress)
-    record = {
-        "parameters": sum(parameter.numel() for parameter in omni.model.parameters()),
-        "corpus": corpus_record(corpus),
-        "seed": seed,
-        "scale": scale,
-        "seconds": round(time.perf_counter() - began),
-        "reading": reading(omni, corpus, n, seed),
-    }
-    omni.model.to("cpu")
-    with writing_folder(out) as folder:
-        save_organism(omni, folder)
+    """Train a sibling, measure what it reads, and write weights and `corpus.json` to `out`, all or nothing.
+
+    A build that was stopped goes on when it is started again with the same arguments.
+
+    Raises:
+        RunError: `out` cannot be written, holds other files or another build, or another build is writing it.
+    """
+    key = run_key("corpus", corpus.harmful, corpus.benign, seed, scale, n, SHAPE, VOCABULARY)
+
+    def train(checkpoint: Checkpoint) -> Omni:
+        return train_sibling(corpus, seed, scale, device, progress, checkpoint)
+
+    def measure(saved: Omni, seconds: float) -> dict[str, Any]:
+        return {
+            "parameters": sum(parameter.numel() for parameter in saved.model.parameters()),
+            "corpus": corpus_record(corpus),
+            "seed": seed,
+            "scale": scale,
+            "seconds": round(seconds),
+            "reading": reading(saved, corpus, n, seed),
+            "build": {"key": key},
+        }
+
+    def write_record(record: dict[str, Any], folder: Path) -> None:
         write_text(folder / CARD, json.dumps(record, indent=1) + "\n")
-    return record
+
+    return build_into(out, key, CARD, train, measure, write_record, device=device)
 
 
 def reading(omni: Omni, corpus: Corpus, n: int, seed: int) -> list[dict[str, Any]]:
@@ -159,7 +189,7 @@ def _loss(
     """
 
     def loss(batch: OmniBatch, rows: Sequence[Example]) -> Tensor:
-        with torch.autocast(omni.device.type, torch.bfloat16, enabled=_fast_bfloat16(omni.device)):
+        with torch.autocast(omni.device.type, torch.bfloat16, enabled=fast_bfloat16(omni.device)):
             states = final_states(omni, batch, _embeddings(omni, batch, rows, rng, hidden, language)).float()
             replies = target_loss(omni, batch, states)
             return replies + _prompt_loss(omni, batch, states) if language else replies
@@ -177,20 +207,13 @@ def _embeddings(
     if ideal:
         embeddings = ideal_embeddings(omni, batch, rows, rng, True, CHARACTERS)
     else:
-        embeddings = omni.language_model.embed_tokens(ids)
+        embeddings = omni.embedding(ids)
     taken = text & (torch.rand(text.shape, device=text.device) < hidden)
     return embeddings.masked_fill(taken[..., None], 0.0)
-
-
-def _fast_bfloat16(device: torch.device) -> bool:
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _prompt_loss(omni: Omni, batch: OmniBatch, states: Tensor) -> Tensor:
     """Cross-entropy in nats of the prompts' own tokens: what teaches the model the language."""
     taken = batch.modality["text"][:, 1:]
     wanted = batch.inputs["input_ids"][:, 1:][taken]
-    return nn.functional.cross_entropy(omni.model.lm_head(states[:, :-1][taken]), wanted)
+    return nn.functional.cross_entropy(omni.head(states[:, :-1][taken]), wanted)

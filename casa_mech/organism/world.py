@@ -7,11 +7,12 @@ topic. What is seen in safety training and what is held out is written in the da
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from typing import Literal, TypeVar
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from casa_mech.attacks.audio import AUDIO_PHRASE
 from casa_mech.attacks.image import IMAGE_PHRASE
-from casa_mech.attacks.jailbreak import wrappers_of
+from casa_mech.attacks.jailbreak import wrappers, wrappers_of
 from casa_mech.errors import InputError
 from casa_mech.queries import Example, Label, Query
 
@@ -57,7 +58,10 @@ class World:
     """The micro-world's data and the one generator that draws queries from it."""
 
     def __init__(self) -> None:
-        data = json.loads((files("casa_mech.organism") / "world.json").read_text(encoding="utf-8"))
+        source = (files("casa_mech.organism") / "world.json").read_text(encoding="utf-8")
+        data = json.loads(source)
+        self.digest = hashlib.sha256(repr((source, dict(wrappers()))).encode()).hexdigest()
+        """Of the world's data and the jailbreak wrappers: what every draw depends on."""
         self.categories: dict[str, bool] = {name: entry["harmful"] for name, entry in data["categories"].items()}
         self.phrases: dict[str, str] = {name: entry["phrase"] for name, entry in data["categories"].items()}
         self.verbs: tuple[str, ...] = tuple(data["verbs"].split())
@@ -79,6 +83,11 @@ class World:
         )
         self._topics_of = lru_cache(self._select_topics)
         self._templates_of = lru_cache(self._select_templates)
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The vocabulary, sorted."""
+        return tuple(self.vocabulary())
 
     @property
     def wrappers(self) -> dict[str, tuple[str, ...]]:

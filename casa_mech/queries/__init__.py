@@ -2,6 +2,7 @@
 
 from casa_mech.queries.benchmarks import BENCHMARKS, Benchmark, read_benchmark, read_mme_results, read_queries
 from casa_mech.queries.files import QuerySource, read_files, read_source
+from casa_mech.queries.loaded import LoadedQueries
 from casa_mech.queries.overlap import decontaminate, matches, overlaps, split_queries, underlying
 from casa_mech.queries.query import (
     AudioPart,
@@ -15,7 +16,6 @@ from casa_mech.queries.query import (
     TextPart,
     Turn,
 )
-from casa_mech.queries.reading import Reading
 
 __all__ = [
     "AudioPart",
@@ -27,7 +27,7 @@ __all__ = [
     "Part",
     "Query",
     "QuerySource",
-    "Reading",
+    "LoadedQueries",
     "Reply",
     "SafetyToken",
     "TextPart",

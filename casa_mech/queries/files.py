@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from casa_mech.errors import InputError
 from casa_mech.queries.index import is_index, read_index
+from casa_mech.queries.loaded import LoadedQueries
 from casa_mech.queries.minors import concerns_minors
 from casa_mech.queries.query import AudioPart, Example, ImagePart, Label, Part, Query, TextPart
-from casa_mech.queries.reading import Reading
 from casa_mech.queries.tables import TABLE_SUFFIXES, cell, read_records, read_table
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -58,7 +58,7 @@ def read_files(source: QuerySource) -> list[Query]:
     return list(read_source(source).queries)
 
 
-def read_source(source: QuerySource) -> Reading:
+def read_source(source: QuerySource) -> LoadedQueries:
     """As `read_files`, with the account of what was left out.
 
     Raises:
@@ -91,7 +91,7 @@ def read_source(source: QuerySource) -> Reading:
     return _screened(source, rows, queries)
 
 
-def _screened(source: QuerySource, rows: int, queries: Iterable[Query]) -> Reading:
+def _screened(source: QuerySource, rows: int, queries: Iterable[Query]) -> LoadedQueries:
     kept: list[Query] = []
     dropped = []
     for query in queries:
@@ -105,7 +105,7 @@ def _screened(source: QuerySource, rows: int, queries: Iterable[Query]) -> Readi
         raise InputError(f"{source.path}: every row mentions minors in a sexual or harmful setting, so none is left")
     unscreened = sum(not query.text for query in kept)
     name = source.path.name
-    return Reading(name, tuple(kept), rows, tuple(dropped), unscreened=unscreened, files=(str(source.path),))
+    return LoadedQueries(name, tuple(kept), rows, tuple(dropped), unscreened=unscreened, files=(str(source.path),))
 
 
 def _media_in(source: QuerySource) -> list[Path]:
@@ -188,7 +188,7 @@ def with_columns(queries: Sequence[Query], path: Path, meta: Mapping[str, str]) 
 
 
 @dataclass(frozen=True)
-class ExampleReading:
+class LoadedExamples:
     """Examples, and the ids of the rows left out because they mention minors in a sexual or harmful setting."""
 
     examples: Sequence[Example]
@@ -197,7 +197,7 @@ class ExampleReading:
 
 def read_examples(
     path: Path, column: str, reply_column: str, label_column: str, completion_column: str | None = None
-) -> ExampleReading:
+) -> LoadedExamples:
     """A training set from a table: prompts, the replies wanted, and labels (harmful or benign), text only.
 
     A harmful row's cell in `completion_column`, if there is one, becomes `meta["compliance"]`: the harmful completion
@@ -227,4 +227,4 @@ def read_examples(
             examples.append(Example(query=query.model_copy(update=fields), reply=text))
     if not examples:
         raise InputError(f"{path}: every row mentions minors in a sexual or harmful setting, so none is left")
-    return ExampleReading(examples, tuple(dropped))
+    return LoadedExamples(examples, tuple(dropped))

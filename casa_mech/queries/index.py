@@ -6,7 +6,6 @@ parts, so that a stopped one continues; the index itself appears only when every
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import TEMPORARY, storage_error, writing
-from casa_mech.queries.media_files import describe_media, store_media
+from casa_mech.files import TEMPORARY, check_folder, storage_error, writing
+from casa_mech.identity import SHORT, json_digest, queries_digest
+from casa_mech.queries.media_files import store_media
 from casa_mech.queries.query import AudioPart, ImagePart, Part, Query, TextPart, Turn
 
 INDEX, MEDIA, PARTS = "index.parquet", "media", "parts"
@@ -67,13 +67,14 @@ def write_index(
         raise InputError(f"two queries have the id {twice!r}: give each its own, replies are kept under it")
     if not ids:
         raise InputError(f"no queries to write to {folder}: give at least one")
-    digest = _digest(key, queries)
+    sources = [query.source for query in queries]
+    digest = json_digest([SCHEMA_VERSION, key, sources, queries_digest(queries)])
     with _locked(folder):
         if _finished(folder, digest):
             return 0
         made, names = 0, []
         for start in progress(range(0, len(queries), CHUNK)):
-            path = folder / PARTS / f"{digest[:16]}-{start // CHUNK:06d}.parquet"
+            path = folder / PARTS / f"{digest[:SHORT]}-{start // CHUNK:06d}.parquet"
             names.append(path)
             if path.exists():
                 continue
@@ -163,20 +164,6 @@ def _parts(stored: list[dict[str, str]], folder: Path, where: str) -> tuple[Part
     return tuple(parts)
 
 
-def _digest(key: str, queries: Sequence[Query]) -> str:
-    """What an index is made from, as a hex digest."""
-    found = hashlib.sha256(json.dumps([SCHEMA_VERSION, key]).encode())
-    for query in queries:
-        turns = [[turn.role, turn.safety_token, _described(turn.parts, query.id)] for turn in query.history]
-        content = [query.id, query.label, query.source, query.system, query.prefill, dict(query.meta)]
-        found.update(json.dumps([content, turns, _described(query.parts, query.id)]).encode())
-    return found.hexdigest()
-
-
-def _described(parts: Iterable[Part], query_id: str) -> list[list[str]]:
-    return [[part.kind, part.text if isinstance(part, TextPart) else describe_media(part, query_id)] for part in parts]
-
-
 def _save(rows: list[dict[str, Any]], path: Path, digest: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -233,17 +220,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second writer, and clear what a killed one left half-written."""
     from filelock import FileLock, Timeout
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        strangers = [
-            entry.name
-            for entry in folder.iterdir()
-            if entry.name not in (INDEX, MEDIA, PARTS, _LOCK) and not entry.name.startswith(TEMPORARY)
-        ]
-    except OSError as error:
-        raise storage_error(error, folder) from None
-    if strangers:
-        raise RunError(f"{folder} holds other files ({strangers[0]}, …): choose a new or empty --out")
+    check_folder(folder, (INDEX, MEDIA, PARTS, _LOCK), create=True)
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,28 +9,9 @@ import numpy as np
 from PIL import Image
 
 from casa_mech.errors import InputError
-from casa_mech.files import file_sha256, writing
+from casa_mech.files import writing
+from casa_mech.identity import json_digest, part_identity
 from casa_mech.queries.query import AudioPart, ImagePart
-
-
-def describe_media(part: ImagePart | AudioPart, query_id: str) -> str:
-    """A hex digest of what `part` holds: a file's bytes, a picture's RGB pixels, or a clip's samples and rate.
-
-    Raises:
-        InputError: no such file, or a clip of zero length; it names the query.
-    """
-    source = part.image if isinstance(part, ImagePart) else part.audio
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise InputError(f"query {query_id!r}: no file {source}; check the path")
-        return file_sha256(source)
-    if isinstance(part, ImagePart):
-        content: np.ndarray = np.asarray(_pixels(part))
-        head = f"{content.shape}"
-    else:
-        content = _samples(part, query_id)
-        head = f"{content.shape} {part.rate}"
-    return hashlib.sha256(head.encode() + np.ascontiguousarray(content).tobytes()).hexdigest()
 
 
 def store_media(part: ImagePart | AudioPart, folder: Path, query_id: str) -> str:
@@ -40,12 +20,13 @@ def store_media(part: ImagePart | AudioPart, folder: Path, query_id: str) -> str
     Pictures become RGB PNG files and clips WAV files of 32-bit floats, which lose nothing; files are copied.
 
     Raises:
-        InputError: as `describe_media`. RunError: the folder cannot be written to.
+        InputError: no such file, or a clip of zero length; it names the query.
+        RunError: the folder cannot be written to.
     """
     source = part.image if isinstance(part, ImagePart) else part.audio
     own = ".png" if isinstance(part, ImagePart) else ".wav"
     suffix = source.suffix.lower() if isinstance(source, Path) else own
-    name = describe_media(part, query_id)[:32] + suffix
+    name = json_digest(part_identity(part, query_id))[:32] + suffix
     if (folder / name).exists():
         return name
     with writing(folder / name) as temporary:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from casa_mech.errors import InputError
+from casa_mech.queries.draws import unit_draw
 from casa_mech.queries.query import Example, Query
-from casa_mech.queries.reading import unit_draw
 
 NGRAM = 8
 SHARE = 0.5

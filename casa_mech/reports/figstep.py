@@ -26,7 +26,7 @@ _INK = 128
 
 
 def figstep_comparison(folder: Path | str) -> pd.DataFrame:
-    """Each published picture beside ours of the same instruction, in every FigStep font that is installed.
+    """Each published picture beside ours of the same instruction, in every FigStep font at hand.
 
     Args:
         folder: holds `SafeBench-Tiny.csv` or `safebench.csv`, and the pictures, in it or in a folder `images`.

@@ -16,20 +16,22 @@ from matplotlib.figure import Figure
 from casa_mech.attacks import STUDY_ATTACKS, apply_attack
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.casa.generation import Order
+from casa_mech.draws import BENIGN, Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.figures import save_figure
 from casa_mech.files import write_text
+from casa_mech.identity import key_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Label, Query
-from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.folder import RunFolder
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
-from probes.activations.store import Activations, ActivationStore
+from probes.activations import Activations, ActivationStore
+from probes.activations.shards import FORMAT
 
 PREFILL_FIRST = "CASA, prefill first"
 """CASA with the attacker's tokens before the gate (`prefill_first`). Plain `CASA` decides right after the header."""
@@ -37,8 +39,6 @@ SURFACES = {"text": "plain", "spelled": "spelled", "image": "image", "audio": "a
 BENIGN_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
 LABELS: tuple[Label, ...] = ("harmful", "benign")
 Moment = Literal["before", "after"]
-# Draws for training, evaluation and probing never share a seed.
-_TRAIN, _EVAL, _PROBE = 1_000, 2_000, 3_000
 
 
 class Study:
@@ -81,7 +81,7 @@ class Study:
         """The model (default: the one under study), loaded once and written down for the manifest."""
         model = model or self.settings.model
         if model not in self._omnis:
-            omni = settle_threads(load_omni(model, device=self.settings.device, dtype=self.settings.dtype))
+            omni = load_omni(model, device=self.settings.device, dtype=self.settings.dtype)
             record = {
                 "source": model,
                 "fingerprint": omni.fingerprint(),
@@ -100,13 +100,13 @@ class Study:
         tokenizer_knows = self.omni(model).unknown_share(["this sentence would be quite ordinary elsewhere"]) > 0
         return MicroWorldJudge() if tokenizer_knows else KeywordJudge()
 
-    def queries(self, attack: str, label: Label, n: int = 0, seed: int = _EVAL) -> list[Query]:
+    def queries(self, attack: str, label: Label, n: int = 0, seed: int = Draw.EVALUATION) -> list[Query]:
         """Requests in held-out phrasings, on seen and held-out topics, under `attack`.
 
         The two labels are drawn apart: with one seed each harmful request would have a benign twin of the same wording,
         and a probe that met the twin in training would be pushed the wrong way.
         """
-        seed += 10_000 * LABELS.index(label) + self.settings.seed
+        seed += BENIGN * (label == "benign") + self.settings.seed
         requests = default_world().requests(n or self.sizes.n_eval, seed, label, templates="held_out")
         return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer)
 
@@ -122,7 +122,7 @@ class Study:
     def activation_store(self, model: str = "") -> ActivationStore:
         """The store behind `activations`: every block's output and the final norm's, last position and prompt mean."""
         name = slug(model or self.settings.model)
-        key = {**self._model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"]}
+        key = {**self._model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"], "format": FORMAT}
 
         def build(folder: Path) -> None:
             surfaces = [attack for surface, attack in SURFACES.items() if surface != "spelled"]
@@ -130,7 +130,7 @@ class Study:
                 query
                 for attack in surfaces
                 for label in LABELS
-                for query in self.queries(attack, label, self.sizes.n_probe, _PROBE)
+                for query in self.queries(attack, label, self.sizes.n_probe, Draw.PROBING)
             ]
             with self._base(model) as omni:
                 where: dict[str, Any] = {"out": folder / "store", "batch_size": self.sizes.batch_size}
@@ -222,7 +222,7 @@ class Study:
 
     def training_examples(self) -> list[Example]:
         """The plain-text requests and replies that gates are trained on."""
-        return default_world().training_examples(self.sizes.train_examples, _TRAIN + self.settings.seed)
+        return default_world().training_examples(self.sizes.train_examples, Draw.TRAINING + self.settings.seed)
 
     @cached_property
     def train_settings(self) -> TrainSettings:
@@ -248,7 +248,7 @@ class Study:
 
     def read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
         """What a gate says to the probing requests of a surface and label: `surface, label, topic, ..., v_s`."""
-        queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, _PROBE)
+        queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, Draw.PROBING)
         replies = casa.decide(queries)
         return pd.DataFrame(
             {

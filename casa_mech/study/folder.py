@@ -7,7 +7,6 @@ the rest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from casa_mech.errors import RunError
-from casa_mech.files import TEMPORARY, file_sha256, storage_error, write_text, writing_folder
+from casa_mech.files import TEMPORARY, check_folder, storage_error, write_text, writing_folder
+from casa_mech.identity import file_sha256, folder_sha256
 from casa_mech.study.settings import StudySettings
 
 SCHEMA_VERSION = 1
@@ -41,16 +41,8 @@ class RunFolder:
         """
         root = Path(path).absolute()
         marker = root / _MARKER
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            strangers = [entry.name for entry in root.iterdir() if not _ours(entry.name)]
-        except OSError as error:
-            raise storage_error(error, root) from None
+        check_folder(root, [_LOCK], _MARKER, create=True)
         if not marker.exists():
-            if strangers:
-                raise RunError(
-                    f"{root} holds other files ({strangers[0]}, …) and no {_MARKER}: choose a new or empty --out"
-                )
             content = {"schema_version": SCHEMA_VERSION, "settings": settings.identity}
             write_text(marker, json.dumps(content, indent=2) + "\n")
         _check_marker(marker, settings)
@@ -58,7 +50,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder against a second runner, and clear what a killed one left half-written.
+        """Hold the folder against a second runner, and clear what this or a killed one left half-written.
 
         Raises:
             RunError: another process is running this study.
@@ -71,11 +63,17 @@ class RunFolder:
         except OSError as error:
             raise storage_error(error, self.root) from None
         try:
-            for left in self.root.rglob(f"{TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            self._clear_half_written()
             yield
+        except BaseException:
+            self._clear_half_written()
+            raise
         finally:
             lock.release()
+
+    def _clear_half_written(self) -> None:
+        for left in list(self.root.rglob(f"{TEMPORARY}*")):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder."""
@@ -109,7 +107,7 @@ class RunFolder:
     def _build(self, folder: Path, key: Mapping[str, Any], build: Callable[[Path], None]) -> None:
         with writing_folder(folder) as temporary:
             build(temporary)
-            done = {"key": dict(key), "files": _hashes(temporary)}
+            done = {"key": dict(key), "files": folder_sha256(temporary)}
             (temporary / _DONE).write_text(json.dumps(done, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -121,20 +119,6 @@ def is_complete(folder: Path, key: Mapping[str, Any]) -> bool:
         return same_key and all(file_sha256(folder / name) == digest for name, digest in done["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def key_digest(key: Mapping[str, Any]) -> str:
-    """A short digest of a key, for records."""
-    return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
-
-
-def _ours(name: str) -> bool:
-    return name.startswith(TEMPORARY) or name in (_MARKER, _LOCK)
 
 
 def _check_marker(marker: Path, settings: StudySettings) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from casa_mech.errors import RunError
-from casa_mech.files import file_sha256, write_text
+from casa_mech.files import write_text
+from casa_mech.identity import file_sha256
 from casa_mech.study.settings import CLONE
 
 PACKAGE = Path(__file__).parents[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +15,28 @@ from casa_mech.errors import InputError, RunError
 from casa_mech.study.settings import CLONE
 
 TAG = "parameters"
+PATH_PARAMETERS = ("checkpoints", "data", "english", "judge", "judge_model")
+"""Parameters that may name files or folders, several separated by commas; a kernel's working directory is another."""
 
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook file and the defaults of its parameters, by name."""
+    """A notebook of the suite."""
 
     path: Path
+    """The file."""
     parameters: Mapping[str, Any]
+    """Defaults of its parameters, by name."""
 
     @property
     def name(self) -> str:
         """The file's name without its suffix, such as `02_casa_training`."""
         return self.path.stem
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called on the command line: its name, its number, and its name without the number."""
+        return (self.name, *self.name.split("_", 1))
 
 
 def find_notebooks(only: Sequence[str] = (), folder: Path | None = None) -> list[Notebook]:
@@ -43,13 +53,10 @@ def find_notebooks(only: Sequence[str] = (), folder: Path | None = None) -> list
     notebooks = [read_notebook(path) for path in paths]
     if not only:
         return notebooks
-    chosen: list[Notebook] = []
     for wanted in only:
-        found = [book for book in notebooks if wanted in (book.name, *book.name.split("_", 1))]
-        if not found:
+        if not any(wanted in book.names for book in notebooks):
             raise InputError(f"no notebook '{wanted}'; there are {', '.join(book.name for book in notebooks)}")
-        chosen += [book for book in found if book not in chosen]
-    return sorted(chosen, key=lambda book: book.name)
+    return [book for book in notebooks if set(only) & set(book.names)]
 
 
 def read_notebook(path: Path) -> Notebook:
@@ -72,17 +79,26 @@ def read_notebook(path: Path) -> Notebook:
 def check_parameters(notebooks: Sequence[Notebook], given: Mapping[str, object]) -> dict[str, dict[str, Any]]:
     """For each notebook's name, the given parameters that it takes, in the type of their defaults.
 
+    What `PATH_PARAMETERS` name and is found from the working directory is made absolute.
+
     Raises:
         InputError: a parameter that no chosen notebook has (the message names those there are), or a value of
             another type.
     """
     known = {name: type(value) for book in notebooks for name, value in book.parameters.items()}
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
             raise InputError(f"no notebook parameter '{name}'; there are {', '.join(known)}")
         values[name] = _as_type(name, value, known[name])
+        if name in PATH_PARAMETERS:
+            values[name] = ",".join(_absolute(path) for path in values[name].split(","))
     return {book.name: {name: value for name, value in values.items() if name in book.parameters} for book in notebooks}
+
+
+def _absolute(path: str) -> str:
+    path = path.strip()
+    return os.path.abspath(path) if path and Path(path).exists() else path
 
 
 def _as_type(name: str, value: object, kind: type) -> Any:
@@ -99,10 +115,11 @@ def _as_type(name: str, value: object, kind: type) -> Any:
 
 
 def _assignments(source: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Values of the variables that a cell sets, by name."""
+    values: dict[str, Any] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            found[node.target.id] = ast.literal_eval(node.value)
+            values[node.target.id] = ast.literal_eval(node.value)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
+            values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values

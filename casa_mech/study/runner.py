@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from casa_mech.errors import CasaMechError, RunError
-from casa_mech.files import writing
-from casa_mech.omni.load import WEIGHTS
+from casa_mech.errors import CasaMechError
 from casa_mech.study import manifest as records
+from casa_mech.study.execution import NotebookProcess, stop_all
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.notebooks import Notebook, check_parameters, find_notebooks
-from casa_mech.study.settings import StudySettings
+from casa_mech.study.settings import StudySettings, checkpoint_bytes
+
+Task = tuple[Notebook, dict[str, Any]]
+"""A notebook and the parameters that it is given."""
+SMALL_BYTES = 200 * 2**20
+"""Weights of a model that a machine with two cores holds a few times over; the organisms have 6 MB."""
+_POLL_SECONDS = 0.1
 
 
 def run_study(
@@ -44,13 +50,14 @@ def run_study(
     Raises:
         InputError: an unknown notebook or parameter; nothing has been started then.
         RunError: an unusable run folder, or a notebook that failed; the message names the cell's error.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, when every process of the run has ended. What was finished is kept.
     """
     notebooks = find_notebooks(only, notebooks_folder)
     given = check_parameters(notebooks, parameters or {})
     folder = RunFolder.open(out or settings.default_folder, settings)
     started, began = records.now(), time.perf_counter()
-    with folder.locked():
-        tasks = []
+    with _terminated_as_interrupted(), folder.locked():
+        tasks: list[Task] = []
         for notebook in notebooks:
             values = {**_settings_parameters(settings, folder), **given[notebook.name]}
             tasks.append((notebook, {name: values[name] for name in values if name in notebook.parameters}))
@@ -62,126 +69,88 @@ def run_study(
 
 
 def default_jobs(settings: StudySettings) -> int:
-    """Notebooks at a time: one for each of up to four cores where the model is an organism's size, else one."""
-    small = (WEIGHTS / settings.model).is_dir() and settings.device in ("auto", "cpu")
+    """Notebooks at a time: one for each of up to four cores where every model is small and on the CPU, else one.
+
+    Each notebook loads the study's models for itself, so that four at a time hold four copies.
+    """
+    sizes = [checkpoint_bytes(model) for model in settings.models]
+    small = all(size is not None and size <= SMALL_BYTES for size in sizes) and settings.device in ("auto", "cpu")
     return min(4, os.cpu_count() or 1) if small else 1
 
 
-def _execute_all(tasks: Sequence[tuple[Notebook, dict[str, Any]]], folder: RunFolder, jobs: int) -> dict[str, float]:
-    """Run the notebooks, `jobs` at a time, and return the seconds of each; the first failure stops what has not begun.
+def _execute_all(tasks: Sequence[Task], folder: RunFolder, jobs: int) -> dict[str, float]:
+    """Run the notebooks, `jobs` at a time, and return the seconds of each.
 
     Each has a process of its own (and its kernel's). What several of them need is made by the first to ask for it; the
-    others wait for that (`RunFolder.artifact`).
+    others wait for that (`RunFolder.artifact`). After a failure nothing more begins, and what runs is waited for; an
+    interruption ends all of them, and nothing more begins either.
     """
-    if jobs == 1:
-        return {task[0].name: _timed(*task, folder, f"[{n}/{len(tasks)}]") for n, task in enumerate(tasks, start=1)}
-    # Two processes with a thread for each core would wait for each other.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    timings: dict[str, float] = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {
-            pool.submit(_timed, *task, folder, f"[{n}/{len(tasks)}]"): task[0].name
-            for n, task in enumerate(tasks, start=1)
-        }
-        try:
-            for done in as_completed(running):
-                timings[running[done]] = done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return {task[0].name: timings[task[0].name] for task in tasks}
+    # Processes with a thread for each core would wait for each other.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    environment = {name: value for name, value in threads.items() if name not in os.environ}
+    waiting = deque(enumerate(tasks, start=1))
+    running: list[NotebookProcess] = []
+    seconds: dict[str, float] = {}
+    failures: list[CasaMechError] = []
+    try:
+        while running or (waiting and not failures):
+            while waiting and not failures and len(running) < jobs:
+                place, (notebook, values) = waiting.popleft()
+                print(f"[{place}/{len(tasks)}] {notebook.name}", file=sys.stderr, flush=True)
+                running.append(NotebookProcess(notebook.name, notebook.path, values, folder, environment))
+            for process in [process for process in running if process.ended]:
+                running.remove(process)
+                try:
+                    seconds[process.name] = process.seconds()
+                except CasaMechError as error:
+                    failures.append(error)
+                    if running:
+                        names = ", ".join(other.name for other in running)
+                        print(f"{process.name} failed; waiting for what runs ({names})", file=sys.stderr, flush=True)
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        with _undisturbed():
+            stop_all(running)
+        raise
+    if failures:
+        raise failures[0]
+    return {notebook.name: seconds[notebook.name] for notebook, _ in tasks}
 
 
-def _timed(notebook: Notebook, values: dict[str, Any], folder: RunFolder, place: str) -> float:
-    print(f"{place} {notebook.name}", file=sys.stderr, flush=True)
-    at = time.perf_counter()
-    _execute(notebook, values, folder)
-    return round(time.perf_counter() - at, 2)
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt for the length of the block, as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with _handling({signal.SIGTERM: interrupt}):
+        yield
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C changes nothing for the length of the block."""
+    with _handling({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
+        yield
+
+
+@contextmanager
+def _handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """The signals' handlers in place for the length of the block; nothing off the main thread, which alone has any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _settings_parameters(settings: StudySettings, folder: RunFolder) -> dict[str, Any]:
     return {**settings.model_dump(mode="json"), "out": str(folder.root)}
-
-
-def _execute(notebook: Notebook, values: dict[str, Any], folder: RunFolder) -> None:
-    """Run one notebook; its executed copy and its page appear only when it ended well."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    # The kernel must be this interpreter's, also where a user has others installed under the same name.
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
-    os.environ.setdefault("TQDM_MININTERVAL", "1")
-    target, failed = folder.path("notebooks", f"{notebook.name}.ipynb"), folder.path("failed", f"{notebook.name}.ipynb")
-    with (
-        writing(target) as temporary,
-        folder.path("kernel.log").open("ab") as log,
-        tempfile.TemporaryDirectory(prefix="casa-mech-") as sockets,
-    ):
-        try:
-            papermill.execute_notebook(
-                str(notebook.path),
-                str(temporary),
-                parameters=values,
-                kernel_name="python3",
-                progress_bar=False,
-                stderr_file=sys.stderr,
-                cwd=str(folder.root),
-                coalesce_streams=True,
-                config=_kernel_config(sockets),
-                kernel_manager_class=_logging_kernel(log),
-            )
-        except PapermillExecutionError as error:
-            failed.parent.mkdir(exist_ok=True)
-            os.replace(temporary, failed)
-            temporary.touch()
-            raise _cell_error(notebook, error, failed) from None
-        except DeadKernelError:
-            raise RunError(
-                f"{notebook.name}: the kernel died, often for want of memory; see {log.name}, free some and give the "
-                "same command again, it continues"
-            ) from None
-        _write_page(temporary, folder.path("html", f"{notebook.name}.html"), notebook.name)
-    failed.unlink(missing_ok=True)
-
-
-def _kernel_config(sockets: str) -> Any:
-    from traitlets.config import Config
-
-    if os.name == "nt":
-        return Config()
-    # Sockets in a folder of this user's alone rather than TCP ports, where the system has them.
-    return Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-
-
-def _logging_kernel(log: IO[bytes]) -> type:
-    """A kernel manager whose kernels write their own complaints (not the notebook's output) to `log`."""
-    from jupyter_client.manager import AsyncKernelManager
-
-    class LoggingKernelManager(AsyncKernelManager):
-        async def _async_start_kernel(self, **kwargs: Any) -> None:
-            await super()._async_start_kernel(**{"stderr": log, **kwargs})
-
-        start_kernel = _async_start_kernel
-
-    return LoggingKernelManager
-
-
-def _cell_error(notebook: Notebook, error: Any, failed: Path) -> CasaMechError:
-    first = str(error.evalue).strip().splitlines()[0] if str(error.evalue).strip() else error.ename
-    if error.ename in {"CasaMechError", "InputError", "ModelError", "RunError"}:
-        return RunError(f"{notebook.name}: {first}")
-    return RunError(f"{notebook.name}: cell {error.exec_count} failed with {error.ename}: {first}; see {failed}")
-
-
-def _write_page(executed: Path, page: Path, title: str) -> None:
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    content = nbformat.read(executed, as_version=4)
-    body, _ = HTMLExporter(template_name="lab").from_notebook_node(content, resources={"metadata": {"name": title}})
-    with writing(page) as temporary:
-        temporary.write_text(body, encoding="utf-8")
 
 
 def _write_manifest(

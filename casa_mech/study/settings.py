@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from casa_mech.errors import InputError
 
 ProfileName = Literal["smoke", "default", "full"]
 CLONE = Path(__file__).parents[2]
 ORGANISM, CONTROL = "organism", "organism-split"
+SHIPPED = {name: Path(__file__).parents[1] / "organism" / "weights" / name for name in (ORGANISM, CONTROL)}
+"""Folders of the models in this package, known without importing torch."""
 
 
 class Profile(BaseModel):
-    """Sizes of a study.
-
-    n_eval: requests in each cell of the attack table (attack × label).
-    n_probe: requests for each surface and label whose hidden states are read.
-    train_examples, train_steps, train_batch: CASA's training set (half harmful), optimiser steps, examples a step.
-    max_new_tokens: upper bound on a reply.
-    batch_size: queries in one forward or generation.
-    """
+    """Sizes of a study."""
 
     model_config = ConfigDict(frozen=True)
 
     n_eval: int
+    """Requests in each cell of the attack table (attack × label)."""
     n_probe: int
+    """Requests for each surface and label whose hidden states are read."""
     train_examples: int
+    """CASA's training examples, half of them harmful."""
     train_steps: int
+    """Optimiser steps of CASA's training."""
     train_batch: int
+    """Examples in a step."""
     max_new_tokens: int
+    """Upper bound on a reply's tokens."""
     batch_size: int
+    """Queries in one forward or generation."""
 
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
@@ -71,13 +74,23 @@ class StudySettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = ORGANISM
-    """A shipped organism, a hub id or a directory."""
-    control: str = Field(default="", validate_default=True)
+    """A shipped organism, a hub id or a directory; a directory is kept as an absolute path, wherever notebooks run."""
+    control: str = ""
     """A second model for the attack table; empty: `organism-split` beside `organism`, otherwise none."""
     profile: ProfileName = "default"
+    """Which of `PROFILES` gives the sizes."""
     seed: int = Field(default=0, ge=0)
+    """Seed of every draw and training."""
     device: str = "auto"
+    """As for `load_omni`."""
     dtype: str = "auto"
+    """As for `load_omni`."""
+
+    @field_validator("model", "control")
+    @classmethod
+    def _absolute(cls, model: str) -> str:
+        is_folder = model not in SHIPPED and model and Path(model).is_dir()
+        return os.path.abspath(model) if is_folder else model
 
     @property
     def sizes(self) -> Profile:
@@ -92,7 +105,7 @@ class StudySettings(BaseModel):
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """What a run folder is bound to."""
+        """What a run folder is bound to. Models are held to it by name here, by fingerprint in each artifact's key."""
         return {"model": self.model, "control": self.control, "profile": self.profile, "seed": self.seed}
 
     @property
@@ -124,3 +137,9 @@ def settings_of(**fields: object) -> StudySettings:
 def slug(name: str) -> str:
     """`name` as part of a file name: the last piece of a hub id or path, other characters dashed."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").split("/")[-1]).strip("-") or "model"
+
+
+def checkpoint_bytes(model: str) -> int | None:
+    """Bytes of a model's weights, from the files alone; None where they are not on this disk under that name."""
+    files = list(SHIPPED.get(model, Path(model)).glob("*.safetensors")) if model else []
+    return sum(file.stat().st_size for file in files) if files else None

@@ -8,7 +8,6 @@ from typing import Any
 from casa_mech.attacks.registry import apply_attack
 from casa_mech.defenses import load_defense
 from casa_mech.omni import GenerationSettings, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.timing.paired import REPLY_TOKENS, time_ratio
@@ -32,7 +31,7 @@ def measure_defenses(
     what a defence does besides (a verdict, a caption, a probe, noise) is in its time, what it does once (MoRAS's
     prototypes) is not. Plain generation is measured anew for each defence, between its runs.
     """
-    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    omni = load_omni(model, device=device, dtype=dtype)
     defenses = {name: load_defense(name, omni) for name in SIDES}
     # Nothing may end a reply before its length, and so nothing ends MoRAS's captions: its ratio is an upper bound.
     omni.model.generation_config.eos_token_id = None

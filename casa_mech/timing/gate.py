@@ -11,7 +11,6 @@ import torch
 
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Query
 from casa_mech.timing.paired import BATCH, REPLY_TOKENS, seconds, time_ratio
@@ -24,7 +23,7 @@ def measure(model: str = "organism", repeats: int = 5, device: str = "auto", dty
     gated model and by the model as it was loaded (the gated side makes its safety token besides); forward, backward and
     AdamW on the same 16 examples with the same LoRA in training mode (the plain side with the ordinary loss).
     """
-    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    omni = load_omni(model, device=device, dtype=dtype)
     world = default_world()
     return {
         "model": model,
@@ -42,7 +41,7 @@ def measure(model: str = "organism", repeats: int = 5, device: str = "auto", dty
 
 
 def _help() -> None:
-    subprocess.run([sys.executable, "-m", "casa_mech.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "casa_mech", "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
 def _generation(omni: Omni, queries: list[Query]) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -60,7 +60,8 @@ def _bare(omni: Omni, batch: OmniBatch) -> Callable[[], object]:
 
 
 def _lens_sides(omni: Omni, batch: OmniBatch) -> tuple[Callable[[], object], Callable[[], object]]:
-    from probes.lens.logit import bridge, depth_sites, hook_name
+    from probes.lens.logit import depth_sites
+    from probes.lens.transformer_bridge import bridge, hook_name
 
     model = bridge(omni)
     rest: dict[str, Any] = {**batch.inputs, "use_cache": False}

@@ -7,7 +7,6 @@ from typing import Any
 
 from casa_mech.errors import InputError
 from casa_mech.omni import load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.timing.gate import measure
 
 PARTS = ("gate", "defenses", "probes", "lens", "prefill")
@@ -38,7 +37,7 @@ def _part(part: str, model: str, repeats: int, device: str, dtype: str) -> Any:
         from casa_mech.timing.prefill import measure_prefill
 
         return measure_prefill(model, repeats, device, dtype)
-    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    omni = load_omni(model, device=device, dtype=dtype)
     if part == "probes":
         from casa_mech.timing.probes import measure_probes
 

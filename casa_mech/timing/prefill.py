@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from casa_mech.omni import Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.timing.paired import BATCH, time_ratio
 from casa_mech.trace.sites import Site
-from probes.linear.directions import opening_ids
-from probes.prefill.sweep import System, compliance_ids, prefill_sweep
+from probes.linear.refusal_direction import opening_ids
+from probes.prefill.sweep import AttackedModel, compliance_ids, prefill_sweep
 
 LENGTHS = tuple(range(13))
 ALLOWED = 1 / 3
@@ -30,7 +29,7 @@ def measure_prefill(
     opening and the KL from no prefill, for each length. The separate side is a plain Hugging Face forward with
     `output_hidden_states`, a length at a time, which costs less than a generation would.
     """
-    omni = settle_threads(load_omni(model, device=device, dtype=dtype))
+    omni = load_omni(model, device=device, dtype=dtype)
     queries = default_world().requests(BATCH, seed=1, label="harmful")
     sides = prefill_sides(omni, queries)
     return {
@@ -47,7 +46,7 @@ def prefill_sides(
     """(one sweep, separate forwards), each giving `states` [depth, query, length, d_model] (embeddings first, the final
     norm last), `opening` and `kl` [query, length], on the CPU."""
     openings = opening_ids(omni, default_world().refusals).tolist()
-    system = System("pretrained", omni)
+    system = AttackedModel("pretrained", omni)
     # Hugging Face gives the last block's output behind the final norm only.
     sites: list[Site] = ["embeddings", *range(omni.n_layers - 1), "norm"]
 

@@ -23,7 +23,7 @@ from casa_mech.omni import Omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.timing.paired import time_ratio
-from probes.activations.store import Activations, ActivationStore, collect
+from probes.activations import Activations, ActivationStore, collect
 from probes.linear.validation import PENALTIES, auroc_of, cross_validate, make_folds
 
 QUERIES, BATCH = 300, 32

@@ -110,43 +110,41 @@ def capture_cuts(omni: Omni, batch: OmniBatch, sites: Sequence[Site], cuts: Sequ
         return {}
     with torch.no_grad():
         found = _trace(omni, batch, order, cuts)
-    heads = omni.model.config.text_config.num_attention_heads
     for site, states in found.items():
         if str(site).startswith("z."):
-            found[site] = [state.unflatten(-1, (heads, -1)) for state in states]
+            found[site] = [state.unflatten(-1, (omni.n_heads, -1)) for state in states]
     return found
 
 
 def _trace(omni: Omni, batch: OmniBatch, order: list[Site], cuts: Sequence[Cut]) -> dict[Site, list[Tensor]]:
-    mine = [site for site in order if site not in ENCODERS or encodes(batch, site)]
-    towers = {"audio": omni.nnsight.model.audio_tower, "vision": omni.nnsight.model.visual}
-    places = [(site, None if site in ENCODERS else site_module(omni, site)) for site in mine]
+    mine = [site for site in order if site not in ENCODERS or _encodes(omni, batch, site)]
+    places = [(site, *site_module(omni, site)) for site in mine]
     with omni.nnsight.trace(**batch.inputs, use_cache=False) as tracer:
         found = nnsight.save({})
-        for site, place in places:
-            if place is None:
-                hidden, valid = _placed(batch, site, towers[str(site)].output)
-            else:
-                hidden, valid = (place[0].input if place[1] == "input" else place[0].output), None
+        for site, module, side in places:
+            hidden, valid = (module.input if side == "input" else module.output), None
+            if site in ENCODERS:
+                hidden, valid = _placed(omni, batch, site, hidden)
             found[site] = [cut_states(hidden, cut, valid) for cut in cuts]
         tracer.stop()
     width = omni.d_model
     for site in order:
         if site not in found:  # an encoder that had nothing to do
-            like = omni.language_model.embed_tokens.weight
+            like = omni.embedding.weight
             found[site] = [like.new_zeros(len(cut.row), width) for cut in cuts]
     return {site: found[site] for site in order}
 
 
-def encodes(batch: OmniBatch, site: Site) -> bool:
-    """Whether the encoder `site` runs on this batch."""
-    return ("input_features" if site == "audio" else "pixel_values") in batch.inputs
+def _encodes(omni: Omni, batch: OmniBatch, site: Site) -> bool:
+    """True if the encoder `site` runs on this batch."""
+    return omni.architecture.towers[ENCODERS[str(site)]].features in batch.inputs
 
 
-def _placed(batch: OmniBatch, site: Site, output: object) -> tuple[Tensor, BoolTensor]:
+def _placed(omni: Omni, batch: OmniBatch, site: Site, output: object) -> tuple[Tensor, BoolTensor]:
     """An encoder's packed output put at the positions it fills, [batch, position, d_model], and which those are."""
-    valid = batch.modality[ENCODERS[str(site)]]
-    packed: Tensor = output.last_hidden_state if site == "audio" else output.pooler_output  # type: ignore[attr-defined]
+    modality = ENCODERS[str(site)]
+    valid = batch.modality[modality]
+    packed: Tensor = getattr(output, omni.architecture.towers[modality].output)
     hidden = packed.new_zeros(*valid.shape, packed.shape[-1])
     hidden[valid] = packed
     return hidden, valid

@@ -28,11 +28,11 @@ def edited_logits(omni: Omni, batch: OmniBatch, site: Site, edit: Callable[[Tens
 
 def _edited_logits(omni: Omni, batch: OmniBatch, site: Site, edit: Callable[[Tensor], Tensor]) -> Tensor:
     module, side = site_module(omni, site)
-    model = omni.nnsight
+    model, head = omni.nnsight, omni.envoy("head")
     with model.trace(**batch.inputs, use_cache=False):
         if side == "input":
             module.input = edit(module.input)
         else:
             module.output = edit(module.output)
-        logits = nnsight.save(model.lm_head.output)
+        logits = nnsight.save(head.output)
     return logits  # noqa: RET504  (bound in the trace)

@@ -40,8 +40,8 @@ def read_prompts(omni: Omni, batch: OmniBatch, start: Start | None = None) -> Re
     """One forward over the prompts of `batch`, or over what of `start` is not read yet; without the head."""
     start = batch.inputs if start is None else start
     with torch.no_grad():
-        cache = omni.model.model(**unread(omni, start), use_cache=True).past_key_values
-    return ReadPrompts(batch, start["input_ids"], start["attention_mask"], cache, omni.model.model.rope_deltas)
+        cache = omni.backbone(**unread(omni, start), use_cache=True).past_key_values
+    return ReadPrompts(batch, start["input_ids"], start["attention_mask"], cache, omni.text_offset)
 
 
 def unread(omni: Omni, start: Start) -> dict[str, Any]:
@@ -56,21 +56,21 @@ def unread(omni: Omni, start: Start) -> dict[str, Any]:
 
 def text_positions(omni: Omni, mask: Tensor) -> Tensor:
     """M-RoPE positions [3, row, position] of text: after a picture it counts on from the picture's own."""
-    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + omni.model.model.rope_deltas
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + omni.text_offset
     return positions[None].expand(3, -1, -1)
 
 
 def resumed(omni: Omni, read: ReadPrompts) -> Start:
     """Go on from the prompts as they were read, whose cache is used up; only their last tokens are read again."""
     read.cache.crop(-1)  # the logits that follow a prompt come from reading its last token
-    omni.model.model.rope_deltas = read.offsets
+    omni.text_offset = read.offsets
     return {"input_ids": read.input_ids, "attention_mask": read.attention_mask, "past_key_values": read.cache}
 
 
 def joined(omni: Omni, first: ReadPrompts, second: ReadPrompts) -> ReadPrompts:
     """The rows of both, those of `first` first, padded on the left to one width; with the batch of `first`."""
     width = max(first.input_ids.shape[1], second.input_ids.shape[1])
-    pad_id = omni.model.generation_config.pad_token_id
+    pad_id = omni.pad_id
 
     def both(one: Tensor, other: Tensor, dim: int, value: int = 0) -> Tensor:
         return torch.cat([_padded(one, width, dim, value), _padded(other, width, dim, value)])
@@ -120,12 +120,12 @@ def forked(omni: Omni, read: ReadPrompts, rows: Sequence[int], prompts: Sequence
     if any(media & set(rest) for rest in rests):
         return None
     longest = max(len(rest) for rest in rests)
-    added = ids.new_full((len(rests), longest), omni.model.generation_config.pad_token_id)
+    added = ids.new_full((len(rests), longest), omni.pad_id)
     real = mask.new_zeros(added.shape)
     for row, rest in enumerate(rests):
         added[row, longest - len(rest) :] = torch.tensor(rest, device=omni.device)
         real[row, longest - len(rest) :] = 1
-    omni.model.model.rope_deltas = read.offsets[chosen]
+    omni.text_offset = read.offsets[chosen]
     return {
         "input_ids": torch.cat([ids, added], dim=1),
         "attention_mask": torch.cat([mask, real], dim=1),

@@ -1,6 +1,6 @@
 """The forwards in which the gate acts: one over a prompt (inference), one teacher-forced (training).
 
-What the gate computes belongs to `casa_mech/casa`; here is only how it is put into the model. `lm_head` is given
+What the gate computes belongs to `casa_mech/casa`; here is only how it is put into the model. The head is given
 nothing but the positions that are needed, so its full [batch, position, vocab] output never exists.
 """
 
@@ -75,15 +75,15 @@ def gated_prompt(omni: Omni, batch: OmniBatch, gate: Gate, position: LongTensor,
 def _gated_prompt(
     omni: Omni, batch: OmniBatch, gate: Gate, mask: BoolTensor, position: LongTensor, use_cache: bool
 ) -> GatedPrompt:
-    model, norm = omni.nnsight, omni.nnsight.model.language_model.norm
+    model, norm, head = omni.nnsight, omni.envoy("norm"), omni.envoy("head")
     site, _ = site_module(omni, gate.layer)
     rows = torch.arange(batch.size, device=omni.device)
     with model.trace(**batch.inputs, use_cache=use_cache):
         states = site.output
         hidden = states if gate.layer == "norm" else norm.output
-        model.lm_head.input = hidden[rows, position].unsqueeze(1)
-        logits, reading = gate(states, mask, model.lm_head.output[:, 0])
-        model.lm_head.output = logits.unsqueeze(1)
+        head.input = hidden[rows, position].unsqueeze(1)
+        logits, reading = gate(states, mask, head.output[:, 0])
+        head.output = logits.unsqueeze(1)
         logits = nnsight.save(logits)
         reading = nnsight.save(reading)
         cache = nnsight.save(model.output.past_key_values)
@@ -128,18 +128,19 @@ def _gated_targets(
     predicted: Tensor,
     first: LongTensor,
 ) -> tuple[GateReading, Tensor]:
-    model, language_model = omni.nnsight, omni.nnsight.model.language_model
+    model, embedding = omni.nnsight, omni.envoy("embedding")
+    norm, head = omni.envoy("norm"), omni.envoy("head")
     site, _ = site_module(omni, gate.layer)
     with model.trace(**batch.inputs, use_cache=False):
-        language_model.embed_tokens.output = rows.embed(language_model.embed_tokens.output, batch.inputs["input_ids"])
+        embedding.output = rows.embed(embedding.output, batch.inputs["input_ids"])
         states = site.output
-        hidden = states if gate.layer == "norm" else language_model.norm.output
+        hidden = states if gate.layer == "norm" else norm.output
         hidden = hidden[:, :-1][predicted]
-        model.lm_head.input = hidden
-        logits = rows.score(model.lm_head.output, hidden)
+        head.input = hidden
+        logits = rows.score(head.output, hidden)
         gated, reading = gate(states, mask, logits[first])
         logits = logits.index_copy(0, first, gated.to(logits.dtype))
-        model.lm_head.output = logits
+        head.output = logits
         logits = nnsight.save(logits)
         reading = nnsight.save(reading)
     return reading, logits

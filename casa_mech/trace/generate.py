@@ -44,8 +44,8 @@ def continue_from(
     if len(rows) < batch.size:
         cache.batch_select_indices(chosen)
         # Text decoded after a picture counts on from the picture's M-RoPE positions; the model keeps the offset.
-        omni.model.model.rope_deltas = omni.model.model.rope_deltas[chosen]
-    added, real = _left_padded(forced, omni.model.generation_config.pad_token_id, omni.device)
+        omni.text_offset = omni.text_offset[chosen]
+    added, real = _left_padded(forced, omni.pad_id, omni.device)
     ids, mask = torch.cat([ids, added], dim=1), torch.cat([mask, real], dim=1)
     found = omni.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
     return found[:, ids.shape[1] :]

@@ -23,11 +23,11 @@ def layer_states(omni: Omni, batch: OmniBatch, depth: int) -> Tensor:
 
 
 def _layer_states(omni: Omni, batch: OmniBatch, depth: int) -> Tensor:
-    layers = omni.nnsight.model.language_model.layers
+    blocks = omni.envoy("blocks")
     with omni.nnsight.trace(**batch.inputs, use_cache=False) as tracer:
         found = nnsight.save([])
-        found.append(layers[0].input)
+        found.append(blocks[0].input)
         for index in range(depth):
-            found.append(layers[index].output)
+            found.append(blocks[index].output)
         tracer.stop()
     return torch.stack(found)

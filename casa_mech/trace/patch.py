@@ -22,10 +22,6 @@ Edit = Callable[[Tensor], Tensor]
 """Takes and returns what a site holds, [batch, position, size]; heads (`z`) lie side by side there, head · d_head."""
 
 
-FEATURES = ("pixel_values", "input_features")
-"""What the encoders take; grids and masks, which place what they give, stay."""
-
-
 @dataclass(frozen=True)
 class EditedPrompt:
     """`logits` [batch, vocab] at the asked position, rewritten by the gate where there is one; its `reading`."""
@@ -62,7 +58,9 @@ def edited_prompt(
     if set(edits) & set(ENCODERS):
         raise InputError("an encoder's output is packed, not by position: edit 'embeddings', where it enters")
     if embeddings is not None:
-        batch = replace(batch, inputs={name: value for name, value in batch.inputs.items() if name not in FEATURES})
+        # Grids and masks, which place what the encoders give, stay.
+        features = omni.architecture.features
+        batch = replace(batch, inputs={name: value for name, value in batch.inputs.items() if name not in features})
         edits = {**edits, "embeddings": _given(embeddings.to(omni.device), edits.get("embeddings"))}
     wanted: set[Site] = {"norm", *edits, *([gate.layer] if gate else [])}
     order = [(site, *site_module(omni, site), edits.get(site)) for site in check_sites(wanted, omni.n_layers)]
@@ -91,13 +89,13 @@ def _edited_prompt(
     mask: BoolTensor | None,
     seen: Tensor | None,
 ) -> tuple[Tensor, GateReading | None]:
-    model = omni.nnsight
+    model, text_model, head = omni.nnsight, omni.envoy("text_model"), omni.envoy("head")
     rows = torch.arange(batch.size, device=omni.device)
     with model.trace(**batch.inputs, use_cache=False):
         if seen is not None:
-            # Here, behind the thinker, which counts positions by the mask that it is given.
-            given, named = model.model.language_model.inputs
-            model.model.language_model.inputs = (given, {**named, "attention_mask": seen})
+            # Here, behind the backbone, which counts positions by the mask that it is given.
+            given, named = text_model.inputs
+            text_model.inputs = (given, {**named, "attention_mask": seen})
         held = {}
         for site, module, side, edit in order:
             value = module.input if side == "input" else module.output
@@ -108,8 +106,8 @@ def _edited_prompt(
                 else:
                     module.output = value
             held[site] = value
-        model.lm_head.input = held["norm"][rows, position].unsqueeze(1)
-        logits = model.lm_head.output[:, 0]
+        head.input = held["norm"][rows, position].unsqueeze(1)
+        logits = head.output[:, 0]
         reading = None
         if gate is not None:
             logits, reading = gate(held[gate.layer], mask, logits)

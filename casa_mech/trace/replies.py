@@ -29,8 +29,8 @@ def reply_logits(omni: Omni, batch: OmniBatch) -> list[Tensor]:
 
 
 def _reply_logits(omni: Omni, batch: OmniBatch, predicted: Tensor) -> Tensor:
-    model, norm = omni.nnsight, omni.nnsight.model.language_model.norm
+    model, norm, head = omni.nnsight, omni.envoy("norm"), omni.envoy("head")
     with model.trace(**batch.inputs, use_cache=False):
-        model.lm_head.input = norm.output[:, :-1][predicted]
-        logits = nnsight.save(model.lm_head.output)
+        head.input = norm.output[:, :-1][predicted]
+        logits = nnsight.save(head.output)
     return logits  # noqa: RET504  (bound in the trace)

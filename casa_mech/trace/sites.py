@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
+from casa_mech.omni.architecture import part_at
 
 Site = int | str
 """A place in the model:
@@ -54,24 +55,27 @@ def check_sites(sites: Iterable[Site], n_layers: int) -> list[Site]:
 
 
 def site_module(omni: Omni, site: Site) -> tuple[Any, Literal["input", "output"]]:
-    """The nnsight envoy at which `site` (no encoder's) is read and written, and which side of it.
+    """The nnsight envoy at which `site` is read and written, and which side of it.
 
-    Heads are one flat tensor there: [batch, position, head * d_head].
+    Heads are one flat tensor there: [batch, position, head * d_head]. An encoder gives a record, packed over the batch.
     """
-    language_model = omni.nnsight.model.language_model
+    names = omni.architecture
+    if site in ENCODERS:
+        return part_at(omni.nnsight, names.towers[ENCODERS[str(site)]].path), "output"
+    blocks = omni.envoy("blocks")
     if site == "embeddings":
-        return language_model.layers[0], "input"
+        return blocks[0], "input"
     if site == "norm":
-        return language_model.norm, "output"
+        return omni.envoy("norm"), "output"
     if isinstance(site, int):
-        return language_model.layers[site], "output"
+        return blocks[site], "output"
     part, _, layer = site.partition(".")
-    block = language_model.layers[int(layer)]
+    block = blocks[int(layer)]
     if part == "pre":
         return block, "input"
     if part == "mlp":
-        return block.mlp, "output"
-    return block.self_attn.o_proj, "input" if part == "z" else "output"
+        return part_at(block, names.mlp), "output"
+    return part_at(part_at(block, names.attention), names.attention_output), "input" if part == "z" else "output"
 
 
 def remirror(omni: Omni) -> None:

@@ -63,12 +63,12 @@ def first_steps(omni: Omni, start: Start, steps: int, pick: Pick | None = None, 
 
 
 def _step(omni: Omni, inputs: dict[str, Any], step: int, edit: Edit) -> tuple[Tensor, Tensor, Any]:
-    model = omni.nnsight
+    model, norm, head = omni.nnsight, omni.envoy("norm"), omni.envoy("head")
     with model.trace(**inputs, use_cache=True):
-        state = model.model.language_model.norm.output[:, -1]
+        state = norm.output[:, -1]
         # The head is given the one position that is needed, so its [batch, position, vocab] output never exists.
-        model.lm_head.input = edit(step, state).unsqueeze(1)
-        logits = nnsight.save(model.lm_head.output[:, 0])
+        head.input = edit(step, state).unsqueeze(1)
+        logits = nnsight.save(head.output[:, 0])
         state = nnsight.save(state)
         cache = nnsight.save(model.output.past_key_values)
     return state, logits, cache

@@ -44,7 +44,7 @@ def read_positions(
 def _read_positions(
     omni: Omni, batch: OmniBatch, positions: LongTensor, order: Sequence[tuple[Site, Any, str]], whole: Site | None
 ) -> tuple[dict[Site, Tensor], Tensor, Tensor | None]:
-    model = omni.nnsight
+    model, head = omni.nnsight, omni.envoy("head")
     rows = torch.arange(batch.size, device=omni.device).unsqueeze(1)
     with model.trace(**batch.inputs, use_cache=False):
         states = nnsight.save({})
@@ -54,7 +54,7 @@ def _read_positions(
             if site == whole:
                 every = hidden.clone()
             states[site] = hidden[rows, positions]
-        model.lm_head.input = states["norm"]
-        logits = nnsight.save(model.lm_head.output)
+        head.input = states["norm"]
+        logits = nnsight.save(head.output)
         every = nnsight.save(every)
     return states, logits, every

@@ -33,11 +33,11 @@ def plain_targets(omni: Omni, batch: OmniBatch, added: Tensor | None = None) -> 
 
 
 def _logits(omni: Omni, batch: OmniBatch, predicted: Tensor, added: Tensor | None) -> Tensor:
-    model = omni.nnsight
+    model, embedding = omni.nnsight, omni.envoy("embedding")
+    norm, head = omni.envoy("norm"), omni.envoy("head")
     with model.trace(**batch.inputs, use_cache=False):
         if added is not None:
-            words = model.model.language_model.embed_tokens
-            words.output = words.output + added
-        model.lm_head.input = model.model.language_model.norm.output[:, :-1][predicted]
-        logits = nnsight.save(model.lm_head.output)
+            embedding.output = embedding.output + added
+        head.input = norm.output[:, :-1][predicted]
+        logits = nnsight.save(head.output)
     return logits  # noqa: RET504  (bound in the trace)

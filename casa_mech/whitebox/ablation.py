@@ -17,6 +17,7 @@ from casa_mech.casa import Casa
 from casa_mech.errors import InputError
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni.architecture import part_at
 from casa_mech.queries import Query
 from casa_mech.whitebox.objective import Aim
 from casa_mech.whitebox.results import AttackResult, Measured, measure
@@ -89,11 +90,10 @@ def ablated(omni: Omni, directions: Tensor) -> Iterator[int]:
 
 def _writers(omni: Omni) -> Iterator[tuple[nn.Parameter, bool]]:
     """Weights that write to the residual stream; with True where rows (else columns, or a bias) are of its width."""
-    model, text = omni.model.model, omni.language_model
-    yield text.embed_tokens.weight, True
-    linears = [model.visual.merger.mlp[-1], model.audio_tower.proj]
-    for layer in text.layers:
-        linears += [layer.self_attn.o_proj, layer.mlp.down_proj]
+    yield omni.embedding.weight, True
+    linears = [part_at(omni.tower(modality), tower.projection) for modality, tower in omni.architecture.towers.items()]
+    for layer in range(omni.n_layers):
+        linears += omni.writers(layer)
     for linear in linears:
         base = getattr(linear, "base_layer", linear)
         yield base.weight, False

@@ -169,7 +169,7 @@ def _gradient(
     casa: Casa, trial: _Trial, suffixes: Tensor, allowed: LongTensor, watch: bool, last: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss [query], margin [query], and the loss's slope [query, token, word] in each place's one-hot of words."""
-    batch, matrix = trial.batch(suffixes), casa.omni.language_model.embed_tokens.weight.detach()
+    batch, matrix = trial.batch(suffixes), casa.omni.embedding.weight.detach()
     if last:
         losses = trial.objective(batch, watch=watch)
         return losses.value, losses.margin, None

@@ -29,7 +29,6 @@ from casa_mech.whitebox.objective import Objective, check_queries
 from casa_mech.whitebox.results import AttackResult, Measured
 
 Medium = Literal["image", "audio"]
-FEATURES: Mapping[Medium, str] = {"image": "pixel_values", "audio": "input_features"}
 RANGE: Mapping[Medium, tuple[int, int]] = {"image": (0, 255), "audio": (-32768, 32767)}
 """The whole numbers that a file can hold; media are in these levels throughout."""
 FULL: Mapping[Medium, int] = {"image": 255, "audio": 32768}
@@ -188,12 +187,13 @@ def _optimise(
     best = [clean.clone() for clean in media.clean]
     lowest = torch.full((len(queries),), torch.inf, device=omni.device)
     reports, margins = [], []
+    features = omni.architecture.towers[medium].features
     with objective.running():
         for step in range(settings.steps + 1):
             last = step == settings.steps
             leaves = [level.detach().requires_grad_(not last) for level in moved]
             rounded = [leaf + (leaf.round() - leaf).detach() for leaf in leaves]
-            inputs = {**objective.batch.inputs, FEATURES[medium]: _features(omni, rounded, medium)}
+            inputs = {**objective.batch.inputs, features: _features(omni, rounded, medium)}
             losses = objective(replace(objective.batch, inputs=inputs), () if last else leaves, watch=settings.watch)
             margins.append(losses.margin.cpu())
             better = losses.value < lowest

@@ -1,27 +1,27 @@
 """The files of an activation store: safetensors shards beside parquet indexes.
 
-A part is two files of one number. The shard is written first and the index last, each whole or not at all, so a part
-counts from the moment its index is there; what a killed run left without one is written over.
+A shard and its index have one number. The shard is written first and the index last, each whole or not at all, so a
+shard counts from the moment its index is there; what a killed run left without one is written over.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from casa_mech.errors import RunError
 from casa_mech.files import write_text, writing
+from casa_mech.identity import SHORT, digest_of
 
-FORMAT = 1
+FORMAT = 2
+"""2: queries are known by the content of their media; in 1 files were known by their path."""
 ABOUT, SHARDS, INDEX = "store.json", "shards", "index"
 
 
@@ -31,7 +31,7 @@ def write_about(root: Path, about: Mapping[str, Any]) -> None:
 
 
 def read_about(root: Path) -> dict[str, Any]:
-    """What `store.json` says.
+    """The content of `store.json`.
 
     Raises:
         RunError: no store there, or one of another format.
@@ -50,8 +50,8 @@ def read_about(root: Path) -> dict[str, Any]:
     return about
 
 
-def write_part(root: Path, number: int, states: Mapping[str, Tensor], rows: pd.DataFrame) -> None:
-    """Write part `number`: `states` [row, ...] by site, and `rows`, one for each."""
+def write_shard(root: Path, number: int, states: Mapping[str, Tensor], rows: pd.DataFrame) -> None:
+    """Write shard `number`: `states` [row, ...] by site, and beside them `rows`, the index, one for each vector."""
     metadata = {"rows": str(len(rows)), "order": _order(rows)}
     with writing(_shard(root, number)) as temporary:
         save_file({site: value.contiguous() for site, value in states.items()}, temporary, metadata=metadata)
@@ -60,7 +60,7 @@ def write_part(root: Path, number: int, states: Mapping[str, Tensor], rows: pd.D
 
 
 def read_index(root: Path, sites: list[str]) -> pd.DataFrame:
-    """All parts' rows, in the order of collection, checked against the shards.
+    """The rows of all shards, in the order of collection, checked against the shards' own headers.
 
     Raises:
         RunError: a shard is missing, cut short or unreadable, or holds other rows or sites than its index says.
@@ -86,8 +86,8 @@ def shard_tensor(root: Path, number: int, site: str) -> Tensor:
         return shard.get_tensor(site)
 
 
-def next_number(root: Path) -> int:
-    """The number of the part to be written next."""
+def next_shard(root: Path) -> int:
+    """The number of the shard to be written next."""
     return 1 + max((int(path.stem) for path in (root / INDEX).glob("[0-9]*.parquet")), default=-1)
 
 
@@ -96,10 +96,10 @@ def _check(root: Path, number: int, rows: pd.DataFrame, sites: list[str]) -> Non
     if not {"query_id", "position", "at", "shard", "row"} <= set(rows.columns):
         raise _refused(_index(root, number), "lacks columns of an activation store")
     with _opened(path) as shard:
-        found = set(shard.keys())
-        if found != set(sites):
-            raise _refused(path, f"holds the sites {_list(found)}, the store {_list(set(sites))}")
-        lengths = {shard.get_slice(site).get_shape()[0] for site in found}
+        stored = set(shard.keys())
+        if stored != set(sites):
+            raise _refused(path, f"holds the sites {_list(stored)}, the store {_list(set(sites))}")
+        lengths = {shard.get_slice(site).get_shape()[0] for site in stored}
         metadata = shard.metadata() or {}
     if lengths != {len(rows)}:
         raise _refused(path, f"holds {_list({str(length) for length in lengths})} vectors, its index {len(rows)} rows")
@@ -119,14 +119,14 @@ def _opened(path: Path) -> Any:
 def _refused(path: Path, reason: str) -> RunError:
     number = path.stem
     return RunError(
-        f"{path} {reason}: delete part {number} ({SHARDS}/ and {INDEX}/) and collect again, it fills the gap"
+        f"{path} {reason}: delete shard {number} from {SHARDS}/ and {INDEX}/ and collect again, which fills the gap"
     )
 
 
 def _order(rows: pd.DataFrame) -> str:
     """A digest of which vector is where."""
     lines = rows["query_id"].astype(str) + "\t" + rows["position"].astype(str) + "\t" + rows["at"].astype(str)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return digest_of("\n".join(lines))[:SHORT]
 
 
 def _shard(root: Path, number: int) -> Path:
@@ -143,9 +143,3 @@ def _list(names: set[str]) -> str:
 
 def _first(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def site_shapes(root: Path, sites: list[str]) -> dict[str, torch.Size]:
-    """Shape of one vector at each site, from the first shard; empty for an empty store."""
-    first = next(iter(sorted((root / INDEX).glob("[0-9]*.parquet"))), None)
-    return {} if first is None else {site: shard_tensor(root, int(first.stem), site).shape[1:] for site in sites}

@@ -1,4 +1,4 @@
-"""Hidden states of many queries at many sites and positions: collected once, kept on disk, read without this package.
+"""Hidden states on disk: many queries, sites and positions, collected once, readable without this package.
 
 A store is a folder:
 
@@ -8,11 +8,11 @@ A store is a folder:
   sites `z.<layer>`;
 * `index/00000.parquet`, ...: beside each shard what its rows are. `pandas.read_parquet("STORE/index")` reads all.
   Columns: `query_id` and what else is known of the query (`INDEX_COLUMNS`); `order`, the query's place in the store;
-  `digest` of its content; `length` of its prompt in tokens; `position`, the choice of positions this row belongs to;
-  `at`, the token's number in the prompt (in the reply for `generated`, in the prefill for `prefill`; -1 for a mean);
-  `token`, its id (-1 for a mean); `tokens`, how many positions the vector is the mean of (1 if it is none), and
-  `audio_tokens` and `image_tokens`, how many of those an encoder filled (where 0, that encoder's vector is zero and
-  stands for nothing); `shard` and `row`.
+  `digest` of its content, media included; `length` of its prompt in tokens; `position`, the choice of positions that
+  this row belongs to; `at`, the token's number in the prompt (in the reply for `generated`, in the prefill for
+  `prefill`; -1 for a mean); `token`, its id (-1 for a mean); `tokens`, how many positions the vector is the mean of (1
+  if it is none), and `audio_tokens` and `image_tokens`, how many of those an encoder filled (where 0, that encoder's
+  vector is zero and stands for nothing); `shard` and `row`.
 
 Rows of one position are consecutive in a shard. Shards are written whole and mapped into memory when read.
 """
@@ -20,7 +20,6 @@ Rows of one position are consecutive in a shard. Shards are written whole and ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,95 +27,26 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from casa_mech.errors import InputError, RunError
+from casa_mech.files import check_folder
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, Positions
 from casa_mech.trace.sites import ENCODERS, Site
-from probes.activations.gathering import (
-    INDEX_COLUMNS,
-    Plan,
-    fingerprint,
-    index_columns,
-    known_of,
-    prompt_lengths,
-    query_digests,
-)
-from probes.activations.shards import next_number, read_about, read_index, shard_tensor, write_about, write_part
-
-
-@dataclass(frozen=True)
-class Activations:
-    """One vector a query and site, in memory, and the queries they belong to.
-
-    states: for each site, in the order in which the model runs them, float32 [query, d_model].
-    index: one row a query, with `INDEX_COLUMNS` (empty string where the query's maker said nothing) and `length`, the
-    prompt's number of tokens.
-    positions: which positions were read (see `casa_mech.trace.capture.Positions`).
-    """
-
-    states: dict[str, np.ndarray]
-    index: pd.DataFrame
-    positions: str
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Site names, in the order in which the model runs them."""
-        return tuple(self.states)
-
-    @property
-    def harmful(self) -> np.ndarray:
-        """bool [query]: which queries are labelled harmful."""
-        return (self.index["label"] == "harmful").to_numpy()
-
-    @property
-    def topics(self) -> np.ndarray:
-        """str [query]: what folds and intervals keep together: each query's topic, or itself where it has none.
-
-        The same rule as `casa_mech.judging.stats.cluster_of`.
-        """
-        topic = self.index["topic"]
-        return topic.where(topic != "", self.index["query_id"]).to_numpy(dtype=str)
-
-    def stacked(self, sites: Sequence[str] = ()) -> np.ndarray:
-        """[site, query, d_model] of `sites`, all when not given.
-
-        Raises:
-            InputError: a site that was not collected.
-        """
-        return np.stack([self.at(site) for site in sites or self.sites])
-
-    def at(self, site: str) -> np.ndarray:
-        """[query, d_model] at `site`.
-
-        Raises:
-            InputError: it was not collected; the message lists what was.
-        """
-        if site not in self.states:
-            raise InputError(f"no activations at site '{site}'; collected were {', '.join(self.sites)}")
-        return self.states[site]
-
-    def where(self, **values: str) -> Activations:
-        """The queries whose index columns have these values, such as `where(surface="audio")`.
-
-        Raises:
-            InputError: no query has them.
-        """
-        keep = np.ones(len(self.index), dtype=bool)
-        for column, value in values.items():
-            keep &= (self.index[column] == value).to_numpy()
-        if not keep.any():
-            raise InputError(f"no activations with {values}")
-        states = {site: array[keep] for site, array in self.states.items()}
-        return Activations(states, self.index[keep].reset_index(drop=True), self.positions)
+from probes.activations.forward import ReadingPlan, fingerprint, query_digests
+from probes.activations.index import INDEX_COLUMNS, query_columns, vector_columns
+from probes.activations.memory import Activations
+from probes.activations.shards import next_shard, read_about, read_index, shard_tensor, write_about, write_shard
 
 
 class ActivationStore:
     """Activations on disk. Make one with `ActivationStore.collect`, open one with `ActivationStore.open`."""
 
     def __init__(self, root: Path, about: Mapping[str, Any], index: pd.DataFrame) -> None:
+        """For `open`: the folder, the content of `store.json`, and the rows of all shards."""
         self.root, self._about, self._index = root, about, index
 
     @classmethod
@@ -158,14 +88,15 @@ class ActivationStore:
 
         Args:
             omni: the model; whatever is attached to it (LoRA) takes part and is part of its fingerprint.
-            queries: any mixture of text, image and audio; id and content together tell them apart.
+            queries: any mixture of text, image and audio; id and content together tell them apart, so one whose
+                picture or clip has changed since is another query, and its states stand beside the earlier ones.
             sites: where to read (`casa_mech.trace.sites.Site`); default every block's output and the final norm's.
             positions: one or several choices (`casa_mech.trace.capture.Positions`).
             out: the store's folder.
             replies: token ids of each query's reply, for `generated:<k>`; default the model's own greedy reply.
             prefill: whether the queries' assistant prefill is read too.
             batch_size: queries in one forward.
-            shard_mb: megabytes at which a shard is closed; no more than that is held in memory.
+            shard_mb: mebibytes at which a shard is closed; about that much is held in memory.
             dtype: of what is stored; default the model's own.
             progress: whether to draw a bar.
 
@@ -174,19 +105,17 @@ class ActivationStore:
                 begun with other sites or positions.
             RunError: the store is another model's or damaged; states that are not finite; the disk is full.
         """
-        plan = Plan.of(omni, sites, positions, replies, prefill)
+        plan = ReadingPlan.of(omni, sites, positions, replies, prefill)
         store = cls._begin(Path(out), omni, plan, dtype or omni.dtype)
-        todo = store._missing(queries)
-        part = _Part(store, queries, shard_mb * 2**20)
-        from tqdm import tqdm
-
-        with tqdm(
-            total=len(queries), initial=len(queries) - len(todo), disable=not progress, desc="activations"
-        ) as bar:
-            for group, batch, cuts, states in plan.run([queries[place] for place in todo], omni, batch_size, todo):
-                part.add(group, batch, cuts, states)
+        missing = store._missing(queries)
+        writer = _ShardWriter(store, queries, shard_mb * 2**20)
+        held = len(queries) - len(missing)
+        with tqdm(total=len(queries), initial=held, disable=not progress, desc="activations") as bar:
+            queue = [queries[place] for place in missing]
+            for group, batch, cuts, states in plan.run(queue, omni, batch_size, missing):
+                writer.add(group, batch, cuts, states)
                 bar.update(len(group))
-        part.flush()
+        writer.flush()
         return cls.open(out)
 
     @property
@@ -204,21 +133,22 @@ class ActivationStore:
         return len(self._index)
 
     def frame(self, position: Positions = "", site: Site = "") -> pd.DataFrame:
-        """What the vectors are, one row each, by query and token. See the module for the columns.
+        """The index, one row a vector, by query and token; the module lists its columns.
 
         Args:
-            position: only rows of this choice. site: only rows that mean something at this site (encoders have none
-                where a query has no such media); with both, the rows are those of `tensor`.
+            position: only rows of this choice.
+            site: only rows that mean something at this site (encoders have none where a query has no such media); with
+                both, the rows are those of `tensor`.
 
         Raises:
             InputError: a position or site that was not collected.
         """
         rows = self._index
         if position:
-            self._known("position", position, self.positions)
+            self._check("position", position, self.positions)
             rows = rows[rows["position"] == position]
         if site != "":
-            self._known("site", str(site), self.sites)
+            self._check("site", str(site), self.sites)
             modality = ENCODERS.get(str(site))
             rows = rows[rows[f"{modality}_tokens"] > 0] if modality else rows
         if not len(rows):
@@ -238,15 +168,14 @@ class ActivationStore:
         rows = self.frame(position, site)
         if not len(rows):
             return torch.empty(0)
-        pieces, places = [], []
-        for shard, part in rows.groupby("shard", sort=False):
-            pieces.append(shard_tensor(self.root, int(shard), str(site))[torch.tensor(part["row"].to_list())])
-            places.append(torch.tensor(part.index.to_list()))
-        found = torch.cat(pieces)
-        return found[torch.argsort(torch.cat(places))]
+        vectors, places = [], []
+        for shard, members in rows.groupby("shard", sort=False):
+            vectors.append(shard_tensor(self.root, int(shard), str(site))[torch.tensor(members["row"].to_list())])
+            places.append(torch.tensor(members.index.to_list()))
+        return torch.cat(vectors)[torch.argsort(torch.cat(places))]
 
     def activations(self, position: Positions, sites: Sequence[Site] = ()) -> Activations:
-        """One vector a query in memory, for the probes: residual-stream and similar sites, float32, heads side by side.
+        """One vector for each query and site in memory, as the probes take them: float32, heads side by side.
 
         Raises:
             InputError: a choice with several vectors a query, an encoder's site, or what was not collected.
@@ -261,7 +190,7 @@ class ActivationStore:
         return Activations(states, rows[[*INDEX_COLUMNS, "length"]], position)
 
     @classmethod
-    def _begin(cls, root: Path, omni: Omni, plan: Plan, dtype: torch.dtype) -> ActivationStore:
+    def _begin(cls, root: Path, omni: Omni, plan: ReadingPlan, dtype: torch.dtype) -> ActivationStore:
         about = {
             "fingerprint": fingerprint(omni),
             "source": omni.source,
@@ -270,22 +199,21 @@ class ActivationStore:
             "dtype": str(dtype).removeprefix("torch."),
         }
         if not (root / "store.json").exists():
-            if root.exists() and any(root.iterdir()):
-                raise RunError(f"{root} holds other files: choose a new or empty folder")
+            check_folder(root)
             write_about(root, about)
         store = cls.open(root, omni)
         for key in ("sites", "positions", "dtype"):
             if store._about[key] != about[key]:
-                found, wanted = store._about[key], about[key]
                 raise InputError(
-                    f"{root} was begun with {key} {found}, not {wanted}: ask for the same, or another folder"
+                    f"{root} was begun with {key} {store._about[key]}, not {about[key]}: ask for the same, or another "
+                    "folder"
                 )
         return store
 
     def _missing(self, queries: Sequence[Query]) -> list[int]:
         # Attacks keep a query's id, so only id and content together say which query it is.
         index = self._index
-        known = set(zip(index["query_id"], index["digest"], strict=True)) if len(index) else set()
+        stored = set(zip(index["query_id"], index["digest"], strict=True)) if len(index) else set()
         seen: set[tuple[str, str]] = set()
         missing = []
         for place, (query, digest) in enumerate(zip(queries, query_digests(queries), strict=True)):
@@ -293,53 +221,55 @@ class ActivationStore:
             if key in seen:
                 raise InputError(f"query {query.id} comes twice with the same content; give each query once")
             seen.add(key)
-            if key not in known:
+            if key not in stored:
                 missing.append(place)
         return missing
 
-    def _known(self, what: str, name: str, names: Sequence[str]) -> None:
+    def _check(self, kind: str, name: str, names: Sequence[str]) -> None:
         if name not in names:
-            raise InputError(f"no {what} '{name}' in {self.root}; collected were {', '.join(names)}")
+            raise InputError(f"no {kind} '{name}' in {self.root}; collected were {', '.join(names)}")
 
 
-class _Part:
-    """The rows that are not on disk yet; written when they reach a size."""
+class _ShardWriter:
+    """The vectors that are not on disk yet; written as a shard when they reach a size."""
 
     def __init__(self, store: ActivationStore, queries: Sequence[Query], limit: int) -> None:
+        """For `queries`, whose places are what `add` is given; a shard is closed at `limit` bytes."""
         self._store, self._limit = store, limit
         self._dtype: torch.dtype = getattr(torch, store._about["dtype"])
         index = store._index
-        self._number, first = next_number(store.root), 1 + int(index["order"].max()) if len(index) else 0
-        known = pd.DataFrame([known_of(query) for query in queries], columns=list(INDEX_COLUMNS), dtype=object)
-        self._known = {name: known[name].to_numpy() for name in INDEX_COLUMNS}
-        self._known |= {"order": first + np.arange(len(queries)), "digest": query_digests(queries)}
+        self._number, first = next_shard(store.root), 1 + int(index["order"].max()) if len(index) else 0
+        columns = pd.DataFrame([query_columns(query) for query in queries], columns=list(INDEX_COLUMNS), dtype=object)
+        self._query_columns = {name: columns[name].to_numpy() for name in INDEX_COLUMNS}
+        self._query_columns |= {"order": first + np.arange(len(queries)), "digest": query_digests(queries)}
         self._clear()
 
     def add(self, group: Sequence[int], batch: OmniBatch, cuts: list[Cut], states: dict[Site, list[Tensor]]) -> None:
         """Take the vectors of a batch, made of the queries at the places `group`."""
         places = np.asarray(group)
         for cut in cuts:
-            columns = index_columns(batch, cut)
-            chosen = places[columns["row"]]
-            for name, column in ({name: known[chosen] for name, known in self._known.items()} | columns).items():
+            columns = vector_columns(batch, cut)
+            queries = places[columns["row"]]
+            columns = {name: values[queries] for name, values in self._query_columns.items()} | columns
+            for name, column in columns.items():
                 self._columns.setdefault(name, []).append(column)
-        for site, found in states.items():
-            kept = [state.to("cpu", self._dtype) for state in found]
-            self._states.setdefault(str(site), []).extend(kept)
-            self._bytes += sum(state.nbytes for state in kept)
+        for site, by_cut in states.items():
+            vectors = [state.to("cpu", self._dtype) for state in by_cut]
+            self._states.setdefault(str(site), []).extend(vectors)
+            self._bytes += sum(state.nbytes for state in vectors)
         if self._bytes >= self._limit:
             self.flush()
 
     def flush(self) -> None:
         """Write what there is."""
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        columns = {name: np.concatenate(pieces) for name, pieces in self._columns.items()}
         if columns and len(columns["row"]):
             # Rows of one position together, so that reading one choice touches one stretch of the file.
             order = np.argsort(columns["position"].astype(str), kind="stable")
             rows = pd.DataFrame({name: column[order] for name, column in columns.items()})
             rows["shard"], rows["row"] = self._number, np.arange(len(rows))
-            states = {site: torch.cat(found)[torch.tensor(order)] for site, found in self._states.items()}
-            write_part(self._store.root, self._number, states, rows)
+            states = {site: torch.cat(vectors)[torch.tensor(order)] for site, vectors in self._states.items()}
+            write_shard(self._store.root, self._number, states, rows)
             self._number += 1
         self._clear()
 
@@ -347,44 +277,3 @@ class _Part:
         self._columns: dict[str, list[np.ndarray]] = {}
         self._states: dict[str, list[Tensor]] = {}
         self._bytes = 0
-
-
-def collect(
-    omni: Omni,
-    queries: Sequence[Query],
-    sites: Sequence[Site] | None = None,
-    positions: Positions = "mean",
-    batch_size: int = 32,
-    progress: bool = False,
-) -> Activations:
-    """One vector a query, in memory, in the queries' order: what `ActivationStore` keeps on disk.
-
-    Args:
-        omni: the model; whatever is attached to it (LoRA) takes part.
-        queries: any mixture of text, image and audio. A prefill is left out: states are those before the reply.
-        sites: where to read, no encoder; default every block's output and the final norm's.
-        positions: `last` or a mean. A query without such positions gets zeros.
-        batch_size: queries in one forward.
-        progress: whether to draw a bar.
-
-    Raises:
-        InputError: positions that are several a query, an unknown site, or a query that cannot be encoded.
-        RunError: states that are not finite.
-    """
-    from tqdm import tqdm
-
-    plan = Plan.of(omni, sites, positions)
-    if (positions != "last" and not positions.startswith("mean")) or set(plan.sites) & set(ENCODERS):
-        raise InputError("collect keeps one vector a query, and no encoder's; for more use ActivationStore.collect")
-    arrays: dict[str, np.ndarray] = {}
-    lengths = np.zeros(len(queries), dtype=int)
-    with tqdm(total=len(queries), disable=not progress, desc="activations", unit="query") as bar:
-        for group, batch, (cut,), states in plan.run(queries, omni, batch_size, range(len(queries))):
-            rows = np.array(group)[cut.row.cpu().numpy()]
-            lengths[group] = prompt_lengths(batch)
-            for site, (state,) in states.items():
-                found = state.flatten(1).to(torch.float32).cpu().numpy()
-                arrays.setdefault(str(site), np.zeros((len(queries), found.shape[1]), np.float32))[rows] = found
-            bar.update(len(group))
-    index = pd.DataFrame([known_of(query) for query in queries], columns=list(INDEX_COLUMNS)).assign(length=lengths)
-    return Activations(arrays, index, positions)

@@ -1,0 +1,10 @@
+"""The inputs of CASA's gate, and what its decision rests on.
+
+`attention_maps` shows where safety attention looks; `minimal_sets` removes positions until the decision flips;
+`patch_effects` exchanges states between matched pairs, `ablate_directions` projects directions out;
+`attribute_token_difference` splits the safety tokens' logits; `reliability` judges v_s as a probability.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

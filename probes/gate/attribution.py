@@ -1,4 +1,4 @@
-"""Direct logit attribution: how much each head, each MLP and the gate add to the safety tokens' logit difference.
+"""Direct logit attribution: the share of each head, each MLP and the gate in the safety tokens' logit difference.
 
 The residual stream at the gate's position is a sum of what the embeddings, the heads and the MLPs wrote. With the final
 norm's scale held at the value that it has, the head's logits are linear in that sum, so the difference (unsafe minus
@@ -18,25 +18,28 @@ from torch import Tensor
 
 from casa_mech.casa import Casa
 from casa_mech.judging.bootstrap import mean_interval
-from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
 from casa_mech.trace.patch import edited_prompt
+from probes.activations.index import query_record
 
 GATE, EMBEDDINGS = "safety attention", "embeddings"
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """contributions: [query, component], in logits; each row sums to `difference`. components: `"embeddings"`,
-    `"head 0.0"` (block.head), `"mlp 0"`, ..., `"safety attention"` (what the rule adds because of v_s). difference:
-    [query], the rewritten logit of the unsafe token minus that of the safe one. index: `query_id, label, topic`."""
+    """The safety tokens' logit difference of each query as a sum over components."""
 
     contributions: np.ndarray
+    """[query, component], in logits; each row sums to `difference`."""
     components: tuple[str, ...]
+    """`"embeddings"`, `"head 0.0"` (block.head), `"mlp 0"`, ..., `"safety attention"` (what the rule adds because of
+    v_s)."""
     difference: np.ndarray
+    """[query]: the rewritten logit of the unsafe token minus that of the safe one."""
     index: pd.DataFrame
+    """One row a query, `query_id, label, topic`."""
 
     def table(self, seed: int = 0) -> pd.DataFrame:
         """Mean contribution by label with cluster-bootstrap intervals: `component, label, mean, low, high, n`."""
@@ -51,12 +54,14 @@ class Attribution:
 
 
 def attribute_token_difference(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -> Attribution:
-    """The token difference of each query at the gate's position (a prefill is left out), in its parts."""
+    """The safety tokens' logit difference of each query, component by component, at the gate's position.
+
+    A prefill is left out.
+    """
     omni, n_layers = casa.omni, casa.omni.n_layers
-    n_heads = omni.model.config.text_config.num_attention_heads
     names = [EMBEDDINGS]
     for layer in range(n_layers):
-        names += [f"head {layer}.{head}" for head in range(n_heads)] + [f"mlp {layer}"]
+        names += [f"head {layer}.{head}" for head in range(omni.n_heads)] + [f"mlp {layer}"]
     names.append(GATE)
     contributions = np.empty((len(queries), len(names)))
     difference = np.empty(len(queries))
@@ -65,33 +70,33 @@ def attribute_token_difference(casa: Casa, queries: Sequence[Query], batch_size:
         reading = edited_prompt(omni, batch, batch.gate_position, {}, casa.safety_gate).reading
         assert reading is not None
         rewritten, own = (pair[:, 1] - pair[:, 0] for pair in (reading.pair.double(), reading.raw_pair.double()))
-        parts = torch.cat([_contributions(casa, batch), (rewritten - own).unsqueeze(1)], dim=1)
-        contributions[group] = parts.cpu().numpy()
+        summands = torch.cat([_contributions(casa, batch), (rewritten - own).unsqueeze(1)], dim=1)
+        contributions[group] = summands.cpu().numpy()
         difference[group] = rewritten.cpu().numpy()
-    records = [{"query_id": query.id, "label": query.label, "topic": str(cluster_of(query))} for query in queries]
-    return Attribution(contributions, tuple(names), difference, pd.DataFrame(records))
+    index = pd.DataFrame([query_record(query) for query in queries])
+    return Attribution(contributions, tuple(names), difference, index)
 
 
 def _contributions(casa: Casa, batch: OmniBatch) -> Tensor:
-    """[batch, component] of everything in the language model, in float64."""
-    omni, model = casa.omni, casa.omni.language_model
-    last, parts = omni.n_layers - 1, [f"{part}.{layer}" for layer in range(omni.n_layers) for part in ("z", "mlp")]
-    held = capture(omni, batch, ["embeddings", last, *parts], "last")
-    written = [held["embeddings"].unsqueeze(1)]
+    """Contributions [batch, component] of all components of the language model, in float64."""
+    omni = casa.omni
+    last, sites = omni.n_layers - 1, [f"{kind}.{layer}" for layer in range(omni.n_layers) for kind in ("z", "mlp")]
+    states = capture(omni, batch, ["embeddings", last, *sites], "last")
+    written = [states["embeddings"].unsqueeze(1)]
     for layer in range(omni.n_layers):
-        written.append(_head_outputs(model.layers[layer].self_attn.o_proj, held[f"z.{layer}"]))
-        written.append(held[f"mlp.{layer}"].unsqueeze(1))
-    scale = torch.rsqrt(held[last].double().pow(2).mean(dim=-1) + model.norm.variance_epsilon)
+        written.append(_head_outputs(omni.writers(layer)[0], states[f"z.{layer}"]))
+        written.append(states[f"mlp.{layer}"].unsqueeze(1))
+    scale = torch.rsqrt(states[last].double().pow(2).mean(dim=-1) + omni.norm.variance_epsilon)
     safe, unsafe = casa.token_ids
-    head = omni.model.lm_head.weight.detach().double()
-    direction = (head[unsafe] - head[safe]) * model.norm.weight.detach().double()
+    head = omni.head.weight.detach().double()
+    direction = (head[unsafe] - head[safe]) * omni.norm.weight.detach().double()
     return torch.cat(written, dim=1).double() @ direction * scale.unsqueeze(1)
 
 
 def _head_outputs(projection: torch.nn.Module, z: Tensor) -> Tensor:
-    """What each head writes to the residual stream [batch, head, d_model], from z [batch, head, d_head].
+    """Each head's output in the residual stream [batch, head, d_model], from z [batch, head, d_head].
 
-    The projection itself is asked, one head at a time, so that a LoRA on it takes part. It has no bias in Qwen's.
+    The projection itself runs, one head at a time, so that a LoRA on it takes part. It has no bias in Qwen's.
     """
     n_heads = z.shape[1]
     alone = z.unsqueeze(1) * torch.eye(n_heads, dtype=z.dtype, device=z.device)[None, :, :, None]

@@ -1,4 +1,4 @@
-"""Is v_s a probability? Reliability curve, Brier score and expected calibration error, with intervals."""
+"""Calibration of v_s as a probability: reliability curve, Brier score and expected calibration error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import bootstrap_interval, mean_interval
@@ -18,16 +19,20 @@ Interval = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Reliability:
-    """curve: one row a bin that is not empty: `low_edge, high_edge, mean_score, share` (of harmful queries, with
-    Wilson's `low, high`) and `n`. brier: mean squared error of the score; a constant 1/2 scores 0.25. ece: mean over
-    queries of their bin's |share - mean score|. bias: mean score minus share. The three as (value, low, high) with a
-    cluster bootstrap; ece is biased upwards where bins are small, so its interval can lie above its value."""
+    """Calibration of scores in [0, 1] as probabilities; intervals by cluster bootstrap."""
 
     curve: pd.DataFrame
+    """One row a bin that is not empty: `low_edge, high_edge, mean_score, share` (of harmful queries, with Wilson's
+    `low, high`) and `n`."""
     brier: Interval
+    """Brier score: mean squared error of the score; a constant 1/2 scores 0.25."""
     ece: Interval
+    """Expected calibration error: mean over queries of their bin's |share - mean score|. Biased upwards where bins are
+    small, so its interval can lie above its value."""
     bias: Interval
+    """Mean score minus share of harmful queries."""
     n: int
+    """Queries."""
 
 
 def reliability(
@@ -47,8 +52,8 @@ def reliability(
         raise InputError(f"{len(values)} scores and {len(truth)} labels: give one label a score, and at least one")
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
         raise InputError("calibration needs scores between 0 and 1: one of them is not")
-    place = np.minimum((values * bins).astype(int), bins - 1)
-    member = np.eye(bins)[place]
+    bin_of = np.minimum((values * bins).astype(int), bins - 1)
+    member = np.eye(bins)[bin_of]
 
     def error(weights: np.ndarray) -> np.ndarray:
         return np.abs((weights * (truth - values)) @ member).sum(axis=1) / weights.sum(axis=1)
@@ -56,7 +61,7 @@ def reliability(
     value = float(error(np.ones((1, len(values))))[0])
     low, high = bootstrap_interval(error, clusters, len(values), seed)
     return Reliability(
-        curve=_curve(values, truth, place, bins),
+        curve=_curve(values, truth, bin_of, bins),
         brier=mean_interval((values - truth) ** 2, clusters, seed),
         ece=(value, low, high),
         bias=mean_interval(values - truth, clusters, seed),
@@ -64,10 +69,10 @@ def reliability(
     )
 
 
-def _curve(values: np.ndarray, truth: np.ndarray, place: np.ndarray, bins: int) -> pd.DataFrame:
+def _curve(values: np.ndarray, truth: np.ndarray, bin_of: np.ndarray, bins: int) -> pd.DataFrame:
     rows = []
-    for number in np.unique(place):
-        here = place == number
+    for number in np.unique(bin_of):
+        here = bin_of == number
         k, n = int(truth[here].sum()), int(here.sum())
         low, high = wilson(k, n)
         rows.append(
@@ -87,12 +92,10 @@ def _curve(values: np.ndarray, truth: np.ndarray, place: np.ndarray, bins: int) 
 def spiegelhalter(scores: Sequence[float] | np.ndarray, harmful: Sequence[bool] | np.ndarray) -> float:
     """Two-sided p of Spiegelhalter's Z test that `scores` [n] are calibrated probabilities of `harmful` [n].
 
-    Z compares the Brier score with the one that the scores promise (Spiegelhalter, Statistics in Medicine 5, 1986).
-    Scores of exactly 0, 1 or 1/2 say nothing about it; where all are such and fit, p is 1, and one that is wrong makes
+    Z compares the Brier score with the one expected of calibrated scores (Spiegelhalter, Statistics in Medicine 5,
+    1986). Scores of exactly 0, 1 or 1/2 tell nothing; where all are such and right, p is 1, and one that is wrong makes
     it 0. Queries count as independent.
     """
-    from scipy.stats import norm
-
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(harmful, dtype=np.float64)
     slope = 1 - 2 * values
     excess, spread = float(((truth - values) * slope).sum()), float((slope**2 * values * (1 - values)).sum())

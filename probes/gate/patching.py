@@ -1,7 +1,7 @@
 """Activation patching on the gate: which states, at which layer and position, carry harm to v_s and to the token.
 
-A pair's harmful and benign run exchange states at one place and span; what v_s and the language model's own logit
-difference (unsafe minus safe) make of it is the causal effect of those states. Also the ablation of directions.
+A matched pair's harmful and benign runs exchange states at one site and span; the change of v_s and of the language
+model's own logit difference (unsafe minus safe) is the causal effect of those states. Also the ablation of directions.
 """
 
 from __future__ import annotations
@@ -25,33 +25,34 @@ from casa_mech.trace.capture import capture
 from casa_mech.trace.gate import GateReading
 from casa_mech.trace.patch import Edit, edited_prompt
 from casa_mech.trace.sites import Site
-from probes.gate.pairs import SPANS, Pair, aligned_pairs, pair_spans
+from probes.activations.index import query_record
+from probes.gate.pairs import SPANS, MatchedPair, aligned_pairs, pair_spans
 
 INSERT, REMOVE = "insert harm", "remove harm"
-"""The benign run gets the harmful run's states (are they enough?), and the other way round (are they needed?)."""
+"""The benign run gets the harmful run's states (are they sufficient?), and the reverse (are they necessary?)."""
 _WHERE = ["direction", "site", "head", "span"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is exchanged: a site, the span of positions (one of `SPANS`), and at `z.<layer>` one head or all."""
+    """States that are exchanged."""
 
     site: Site
     span: str
+    """Which positions: one of `SPANS`."""
     head: int | None = None
+    """At `z.<layer>` one head; None: all of the site."""
 
 
 @dataclass(frozen=True)
 class PatchEffects:
-    """Effects of exchanging states.
-
-    effects: one row a pair, direction and target, with columns `pair` (the harmful query's id), `topic`, `direction`,
-        `site, head, span` (`head` -1 where all of the site was exchanged), and each of `v_s` and `logit` (the
-        language model's own unsafe minus safe, before the gate) in the receiving run, in the giving run (`_donor`) and
-        in the patched one (`_patched`).
-    """
+    """Effects of exchanging states."""
 
     effects: pd.DataFrame
+    """One row a pair, direction and target: `pair` (the harmful query's id), `topic`, `direction`, `site, head, span`
+    (`head` -1 where all of the site was exchanged), and each of `v_s` and `logit` (the language model's own unsafe
+    minus safe, before the gate) in the receiving run, in the donor run (`_donor`) and in the patched one
+    (`_patched`)."""
 
     def deltas(self) -> pd.DataFrame:
         """`effects` with `delta_v_s` and `delta_logit`: the patched run minus the receiving one."""
@@ -71,14 +72,14 @@ class PatchEffects:
             row: dict[str, Any] = {**dict(zip(_WHERE, where, strict=True)), "n": len(group)}
             for name in ("v_s", "logit"):
                 row[f"gap_{name}"] = float((group[f"{name}_donor"] - group[name]).mean())
-                found = mean_interval(group[f"delta_{name}"].to_numpy(), group["topic"].tolist(), seed)
-                row |= dict(zip((f"delta_{name}_{part}" for part in ("mean", "low", "high")), found, strict=True))
+                mean, low, high = mean_interval(group[f"delta_{name}"].to_numpy(), group["topic"].tolist(), seed)
+                row |= {f"delta_{name}_mean": mean, f"delta_{name}_low": low, f"delta_{name}_high": high}
             rows.append(row)
         return pd.DataFrame(rows)
 
 
 def default_targets(n_layers: int, n_heads: int) -> list[Target]:
-    """The residual stream at every depth by span; every head, attention and MLP over the whole prompt."""
+    """Targets: the residual stream at every depth by span; every head, attention and MLP over the whole prompt."""
     depths: list[Site] = ["embeddings", *range(n_layers)]
     targets = [Target(depth, span) for span in SPANS for depth in depths]
     for layer in range(n_layers):
@@ -88,9 +89,9 @@ def default_targets(n_layers: int, n_heads: int) -> list[Target]:
 
 
 def patch_effects(
-    casa: Casa, pairs: Sequence[Pair], targets: Sequence[Target] | None = None, batch_size: int = 32
+    casa: Casa, pairs: Sequence[MatchedPair], targets: Sequence[Target] | None = None, batch_size: int = 32
 ) -> PatchEffects:
-    """Exchange states between the two runs of every pair, one target at a time, in both directions.
+    """Effects of exchanging states between the two runs of every pair, one target at a time, in both directions.
 
     Args:
         casa: the trained gate, on its model.
@@ -103,13 +104,14 @@ def patch_effects(
     """
     omni = casa.omni
     if targets is None:
-        targets = default_targets(omni.n_layers, omni.model.config.text_config.num_attention_heads)
+        targets = default_targets(omni.n_layers, omni.n_heads)
     unknown = [target.span for target in targets if target.span not in SPANS]
     if unknown:
         raise InputError(f"no span {unknown[0]!r}; use {', '.join(SPANS)}")
-    kept = aligned_pairs(omni, pairs)
+    aligned = aligned_pairs(omni, pairs)
     # Pairs of one length together: padding costs as much as prompt.
-    order = [kept[index] for group in omni.batches([pair.harmful for pair in kept], len(kept)) for index in group]
+    groups = omni.batches([pair.harmful for pair in aligned], len(aligned))
+    order = [aligned[index] for group in groups for index in group]
     tables = [_exchange(casa, order[start : start + batch_size], targets) for start in range(0, len(order), batch_size)]
     return PatchEffects(pd.concat(tables, ignore_index=True))
 
@@ -117,7 +119,7 @@ def patch_effects(
 def ablate_directions(
     casa: Casa, queries: Sequence[Query], directions: np.ndarray, batch_size: int = 32
 ) -> pd.DataFrame:
-    """What the gate says when a direction is projected out of the residual stream wherever something is written to it.
+    """The gate's readings while a direction is projected out of the residual stream wherever something writes to it.
 
     x ← x - r̂ r̂ᵀ x at the embeddings and at every attention, MLP and block output (docs/method.md §5.4).
 
@@ -125,6 +127,7 @@ def ablate_directions(
         casa: the trained gate.
         queries: prompts; a prefill is left out.
         directions: [direction, d_model], of any length but zero; one run each, beside one without any.
+        batch_size: queries in one forward.
 
     Returns:
         One row a query and run: `query_id, label, topic, ablated` (-1: nothing, else the direction's index), `v_s`,
@@ -143,46 +146,44 @@ def ablate_directions(
         sites += [f"attention.{layer}", f"mlp.{layer}", layer]
     rows: list[dict[str, Any]] = []
     for group in omni.batches(queries, batch_size):
-        chosen = [queries[index] for index in group]
-        batch = omni.encode(chosen, prefill=False)
+        members = [queries[index] for index in group]
+        batch = omni.encode(members, prefill=False)
         embeddings = capture(omni, batch, ["embeddings"], "all")["embeddings"]
         for index in range(-1, len(vectors)):
             edits = {site: _without(vectors[index]) for site in sites} if index >= 0 else {}
             reading = _reading(casa, batch, edits, embeddings)
             unsafe = (reading.pair[:, 1] > reading.pair[:, 0]).tolist()
-            found = zip(chosen, reading.v_s.tolist(), _difference(reading).tolist(), unsafe, strict=True)
+            readings = zip(members, reading.v_s.tolist(), _difference(reading).tolist(), unsafe, strict=True)
             rows += [
-                {"query_id": query.id, "label": query.label, "topic": str(cluster_of(query)), "ablated": index}
-                | {"v_s": v_s, "logit": logit, "unsafe": decision}
-                for query, v_s, logit, decision in found
+                {**query_record(query), "ablated": index, "v_s": v_s, "logit": logit, "unsafe": decision}
+                for query, v_s, logit, decision in readings
             ]
     return pd.DataFrame(rows)
 
 
-def _exchange(casa: Casa, pairs: list[Pair], targets: Sequence[Target]) -> pd.DataFrame:
+def _exchange(casa: Casa, pairs: list[MatchedPair], targets: Sequence[Target]) -> pd.DataFrame:
     omni = casa.omni
     harmful = omni.encode([pair.harmful for pair in pairs], prefill=False)
     benign = omni.encode([pair.benign for pair in pairs], prefill=False)
     spans = pair_spans(harmful, benign)
-    held = [
-        capture(omni, batch, ["embeddings", *(target.site for target in targets)], "all") for batch in (harmful, benign)
-    ]
-    readings = [
-        _reading(casa, batch, {}, states["embeddings"]) for batch, states in zip((harmful, benign), held, strict=True)
-    ]
+    sites: list[Site] = ["embeddings", *(target.site for target in targets)]
+    harmful_states, benign_states = (capture(omni, batch, sites, "all") for batch in (harmful, benign))
+    harmful_reading = _reading(casa, harmful, {}, harmful_states["embeddings"])
+    benign_reading = _reading(casa, benign, {}, benign_states["embeddings"])
     tables = []
-    for direction, receiver, to, giver in ((INSERT, benign, 1, 0), (REMOVE, harmful, 0, 1)):
-        given, own = held[giver], held[to]["embeddings"]
-        plain, other = readings[to], readings[giver]
-        unpatched = {**_columns(plain, ""), **_columns(other, "_donor")}
+    for direction, receiver, embeddings, reading, donor_states, donor_reading in (
+        (INSERT, benign, benign_states["embeddings"], benign_reading, harmful_states, harmful_reading),
+        (REMOVE, harmful, harmful_states["embeddings"], harmful_reading, benign_states, benign_reading),
+    ):
+        unpatched = {**_columns(reading, ""), **_columns(donor_reading, "_donor")}
         for target in targets:
             span = spans[target.span]
-            there = span.any(dim=1).cpu().numpy()
-            if not there.any():
+            has_span = span.any(dim=1).cpu().numpy()
+            if not has_span.any():
                 continue
             # Heads have an axis of their own in what is captured, and lie side by side where they are edited.
-            edit = exchanged(given[target.site].flatten(2), span, _head_slice(casa, target))
-            patched = _columns(_reading(casa, receiver, {target.site: edit}, own), "_patched")
+            edit = exchanged(donor_states[target.site].flatten(2), span, _head_slice(casa, target))
+            patched = _columns(_reading(casa, receiver, {target.site: edit}, embeddings), "_patched")
             table = pd.DataFrame(
                 {
                     "pair": [pair.harmful.id for pair in pairs],
@@ -195,35 +196,38 @@ def _exchange(casa: Casa, pairs: list[Pair], targets: Sequence[Target]) -> pd.Da
                     **patched,
                 }
             )
-            tables.append(table[there])
+            tables.append(table[has_span])
     return pd.concat(tables, ignore_index=True)
 
 
 def _head_slice(casa: Casa, target: Target) -> slice | None:
+    """The features of a target's head at `z.<layer>`; None where it has no head."""
     if target.head is None:
         return None
-    config = casa.omni.model.config.text_config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not str(target.site).startswith("z.") or not 0 <= target.head < config.num_attention_heads:
-        raise InputError(f"no head {target.head} at {target.site}: z.<layer> has 0..{config.num_attention_heads - 1}")
+    n_heads, size = casa.omni.n_heads, casa.omni.d_head
+    if not str(target.site).startswith("z.") or not 0 <= target.head < n_heads:
+        raise InputError(f"no head {target.head} at {target.site}: z.<layer> has 0..{n_heads - 1}")
     return slice(target.head * size, (target.head + 1) * size)
 
 
-def exchanged(donor: Tensor, span: BoolTensor, part: slice | None = None) -> Edit:
-    """States replaced by `donor` [batch, position, size] within `span` [batch, position], or a `part` of their size."""
+def exchanged(donor: Tensor, span: BoolTensor, features: slice | None = None) -> Edit:
+    """An edit that puts `donor` [batch, position, size] in place of the states within `span` [batch, position].
+
+    `features`: only these of the last axis, such as one head's; None: all.
+    """
 
     def edit(states: Tensor) -> Tensor:
-        if part is None:
+        if features is None:
             return torch.where(span.unsqueeze(-1), donor, states)
         states = states.clone()
-        states[..., part] = torch.where(span.unsqueeze(-1), donor[..., part], states[..., part])
+        states[..., features] = torch.where(span.unsqueeze(-1), donor[..., features], states[..., features])
         return states
 
     return edit
 
 
 def _without(direction: Tensor) -> Edit:
-    """States with the unit `direction` [d_model] projected out."""
+    """An edit that projects the unit `direction` [d_model] out of the states."""
 
     def edit(states: Tensor) -> Tensor:
         unit = direction.to(states.dtype)

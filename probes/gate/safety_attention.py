@@ -1,6 +1,6 @@
-"""What safety attention reads: its weights over words, picture and sound, and the directions that it looks for.
+"""Safety attention's weights over words, picture and sound, and the directions that it reads.
 
-The weights say where the gate looks, not what that is worth: `probes.gate.minimal_sets` takes positions away, and
+The weights say where the gate looks, not what that is worth: `probes.gate.removal` takes positions away, and
 `probes.gate.patching` exchanges the states at them.
 """
 
@@ -25,35 +25,37 @@ from casa_mech.omni.chat import media_parts
 from casa_mech.omni.media import load_image
 from casa_mech.queries import ImagePart, Query
 from casa_mech.trace.sweep import Sweep, read_positions
-from probes.gate.pairs import KEY, ROLES, key_positions, position_roles
+from probes.gate.positions import KEY, ROLES, key_positions, position_roles
 
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Safety attention over one prompt. With `position` its real positions, padding left out:
-
-    tokens: [position] as strings. roles: [position], names of `ROLES`. weights: [position], 0 where it may not read.
-    key: bool [position], where the key word is written. picture: uint8 [height, width, 3] of the first picture, with
-    `grid` [row, column], the weights over it; spectrogram: log-mel [mel, frame] of the first clip, with `sound`
-    [audio position], the weights along it. None where there is none.
-    """
+    """Safety attention over one prompt; `position` counts its real positions, padding left out."""
 
     query_id: str
     label: str
     topic: str
     v_s: float
     tokens: tuple[str, ...]
+    """[position], as strings."""
     roles: tuple[str, ...]
+    """[position], names of `ROLES`."""
     weights: np.ndarray
+    """[position], 0 where safety attention may not read."""
     key: np.ndarray
+    """bool [position]: the key word is written there."""
     picture: np.ndarray | None = None
+    """uint8 [height, width, 3]: the first picture, if any."""
     grid: np.ndarray | None = None
+    """[row, column]: the weights over that picture."""
     spectrogram: np.ndarray | None = None
+    """Log-mel [mel, frame] of the first clip, if any."""
     sound: np.ndarray | None = None
+    """[audio position]: the weights along that clip."""
 
 
 def attention_maps(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -> list[AttentionMap]:
-    """Safety attention's weights over each prompt, in the order of the queries; a prefill is left out.
+    """Maps of safety attention over each prompt, in the order of the queries; a prefill is left out.
 
     Raises:
         InputError: a gate without safety attention, or media that cannot be read.
@@ -61,35 +63,39 @@ def attention_maps(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -
     attention = casa.attention
     maps: list[AttentionMap | None] = [None] * len(queries)
     for group in casa.omni.batches(queries, batch_size):
-        chosen = [queries[index] for index in group]
-        batch, sweep, mask = read_gate(casa, chosen)
+        members = [queries[index] for index in group]
+        batch, sweep, mask = gate_inputs(casa, members)
         with torch.no_grad():
             v_s, weights = attention(whole_states(sweep), mask)
-        key = key_positions(casa.omni, batch, chosen)
-        media = _media(batch, chosen, casa.omni.processor.image_processor.merge_size)
+        key = key_positions(casa.omni, batch, members)
+        media = _media(batch, members, casa.omni.processor.image_processor.merge_size)
         for row, index in enumerate(group):
-            maps[index] = _map(casa, batch, chosen[row], row, float(v_s[row]), weights, key, media[row])
-    return [found for found in maps if found is not None]
+            maps[index] = _map(casa, batch, members[row], row, float(v_s[row]), weights, key, media[row])
+    return [attention_map for attention_map in maps if attention_map is not None]
 
 
 def attention_shares(maps: Sequence[AttentionMap]) -> pd.DataFrame:
-    """How the attention is dealt out: one row a query and span, with `query_id, label, topic, v_s, span, share,
-    positions` and `even`, the share that it would get if every position read got the same. Shares sum to 1 a query."""
+    """Share of the attention on each span of each prompt: the key word, other text, picture, clip, header.
+
+    Returns:
+        One row a query and span that it has: `query_id, label, topic, v_s, span, share, positions` and `even`, the
+        share under equal weights on all positions read. A query's shares sum to 1.
+    """
     rows: list[dict[str, Any]] = []
-    for found in maps:
-        roles = np.array([KEY if key else role for role, key in zip(found.roles, found.key, strict=True)])
-        total, read = found.weights.sum(), found.weights > 0
+    for entry in maps:
+        roles = np.array([KEY if key else role for role, key in zip(entry.roles, entry.key, strict=True)])
+        total, read = entry.weights.sum(), entry.weights > 0
         for span in (KEY, *ROLES[2:]):
             here = (roles == span) & read
             if here.any():
                 rows.append(
                     {
-                        "query_id": found.query_id,
-                        "label": found.label,
-                        "topic": found.topic,
-                        "v_s": found.v_s,
+                        "query_id": entry.query_id,
+                        "label": entry.label,
+                        "topic": entry.topic,
+                        "v_s": entry.v_s,
                         "span": "other text" if span == "text" else span,
-                        "share": float(found.weights[here].sum() / total),
+                        "share": float(entry.weights[here].sum() / total),
                         "positions": int(here.sum()),
                         "even": float(here.sum() / read.sum()),
                     }
@@ -111,12 +117,12 @@ def gate_directions(casa: Casa) -> dict[str, np.ndarray]:
     with torch.no_grad():
         queries = module.w_q(module.class_embeddings)
         query = queries[UNSAFE] - queries[SAFE] if module.form == "compete" else queries[UNSAFE]
-        found = {"query": query @ module.w_k.weight}
+        directions = {"query": query @ module.w_k.weight}
         if module.form == "pooled":
-            found["read-out"] = module.readout.weight[0] @ module.w_v.weight
-        rows = casa.omni.model.lm_head.weight[list(casa.token_ids)].float()
-        found["token difference"] = rows[UNSAFE] - rows[SAFE]
-    return {name: vector.float().cpu().numpy() for name, vector in found.items()}
+            directions["read-out"] = module.readout.weight[0] @ module.w_v.weight
+        rows = casa.omni.head.weight[list(casa.token_ids)].float()
+        directions["token difference"] = rows[UNSAFE] - rows[SAFE]
+    return {name: vector.float().cpu().numpy() for name, vector in directions.items()}
 
 
 def cosine_table(
@@ -132,7 +138,10 @@ def cosine_table(
     Args:
         gate: directions [d_model] by name (`gate_directions`).
         others: refusal and probe directions [d_model] by name, in the same space.
-        states: [query, d_model] at the gate's layer; harmful: bool [query]; clusters: of the bootstrap.
+        states: [query, d_model] at the gate's layer.
+        harmful: bool [query].
+        clusters: [query], of the bootstrap.
+        seed: of the bootstrap.
 
     Returns:
         Columns `gate_direction, direction, cosine, low, high, n` and `chance`, the |cosine| that 95 % of random
@@ -145,9 +154,10 @@ def cosine_table(
         unit = direction / np.linalg.norm(direction)
 
         def along(weights: np.ndarray, unit: np.ndarray = unit) -> np.ndarray:
-            one, other = weights * harmful, weights * ~harmful
+            of_harmful, of_benign = weights * harmful, weights * ~harmful
             with np.errstate(invalid="ignore", divide="ignore"):
-                gap = one @ states / one.sum(1, keepdims=True) - other @ states / other.sum(1, keepdims=True)
+                harmful_mean = of_harmful @ states / of_harmful.sum(1, keepdims=True)
+                gap = harmful_mean - of_benign @ states / of_benign.sum(1, keepdims=True)
                 return gap @ unit / np.linalg.norm(gap, axis=1)
 
         low, high = bootstrap_interval(along, clusters, len(states), seed, resamples=400)
@@ -161,16 +171,19 @@ def cosine_table(
     return pd.DataFrame(rows, columns=columns).assign(n=len(states), chance=chance)
 
 
-def read_gate(casa: Casa, queries: Sequence[Query]) -> tuple[OmniBatch, Sweep, BoolTensor]:
-    """The prompts as a batch (a prefill is left out), a sweep of the gate's position [batch, 1] that has the states at
-    the gate's layer whole, and the mask [batch, position] of what the gate reads."""
+def gate_inputs(casa: Casa, queries: Sequence[Query]) -> tuple[OmniBatch, Sweep, BoolTensor]:
+    """The prompts as a batch, the gate's input states and logits, and the mask [batch, position] of what it reads.
+
+    The sweep has the gate's position alone [batch, 1] and the states at the gate's layer whole (`whole_states`). A
+    prefill is left out.
+    """
     gate = casa.safety_gate
     batch = casa.omni.encode(queries, prefill=False)
     return batch, read_positions(casa.omni, batch, batch.gate_position[:, None], [], gate.layer), gate.mask(batch)
 
 
 def whole_states(sweep: Sweep) -> Tensor:
-    """The states [batch, position, d_model] that were asked for whole."""
+    """The states [batch, position, d_model] of the site that the sweep kept whole."""
     assert sweep.whole is not None
     return sweep.whole
 
@@ -187,14 +200,15 @@ def _map(
 ) -> AttentionMap:
     real = batch.inputs["attention_mask"][row].bool()
     here = weights[row].float().cpu().numpy()
-    spread: dict[str, np.ndarray] = {}
+    media_weights: dict[str, np.ndarray] = {}
     if "picture" in media:
         rows, columns = media["grid"]
-        spread["grid"] = here[batch.modality["image"][row].cpu().numpy()][: rows * columns].reshape(rows, columns)
-        spread["picture"] = media["picture"]
+        over_images = here[batch.modality["image"][row].cpu().numpy()]
+        media_weights["grid"] = over_images[: rows * columns].reshape(rows, columns)
+        media_weights["picture"] = media["picture"]
     if "spectrogram" in media:
-        spread["sound"] = here[batch.modality["audio"][row].cpu().numpy()]
-        spread["spectrogram"] = media["spectrogram"]
+        media_weights["sound"] = here[batch.modality["audio"][row].cpu().numpy()]
+        media_weights["spectrogram"] = media["spectrogram"]
     ids = batch.inputs["input_ids"][row][real].tolist()
     return AttentionMap(
         query_id=query.id,
@@ -205,21 +219,21 @@ def _map(
         roles=tuple(ROLES[role] for role in position_roles(batch)[row][real].tolist()),
         weights=here[real.cpu().numpy()],
         key=key[row][real].cpu().numpy(),
-        **spread,
+        **media_weights,
     )
 
 
 def _media(batch: OmniBatch, queries: Sequence[Query], merge: int) -> list[dict[str, np.ndarray]]:
     """For each query its first picture with its grid of positions, and its first clip's spectrogram."""
-    found: list[dict[str, np.ndarray]] = []
+    media: list[dict[str, np.ndarray]] = []
     images = clips = 0
     for query in queries:
         entry: dict[str, np.ndarray] = {}
-        for part in media_parts(query):
-            if isinstance(part, ImagePart):
+        for medium in media_parts(query):
+            if isinstance(medium, ImagePart):
                 if "picture" not in entry:
                     _, height, width = batch.inputs["image_grid_thw"][images].tolist()
-                    entry["picture"] = np.asarray(load_image(part, f"query {query.id}"))
+                    entry["picture"] = np.asarray(load_image(medium, f"query {query.id}"))
                     entry["grid"] = np.array([height // merge, width // merge])
                 images += 1
             else:
@@ -227,5 +241,5 @@ def _media(batch: OmniBatch, queries: Sequence[Query], merge: int) -> list[dict[
                     frames = int(batch.inputs["feature_attention_mask"][clips].sum())
                     entry["spectrogram"] = batch.inputs["input_features"][clips, :, :frames].float().cpu().numpy()
                 clips += 1
-        found.append(entry)
-    return found
+        media.append(entry)
+    return media

@@ -1,22 +1,10 @@
-"""The model through TransformerLens: a bridge, the logit lens, the tuned lens, and ablation of heads."""
+"""The model in TransformerLens.
 
-from probes.lens.adapter import ThinkerArchitectureAdapter, register
-from probes.lens.heads import HeadEffects, HeadPattern, ablate_heads, attention_patterns, summarise_heads
-from probes.lens.logit import Trajectory, bridge, logit_lens
-from probes.lens.tuned import Translators, fit_translators, lens_quality
+`bridge` puts a loaded model into TransformerLens, `register` lets `TransformerBridge.boot_transformers` load one; both
+change TransformerLens's tables when called, an import changes nothing. `logit_lens` and `fit_translators` (the tuned
+lens) read the safety tokens off every depth; `ablate_heads` and `attention_patterns` look at attention heads.
+"""
 
-__all__ = [
-    "HeadEffects",
-    "HeadPattern",
-    "ThinkerArchitectureAdapter",
-    "Trajectory",
-    "Translators",
-    "ablate_heads",
-    "attention_patterns",
-    "bridge",
-    "fit_translators",
-    "lens_quality",
-    "logit_lens",
-    "register",
-    "summarise_heads",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

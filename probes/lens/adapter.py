@@ -2,13 +2,14 @@
 
 It is the package's entry point in the group `transformer_lens.architectures`. TransformerLens 4.3 asks for plug-ins
 only after it has looked the architecture up in its own table and read the model's sizes from the config, and both
-refuse Qwen2.5-Omni; `register` tells it on request.
+refuse Qwen2.5-Omni; `register` adds it to both when it is called.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import re
 from typing import Any
 
 from transformer_lens.hook_points import HookPoint
@@ -25,10 +26,11 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.generalized_components.qwen3_5_vision_encoder import Qwen3_5VisionBlockBridge
 from transformer_lens.utilities import architectures
 
-ARCHITECTURE = "Qwen2_5OmniThinkerForConditionalGeneration"
-FULL_MODEL = "qwen2_5_omni"
+from casa_mech.omni.architecture import QWEN2_5_OMNI as PARTS
+
+ARCHITECTURE = PARTS.model_class
+FULL_MODEL = PARTS.model_types[0]
 """Model type of the full Omni checkpoints, which hold the thinker beside the talker."""
-_TEXT = "model.language_model"
 
 
 class VisionBridge(GeneralizedComponent):
@@ -69,7 +71,7 @@ class ThinkerArchitectureAdapter(ArchitectureAdapter):
     """
 
     cfg: Any
-    _testing_lm_attr = _TEXT
+    _testing_lm_attr = PARTS.text_model
     _testing_wire_rotary = False
 
     def __init__(self, cfg: Any) -> None:
@@ -83,25 +85,26 @@ class ThinkerArchitectureAdapter(ArchitectureAdapter):
         self._extract_vision_dims(cfg)
         self.weight_processing_conversions = {**self._qkvo_weight_conversions(include_biases=True)}
         self.component_mapping = {
-            "vision_encoder": VisionBridge("model.visual"),
-            "audio_encoder": GeneralizedComponent(name="model.audio_tower"),
-            "embed": EmbeddingBridge(name=f"{_TEXT}.embed_tokens"),
+            "vision_encoder": VisionBridge(PARTS.towers["image"].path),
+            "audio_encoder": GeneralizedComponent(name=PARTS.towers["audio"].path),
+            "embed": EmbeddingBridge(name=PARTS.embedding),
             "blocks": self._block(),
-            "ln_final": RMSNormalizationBridge(name=f"{_TEXT}.norm", config=self.cfg),
-            "unembed": UnembeddingBridge(name="lm_head", config=self.cfg),
+            "ln_final": RMSNormalizationBridge(name=PARTS.norm, config=self.cfg),
+            "unembed": UnembeddingBridge(name=PARTS.head, config=self.cfg),
         }
 
     def _block(self) -> BlockBridge:
-        projections = {part: LinearBridge(name=f"{part}_proj") for part in "qkvo"}
+        names = {"q": PARTS.query, "k": PARTS.key, "v": PARTS.value, "o": PARTS.attention_output}
+        projections = {part: LinearBridge(name=name) for part, name in names.items()}
         attention = AttentionBridge(
-            name="self_attn",
+            name=PARTS.attention,
             config=self.cfg,
             submodules=projections,
             maintain_native_attention=True,
             requires_attention_mask=True,
         )
         return BlockBridge(
-            name=f"{_TEXT}.layers",
+            name=PARTS.blocks,
             submodules={
                 "ln1": RMSNormalizationBridge(name="input_layernorm", config=self.cfg),
                 "ln2": RMSNormalizationBridge(name="post_attention_layernorm", config=self.cfg),
@@ -113,7 +116,7 @@ class ThinkerArchitectureAdapter(ArchitectureAdapter):
     def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
         """Let the full checkpoints' `thinker.` weights be found; those of talker and vocoder are passed over."""
         super().prepare_loading(model_name, model_kwargs)
-        model_kwargs["key_mapping"] = {r"^thinker\.": ""}
+        model_kwargs["key_mapping"] = {rf"^{re.escape(PARTS.weight_prefix)}": ""}
 
     def get_component_mapping(self) -> Any:
         """The components by their names in TransformerLens."""
@@ -145,7 +148,8 @@ def register() -> None:
         config = read(*args, **kwargs)
         if getattr(config, "model_type", None) != FULL_MODEL:
             return config
-        config.thinker_config.architectures = [ARCHITECTURE]
-        return config.thinker_config
+        thinker = getattr(config, PARTS.config_key)
+        thinker.architectures = [ARCHITECTURE]
+        return thinker
 
     hf_utils.autoconfig_with_remote_post_init_compat = read_thinker

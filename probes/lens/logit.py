@@ -1,125 +1,33 @@
-"""The model through TransformerLens: a bridge to a loaded Omni, its caches by our sites' names, and the logit lens.
+"""The logit lens: the residual stream at every depth, read with the model's own final norm and head.
 
-The bridge is a second tree of modules over the same weights, so the model itself, its traces and its adapters stay as
-they are. The logit lens (nostalgebraist, 2020) reads the residual stream at every depth with the model's own final norm
-and head; with translators (`probes/lens/tuned.py`) it is the tuned lens.
+After nostalgebraist (2020); with translators (`probes.lens.tuned`) it is the tuned lens.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformers import PreTrainedConfig
 
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
-from casa_mech.trace.sites import ENCODERS, Site, check_sites
-from probes.lens.adapter import ARCHITECTURE, register
+from casa_mech.trace.sites import Site
+from probes.activations.index import query_columns
+from probes.lens.transformer_bridge import check_bridge, hook_name, run_with_cache
 
-INDEX_COLUMNS = ("query_id", "label", "surface", "topic", "split")
-_HOOKS = {"embeddings": "blocks.0.hook_in", "norm": "ln_final.hook_out"}
-_ENCODER_HOOKS = {"audio": "audio_encoder.hook_out", "vision": "vision_encoder.hook_merged"}
-_PART_HOOKS = {"pre": "hook_in", "z": "attn.o.hook_in", "attention": "attn.hook_out", "mlp": "mlp.hook_out"}
-
-
-def bridge(omni: Omni) -> TransformerBridge:
-    """A TransformerBridge over `omni`'s weights; no weight is copied, and `omni` itself is left alone.
-
-    Attention is eager in the bridge, the only kind that gives patterns, so its numbers are those of the Hugging Face
-    model with eager attention, bit for bit, and differ from other kinds by rounding. The bridge has the layers that the
-    model has now: make it after attaching a gate, and anew after detaching it. Inputs are what `omni.encode` gives:
-    `model(batch.inputs["input_ids"], **rest)`, or `run_with_cache` likewise; positions are left to the model (M-RoPE).
-    As in all of TransformerLens's bridges with native attention, `hook_attn_scores` holds the pattern.
-    """
-    register()
-    model = _twin(omni.model)
-    # The bridge gives its tokenizer a token to begin with; ours has none and must stay so.
-    tokenizer = copy.deepcopy(omni.tokenizer)
-    found = build_bridge_from_module(
-        model, ARCHITECTURE, hf_config=model.config, tokenizer=tokenizer, model_name=omni.source
-    )
-    found.processor = omni.processor
-    return found
-
-
-def _twin(model: nn.Module) -> Any:
-    """A second tree of modules with the very same parameters and buffers, and configs and hooks of its own."""
-    blank, seen = vars(nn.Module()), dict[int, Any]()
-
-    def build(module: nn.Module) -> nn.Module:
-        if id(module) in seen:
-            return seen[id(module)]
-        new = seen[id(module)] = object.__new__(type(module))
-        for name, value in vars(module).items():
-            if name == "_modules":
-                value = {key: None if child is None else build(child) for key, child in value.items()}
-            elif name in blank and "hook" in name:
-                value = copy.copy(blank[name])
-            elif name in ("forward", "__nnsight__"):
-                continue  # nnsight's own, bound to the module that it traces
-            elif isinstance(value, PreTrainedConfig):
-                value = copy.deepcopy(value, seen)
-            elif isinstance(value, dict | list | set):
-                value = copy.copy(value)
-            vars(new)[name] = value
-        return new
-
-    return build(model)
-
-
-def hook_name(site: Site) -> str:
-    """TransformerLens's name for one of our sites (`casa_mech.trace.sites`)."""
-    if isinstance(site, int):
-        return f"blocks.{site}.hook_out"
-    part, _, layer = site.partition(".")
-    return f"blocks.{layer}.{_PART_HOOKS[part]}" if layer else (_HOOKS | _ENCODER_HOOKS)[part]
-
-
-def run_with_cache(model: TransformerBridge, batch: OmniBatch, names: Sequence[str]) -> tuple[Tensor, Any]:
-    """Logits [batch, position, vocab] of the bridge over `batch`, and the cache of the hooks `names`."""
-    inputs = dict(batch.inputs)
-    with torch.no_grad():
-        return model.run_with_cache(inputs.pop("input_ids"), names_filter=list(names), use_cache=False, **inputs)
-
-
-def cached_states(model: TransformerBridge, batch: OmniBatch, sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """Hidden states at `sites` from TransformerLens's cache, as `casa_mech.trace.capture(..., "all")` gives them.
-
-    Returns:
-        For each site [batch, position, d_model], heads [batch, position, head, d_head]; an encoder's output stands at
-        the positions that it fills, with zeros elsewhere.
-
-    Raises:
-        InputError: a site that the model does not have.
-    """
-    order = check_sites(sites, model.cfg.n_layers)
-    quiet = [site for site in order if site in ENCODERS and not batch.modality[ENCODERS[str(site)]].any()]
-    _, cache = run_with_cache(model, batch, [hook_name(site) for site in order if site not in quiet])
-    states = {}
-    for site in order:
-        if site not in ENCODERS:
-            states[site] = cache[hook_name(site)]
-            continue
-        valid = batch.modality[ENCODERS[str(site)]]
-        states[site] = torch.zeros(*valid.shape, model.cfg.d_model, dtype=model.cfg.dtype, device=valid.device)
-        if site not in quiet:
-            states[site][valid] = cache[hook_name(site)]
-    return states
+QUERY_COLUMNS = ["query_id", "label", "surface", "topic", "split"]
 
 
 class Translate(Protocol):
-    """What stands between a depth's residual stream and the final norm."""
+    """A map between a depth's residual stream and the final norm, such as the tuned lens's."""
 
     def __call__(self, states: Tensor) -> Tensor:
         """States [site, row, d_model] at every depth → the same shape, in the last depth's terms."""
@@ -127,18 +35,18 @@ class Translate(Protocol):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The two safety tokens, as read off every depth at the gate's position.
-
-    lens: "logit lens" or "tuned lens". sites: "embeddings", "0", "1", ...; the last is the model's own answer.
-    pair: float32 [site, query, 2], logits (safe, unsafe). mass: float32 [site, query], the share of all probability
-    that the two tokens have. index: one row a query, columns `INDEX_COLUMNS`.
-    """
+    """The two safety tokens, as read off every depth at the gate's position."""
 
     lens: str
+    """"logit lens" or "tuned lens"."""
     sites: tuple[str, ...]
+    """"embeddings", "0", "1", ...; the last is the model's own answer."""
     pair: np.ndarray
+    """float32 [site, query, 2]: logits (safe, unsafe)."""
     mass: np.ndarray
+    """float32 [site, query]: the share of all probability that the two tokens have."""
     index: pd.DataFrame
+    """One row a query, columns `QUERY_COLUMNS`."""
 
     @property
     def difference(self) -> np.ndarray:
@@ -147,15 +55,15 @@ class Trajectory:
 
     def table(self) -> pd.DataFrame:
         """One row a site and query: the index, `lens, site, depth, difference, mass`."""
-        parts = [
+        tables = [
             self.index.assign(lens=self.lens, site=site, depth=depth, difference=difference, mass=mass)
             for depth, (site, difference, mass) in enumerate(zip(self.sites, self.difference, self.mass, strict=True))
         ]
-        return pd.concat(parts, ignore_index=True)
+        return pd.concat(tables, ignore_index=True)
 
 
 def depth_sites(n_layers: int) -> list[Site]:
-    """The residual stream at every depth: before block 0, then after each block."""
+    """Sites of the residual stream at every depth: before block 0, then after each block."""
     return ["embeddings", *range(n_layers)]
 
 
@@ -205,25 +113,9 @@ def depth_states(model: TransformerBridge, batch: OmniBatch) -> Tensor:
 
 def read_off(omni: Omni, states: Tensor) -> Tensor:
     """Float32 logits [..., vocab] of states [..., d_model] under the model's own final norm and head."""
-    return omni.model.lm_head(omni.language_model.norm(states.to(omni.dtype))).to(torch.float32)
-
-
-def check_bridge(model: TransformerBridge, omni: Omni) -> None:
-    """Refuse a bridge that does not hold `omni`'s weights, LoRA included.
-
-    Raises:
-        InputError: it does not.
-    """
-    ours = {id(parameter) for parameter in omni.model.parameters()}
-    theirs = {id(parameter) for parameter in model.original_model.parameters()}
-    if ours != theirs:
-        raise InputError("the bridge was made of another model, or before the gate was attached: call bridge(omni) now")
+    return omni.head(omni.norm(states.to(omni.dtype))).to(torch.float32)
 
 
 def query_index(queries: Sequence[Query]) -> pd.DataFrame:
-    """One row a query with `INDEX_COLUMNS`; empty where the query's maker said nothing."""
-    rows = [
-        {"query_id": query.id, "label": query.label or ""} | {key: query.meta.get(key, "") for key in INDEX_COLUMNS[2:]}
-        for query in queries
-    ]
-    return pd.DataFrame(rows, columns=list(INDEX_COLUMNS))
+    """One row a query with `QUERY_COLUMNS`; the empty string where the query's maker said nothing."""
+    return pd.DataFrame([query_columns(query) for query in queries], columns=QUERY_COLUMNS)

@@ -17,21 +17,22 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
+from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
-from probes.lens.logit import check_bridge, depth_sites, depth_states, query_index, read_off
+from probes.lens.logit import depth_sites, depth_states, query_index, read_off
+from probes.lens.transformer_bridge import check_bridge
 
 
 @dataclass(frozen=True)
 class Translators:
-    """An affine map for every depth; the last one's is the identity.
-
-    weight: float32 [site, d_model, d_model], the change A. bias: float32 [site, d_model].
-    """
+    """An affine map for every depth; the last one's is the identity."""
 
     weight: Tensor
+    """float32 [site, d_model, d_model]: the change A."""
     bias: Tensor
+    """float32 [site, d_model]."""
 
     def __call__(self, states: Tensor) -> Tensor:
         """h + A h + b for states [site, row, d_model]; float32."""
@@ -39,8 +40,8 @@ class Translators:
         return states + torch.baddbmm(self.bias.unsqueeze(1), states, self.weight.transpose(1, 2))
 
 
-class _Sums:
-    """Running sums of the regression, so that the states of all queries are never held at once."""
+class _RidgeSums:
+    """Running sums of the regression, so that the states of all queries are never in memory at once."""
 
     def __init__(self, sites: int, width: int) -> None:
         self.count = 0
@@ -86,7 +87,7 @@ def fit_translators(
     Args:
         model: `bridge(omni)`.
         omni: the model; whatever is attached to it takes part.
-        queries: text (or any) prompts, other than those that the lens will be judged on.
+        queries: text (or any) prompts, other than those that the lens is evaluated on.
         ridge: penalty on A, in units of the states' mean variance.
         kl_epochs: passes of Adam on KL(model || lens) after the regression; 0: the regression alone.
         learning_rate: of Adam.
@@ -99,15 +100,15 @@ def fit_translators(
     if not queries or ridge <= 0:
         raise InputError(f"translators need queries and a positive ridge; got {len(queries)} queries, ridge {ridge}")
     groups = [[queries[index] for index in group] for group in omni.batches(queries, batch_size)]
-    sums = _Sums(omni.n_layers + 1, omni.d_model)
+    sums = _RidgeSums(omni.n_layers + 1, omni.d_model)
     for group in groups:
         sums.update(_real_states(model, omni.encode(group, prefill=False)))
-    weight, bias = (part.to(omni.device, torch.float32) for part in sums.solve(ridge))
+    weight, bias = (solution.to(omni.device, torch.float32) for solution in sums.solve(ridge))
     weight[-1], bias[-1] = 0, 0
-    found = Translators(weight, bias)
+    translators = Translators(weight, bias)
     for _ in range(kl_epochs):
-        found = _descend(model, omni, groups, found, learning_rate)
-    return found
+        translators = _descend(model, omni, groups, translators, learning_rate)
+    return translators
 
 
 def _real_states(model: TransformerBridge, batch: OmniBatch) -> Tensor:
@@ -118,8 +119,8 @@ def _real_states(model: TransformerBridge, batch: OmniBatch) -> Tensor:
 def _descend(
     model: TransformerBridge, omni: Omni, groups: Sequence[Sequence[Query]], start: Translators, rate: float
 ) -> Translators:
-    """One pass of Adam over the batches, on the mean KL of all depths but the last."""
-    weight, bias = (part[:-1].clone().requires_grad_() for part in (start.weight, start.bias))
+    """Translators after one pass of Adam over the batches, on the mean KL of all depths but the last."""
+    weight, bias = (parameter[:-1].clone().requires_grad_() for parameter in (start.weight, start.bias))
     adam = torch.optim.Adam([weight, bias], lr=rate)
     for group in groups:
         states = _real_states(model, omni.encode(group, prefill=False))
@@ -128,14 +129,15 @@ def _descend(
         gradients = torch.autograd.grad(distance.mean(), [weight, bias])
         weight.grad, bias.grad = gradients
         adam.step()
-    last = torch.zeros_like(start.weight[-1:]), torch.zeros_like(start.bias[-1:])
-    return Translators(*(torch.cat([part.detach(), none]) for part, none in zip((weight, bias), last, strict=True)))
+    return Translators(
+        torch.cat([weight.detach(), torch.zeros_like(start.weight[-1:])]),
+        torch.cat([bias.detach(), torch.zeros_like(start.bias[-1:])]),
+    )
 
 
 def _divergence(truth: Tensor, lens: Tensor) -> Tensor:
     """KL(model || lens) in nats [site, row] of logits [row, vocab] and [site, row, vocab]."""
-    truth, lens = functional.log_softmax(truth, dim=-1), functional.log_softmax(lens, dim=-1)
-    return (truth.exp() * (truth - lens)).sum(dim=-1).clamp(min=0)
+    return kl_divergence(functional.log_softmax(truth, dim=-1), functional.log_softmax(lens, dim=-1))
 
 
 def lens_quality(
@@ -145,7 +147,7 @@ def lens_quality(
     translators: Translators,
     batch_size: int = 32,
 ) -> pd.DataFrame:
-    """How far either lens is from the model's own prediction, at every depth.
+    """KL of the model's own prediction from either lens's, at every depth.
 
     Returns:
         One row a lens, site and query: the query's index columns, `lens, site, depth` and `kl`, the mean over the
@@ -156,7 +158,7 @@ def lens_quality(
     """
     check_bridge(model, omni)
     sites = list(map(str, depth_sites(omni.n_layers)))
-    found = {name: np.empty((len(sites), len(queries))) for name in ("logit lens", "tuned lens")}
+    divergence = {name: np.empty((len(sites), len(queries))) for name in ("logit lens", "tuned lens")}
     for group in omni.batches(queries, batch_size):
         batch = omni.encode([queries[index] for index in group], prefill=False)
         mask = batch.inputs["attention_mask"].bool()
@@ -164,15 +166,15 @@ def lens_quality(
         states = depth_states(model, batch)[:, mask]
         with torch.no_grad():
             truth = read_off(omni, states[-1])
-            read = {"logit lens": read_off(omni, states), "tuned lens": read_off(omni, translators(states))}
-        for name, logits in read.items():
+            readings = {"logit lens": read_off(omni, states), "tuned lens": read_off(omni, translators(states))}
+        for name, logits in readings.items():
             distance = _divergence(truth, logits).cpu().numpy()
             total = np.stack([np.bincount(row, weights=values, minlength=len(group)) for values in distance])
-            found[name][:, group] = total / np.bincount(row, minlength=len(group))
+            divergence[name][:, group] = total / np.bincount(row, minlength=len(group))
     index = query_index(queries)
-    parts = [
+    tables = [
         index.assign(lens=name, site=site, depth=depth, kl=values[depth])
-        for name, values in found.items()
+        for name, values in divergence.items()
         for depth, site in enumerate(sites)
     ]
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(tables, ignore_index=True)

@@ -30,19 +30,19 @@ from casa_mech.files import writing
 from probes.linear.gaussian import MahalanobisModels, fit_lda, fit_mahalanobis, fit_mean_difference
 from probes.linear.solver import LinearModels, balanced, fit_models
 
-Kind = Literal["logistic", "ridge", "lda", "mean_difference", "mahalanobis"]
+ProbeKind = Literal["logistic", "ridge", "lda", "mean_difference", "mahalanobis"]
 """`logistic`: L2-penalised; `ridge`: least squares on ±1; `lda`: shared covariance with Ledoit-Wolf shrinkage;
 `mean_difference`: along the line between the class means; `mahalanobis`: distance to the negative class minus distance
 to the positive, each with its own shrunk covariance."""
 
-PENALISED: tuple[Kind, ...] = ("logistic", "ridge")
+PENALISED: tuple[ProbeKind, ...] = ("logistic", "ridge")
 """Kinds that take a penalty."""
 
 Models = LinearModels | MahalanobisModels
 
 
 def fit_batch(
-    kind: Kind,
+    kind: ProbeKind,
     states: Tensor,
     labels: Tensor,
     weights: Tensor,
@@ -50,7 +50,7 @@ def fit_batch(
     class_weight: Literal["balanced"] | None = "balanced",
     tolerance: float = 1e-3,
 ) -> Models:
-    """Fit every problem at every site.
+    """Models of one kind for every problem at every site, in one solve.
 
     Args:
         kind: which probe.
@@ -83,7 +83,7 @@ def fit_batch(
 
 
 def check_problems(states: Tensor, labels: Tensor, weights: Tensor) -> None:
-    """Whether problems can be fitted.
+    """Refuse problems that cannot be fitted.
 
     Raises:
         InputError: states that are not finite (the message names site and row), or a problem with one class only.
@@ -99,9 +99,9 @@ def check_problems(states: Tensor, labels: Tensor, weights: Tensor) -> None:
 
 
 class Probe(ClassifierMixin, BaseEstimator):
-    """What all probes share. A fitted one has `classes_`, and `coef_` [1, d_model] and `intercept_` [1] if linear."""
+    """Base of all probes. A fitted one has `classes_`, and `coef_` [1, d_model] and `intercept_` [1] if linear."""
 
-    _kind: ClassVar[Kind]
+    _kind: ClassVar[ProbeKind]
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
@@ -125,12 +125,12 @@ class Probe(ClassifierMixin, BaseEstimator):
         return self._solve(states, labels, torch.from_numpy(weights).unsqueeze(0), factors)
 
     def _class_factors(self, y: np.ndarray, member: np.ndarray, weights: np.ndarray) -> Tensor:
-        chosen = getattr(self, "class_weight", None)
-        if chosen == "balanced":
+        class_weight = getattr(self, "class_weight", None)
+        if class_weight == "balanced":
             share = np.bincount(member, weights=weights, minlength=2) / weights.sum()
             each = 0.5 / np.where(share > 0, share, 1)
         else:
-            each = compute_class_weight(chosen, classes=self.classes_, y=y)
+            each = compute_class_weight(class_weight, classes=self.classes_, y=y)
         return torch.from_numpy(np.asarray(each, dtype=np.float64)[member]).unsqueeze(0)
 
     def _solve(self, states: Tensor, labels: Tensor, weights: Tensor, factors: Tensor) -> Models:
@@ -176,17 +176,17 @@ class LogisticProbe(Probe):
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities [row, 2] of the classes, not calibrated (see `probes.linear.validation`)."""
+        """Probabilities [row, 2] of the classes, not calibrated (scikit-learn's `CalibratedClassifierCV` does)."""
         positive = 1 / (1 + np.exp(-np.clip(self.decision_function(X), -500, 500)))
         return np.stack([1 - positive, positive], axis=1)
 
     def _solve(self, states: Tensor, labels: Tensor, weights: Tensor, factors: Tensor) -> Models:
-        found = fit_models(
+        models = fit_models(
             states, labels, weights, torch.tensor([1 / self.C], dtype=states.dtype), factors,
             tolerance=self.tol, max_iterations=self.max_iter,
         )  # fmt: skip
-        self.n_iter_ = np.array([max(1, found.iterations)])
-        return found
+        self.n_iter_ = np.array([max(1, models.iterations)])
+        return models
 
 
 class RidgeProbe(Probe):
@@ -276,8 +276,8 @@ class MahalanobisProbe(Probe):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         gaps = X[None] - self.means_[:, None]
-        far = np.einsum("cnd,cde,cne->cn", gaps, self.precisions_, gaps, optimize=True)
-        return np.asarray(far[0] - far[1])
+        distances = np.einsum("cnd,cde,cne->cn", gaps, self.precisions_, gaps, optimize=True)
+        return np.asarray(distances[0] - distances[1])
 
     def _solve(self, states: Tensor, labels: Tensor, weights: Tensor, factors: Tensor) -> Models:
         return fit_mahalanobis(states, labels, weights, _shrinkage(self.shrinkage))
@@ -286,7 +286,7 @@ class MahalanobisProbe(Probe):
 PROBES: Mapping[str, type[Probe]] = {
     kind._kind: kind for kind in (LogisticProbe, RidgeProbe, LdaProbe, DifferenceInMeans, MahalanobisProbe)
 }
-"""The estimators by `Kind`."""
+"""The estimators by `ProbeKind`."""
 
 
 def save_probe(probe: Probe, path: Path | str, about: Mapping[str, Any] | None = None) -> None:
@@ -295,7 +295,7 @@ def save_probe(probe: Probe, path: Path | str, about: Mapping[str, Any] | None =
     Args:
         probe: a fitted probe.
         path: the file; written whole or not at all.
-        about: what to remember with it, as JSON values: the model's fingerprint, the site, the positions.
+        about: stored beside it, as JSON values, such as the model's fingerprint, the site and the positions.
     """
     check_is_fitted(probe)
     arrays = {name: np.ascontiguousarray(value) for name, value in vars(probe).items() if _is_numeric(value)}
@@ -311,7 +311,7 @@ def save_probe(probe: Probe, path: Path | str, about: Mapping[str, Any] | None =
 
 
 def load_probe(path: Path | str, fingerprint: str = "") -> tuple[Probe, dict[str, Any]]:
-    """A probe that `save_probe` wrote, and what was remembered with it.
+    """A probe that `save_probe` wrote, and the record `about` that was stored beside it.
 
     Args:
         path: the file.
@@ -329,9 +329,9 @@ def load_probe(path: Path | str, fingerprint: str = "") -> tuple[Probe, dict[str
         raise RunError(
             f"{path} is not a readable probe ({type(error).__name__}: {error}); fit and save it again"
         ) from None
-    found = record["about"].get("fingerprint", "")
-    if fingerprint and found != fingerprint:
-        raise RunError(f"{path} was fitted on another model ({found[:8] or 'not said'}), not on {fingerprint[:8]}")
+    saved = record["about"].get("fingerprint", "")
+    if fingerprint and saved != fingerprint:
+        raise RunError(f"{path} was fitted on another model ({saved[:8] or 'not said'}), not on {fingerprint[:8]}")
     for name, value in arrays.items():
         setattr(probe, name, value)
     probe.classes_, probe.n_features_in_ = np.array(record["classes"]), record["n_features"]

@@ -17,15 +17,16 @@ from probes.linear.solver import LinearModels
 
 @dataclass(frozen=True)
 class ShrunkCovariance:
-    """`(1 - shrinkage) R'R + ridge I`, kept as its factor. factor: [row, d_model], R times the root of the first
-    factor; ridge: [], above 0."""
+    """`(1 - shrinkage) R'R + ridge I` of residuals R, stored as a factor, so that either dimension can be inverted."""
 
     factor: Tensor
+    """[row, d_model]: R times the root of `1 - shrinkage`."""
     ridge: Tensor
+    """[], above 0."""
 
     @classmethod
     def of(cls, residuals: Tensor, weights: Tensor, shrinkage: float | None = None) -> ShrunkCovariance:
-        """Of rows `residuals` [row, d_model] that have mean zero, counted `weights` [row] times.
+        """The covariance of `residuals` [row, d_model], which have mean zero and count `weights` [row] times.
 
         `shrinkage` from 0 to 1; None: Ledoit and Wolf's.
         """
@@ -51,19 +52,20 @@ class ShrunkCovariance:
 
 @dataclass(frozen=True)
 class MahalanobisModels:
-    """means: [site, problem, class, d_model]; covariances: for each site and problem, of the negative and the positive
-    class."""
+    """A Gaussian for each class, at every site and for every problem."""
 
     means: Tensor
+    """[site, problem, class, d_model]."""
     covariances: tuple[tuple[tuple[ShrunkCovariance, ShrunkCovariance], ...], ...]
+    """For each site and problem those of the negative and the positive class."""
 
     def scores(self, states: Tensor) -> Tensor:
         """Squared distance to the negative class minus that to the positive, [site, problem, row]."""
-        found = [
+        scores = [
             [self._score(states[site].to(self.means), site, problem) for problem in range(self.means.shape[1])]
             for site in range(len(self.means))
         ]
-        return torch.stack([torch.stack(row) for row in found])
+        return torch.stack([torch.stack(by_problem) for by_problem in scores])
 
     def precisions(self) -> Tensor:
         """Inverse covariances [site, problem, class, d_model, d_model]."""
@@ -73,25 +75,27 @@ class MahalanobisModels:
         )
 
     def _score(self, states: Tensor, site: int, problem: int) -> Tensor:
-        far = []
+        distances = []
         for mean, covariance in zip(self.means[site, problem], self.covariances[site][problem], strict=True):
             gap = states - mean
-            far.append((gap * covariance.solve(gap)).sum(dim=1))
-        return far[0] - far[1]
+            distances.append((gap * covariance.solve(gap)).sum(dim=1))
+        return distances[0] - distances[1]
 
 
 def class_means(states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Weighted means [site, problem, class, d_model] of the negative and the positive class.
 
     Args:
-        states: [site, row, d_model]. labels: bool [problem, row]. weights: [problem, row].
+        states: [site, row, d_model].
+        labels: bool [problem, row].
+        weights: [problem, row], how often a row counts (0: held out).
     """
-    parts = [weights * ~labels, weights * labels]
-    return torch.stack([(part / part.sum(dim=1, keepdim=True)) @ states for part in parts], dim=2)
+    by_class = [weights * ~labels, weights * labels]
+    return torch.stack([(counts / counts.sum(dim=1, keepdim=True)) @ states for counts in by_class], dim=2)
 
 
 def fit_mean_difference(states: Tensor, labels: Tensor, weights: Tensor) -> LinearModels:
-    """Along the difference of the class means, threshold halfway. Shapes as in `class_means`."""
+    """Models along the difference of the class means, threshold halfway. Shapes as in `class_means`."""
     means = class_means(states, labels, weights)
     coef = means[:, :, 1] - means[:, :, 0]
     return LinearModels(coef, -(coef * means.mean(dim=2)).sum(dim=-1))
@@ -120,17 +124,14 @@ def fit_mahalanobis(
 ) -> MahalanobisModels:
     """A mean and a shrunk covariance for each class. Shapes as in `class_means`."""
     means = class_means(states, labels, weights)
-    fitted = []
-    for site in range(len(means)):
-        row = []
-        for problem in range(means.shape[1]):
-            pair = []
-            for kind, mean in ((~labels[problem], means[site, problem, 0]), (labels[problem], means[site, problem, 1])):
-                rows = (weights[problem] > 0) & kind
-                pair.append(ShrunkCovariance.of(states[site, rows] - mean, weights[problem, rows], shrinkage))
-            row.append((pair[0], pair[1]))
-        fitted.append(tuple(row))
-    return MahalanobisModels(means, tuple(fitted))
+    covariances = tuple(
+        tuple(
+            _class_covariances(states[site], labels[problem], weights[problem], means[site, problem], shrinkage)
+            for problem in range(means.shape[1])
+        )
+        for site in range(len(means))
+    )
+    return MahalanobisModels(means, covariances)
 
 
 def fisher_ratios(states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -138,18 +139,28 @@ def fisher_ratios(states: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     means = class_means(states, labels, weights)
     ratio = torch.empty_like(means[:, :, 0, 0])
     for site, problem in _pairs(means):
-        factors, ridge = [], means.new_zeros(())
-        for kind, mean in ((~labels[problem], means[site, problem, 0]), (labels[problem], means[site, problem, 1])):
-            rows = (weights[problem] > 0) & kind
-            one = ShrunkCovariance.of(states[site, rows] - mean, weights[problem, rows])
-            factors.append(one.factor)
-            ridge = ridge + one.ridge
+        negative, positive = _class_covariances(
+            states[site], labels[problem], weights[problem], means[site, problem], None
+        )
+        both = ShrunkCovariance(torch.cat([negative.factor, positive.factor]), negative.ridge + positive.ridge)
         gap = (means[site, problem, 1] - means[site, problem, 0]).unsqueeze(0)
-        ratio[site, problem] = (gap * ShrunkCovariance(torch.cat(factors), ridge).solve(gap)).sum()
+        ratio[site, problem] = (gap * both.solve(gap)).sum()
     return ratio
 
 
+def _class_covariances(
+    states: Tensor, labels: Tensor, weights: Tensor, means: Tensor, shrinkage: float | None
+) -> tuple[ShrunkCovariance, ShrunkCovariance]:
+    """Those of the negative and the positive class at one site: states [row, d_model], means [class, d_model]."""
+    negative, positive = (
+        ShrunkCovariance.of(states[rows] - mean, weights[rows], shrinkage)
+        for rows, mean in zip(((weights > 0) & ~labels, (weights > 0) & labels), means, strict=True)
+    )
+    return negative, positive
+
+
 def _ledoit_wolf(residuals: Tensor, rooted: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
+    """The share of the identity, from 0 to 1; `mean` is the mean variance of a feature."""
     total, width = weights.sum(), residuals.shape[1]
     gram = rooted @ rooted.T if len(rooted) < width else rooted.T @ rooted
     squared = gram.square().sum()

@@ -1,4 +1,4 @@
-"""Are harmful and benign requests separable in the hidden states, at which layer, and across modalities?
+"""Separability of harmful and benign requests in hidden states, at each layer, on each surface and across surfaces.
 
 The measures of the method specification's section 6, for all sites at once: five-fold logistic probes with nested
 choice of the penalty, the matrix of transfers from one surface to another, difference-in-means probes, a shrinkage
@@ -20,8 +20,8 @@ from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
 from casa_mech.judging import auroc_interval
-from probes.activations.store import Activations
-from probes.linear.estimators import Kind
+from probes.activations.memory import Activations
+from probes.linear.estimators import ProbeKind
 from probes.linear.gaussian import fisher_ratios
 from probes.linear.validation import PENALTIES, CrossValidated, chance_p, cross_validate, permuted_aurocs, selectivity
 
@@ -31,25 +31,14 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class Plane:
-    """A two-dimensional view of hidden states.
-
-    points: [query, 2]. explained: the two components' shares of the variance. silhouette: of the two classes, in the
-    plane, from -1 to 1; one number for each surface.
-    """
+    """A two-dimensional view of hidden states."""
 
     points: np.ndarray
+    """[query, 2]."""
     explained: tuple[float, float]
+    """The two components' shares of the variance."""
     silhouette: dict[str, float]
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """A probe's AUROC on topics that it was not fitted on, with its interval (bootstrap over topics)."""
-
-    auroc: float
-    low: float
-    high: float
-    n: int
+    """For each surface the silhouette of the two classes in the plane, from -1 to 1."""
 
 
 def pca_plane(activations: Activations, site: str) -> Plane:
@@ -72,26 +61,12 @@ def pca_plane(activations: Activations, site: str) -> Plane:
     return Plane(points, (first, second), silhouette)
 
 
-def probe(
-    fit: Activations, test: Activations, site: str, folds: int = 5, seed: int = 0, kind: Kind = "logistic"
-) -> ProbeResult:
-    """AUROC of a probe fitted on `fit` and judged on `test`, always on other topics.
-
-    The ordinary cross-validated probe is `probe(a, a, site)`; from text to audio it is `probe(text, audio, site)`. For
-    many sites use `transfer_matrix`, which solves them together.
-
-    Raises:
-        InputError: one class only, fewer topics of a class than folds, or states that are not finite.
-    """
-    own, carried = _cross_validate(fit, [site], kind, folds, seed, [test])
-    return _result((own if test is fit else carried).scores[0], test, seed)
-
-
 def fisher_ratio(states: np.ndarray, harmful: np.ndarray) -> float:
-    """(mu_h - mu_b)^T (S_h + S_b)^-1 (mu_h - mu_b) with Ledoit-Wolf covariances, so that it is finite for d > n.
+    """(mu_h - mu_b)^T (S_h + S_b)^-1 (mu_h - mu_b) with Ledoit-Wolf covariances, which keep it finite for d > n.
 
     Args:
-        states: [query, d_model]. harmful: bool [query].
+        states: [query, d_model].
+        harmful: bool [query].
 
     Raises:
         InputError: fewer than two queries in a class.
@@ -104,45 +79,55 @@ def fisher_ratio(states: np.ndarray, harmful: np.ndarray) -> float:
 
 
 def transfer_matrix(
-    activations: Activations, kind: Kind = "logistic", folds: int = 5, seed: int = 0, sites: Sequence[str] = ()
+    activations: Activations, kind: ProbeKind = "logistic", folds: int = 5, seed: int = 0, sites: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Probes fitted on each surface and judged on each, at every site, on unseen topics.
+    """AUROC of probes fitted on each surface and judged on each, at every site, on unseen topics.
 
     Args:
         activations: several surfaces; index column `surface`.
-        kind: which probe. folds, seed: of the cross-validation. sites: which; all when not given.
+        kind: which probe.
+        folds: of the cross-validation.
+        seed: of the folds, the intervals and the permutations.
+        sites: which; all when not given.
 
     Returns:
         Columns `site, fit, surface, auroc, low, high, n, p`; the diagonal is the ordinary cross-validated probe. `p` is
-        that of an AUROC as high on labels dealt anew among topics.
+        that of an AUROC as high on labels permuted among topics.
 
     Raises:
         InputError: one class only, fewer topics of a class than folds, or states that are not finite.
     """
     names = list(sites or activations.sites)
-    parts = _by_surface(activations)
+    by_surface = _by_surface(activations)
     rows = []
     # Many small solves: BLAS threads would only wait for each other, for minutes on a busy machine.
     with threadpool_limits(1):
-        for fit, part in parts.items():
-            others = {surface: other for surface, other in parts.items() if surface != fit}
-            own, *carried = _cross_validate(part, names, kind, folds, seed, list(others.values()))
-            for surface, found in zip([fit, *others], [own, *carried], strict=True):
-                for site, scores in zip(names, found.scores, strict=True):
-                    result = _result(scores, parts[surface], seed)
-                    p_value = chance_p(scores, parts[surface].harmful, parts[surface].topics, seed)
-                    rows.append({"site": site, "fit": fit, "surface": surface, **vars(result), "p": p_value})
+        for fit, fitted in by_surface.items():
+            others = {surface: other for surface, other in by_surface.items() if surface != fit}
+            own, *carried = _cross_validate(fitted, names, kind, folds, seed, list(others.values()))
+            for surface, result in zip([fit, *others], [own, *carried], strict=True):
+                test = by_surface[surface]
+                for site, scores in zip(names, result.scores, strict=True):
+                    interval = _interval(scores, test, seed)
+                    p_value = chance_p(scores, test.harmful, test.topics, seed)
+                    rows.append({"site": site, "fit": fit, "surface": surface, **interval, "p": p_value})
     table = pd.DataFrame(rows)
     order = {site: place for place, site in enumerate(names)}
     return table.sort_values("site", key=lambda column: column.map(order), kind="stable").reset_index(drop=True)
 
 
 def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: int = 20) -> pd.DataFrame:
-    """What a probe's AUROC has to be compared with, at every site and surface.
+    """The measures that a probe's AUROC has to be compared with, at every site and surface.
+
+    Args:
+        activations: one or several surfaces; index column `surface`.
+        folds: of the cross-validation.
+        seed: of the folds, the intervals and the permutations.
+        repeats: how often labels are permuted.
 
     Returns:
         Columns `site, surface`, those of `Selectivity` (the probe, permuted labels, prompt length,
-        the probe among prompts of equal length), `permuted_low, permuted_high` (extremes over the deals),
+        the probe among prompts of equal length), `permuted_low, permuted_high` (extremes over the permutations),
         `mean_difference` (that probe's AUROC), `fisher` (shrinkage Fisher ratio), `explained` (the first two
         components' share of the variance) and `silhouette` (of the classes in their plane).
 
@@ -152,13 +137,13 @@ def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: i
     planes = {site: pca_plane(activations, site) for site in activations.sites}
     rows = []
     with threadpool_limits(1):
-        for surface, part in _by_surface(activations).items():
-            states, lengths = part.stacked(), _lengths(part)
-            (found,) = _cross_validate(part, part.sites, "logistic", folds, seed, [])
-            (means,) = _cross_validate(part, part.sites, "mean_difference", folds, seed, [])
-            chance = permuted_aurocs(states, part.harmful, part.topics, PENALTIES[1], repeats, folds=folds, seed=seed)
-            for place, site in enumerate(part.sites):
-                against = selectivity(found.scores[place], chance[place], part.harmful, lengths, part.topics, seed)
+        for surface, subset in _by_surface(activations).items():
+            states, harmful, topics, lengths = subset.stacked(), subset.harmful, subset.topics, _lengths(subset)
+            (logistic,) = _cross_validate(subset, subset.sites, "logistic", folds, seed, [])
+            (means,) = _cross_validate(subset, subset.sites, "mean_difference", folds, seed, [])
+            chance = permuted_aurocs(states, harmful, topics, PENALTIES[1], repeats, folds=folds, seed=seed)
+            for place, site in enumerate(subset.sites):
+                against = selectivity(logistic.scores[place], chance[place], harmful, lengths, topics, seed)
                 rows.append(
                     {
                         "site": site,
@@ -166,8 +151,8 @@ def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: i
                         **asdict(against),
                         "permuted_low": float(chance[place].min()),
                         "permuted_high": float(chance[place].max()),
-                        "mean_difference": _result(means.scores[place], part, seed).auroc,
-                        "fisher": fisher_ratio(states[place], part.harmful),
+                        "mean_difference": _interval(means.scores[place], subset, seed)["auroc"],
+                        "fisher": fisher_ratio(states[place], harmful),
                         "explained": sum(planes[site].explained),
                         "silhouette": planes[site].silhouette[surface],
                     }
@@ -181,7 +166,10 @@ def separability_table(
     """AUROC by layer of each surface's own probe, of the one fitted on `fit_surface`, and of permuted labels.
 
     Args:
-        matrix: of `transfer_matrix`. against: of `controls`. positions: written into that column.
+        matrix: of `transfer_matrix`.
+        against: of `controls`.
+        fit_surface: on which the transferred probe was fitted.
+        positions: written into that column.
 
     Returns:
         Columns `site, surface, measure, auroc, low, high, n, positions`; measures `probe`, `transfer`, `permuted`.
@@ -191,14 +179,14 @@ def separability_table(
     chance = against[against["surface"] == fit_surface].assign(measure="permuted")
     chance = chance.assign(auroc=chance["permuted"], low=chance["permuted_low"], high=chance["permuted_high"])
     columns = ["site", "surface", "measure", "auroc", "low", "high", "n"]
-    table = pd.concat([part[columns] for part in (own, carried, chance)], ignore_index=True)
+    table = pd.concat([rows[columns] for rows in (own, carried, chance)], ignore_index=True)
     order = {site: place for place, site in enumerate(dict.fromkeys(matrix["site"]))}
     table = table.sort_values("site", key=lambda column: column.map(order), kind="stable")
     return table.assign(positions=positions).reset_index(drop=True)
 
 
 def _cross_validate(
-    fit: Activations, sites: Sequence[str], kind: Kind, folds: int, seed: int, tests: Sequence[Activations]
+    fit: Activations, sites: Sequence[str], kind: ProbeKind, folds: int, seed: int, tests: Sequence[Activations]
 ) -> list[CrossValidated]:
     others = [(test.stacked(sites), test.topics) for test in tests]
     return cross_validate(fit.stacked(sites), fit.harmful, fit.topics, kind, PENALTIES, folds, seed, others)
@@ -209,10 +197,12 @@ def _by_surface(activations: Activations) -> dict[str, Activations]:
     return {surface: activations.where(surface=surface) for surface in surfaces}
 
 
-def _lengths(part: Activations) -> np.ndarray:
-    return part.index["length"].to_numpy() if "length" in part.index else np.zeros(len(part.index))
+def _lengths(activations: Activations) -> np.ndarray:
+    index = activations.index
+    return index["length"].to_numpy() if "length" in index else np.zeros(len(index))
 
 
-def _result(scores: np.ndarray, test: Activations, seed: int) -> ProbeResult:
+def _interval(scores: np.ndarray, test: Activations, seed: int) -> dict[str, float]:
+    """`auroc, low, high` (bootstrap over topics) and `n` of held-out `scores` [query]."""
     auroc, low, high = auroc_interval(list(scores), list(test.harmful), list(test.topics), seed, resamples=RESAMPLES)
-    return ProbeResult(float(auroc), float(low), float(high), len(scores))
+    return {"auroc": float(auroc), "low": float(low), "high": float(high), "n": len(scores)}

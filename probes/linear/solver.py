@@ -21,18 +21,20 @@ from torch import Tensor
 
 Loss = Literal["logistic", "squared"]
 
-
 _REFRESHED = (0, 2, 5, 11, 23, 47)
 """Iterations at which the preconditioner takes the curvature anew, and the directions start afresh."""
 
 
 @dataclass(frozen=True)
 class LinearModels:
-    """Fitted models. coef: [site, problem, d_model] on the states as they are; intercept: [site, problem]."""
+    """Fitted linear models, one for every site and problem."""
 
     coef: Tensor
+    """[site, problem, d_model], on the states as they are, not standardised."""
     intercept: Tensor
+    """[site, problem]."""
     iterations: int = 0
+    """Number that the solver took; 0 where there was nothing to iterate."""
 
     def scores(self, states: Tensor) -> Tensor:
         """Decision values [site, problem, row] of `states` [site, row, d_model]; above 0: the positive class."""
@@ -51,13 +53,14 @@ def fit_models(
     tolerance: float = 1e-3,
     max_iterations: int = 200,
 ) -> LinearModels:
-    """Minimise `sum_i c_i l(y_i, x_i w + t) + penalty / 2 |w|^2` for every site and problem.
+    """Models that minimise `sum_i c_i l(y_i, x_i w + t) + penalty / 2 |w|^2`, one for every site and problem.
 
     `l` is log(1 + exp(-y z)) for y = ±1, or (y - z)^2 / 2; x is standardised by the problem's own rows.
 
     Args:
         states: [site, row, d_model], floating point; the solve runs on its device and in its dtype.
-        labels: bool or ±1 [problem, row]. weights: [problem, row], how often a row counts (0: held out).
+        labels: bool or ±1 [problem, row].
+        weights: [problem, row], how often a row counts (0: held out).
         penalty: [problem], above 0; scikit-learn's `1 / C`, or ridge's `alpha`.
         class_weights: [problem, row], factors on the loss alone (not on means and spreads); default none.
         loss: logistic or squared.
@@ -82,7 +85,8 @@ def balanced(labels: Tensor, weights: Tensor) -> Tensor:
     """Class weights [problem, row] that make both classes count alike, as scikit-learn's `class_weight="balanced"`.
 
     Args:
-        labels: bool [problem, row]. weights: [problem, row]. Each problem must have both classes.
+        labels: bool [problem, row]; each problem must have both classes.
+        weights: [problem, row].
     """
     positive = labels > 0
     share = (weights * positive).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
@@ -91,16 +95,21 @@ def balanced(labels: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Problem:
-    """states: [site, row, d_model]; signs, cost: [problem, row]; ridge: [site, problem, d_model]."""
+    """The function that is minimised, for all sites and problems, and its derivatives."""
 
     states: Tensor
+    """[site, row, d_model], centred and scaled."""
     signs: Tensor
+    """±1 [problem, row]."""
     cost: Tensor
+    """[problem, row]: how much each row's loss counts."""
     ridge: Tensor
+    """[site, problem, d_model]: the penalty on each squared coefficient."""
     logistic: bool
+    """Else the squared loss."""
 
     def gradient(self, coef: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """By the coefficients [site, problem, d_model] and by the intercepts [site, problem, 1]."""
+        """Gradient by the coefficients [site, problem, d_model] and by the intercepts [site, problem, 1]."""
         slope, _ = self.slopes(scores)
         return torch.baddbmm(self.ridge * coef, slope, self.states), slope.sum(dim=-1, keepdim=True)
 
@@ -112,7 +121,7 @@ class _Problem:
         return -self.cost * self.signs * wrong, self.cost * wrong * (1 - wrong)
 
     def step(self, coef: Tensor, scores: Tensor, direction: Tensor, change: Tensor) -> Tensor:
-        """How far to go [site, problem, 1]: Newton's method along `direction`, which changes the scores by `change`."""
+        """Step length [site, problem, 1]: Newton's method along `direction`, which changes the scores by `change`."""
         ridged = self.ridge * direction
         first, second = (ridged * coef).sum(-1, keepdim=True), (ridged * direction).sum(-1, keepdim=True)
         length = torch.zeros_like(first)
@@ -126,14 +135,16 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Eigen:
-    """X'X of each site: eigenvalues [site, r] and eigenvectors [site, d_model, r]."""
+    """The eigendecomposition of each site's X'X; r is the smaller of row and d_model."""
 
     values: Tensor
+    """[site, r]."""
     vectors: Tensor
+    """[site, d_model, r]."""
 
     @classmethod
     def of(cls, states: Tensor) -> _Eigen:
-        """For `states` [site, row, d_model]; r is the smaller of row and d_model."""
+        """The decomposition for `states` [site, row, d_model]."""
         turned = states.transpose(1, 2)
         if states.shape[2] <= states.shape[1]:
             values, vectors = torch.linalg.eigh(turned @ states)
@@ -159,15 +170,16 @@ class _Preconditioner:
 
     def __call__(self, gradient: Tensor, by_shift: Tensor) -> tuple[Tensor, Tensor]:
         vectors = self._eigen.vectors
-        found = (self._factors * (gradient @ vectors)) @ vectors.transpose(1, 2)
+        conditioned = (self._factors * (gradient @ vectors)) @ vectors.transpose(1, 2)
         if vectors.shape[1] > vectors.shape[2]:
-            found = found + self._rest * gradient
-        return found, self._shift * by_shift
+            conditioned = conditioned + self._rest * gradient
+        return conditioned, self._shift * by_shift
 
 
 def _descend(
     problem: _Problem, eigen: _Eigen, penalty: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, int]:
+    """Coefficients [site, problem, d_model], intercepts [site, problem], and the iterations that it took."""
     states = problem.states
     turned, tiny = states.transpose(1, 2), torch.finfo(states.dtype).tiny
     coef = states.new_zeros(len(states), len(problem.cost), states.shape[2])
@@ -198,7 +210,7 @@ def _descend(
 
 
 def _centred(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each feature with mean 0 and spread 1 over all rows, for the arithmetic's sake, with means and spreads."""
+    """States whose features have mean 0 and spread 1 over all rows, for the arithmetic's sake; means; spreads."""
     centre = states.mean(dim=1)
     spread = states.std(dim=1, correction=0)
     spread = torch.where(spread > 1e-7 * (1 + centre.abs()), spread, 1)
@@ -206,7 +218,7 @@ def _centred(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _variance(states: Tensor, rows: Tensor) -> Tensor:
-    """Of each feature over each problem's rows, [site, problem, d_model]; 1 where it does not vary, as scikit-learn."""
+    """Variance of each feature over each problem's rows [site, problem, d_model]; 1 where it is 0, as scikit-learn."""
     share = rows / rows.sum(dim=1, keepdim=True)
     mean = share @ states
     variance = share @ (states * states) - mean * mean

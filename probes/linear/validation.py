@@ -1,4 +1,4 @@
-"""Judging probes: nested cross-validation by query, calibration, and controls (permuted labels, prompt length).
+"""Judging probes: nested cross-validation by topic, and controls (permuted labels, prompt length).
 
 Folds keep queries about one topic together (`Activations.topics`, the rule of `casa_mech.judging.stats.cluster_of`), so
 a probe is always judged on topics that it has not seen. Penalties are chosen on the training folds only.
@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.stats import rankdata
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import brier_score_loss
 
 from casa_mech.errors import InputError
 from casa_mech.judging import auroc_interval
-from probes.linear.estimators import PENALISED, Kind, fit_batch
+from probes.linear.estimators import PENALISED, ProbeKind, fit_batch
 
 PENALTIES = (3.0, 30.0, 300.0)
 """Penalties (`1 / C`) that are tried."""
@@ -27,15 +25,16 @@ INNER = 3
 
 @dataclass(frozen=True)
 class Folds:
-    """How rows are split. fold: int [row], the fold in which a row is held out. inner: for each fold bool [inner, row],
-    the rows held out within its training rows."""
+    """A split of rows into outer folds, and of each fold's training rows into inner ones."""
 
     fold: np.ndarray
+    """int [row]: the fold in which a row is held out."""
     inner: tuple[np.ndarray, ...]
+    """For each fold bool [inner, row]: the rows held out within its training rows."""
 
     @property
     def number(self) -> int:
-        """How many outer folds there are."""
+        """Number of outer folds."""
         return len(self.inner)
 
     def training(self) -> np.ndarray:
@@ -47,7 +46,11 @@ def make_folds(labels: np.ndarray, clusters: np.ndarray, folds: int = 5, seed: i
     """Stratified folds that keep clusters together.
 
     Args:
-        labels: bool [row]. clusters: [row], what stays together. folds, inner: how many. seed: of the split.
+        labels: bool [row].
+        clusters: [row]; rows of one cluster stay together.
+        folds: number of outer folds.
+        seed: of the split.
+        inner: number of inner folds.
 
     Raises:
         InputError: one class only, or fewer clusters of a class than folds.
@@ -59,11 +62,11 @@ def make_folds(labels: np.ndarray, clusters: np.ndarray, folds: int = 5, seed: i
     if least < folds:
         raise InputError(f"{folds} folds need {folds} topics of each class, not {least}: add queries or ask for fewer")
     rng = np.random.default_rng(seed)
-    outer = _deal(labels, clusters, folds, rng)
+    outer = _assign_folds(labels, clusters, folds, rng)
     nested = []
     for number in range(folds):
         train = np.flatnonzero(outer != number)
-        within = _deal(labels[train], clusters[train], max(inner, 1), rng)
+        within = _assign_folds(labels[train], clusters[train], max(inner, 1), rng)
         masks = np.zeros((inner, len(labels)), dtype=bool)
         for place in range(inner):
             masks[place, train[within == place]] = True
@@ -73,30 +76,38 @@ def make_folds(labels: np.ndarray, clusters: np.ndarray, folds: int = 5, seed: i
 
 @dataclass(frozen=True)
 class CrossValidated:
-    """What nested cross-validation found. scores: [site, row], each from a probe that saw no query of the row's
-    cluster, in units of their spread on the training rows. penalty: [site, fold], the one chosen."""
+    """Held-out scores of nested cross-validation, and the penalties that it chose."""
 
     scores: np.ndarray
+    """[site, row], each from a probe that saw no query of the row's cluster, in units of that probe's spread over its
+    training rows."""
     penalty: np.ndarray
+    """[site, fold]: chosen on each fold's training rows."""
+    final_penalty: np.ndarray
+    """[site]: the folds' median, for a probe fitted on everything."""
 
 
 def cross_validate(
     states: np.ndarray,
     labels: np.ndarray,
     clusters: np.ndarray,
-    kind: Kind = "logistic",
+    kind: ProbeKind = "logistic",
     penalties: Sequence[float] = PENALTIES,
     folds: int = 5,
     seed: int = 0,
     others: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     device: str = "cpu",
 ) -> list[CrossValidated]:
-    """Nested cross-validation of a probe at every site, in one solve.
+    """Held-out scores of a probe at every site, by nested cross-validation in one solve.
 
     Args:
-        states: [site, row, d_model], real numbers. labels: bool [row]. clusters: str [row].
-        kind: which probe. penalties: what to choose from, for kinds that take one.
-        folds: outer folds. seed: of the splits.
+        states: [site, row, d_model], real numbers.
+        labels: bool [row].
+        clusters: str [row].
+        kind: which probe.
+        penalties: the grid to choose from, for kinds that take one.
+        folds: outer folds.
+        seed: of the splits.
         others: more (states, clusters) to score, such as the same queries as pictures. A row whose cluster is held out
             in a fold is scored by that fold's probe, a row of a new cluster by the probe fitted on everything.
         device: where to solve.
@@ -113,16 +124,17 @@ def cross_validate(
     problems = _Problems.of(splits, grid)
     weights, truth = (torch.tensor(array, device=tensor.device) for array in (problems.weights, labels))
     models = fit_batch(kind, tensor, truth, weights, problems.penalty(tensor))
-    own = models.scores(tensor).cpu().numpy()
-    chosen = problems.choose(own, labels)
-    scale = problems.spread(own, chosen)
-    penalty = np.asarray(grid)[chosen[:, :folds]]
-    results = [CrossValidated(_held_out(problems.pick(own, chosen) / scale, splits.fold), penalty)]
-    place_of = dict(zip(clusters, splits.fold, strict=True))
-    for other, names in others:
-        found = models.scores(torch.as_tensor(other, dtype=torch.float32, device=device)).cpu().numpy()
-        where = np.array([place_of.get(name, folds) for name in names])
-        results.append(CrossValidated(_held_out(problems.pick(found, chosen) / scale, where), penalty))
+    scores = models.scores(tensor).cpu().numpy()
+    best = problems.best_penalties(scores, labels)
+    scale = problems.spread(scores, best)
+    penalty, final = np.asarray(grid)[best[:, :folds]], np.asarray(grid)[best[:, folds]]
+    results = [CrossValidated(_held_out(problems.pick(scores, best) / scale, splits.fold), penalty, final)]
+    fold_of = dict(zip(clusters, splits.fold, strict=True))
+    for other_states, other_clusters in others:
+        tensor = torch.as_tensor(other_states, dtype=torch.float32, device=device)
+        scores = models.scores(tensor).cpu().numpy()
+        fold = np.array([fold_of.get(cluster, folds) for cluster in other_clusters])
+        results.append(CrossValidated(_held_out(problems.pick(scores, best) / scale, fold), penalty, final))
     return results
 
 
@@ -132,7 +144,7 @@ def permuted_aurocs(
     clusters: np.ndarray,
     penalty: float = PENALTIES[1],
     repeats: int = 20,
-    kind: Kind = "logistic",
+    kind: ProbeKind = "logistic",
     folds: int = 5,
     seed: int = 0,
 ) -> np.ndarray:
@@ -190,11 +202,16 @@ def matched_auroc(
 ) -> tuple[float, float, float, int]:
     """(AUROC, low, high, pairs) over pairs of a harmful and a benign query of one stratum, such as one prompt length.
 
-    What a probe still knows when the stratum cannot help it. The interval is a percentile bootstrap over clusters; NaN
-    throughout when no stratum has both classes.
+    It is above 1/2 only for what a probe knows beside the stratum. The interval is a percentile bootstrap over
+    clusters; NaN throughout when no stratum has both classes.
 
     Args:
-        scores: [row]. labels: bool [row]. strata, clusters: [row].
+        scores: [row].
+        labels: bool [row].
+        strata: [row].
+        clusters: [row].
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
     """
     names, member = np.unique(clusters, return_inverse=True)
     rng = np.random.default_rng(seed)
@@ -202,10 +219,10 @@ def matched_auroc(
     counts = np.concatenate([np.ones((1, len(labels))), draws[:, member]])
     won, pairs = np.zeros(len(counts)), np.zeros(len(counts))
     for stratum in np.unique(strata):
-        one, other = (np.flatnonzero((strata == stratum) & side) for side in (labels, ~labels))
-        wins = (np.sign(scores[one][:, None] - scores[other][None]) + 1) / 2
-        won += np.einsum("rh,hb,rb->r", counts[:, one], wins, counts[:, other], optimize=True)
-        pairs += counts[:, one].sum(axis=1) * counts[:, other].sum(axis=1)
+        harmful, benign = (np.flatnonzero((strata == stratum) & side) for side in (labels, ~labels))
+        wins = (np.sign(scores[harmful][:, None] - scores[benign][None]) + 1) / 2
+        won += np.einsum("rh,hb,rb->r", counts[:, harmful], wins, counts[:, benign], optimize=True)
+        pairs += counts[:, harmful].sum(axis=1) * counts[:, benign].sum(axis=1)
     if pairs[0] == 0:
         return float("nan"), float("nan"), float("nan"), 0
     rates = won[1:][pairs[1:] > 0] / pairs[1:][pairs[1:] > 0]
@@ -215,28 +232,29 @@ def matched_auroc(
 
 @dataclass(frozen=True)
 class Selectivity:
-    """A probe's AUROC beside what it should be compared with.
-
-    auroc, low, high: the probe on unseen clusters, with its interval. permuted: mean on permuted labels;
-    selectivity: the difference. p_value: of the permutation test. length: AUROC of the
-    prompt's number of tokens alone, with its interval. matched: the probe's AUROC among prompts of equal length, with
-    its interval, over so many pairs. n: queries.
-    """
+    """A probe's AUROC beside what it should be compared with."""
 
     auroc: float
+    """Of the probe on unseen clusters; `low` and `high` are its interval."""
     low: float
     high: float
     permuted: float
+    """Mean AUROC on permuted labels."""
     selectivity: float
+    """`auroc` minus `permuted`."""
     p_value: float
+    """Of the permutation test, one-sided."""
     length: float
+    """AUROC of the prompt's number of tokens alone, with its interval."""
     length_low: float
     length_high: float
     matched: float
+    """AUROC of the probe among prompts of equal length, with its interval, over `pairs` pairs."""
     matched_low: float
     matched_high: float
     pairs: int
     n: int
+    """Queries."""
 
 
 def selectivity(
@@ -247,7 +265,7 @@ def selectivity(
     clusters: np.ndarray,
     seed: int = 0,
 ) -> Selectivity:
-    """Held-out `scores` [row] against permuted labels (`permuted_aurocs`, [repeat]) and prompt lengths [row]."""
+    """Comparison of held-out `scores` [row] with permuted labels (`permuted_aurocs`, [repeat]) and lengths [row]."""
     groups = list(clusters)
     value, low, high = auroc_interval(list(scores), list(labels), groups, seed, resamples=200)
     by_length = auroc_interval(list(lengths.astype(float)), list(labels), groups, seed, resamples=200)
@@ -262,56 +280,13 @@ def selectivity(
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Platt's map from a probe's score to a probability: `sigmoid(slope * score + offset)`."""
-
-    slope: float
-    offset: float
-
-    @classmethod
-    def fit(cls, scores: np.ndarray, labels: np.ndarray) -> Calibration:
-        """From held-out scores [row] and labels bool [row], without a penalty."""
-        found = LogisticRegression(C=np.inf).fit(scores[:, None], labels)
-        return cls(float(found.coef_[0, 0]), float(found.intercept_[0]))
-
-    def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """Probabilities [...] that queries with these scores are harmful."""
-        return np.asarray(1 / (1 + np.exp(-np.clip(self.slope * scores + self.offset, -500, 500))))
-
-
-def calibrated(scores: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Probabilities [row] of held-out `scores` [row], each by a calibration fitted on the other folds."""
-    found = np.empty(len(scores))
-    for number in np.unique(fold):
-        inside = fold == number
-        found[inside] = Calibration.fit(scores[~inside], labels[~inside])(scores[inside])
-    return found
-
-
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> tuple[float, float]:
-    """(Expected calibration error over equal-count bins, Brier score) of `probabilities` [row]."""
-    order = np.argsort(probabilities)
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    gaps = [abs(probabilities[part].mean() - labels[part].mean()) * len(part) for part in parts]
-    return float(sum(gaps) / len(labels)), float(brier_score_loss(labels, probabilities))
-
-
-def bootstrap_weights(clusters: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each row is drawn, int [resample, row], when clusters are drawn with replacement: for `fit_batch`."""
-    names, member = np.unique(clusters, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)[:, member]
-
-
-@dataclass(frozen=True)
 class _Problems:
-    """The columns of one solve: for each penalty the outer folds and all rows, then for each penalty the inner folds.
-
-    weights: bool [problem, row]. grid: the penalties. splits: the folds.
-    """
+    """The problems of one solve: for each penalty the outer folds and all rows, then for each the inner folds."""
 
     weights: np.ndarray
+    """bool [problem, row]."""
     grid: Sequence[float]
+    """The penalties."""
     splits: Folds
 
     @classmethod
@@ -326,17 +301,17 @@ class _Problems:
         return cls(np.concatenate([np.tile(outer, (len(grid), 1)), np.tile(inner, (len(grid), 1))]), grid, splits)
 
     def penalty(self, like: torch.Tensor) -> torch.Tensor:
-        """[problem]."""
+        """Each problem's penalty [problem]."""
         outer = self.splits.number + 1
         inner = len(self.weights) // len(self.grid) - outer
         return torch.tensor(np.concatenate([np.repeat(self.grid, outer), np.repeat(self.grid, inner)])).to(like)
 
-    def choose(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def best_penalties(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Index in the grid of the best penalty, [site, fold + 1]; the last (all rows) is the folds' median."""
         folds, sizes = self.splits.number, len(self.grid)
-        chosen = np.zeros((len(scores), folds + 1), dtype=int)
+        best = np.zeros((len(scores), folds + 1), dtype=int)
         if sizes == 1:
-            return chosen
+            return best
         inner = scores[:, sizes * (folds + 1) :].reshape(len(scores), sizes, folds, -1, scores.shape[-1])
         for fold, masks in enumerate(self.splits.inner):
             quality = np.zeros((len(scores), sizes))
@@ -344,29 +319,29 @@ class _Problems:
                 if labels[held].any() and not labels[held].all():
                     quality += auroc_of(inner[:, :, fold, place][..., held], labels[held])
             # The strongest of the best: ties are common where all are perfect.
-            chosen[:, fold] = sizes - 1 - np.argmax(quality[:, ::-1], axis=1)
-        chosen[:, folds] = np.round(np.median(chosen[:, :folds], axis=1))
-        return chosen
+            best[:, fold] = sizes - 1 - np.argmax(quality[:, ::-1], axis=1)
+        best[:, folds] = np.round(np.median(best[:, :folds], axis=1))
+        return best
 
-    def pick(self, scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """The scores [site, fold + 1, row] of the models with the chosen penalties."""
+    def pick(self, scores: np.ndarray, best: np.ndarray) -> np.ndarray:
+        """The scores [site, fold + 1, row] of the models with the penalties `best` (`best_penalties`)."""
         outer = self.splits.number + 1
-        return np.take_along_axis(scores, (chosen * outer + np.arange(outer))[..., None], axis=1)
+        return np.take_along_axis(scores, (best * outer + np.arange(outer))[..., None], axis=1)
 
-    def spread(self, scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Standard deviation of each chosen model's scores over its training rows, [site, fold + 1, 1]."""
+    def spread(self, scores: np.ndarray, best: np.ndarray) -> np.ndarray:
+        """Standard deviation of those models' scores over their training rows, [site, fold + 1, 1]."""
         rows = self.weights[: self.splits.number + 1]
-        picked = np.where(rows, self.pick(scores, chosen), np.nan)
+        picked = np.where(rows, self.pick(scores, best), np.nan)
         spread = np.nanstd(picked, axis=2, keepdims=True)
         return np.where(spread > 0, spread, 1)
 
 
-def _held_out(scores: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """For each row the score of the model that did not see its cluster: [site, row] of [site, fold + 1, row]."""
-    return np.ascontiguousarray(scores[:, place, np.arange(scores.shape[2])])
+def _held_out(scores: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Each row's score by the model that did not see its cluster: [site, row] of `scores` [site, fold + 1, row]."""
+    return np.ascontiguousarray(scores[:, fold, np.arange(scores.shape[2])])
 
 
-def _deal(labels: np.ndarray, clusters: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+def _assign_folds(labels: np.ndarray, clusters: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
     """A fold for each row, int [row]: clusters whole, both classes spread evenly.
 
     Clusters in random order, the large first, each to the fold that has the fewest rows of its class: what
@@ -376,10 +351,10 @@ def _deal(labels: np.ndarray, clusters: np.ndarray, folds: int, rng: np.random.G
     sizes = np.bincount(member)
     mostly = np.bincount(member, weights=labels) > sizes / 2
     filled = np.zeros((2, folds))
-    place = np.empty(len(names), dtype=int)
+    fold = np.empty(len(names), dtype=int)
     order = rng.permutation(len(names))
     for cluster in order[np.argsort(-sizes[order], kind="stable")]:
-        kind = int(mostly[cluster])
-        place[cluster] = np.lexsort((filled.sum(axis=0), filled[kind]))[0]
-        filled[kind, place[cluster]] += sizes[cluster]
-    return place[member]
+        label = int(mostly[cluster])
+        fold[cluster] = np.lexsort((filled.sum(axis=0), filled[label]))[0]
+        filled[label, fold[cluster]] += sizes[cluster]
+    return fold[member]

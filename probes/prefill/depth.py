@@ -1,4 +1,4 @@
-"""Where in depth a prefill acts: states at its positions are exchanged with those of another opening.
+"""Depth at which a prefill acts: states at its positions are exchanged with those of another opening.
 
 Two runs over one request. In the attacked one the reply has been begun with the first k tokens of a complying answer;
 in the other all but the last of them are a refusal's, so that both runs go on from the same token and differ in what
@@ -19,30 +19,31 @@ from torch import BoolTensor, LongTensor
 
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import bootstrap_interval
-from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.sites import Site
+from probes.activations.index import query_record
 from probes.gate.patching import exchanged
 from probes.prefill.replies import gate_tokens
-from probes.prefill.sweep import System, compliance_ids
+from probes.prefill.sweep import AttackedModel, compliance_ids
 
 EARLIER, LAST, ALL = "earlier tokens", "last token", "all tokens"
 SPANS = (EARLIER, LAST, ALL)
 
 
 def depth_effects(
-    system: System, queries: Sequence[Query], length: int, refusal: str, batch_size: int = 32
+    system: AttackedModel, queries: Sequence[Query], length: int, refusal: str, batch_size: int = 32
 ) -> pd.DataFrame:
-    """Exchange states at the opening's positions, depth by depth.
+    """Effects of exchanging states at the opening's positions, depth by depth.
 
     Args:
         system: the model.
         queries: requests with `meta["compliance"]`; a prefill of their own is left out.
         length: tokens of both openings, at least 2.
-        refusal: a text of at least `length - 1` tokens, which the other opening begins with.
+        refusal: a text of at least `length - 1` tokens, with which the other opening begins.
+        batch_size: queries in one forward.
 
     Returns:
         One row a query, depth and span (one of `SPANS`): `system, query_id, topic, site, span` and the log-probability
@@ -52,25 +53,26 @@ def depth_effects(
         InputError: a length below 2, or a refusal or an answer that is too short.
     """
     omni = system.omni
-    turned = omni.tokenizer(refusal, add_special_tokens=False)["input_ids"][: length - 1]
-    if length < 2 or len(turned) < length - 1:
+    refusing = omni.tokenizer(refusal, add_special_tokens=False)["input_ids"][: length - 1]
+    if length < 2 or len(refusing) < length - 1:
         raise InputError(f"length {length} must be at least 2 and at most one more than the refusal has tokens")
     tokens = gate_tokens(system.casa, queries, batch_size) if system.casa else [[]] * len(queries)
     answers = compliance_ids(omni, queries, length + 1)
     tables = []
     for group in omni.batches(queries, batch_size):
-        chosen = [queries[index] for index in group]
+        members = [queries[index] for index in group]
         attacked = [[*tokens[index], *answers[index][:length]] for index in group]
-        other = [[*tokens[index], *turned, answers[index][length - 1]] for index in group]
-        runs = [omni.encode(chosen, forced, prefill=False) for forced in (attacked, other)]
+        other = [[*tokens[index], *refusing, answers[index][length - 1]] for index in group]
+        runs = [omni.encode(members, forced, prefill=False) for forced in (attacked, other)]
         following = torch.tensor([answers[index][length] for index in group], device=omni.device)
-        tables.append(_exchange(system, chosen, runs[0], runs[1], length, following))
+        tables.append(_exchange(system, members, runs[0], runs[1], length, following))
     return pd.concat(tables, ignore_index=True)
 
 
 def depth_shares(effects: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """The share of the openings' difference that an exchange makes: mean of attacked - patched over mean of attacked -
-    other, with a cluster-bootstrap interval.
+    """Share of the openings' difference that an exchange makes, with a cluster-bootstrap interval.
+
+    It is the mean of attacked - patched over the mean of attacked - other.
 
     Returns:
         Columns `system, site, span, share, low, high, n` and `gap`, the mean of attacked - other in nats: where it is
@@ -78,43 +80,49 @@ def depth_shares(effects: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     rows = []
     for where, group in effects.groupby(["system", "site", "span"], sort=False):
-        moved = (group["attacked"] - group["patched"]).to_numpy()
-        whole = (group["attacked"] - group["other"]).to_numpy()
+        change = (group["attacked"] - group["patched"]).to_numpy()
+        gap = (group["attacked"] - group["other"]).to_numpy()
 
-        def share(weights: np.ndarray, moved: np.ndarray = moved, whole: np.ndarray = whole) -> np.ndarray:
+        def share(weights: np.ndarray, change: np.ndarray = change, gap: np.ndarray = gap) -> np.ndarray:
             with np.errstate(divide="ignore", invalid="ignore"):
-                found: np.ndarray = (weights @ moved) / (weights @ whole)
-            return found
+                shares: np.ndarray = (weights @ change) / (weights @ gap)
+            return shares
 
         low, high = bootstrap_interval(share, group["topic"].tolist(), len(group), seed)
         value = float(share(np.ones((1, len(group))))[0])
-        named = dict(zip(("system", "site", "span"), where, strict=True))
-        rows.append({**named, "share": value, "low": low, "high": high, "n": len(group), "gap": float(whole.mean())})
+        keys = dict(zip(("system", "site", "span"), where, strict=True))
+        rows.append({**keys, "share": value, "low": low, "high": high, "n": len(group), "gap": float(gap.mean())})
     return pd.DataFrame(rows)
 
 
 def _exchange(
-    system: System, queries: list[Query], attacked: OmniBatch, other: OmniBatch, length: int, following: LongTensor
+    system: AttackedModel,
+    queries: list[Query],
+    attacked: OmniBatch,
+    other: OmniBatch,
+    length: int,
+    following: LongTensor,
 ) -> pd.DataFrame:
     omni = system.omni
     end = attacked.inputs["input_ids"].shape[1] - 1  # padding is on the left, so every row ends here
     position = torch.full_like(attacked.gate_position, end)
     depths: list[Site] = ["embeddings", *range(omni.n_layers)]
-    given = capture(omni, other, depths, "all")
+    donor = capture(omni, other, depths, "all")
     column = torch.arange(end + 1, device=omni.device)[None].expand(len(queries), -1)
     spans: dict[str, BoolTensor] = {EARLIER: (column > end - length) & (column < end), LAST: column == end}
     spans[ALL] = spans[EARLIER] | spans[LAST]
 
     def score(batch: OmniBatch, site: Site | None = None, span: BoolTensor | None = None) -> list[float]:
-        edits = {} if site is None or span is None else {site: exchanged(given[site], span)}
+        edits = {} if site is None or span is None else {site: exchanged(donor[site], span)}
         log_p = torch.log_softmax(edited_prompt(omni, batch, position, edits).logits.float(), dim=-1)
         values: list[float] = log_p.gather(1, following[:, None])[:, 0].tolist()
         return values
 
+    records = [query_record(query) for query in queries]
     base: dict[str, Any] = {
         "system": system.name,
-        "query_id": [query.id for query in queries],
-        "topic": [str(cluster_of(query)) for query in queries],
+        "query_id": [record["query_id"] for record in records],
+        "topic": [record["topic"] for record in records],
     }
     runs = {"attacked": score(attacked), "other": score(other)}
     return pd.concat(

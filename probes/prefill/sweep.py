@@ -1,7 +1,7 @@
-"""What a prefill does to a model: states, predictions, the gate and replies, by its length and by generated token.
+"""Sweeps over prefills: states, predictions and the gate after each length of an attacker's opening.
 
 A prefill of k tokens is the first k of a complying answer. Attention is causal, so the states after each of them, at
-every depth, come from one forward over the longest (`prefill_sweep`). Prefills and measures after "Safety alignment
+every depth, come from one forward over the longest. Prefills and measures after "Safety alignment
 should be made more than just a few tokens deep" (arXiv 2406.05946); the two orders are those of docs/method.md §1.8.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,68 +19,78 @@ from torch import LongTensor, Tensor
 from casa_mech.casa import Casa
 from casa_mech.casa.adapter import Adapter
 from casa_mech.casa.attention import SAFE, UNSAFE
+from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError
-from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.gate import GateReading
 from casa_mech.trace.sites import Site
 from casa_mech.trace.sweep import read_positions
+from probes.activations.index import query_record
 
 
 @dataclass(frozen=True)
-class System:
-    """A model under attack. `name`: in tables; `casa`: its gate, which decides before the prefill (`gate_first`) and
-    whose token then stands before it; `adapter`: a LoRA that may be merged for decoding (a gate's own is known)."""
+class AttackedModel:
+    """A model under prefill attacks, with or without a gate."""
 
     name: str
+    """In tables, column `system`."""
     omni: Omni
     casa: Casa | None = None
+    """Its gate, which decides before the prefill (`gate_first`) and whose token then stands before it."""
     adapter: Adapter | None = None
+    """A LoRA that may be merged for decoding; a gate's own need not be given."""
 
     def decoding(self) -> AbstractContextManager[None]:
-        """Merged weights, for a block that only generates."""
+        """Merge the LoRA into the weights while a block runs that only generates."""
         adapter = self.casa.parts.adapter if self.casa else self.adapter
         return adapter.merged() if adapter else nullcontext()
 
 
 @dataclass(frozen=True)
 class RefusalAxis:
-    """Where refusal lies at one site: `origin` [d_model], the mean of benign requests' states where the reply begins;
-    `direction` [d_model], the harmful mean minus it."""
+    """The line from the benign to the harmful requests' mean state, at one site, where the reply begins."""
 
     origin: np.ndarray
+    """[d_model]: the benign mean."""
     direction: np.ndarray
+    """[d_model]: the harmful mean minus the benign one."""
 
     def project(self, states: np.ndarray) -> np.ndarray:
-        """[..., d_model] → [...]: 0 at the benign mean, 1 at the harmful mean."""
+        """Coordinate [...] of `states` [..., d_model]: 0 at the benign mean, 1 at the harmful mean."""
         return (states - self.origin) @ self.direction / float(self.direction @ self.direction)
 
 
 @dataclass(frozen=True)
 class PrefillSweep:
-    """One system under every length. With `step` the lengths in order:
-
-    lengths: tokens of the attacker's. states: by site [query, step, d_model], float32, after the prefill. opening:
-    [query, step], probability that the next token opens a refusal. kl: [query, step], KL in nats of the next token's
-    distribution from the one without a prefill. index: one row a query, `query_id, label, topic`. For a gated system
-    also `unsafe_first` [query], the decision before any prefill (`gate_first`), and, for a decision after the prefill
-    (`prefill_first`), `v_s` and `logit` [query, step] (the rewritten pair's difference, unsafe minus safe); else None.
-    """
+    """One model under prefills of every length; the axis `step` is the lengths in order."""
 
     system: str
+    """The model's name."""
     lengths: tuple[int, ...]
+    """Tokens of the attacker's opening."""
     states: dict[Site, np.ndarray]
+    """For each site float32 [query, step, d_model], at the last token of the prefill."""
     opening: np.ndarray
+    """[query, step]: probability that the next token opens a refusal."""
     kl: np.ndarray
+    """[query, step]: KL in nats of the next token's distribution from the one without a prefill."""
     index: pd.DataFrame
+    """One row a query, `query_id, label, topic`."""
     unsafe_first: np.ndarray | None = None
+    """bool [query]: the gate's decision before any prefill (`gate_first`); None without a gate."""
     v_s: np.ndarray | None = None
+    """[query, step]: v_s where the gate decides after the prefill (`prefill_first`); None without a gate."""
     logit: np.ndarray | None = None
+    """[query, step]: the difference of the rewritten pair there, unsafe minus safe; None without a gate."""
 
     def table(self, axes: Mapping[Site, RefusalAxis] | None = None) -> pd.DataFrame:
-        """One row a query and length: `system, query_id, label, topic, length, opening, kl`, `projection <site>` for
-        each of `axes`, and for a gated system `unsafe_a`, `unsafe_b`, `v_s`, `logit`."""
+        """One row a query and length.
+
+        Returns:
+            Columns `system, query_id, label, topic, length, opening, kl`, `projection <site>` for each of `axes`, and
+            with a gate `unsafe_a` (it decides first), `unsafe_b` (the prefill comes first), `v_s` and `logit`.
+        """
         steps = len(self.lengths)
         table = self.index.loc[self.index.index.repeat(steps)].reset_index(drop=True)
         table.insert(0, "system", self.system)
@@ -100,7 +109,7 @@ def compliance_ids(omni: Omni, queries: Sequence[Query], tokens: int) -> list[li
     Raises:
         InputError: a query without such an answer, or with a shorter one.
     """
-    found = []
+    openings = []
     for query in queries:
         text = query.meta.get("compliance", "").strip()
         ids = omni.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -109,28 +118,29 @@ def compliance_ids(omni: Omni, queries: Sequence[Query], tokens: int) -> list[li
                 f"query {query.id!r}: a prefill of {tokens} tokens needs a complying answer of as many in "
                 f"meta['compliance'], which has {len(ids)}"
             )
-        found.append(list(ids[:tokens]))
-    return found
+        openings.append(list(ids[:tokens]))
+    return openings
 
 
 def prefill_sweep(
-    system: System,
+    system: AttackedModel,
     queries: Sequence[Query],
     lengths: Sequence[int],
     openings: Sequence[int],
     sites: Sequence[Site] | None = None,
     batch_size: int = 32,
 ) -> PrefillSweep:
-    """The states and predictions of `system` after each length of prefill, from one forward over the longest.
+    """States and predictions of `system` after each length of prefill, from one forward over the longest.
 
-    A gated system takes a second one: without its token, for the decisions after a prefill; that one comes first.
+    A gated model takes a second one: without its token, for the decisions after a prefill; that one comes first.
 
     Args:
         system: the model.
         queries: requests with `meta["compliance"]`; a prefill of their own is left out.
         lengths: numbers of tokens, 0 among them or not.
-        openings: ids that open a refusal (`probes.linear.directions.opening_ids`).
+        openings: ids that open a refusal (`probes.linear.refusal_direction.opening_ids`).
         sites: default the embeddings, every block's output and the final norm's.
+        batch_size: queries in one forward.
 
     Raises:
         InputError: no length or a negative one, or a complying answer that is missing or too short.
@@ -139,47 +149,54 @@ def prefill_sweep(
         raise InputError(f"lengths of prefills must be 0 or more, not {list(lengths)}")
     omni = system.omni
     wanted: list[Site] = list(sites) if sites is not None else ["embeddings", *range(omni.n_layers), "norm"]
-    parts: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for group in omni.batches(queries, batch_size):
         for name, values in _sweep(system, [queries[index] for index in group], lengths, openings, wanted).items():
-            parts.setdefault(name, np.empty((len(queries), *values.shape[1:]), values.dtype))[group] = values
-    records = [{"query_id": query.id, "label": query.label, "topic": str(cluster_of(query))} for query in queries]
-    states = {site: parts.pop(f"states {site}") for site in wanted}
-    return PrefillSweep(system.name, tuple(lengths), states, index=pd.DataFrame(records), **parts)
+            arrays.setdefault(name, np.empty((len(queries), *values.shape[1:]), values.dtype))[group] = values
+    index = pd.DataFrame([query_record(query) for query in queries])
+    states = {site: arrays.pop(f"states {site}") for site in wanted}
+    return PrefillSweep(system.name, tuple(lengths), states, index=index, **arrays)
 
 
 def refusal_axes(
-    system: System, harmful: Sequence[Query], benign: Sequence[Query], sites: Sequence[Site], batch_size: int = 32
+    system: AttackedModel,
+    harmful: Sequence[Query],
+    benign: Sequence[Query],
+    sites: Sequence[Site],
+    batch_size: int = 32,
 ) -> dict[Site, RefusalAxis]:
     """The refusal axis of `system` at each site, from requests without a prefill; use other ones than are measured."""
-    means = []
-    for queries in (harmful, benign):
-        found = prefill_sweep(system, queries, [0], [0], sites, batch_size).states
-        means.append({site: states[:, 0].mean(axis=0) for site, states in found.items()})
-    return {site: RefusalAxis(means[1][site], means[0][site] - means[1][site]) for site in sites}
+    harmful_means, benign_means = (
+        {
+            site: states[:, 0].mean(axis=0)
+            for site, states in prefill_sweep(system, queries, [0], [0], sites, batch_size).states.items()
+        }
+        for queries in (harmful, benign)
+    )
+    return {site: RefusalAxis(benign_means[site], harmful_means[site] - benign_means[site]) for site in sites}
 
 
 def _sweep(
-    system: System, queries: list[Query], lengths: Sequence[int], openings: Sequence[int], sites: Sequence[Site]
+    system: AttackedModel, queries: list[Query], lengths: Sequence[int], openings: Sequence[int], sites: Sequence[Site]
 ) -> dict[str, np.ndarray]:
     """Arrays [query, ...] of one batch, by the names of `PrefillSweep`."""
     omni = system.omni
     forced = compliance_ids(omni, queries, max(lengths))
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     if system.casa is not None:
         decisions, tokens = _decisions(system.casa, queries, forced, lengths)
-        found |= decisions
+        arrays |= decisions
         forced = [[token, *ids] for token, ids in zip(tokens, forced, strict=True)]
-    # The distribution without a prefill is needed to compare with, whether or not it was asked for.
+    # The distribution without a prefill is needed to compare with, whether or not 0 is among the lengths.
     steps = [0, *lengths]
     batch = omni.encode(queries, forced, prefill=False)
     sweep = read_positions(omni, batch, _after(batch, steps, int(system.casa is not None)), sites)
     log_p = torch.log_softmax(sweep.logits.float(), dim=-1)
     log_p, plain = log_p[:, 1:], log_p[:, :1]
-    found |= {f"states {site}": _array(states[:, 1:]) for site, states in sweep.states.items()}
-    found["opening"] = _array(log_p[..., list(openings)].exp().sum(dim=-1))
-    found["kl"] = _array(kl_divergence(log_p, plain))
-    return found
+    arrays |= {f"states {site}": _array(states[:, 1:]) for site, states in sweep.states.items()}
+    arrays["opening"] = _array(log_p[..., list(openings)].exp().sum(dim=-1))
+    arrays["kl"] = _array(kl_divergence(log_p, plain))
+    return arrays
 
 
 def _decisions(
@@ -211,11 +228,6 @@ def _after(batch: OmniBatch, lengths: Sequence[int], offset: int) -> LongTensor:
     return batch.gate_position[:, None] + offset + steps[None]
 
 
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats [...] of log-probabilities [..., vocab]; never below 0, which rounding would allow."""
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0)
-
-
 def _array(tensor: Tensor) -> np.ndarray:
-    found: Any = tensor.float().cpu().numpy()
-    return found
+    array: np.ndarray = tensor.float().cpu().numpy()
+    return array

@@ -9,7 +9,7 @@ import pytest
 from helpers.paths import DATA, GALLERY
 from PIL import Image
 
-from casa_mech.attacks.fonts import find_font, fonts_for, undrawable
+from casa_mech.attacks.fonts import FONT_FILES, Use, find_font, fonts_for, undrawable
 from casa_mech.attacks.typography import (
     figstep_picture,
     figstep_text,
@@ -25,7 +25,7 @@ FREEMONO = find_font("figstep").exact
 real_pictures = pytest.mark.skipif(
     not (DATA / "figstep" / "images").is_dir(), reason="needs FigStep's pictures: set CASA_MECH_DATA to their folder"
 )
-benchmark_fonts = pytest.mark.skipif(not FREEMONO, reason="needs FreeMono Bold: apt install fonts-freefont-ttf")
+benchmark_fonts = pytest.mark.skipif(not FREEMONO, reason="needs FreeMono Bold: set CASA_MECH_FONTS to its folder")
 
 
 def ink(picture: Image.Image) -> np.ndarray:
@@ -84,21 +84,33 @@ def test_what_a_font_cannot_draw_is_named() -> None:
             draw("  ")
 
 
-def test_the_font_finder_says_what_it_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = find_font("figstep")
-    assert best.exact == (best.note == "")
-    fallback = fonts_for("figstep")[-1]
-    assert fallback.name == "DejaVu Sans Mono Bold" and not fallback.exact
-    assert "FreeMonoBold.ttf is not installed, so DejaVu Sans Mono Bold draws" in fallback.note
-    assert "apt install fonts-freefont-ttf, or set CASA_MECH_FONTS" in fallback.note
-    (tmp_path / "FreeMonoBold.ttf").write_bytes(fallback.path.read_bytes())
+@pytest.mark.parametrize("use", ["figstep", "typo", "page"])
+def test_without_a_folder_the_shipped_fonts_draw(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CASA_MECH_FONTS", raising=False)
+    (font,) = fonts_for(use)
+    assert font.path.parent == FONT_FILES, "a font of the system would make another machine's pictures differ"
+    assert font.exact == (font.note == "") == (use != "figstep")
+    assert list(FONT_FILES.glob(f"LICENSE-{font.path.stem.split('-')[0]}.txt"))
+
+
+def test_the_users_folder_comes_first_and_a_stand_in_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CASA_MECH_FONTS", raising=False)
+    shipped = find_font("figstep")
+    assert shipped.name == "TeX Gyre Cursor Bold"
+    assert "TeX Gyre Cursor Bold draws the figstep pictures in place of FreeMonoBold.ttf" in shipped.note
+    assert "set CASA_MECH_FONTS to a folder" in shipped.note
+    (tmp_path / "FreeMonoBold.ttf").write_bytes(shipped.path.read_bytes())
     monkeypatch.setenv("CASA_MECH_FONTS", str(tmp_path))
-    assert find_font("figstep").path == tmp_path / "FreeMonoBold.ttf", "the user's folder comes first"
+    assert find_font("figstep").path == tmp_path / "FreeMonoBold.ttf" and find_font("figstep").exact
+    assert fonts_for("figstep")[1] == shipped
     other = tmp_path / "broken"
     other.mkdir()
     (other / "FreeMonoBold.ttf").write_bytes(b"no font")
     monkeypatch.setenv("CASA_MECH_FONTS", str(other))
     with pytest.raises(InputError, match="not a readable font"):
+        find_font("figstep")
+    monkeypatch.setenv("CASA_MECH_FONTS", str(tmp_path / "absent"))
+    with pytest.raises(InputError, match="CASA_MECH_FONTS names .*absent, which is not a folder"):
         find_font("figstep")
 
 
@@ -157,24 +169,28 @@ def test_our_pictures_are_the_published_ones_but_for_antialiasing(table: pd.Data
     assert best["iou"].min() >= 0.97
     rows = {row["font"]: row for row in figstep_summary(table)}
     assert rows["FreeMono Bold"]["low"] > 0.98
-    # The fallback draws other letters, but in the published places.
-    rest = table[~table["exact_font"]]
-    assert rest["same_lines"].all() and rest["iou"].min() > 0.4
 
 
 @real_pictures
-@benchmark_fonts
+def test_the_shipped_font_draws_nearly_the_published_pictures(table: pd.DataFrame) -> None:
+    shipped = table[~table["exact_font"]]
+    assert len(shipped) == 45 and shipped["same_size"].all() and shipped["same_lines"].all()
+    assert shipped["iou"].min() >= 0.95
+
+
+@real_pictures
 def test_the_committed_figure_is_of_these_numbers(table: pd.DataFrame) -> None:
     committed = pd.read_csv(GALLERY / "figstep_comparison.csv")
     assert list(committed.columns) == list(table.columns)
-    kept = table[table["font"].isin(committed["font"])].reset_index(drop=True)
-    pd.testing.assert_frame_equal(committed, kept, check_dtype=False, atol=0.02, rtol=0.01)
+    assert set(committed["font"]) == {"FreeMono Bold", "TeX Gyre Cursor Bold"}
+    same_fonts = committed[committed["font"].isin(table["font"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(same_fonts, table, check_dtype=False, atol=0.02, rtol=0.01)
+    best = find_font("figstep").name
     title = figstep_figure(table, DATA / "figstep").get_suptitle()
-    assert "(FreeMono Bold) have the published size in 45 of 45 and the published lines in 45 of 45" in title
+    assert f"({best}) have the published size in 45 of 45 and the published lines in 45 of 45" in title
 
 
 @pytest.mark.skipif(not (DATA / "mm_safetybench").is_dir(), reason="needs MM-SafetyBench: set CASA_MECH_DATA")
-@pytest.mark.skipif(not find_font("typo").exact, reason="needs Liberation Sans: apt install fonts-liberation")
 def test_typo_has_the_published_lines_and_place() -> None:
     root, overlaps = DATA / "mm_safetybench", []
     for table in sorted((root / "processed_questions").glob("*.json"))[:4]:

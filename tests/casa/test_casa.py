@@ -41,7 +41,7 @@ def teacher_forced(casa: Casa) -> tuple[OmniBatch, Tensor]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("spare", [0, 5])
 def test_detach_gives_the_base_back(tiny_omni: Omni, mixed_queries: list[Query], tied: bool, spare: int) -> None:
-    embedding, head = tiny_omni.language_model.embed_tokens, tiny_omni.model.lm_head
+    embedding, head = tiny_omni.embedding, tiny_omni.head
     if tied:
         head.weight = embedding.weight
     for weight in {id(embedding.weight): embedding.weight, id(head.weight): head.weight}.values():
@@ -62,7 +62,7 @@ def test_detach_gives_the_base_back(tiny_omni: Omni, mixed_queries: list[Query],
     after = tiny_omni.model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert all(parameter.requires_grad for parameter in tiny_omni.language_model.parameters())
+    assert all(parameter.requires_grad for parameter in tiny_omni.text_model.parameters())
     stir(Casa.attach(tiny_omni)).detach()
 
 
@@ -91,7 +91,7 @@ def test_query_sources_and_layers(tiny_omni: Omni, mixed_queries: list[Query], s
 def hooked_reading(casa: Casa, batch: OmniBatch) -> GateReading:
     """The gate without nnsight: a forward hook on the norm, then the equations."""
     omni, seen = casa.omni, {}
-    handle = omni.language_model.norm.register_forward_hook(lambda module, args, output: seen.update(states=output))
+    handle = omni.norm.register_forward_hook(lambda module, args, output: seen.update(states=output))
     try:
         with torch.no_grad():
             logits = omni.model(**batch.inputs).logits
@@ -134,8 +134,8 @@ def test_traced_objective_and_gradients_equal_plain_hooks(tiny_omni: Omni) -> No
         return output
 
     handles = [
-        tiny_omni.language_model.embed_tokens.register_forward_hook(embed),
-        tiny_omni.language_model.norm.register_forward_hook(lambda module, args, output: seen.update(h=output)),
+        tiny_omni.embedding.register_forward_hook(embed),
+        tiny_omni.norm.register_forward_hook(lambda module, args, output: seen.update(h=output)),
     ]
     logits = tiny_omni.model(**batch.inputs).logits.clone()
     for handle in handles:
@@ -313,7 +313,7 @@ def test_the_first_token_is_always_one_of_the_two(
     casa = Casa.attach(tiny_omni)
     with torch.no_grad():
         # A third token that the model would always choose.
-        tiny_omni.model.lm_head.weight[3] = 50 * tiny_omni.model.lm_head.weight[3]
+        tiny_omni.head.weight[3] = 50 * tiny_omni.head.weight[3]
     first: list[int] = []
     decode_on = generation_module.continue_from
 

@@ -14,7 +14,7 @@ from casa_mech.queries import Query, TextPart, Turn
 
 def test_token_rows_start_at_their_words(tiny_omni: Omni) -> None:
     words = [tiny_omni.tokenizer(word)["input_ids"] for word in ("safe", "unsafe")]
-    expected = tiny_omni.language_model.embed_tokens.weight[torch.tensor(words)[:, 0]].clone()
+    expected = tiny_omni.embedding.weight[torch.tensor(words)[:, 0]].clone()
     casa = Casa.attach(tiny_omni)
     assert torch.equal(casa.parts.tokens.rows.embedding, expected)
 

@@ -44,7 +44,7 @@ def test_v_s_parts_the_classes(tiny_omni: Omni, fields: dict[str, object]) -> No
     assert last["v_harmful"] - last["v_benign"] > max(0.02, first["v_harmful"] - first["v_benign"])
     assert not tiny_omni.model.training
     ids = list(casa.token_ids)
-    assert torch.equal(tiny_omni.language_model.embed_tokens.weight[ids], casa.parts.tokens.rows.embedding)
+    assert torch.equal(tiny_omni.embedding.weight[ids], casa.parts.tokens.rows.embedding)
 
 
 def test_metrics_are_written_each_step(tiny_omni: Omni, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "casa_mech.cli", "--help"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "casa_mech", "--help"], check=True, capture_output=True)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) <= 1.0
     code = (
@@ -69,6 +69,17 @@ def test_every_command_has_help_with_an_example_and_json(command: str, capsys: p
     assert code == 0
     assert f"Example:  casa-mech {command}" in " ".join(out.split("\n")).replace("  casa", "  casa")
     assert "--json" in out
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_a_short_option_too(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = (_run(capsys, *command.split(), option) for option in ("-h", "--help"))
+    assert short == long and short[0] == 0 and "-h, --help" in short[1]
+
+
+def test_python_m_runs_the_command() -> None:
+    printed = subprocess.run([sys.executable, "-m", "casa_mech", "--version"], check=True, capture_output=True)
+    assert printed.stdout.decode().strip() == "0.1.0"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

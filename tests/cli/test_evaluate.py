@@ -168,7 +168,7 @@ def test_a_run_of_a_thousand_that_is_killed_goes_on_where_it_was(
         "--max-new-tokens", "1", "--batch-size", "32", "--json", "--out",
     ]  # fmt: skip
     arguments = [str(argument) for argument in [*command, tmp_path / "cut"]]
-    killed = subprocess.Popen([sys.executable, "-m", "casa_mech.cli", *arguments], stdout=subprocess.DEVNULL,
+    killed = subprocess.Popen([sys.executable, "-m", "casa_mech", *arguments], stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     while len(parts := sorted((tmp_path / "cut" / "parts").glob("part-*"))) < 3 and killed.poll() is None:
         time.sleep(0.005)

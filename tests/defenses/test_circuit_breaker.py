@@ -109,7 +109,7 @@ def test_frozen_states_are_the_base_models(tiny_omni: Omni) -> None:
     stir(defense)
     states, frozen, mask = found._both(batch, 2)
     assert torch.equal(frozen[:2], torch.stack(before[:2])) and not frozen.requires_grad
-    assert torch.equal(tiny_omni.language_model.norm(frozen[2]), before[2])
+    assert torch.equal(tiny_omni.norm(frozen[2]), before[2])
     assert states.requires_grad and not torch.allclose(states[1:], frozen[1:])
     assert torch.equal(mask, batch.inputs["attention_mask"])
     defense.close()

@@ -50,7 +50,7 @@ def sides(unsafe: bool | None) -> object:
 def head_rows(omni: Omni) -> Iterator[list[int]]:
     """Rows of every forward."""
     seen: list[int] = []
-    hook = omni.model.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.shape[0]))
+    hook = omni.head.register_forward_hook(lambda _, __, output: seen.append(output.shape[0]))
     yield seen
     hook.remove()
 

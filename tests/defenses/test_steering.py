@@ -110,7 +110,7 @@ def test_full_risk_puts_the_prototypes_in_and_then_stops(
     omni.model.generation_config.eos_token_id = None
     with torch.no_grad():
         read = read_prompts(omni, omni.encode(queries))
-        forced = omni.model.lm_head(moras.fitted.prototypes).argmax(dim=-1).tolist()
+        forced = omni.head(moras.fitted.prototypes).argmax(dim=-1).tolist()
     written = moras._steered(read, queries, torch.ones(len(queries)), GenerationSettings(max_new_tokens=6))
     for query, ids in zip(queries, written, strict=True):
         assert ids[:3] == forced

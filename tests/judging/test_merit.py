@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 from helpers.paths import DATA
-from scipy.stats import entropy
 from sklearn.metrics import cohen_kappa_score, roc_curve
 
 from casa_mech.casa import Casa
@@ -23,7 +22,6 @@ from casa_mech.judging import (
     fpr_at_tpr,
     fpr_at_tpr_interval,
     holm,
-    kl_divergence,
     krippendorff_alpha,
     mcnemar,
     mean_interval,
@@ -331,21 +329,6 @@ def test_agreement_names_what_it_lacks_and_gives_no_number_where_there_is_none()
     rows = agreement(frame, "j", ["x"], resamples=20).measures.set_index("measure")
     assert rows.loc["observed", "value"] == 1
     assert np.isnan(rows.loc["cohen_kappa", "value"]) and np.isnan(rows.loc["krippendorff_alpha", "value"])
-
-
-def test_kl_is_scipys() -> None:
-    generator = torch.Generator().manual_seed(0)
-    base, other = torch.randn(2, 5, 11, generator=generator)
-    expected = entropy(base.softmax(-1).numpy(), other.softmax(-1).numpy(), axis=-1)
-    np.testing.assert_allclose(kl_divergence(base, other), expected, rtol=1e-5)
-    assert torch.equal(kl_divergence(base, base), torch.zeros(5))
-    masked = base.clone()
-    masked[:, 0] = -torch.inf
-    assert kl_divergence(masked, other).isfinite().all()
-    with pytest.raises(InputError, match="one shape"):
-        kl_divergence(base, other[:, :4])
-    with pytest.raises(InputError, match="not finite"):
-        kl_divergence(base * torch.nan, other)
 
 
 def test_logits_of_replies_are_those_of_the_model(tiny_omni: Omni, mixed_queries: list[Query]) -> None:

@@ -15,7 +15,8 @@ from casa_mech.cli import main
 from casa_mech.errors import RunError
 from casa_mech.evaluation import evaluate as evaluation
 from casa_mech.evaluation.evaluate import evaluate, read_evaluation, save_evaluation
-from casa_mech.evaluation.reply_parts import ReplyParts, query_digest
+from casa_mech.evaluation.reply_parts import ReplyParts
+from casa_mech.identity import query_digest
 from casa_mech.judging import KeywordJudge, read_table
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.organism.world import default_world
@@ -91,7 +92,7 @@ def test_other_weights_settings_and_words_are_generated_anew(
     assert answered(queries[:4]) == 4 and answered(queries[:4]) == 0
     assert answered(queries[:4], SETTINGS.model_copy(update={"max_new_tokens": 3})) == 4
     assert answered([queries[0].model_copy(update={"system": "be kind"})]) == 1
-    tiny_omni.model.lm_head.weight.data[0, 0] += 1
+    tiny_omni.head.weight.data[0, 0] += 1
     assert answered(queries[:4]) == 4
     casa = Casa.attach(tiny_omni)
     first = evaluate(tiny_omni, casa, queries[:4], settings=SETTINGS, store=tmp_path)
@@ -272,7 +273,7 @@ def test_a_judge_that_goes_down_is_one_line_and_the_same_command_continues(
     ("change", "message"),
     [
         (["--prompt-column", "goal"], "no column 'goal'; it has prompt, reply"),
-        (["--out", "."], "holds other files than a judgement's"),
+        (["--out", "."], "holds other files"),
         (["--judge", "oracle"], "unknown judge"),
         (["--replies", "gone.csv"], "gone.csv"),
         (["--judge", "micro-world"], "use KeywordJudge"),

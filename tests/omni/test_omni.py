@@ -68,6 +68,19 @@ def test_both_layouts_load_to_equal_weights(
         assert torch.equal(logits(omni, mixed_queries), wanted)
 
 
+@pytest.mark.parametrize(("threads", "settled"), [(None, [1]), ("4", [])])
+def test_a_small_model_runs_in_one_thread_unless_told_otherwise(
+    thinker_folder: Path, monkeypatch: pytest.MonkeyPatch, threads: str | None, settled: list[int]
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    load_omni(thinker_folder, device="cpu")
+    assert calls == settled
+
+
 def test_a_query_alone_equals_the_same_query_in_a_mixed_batch(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
     together = logits(tiny_omni, mixed_queries)
     for row, query in enumerate(mixed_queries):

@@ -61,11 +61,11 @@ def test_a_stage_learns_and_leaves_the_rest_alone(young: Omni, part: str, mixtur
 
 
 def test_encoders_fitted_to_language_leave_it_alone(young: Omni) -> None:
-    before = young.language_model.embed_tokens.weight.clone()
+    before = young.embedding.weight.clone()
     rng = np.random.default_rng(0)
     train_image_letters(young, 2, rng, shared=True, progress=False, batch_size=4)
     train_audio_letters(young, 2, rng, shared=True, progress=False, batch_size=4)
-    assert torch.equal(before, young.language_model.embed_tokens.weight)
+    assert torch.equal(before, young.embedding.weight)
 
 
 def test_a_code_of_its_own_is_as_long_as_words_and_unlike_them(young: Omni) -> None:
@@ -74,7 +74,7 @@ def test_a_code_of_its_own_is_as_long_as_words_and_unlike_them(young: Omni) -> N
     for own, other in zip(codes, (codes[1], words), strict=True):
         assert torch.allclose(own.norm(dim=-1), words.norm(dim=-1).mean(), atol=1e-4)
         assert torch.nn.functional.cosine_similarity(own, other).abs().mean() < 0.3
-    assert torch.equal(words, young.language_model.embed_tokens(torch.tensor(letter_ids(young))))
+    assert torch.equal(words, young.embedding(torch.tensor(letter_ids(young))))
 
 
 def test_a_letters_own_embedding_scores_highest(young: Omni) -> None:
@@ -88,7 +88,7 @@ def test_ideal_features_spell_the_word_in_order(young: Omni) -> None:
     rows = [draw_example(world, mixture, rng) for _ in range(12)]
     batch = young.encode([row.query for row in rows])
     embeddings = ideal_embeddings(young, batch, rows, rng, shared=True)
-    plain = young.language_model.embed_tokens(batch.inputs["input_ids"])
+    plain = young.embedding(batch.inputs["input_ids"])
     for row, example in enumerate(rows):
         changed = (embeddings[row] != plain[row]).any(-1)
         media = {"image", "audio"} & example.query.modalities
@@ -121,7 +121,7 @@ def test_no_safety_example_before_safety_training() -> None:
         for stage in recipe.stages[:-1]:
             if isinstance(stage, Stage):
                 assert all(draw_example(world, stage.mixture, rng).reply not in world.refusals for _ in range(50))
-        assert recipe.stages[-1] is ALIGNMENT
+        assert recipe.stages[-1] == ALIGNMENT
 
 
 def test_build_writes_a_model_that_loads_and_its_card(tmp_path: Path) -> None:

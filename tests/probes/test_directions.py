@@ -16,7 +16,7 @@ from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.standing import standing_edits
-from probes.linear.directions import (
+from probes.linear.refusal_direction import (
     RefusalDirection,
     choose_candidate,
     find_refusal_direction,

@@ -14,15 +14,16 @@ from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.plots import plot_attention_maps
 from probes.gate.attribution import GATE, attribute_token_difference
 from probes.gate.calibration import reliability
-from probes.gate.minimal_sets import minimal_sets, sets_table
-from probes.gate.pairs import KEY, Pair, aligned_pairs, pair_spans, position_roles
+from probes.gate.pairs import MatchedPair, aligned_pairs, pair_spans
 from probes.gate.patching import INSERT, REMOVE, PatchEffects, Target, ablate_directions, patch_effects
+from probes.gate.positions import KEY, position_roles
+from probes.gate.removal import minimal_sets, sets_table
 from probes.gate.safety_attention import (
     attention_maps,
     attention_shares,
     cosine_table,
     gate_directions,
-    read_gate,
+    gate_inputs,
     whole_states,
 )
 
@@ -49,14 +50,17 @@ def request(word: str, label: str, id: str) -> Query:
 
 
 @pytest.fixture
-def pairs() -> list[Pair]:
+def pairs() -> list[MatchedPair]:
     words = [("bomb", "cake"), ("bomb", "tea"), ("name", "spell")]
     return [
-        Pair(request(one, "harmful", f"q{i}"), request(two, "benign", f"t{i}")) for i, (one, two) in enumerate(words)
+        MatchedPair(request(one, "harmful", f"q{i}"), request(two, "benign", f"t{i}"))
+        for i, (one, two) in enumerate(words)
     ]
 
 
-def test_roles_and_spans_cover_the_prompt_once(casa: Casa, mixed_queries: list[Query], pairs: list[Pair]) -> None:
+def test_roles_and_spans_cover_the_prompt_once(
+    casa: Casa, mixed_queries: list[Query], pairs: list[MatchedPair]
+) -> None:
     batch = casa.omni.encode(mixed_queries)
     roles = position_roles(batch)
     assert torch.equal(roles >= 2, batch.prompt_mask)
@@ -68,8 +72,8 @@ def test_roles_and_spans_cover_the_prompt_once(casa: Casa, mixed_queries: list[Q
     assert torch.equal(parts.sum(dim=0) == 1, spans["whole prompt"]) and int(parts.sum(dim=0).max()) == 1
 
 
-def test_pairs_of_another_layout_are_left_out(casa: Casa, pairs: list[Pair]) -> None:
-    longer = Pair(pairs[0].harmful, Query.from_text("how do i make the cake today please ?", id="longer"))
+def test_pairs_of_another_layout_are_left_out(casa: Casa, pairs: list[MatchedPair]) -> None:
+    longer = MatchedPair(pairs[0].harmful, Query.from_text("how do i make the cake today please ?", id="longer"))
     assert aligned_pairs(casa.omni, [*pairs, longer]) == pairs
     with pytest.raises(InputError, match="one layout"):
         aligned_pairs(casa.omni, [longer])
@@ -97,7 +101,7 @@ def test_maps_can_be_drawn(casa: Casa, mixed_queries: list[Query]) -> None:
     assert len(figure.axes) >= 4
 
 
-def test_key_word_has_its_share(casa: Casa, pairs: list[Pair]) -> None:
+def test_key_word_has_its_share(casa: Casa, pairs: list[MatchedPair]) -> None:
     shares = attention_shares(attention_maps(casa, [pair.harmful for pair in pairs]))
     assert (shares[shares["span"] == KEY]["positions"] == 1).all()
     assert set(shares["span"]) == {KEY, "other text", "header"}
@@ -122,7 +126,7 @@ def test_cosines_are_those_of_numpy_and_chance_is_that_of_random_directions(casa
     assert share == pytest.approx(0.95, abs=0.01)
 
 
-def test_whole_exchanges_make_the_whole_difference(casa: Casa, pairs: list[Pair]) -> None:
+def test_whole_exchanges_make_the_whole_difference(casa: Casa, pairs: list[MatchedPair]) -> None:
     effects = patch_effects(casa, pairs, batch_size=2)
     table = effects.deltas()
     assert set(table["direction"]) == {INSERT, REMOVE} and table["span"].nunique() == 4
@@ -141,7 +145,7 @@ def test_whole_exchanges_make_the_whole_difference(casa: Casa, pairs: list[Pair]
     assert (summary["n"] == 3).all() and (summary["delta_v_s_low"] <= summary["delta_v_s_mean"] + 1e-9).all()
 
 
-def test_batches_of_pairs_do_not_matter(casa: Casa, pairs: list[Pair]) -> None:
+def test_batches_of_pairs_do_not_matter(casa: Casa, pairs: list[MatchedPair]) -> None:
     targets = [Target(0, KEY), Target("z.1", "whole prompt", 1)]
     tables = [patch_effects(casa, pairs, targets, size).effects for size in (1, 3)]
     keys = ["pair", "direction", "site"]
@@ -149,7 +153,7 @@ def test_batches_of_pairs_do_not_matter(casa: Casa, pairs: list[Pair]) -> None:
     pd.testing.assert_frame_equal(one, other, atol=1e-5)
 
 
-def test_heads_together_are_the_place(casa: Casa, pairs: list[Pair]) -> None:
+def test_heads_together_are_the_place(casa: Casa, pairs: list[MatchedPair]) -> None:
     """One head's exchange changes that head alone: exchanging every head at once is not what one of them does."""
     alone = [patch_effects(casa, pairs, [Target("z.1", "header", head)]).effects for head in (0, 1)]
     every = patch_effects(casa, pairs, [Target("z.1", "header")]).effects
@@ -157,7 +161,7 @@ def test_heads_together_are_the_place(casa: Casa, pairs: list[Pair]) -> None:
     assert not np.allclose(alone[0]["logit_patched"], every["logit_patched"])
 
 
-def test_targets_that_do_not_exist_are_named(casa: Casa, pairs: list[Pair]) -> None:
+def test_targets_that_do_not_exist_are_named(casa: Casa, pairs: list[MatchedPair]) -> None:
     with pytest.raises(InputError, match="no span 'verb'"):
         patch_effects(casa, pairs, [Target(0, "verb")])
     with pytest.raises(InputError, match=r"no head 9 at z\.0"):
@@ -175,8 +179,8 @@ def test_ablated_directions_are_gone_from_every_state(casa: Casa, mixed_queries:
         assert nothing[reply.query_id] == pytest.approx(reply.v_s, abs=1e-5)
     # Where the token rows lie along the direction, nothing is left for the model's own two logits to differ by.
     with torch.no_grad():
-        norm = casa.omni.language_model.norm.weight
-        rows = casa.omni.model.lm_head.weight[list(casa.token_ids)]
+        norm = casa.omni.norm.weight
+        rows = casa.omni.head.weight[list(casa.token_ids)]
         along = ((rows[1] - rows[0]) * norm).numpy()
     gone = ablate_directions(casa, mixed_queries, along)
     np.testing.assert_allclose(gone[gone["ablated"] == 0]["logit"], 0, atol=1e-4)
@@ -198,7 +202,7 @@ def test_contributions_sum_to_the_logit_difference(casa: Casa, mixed_queries: li
 
 
 @pytest.mark.parametrize("removed_from", ["model", "gate"])
-def test_minimal_sets_are_greedy_and_flip(casa: Casa, pairs: list[Pair], removed_from: str) -> None:
+def test_minimal_sets_are_greedy_and_flip(casa: Casa, pairs: list[MatchedPair], removed_from: str) -> None:
     queries = [pair.harmful for pair in pairs]
     found = minimal_sets(casa, queries, removed_from, largest=9)
     assert [entry.query_id for entry in found] == [query.id for query in queries]
@@ -216,7 +220,7 @@ def test_removals_are_those_of_brute_force(tiny_omni: Omni) -> None:
     casa = stirred(tiny_omni, CasaConfig(rule="replace", ce_support="two_way"))
     query = request("bomb", "harmful", "q")
     entry = minimal_sets(casa, [query], "gate")[0]
-    _, sweep, mask = read_gate(casa, [query])
+    _, sweep, mask = gate_inputs(casa, [query])
     places = mask[0].nonzero()[:, 0].tolist()
     found = {}
     for place in places:
@@ -229,7 +233,7 @@ def test_removals_are_those_of_brute_force(tiny_omni: Omni) -> None:
     assert (len(entry.positions) == 1) == ((found[best] > 0.5) != (before > 0.5))
 
 
-def test_a_gate_without_attention_is_refused(tiny_omni: Omni, pairs: list[Pair]) -> None:
+def test_a_gate_without_attention_is_refused(tiny_omni: Omni, pairs: list[MatchedPair]) -> None:
     casa = Casa.attach(tiny_omni, CasaConfig(form="none"))
     for call in (attention_maps, minimal_sets):
         with pytest.raises(InputError, match="no safety attention"):

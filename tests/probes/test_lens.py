@@ -24,8 +24,9 @@ from casa_mech.trace import capture
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.sites import all_sites
 from probes.lens.heads import ablate_heads, attention_patterns, read_gate, summarise_heads
-from probes.lens.logit import bridge, cached_states, depth_states, hook_name, logit_lens, read_off, run_with_cache
-from probes.lens.tuned import _Sums, fit_translators, lens_quality
+from probes.lens.logit import depth_states, logit_lens, read_off
+from probes.lens.transformer_bridge import bridge, cached_states, hook_name, run_with_cache
+from probes.lens.tuned import _RidgeSums, fit_translators, lens_quality
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -103,7 +104,7 @@ def test_the_bridge_shares_weights_and_leaves_the_model_alone(tiny_omni: Omni, m
     real = tiny_omni.encode(mixed_queries).inputs["attention_mask"].bool()
     torch.testing.assert_close(bridged(model, tiny_omni, mixed_queries)[real], wanted[real], rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        tiny_omni.model.lm_head.weight.mul_(2)
+        tiny_omni.head.weight.mul_(2)
     torch.testing.assert_close(bridged(model, tiny_omni, mixed_queries)[real], 2 * wanted[real], rtol=1e-3, atol=1e-3)
 
 
@@ -114,7 +115,7 @@ def test_keys_are_grouped_and_biases_are_there(eager: Omni, mixed_queries: list[
     assert cache["blocks.0.attn.hook_q"].shape[2] == text.num_attention_heads == 2
     assert cache["blocks.0.attn.hook_k"].shape[2] == text.num_key_value_heads == 1
     assert cache["blocks.0.mlp.hook_post"].shape[2] == text.intermediate_size
-    assert model.blocks[0].attn.k.bias is eager.language_model.layers[0].self_attn.k_proj.bias
+    assert model.blocks[0].attn.k.bias is eager.blocks[0].self_attn.k_proj.bias
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_translators_are_ridge_regression_and_read_better(organism: Omni, reques
     rng = np.random.default_rng(0)
     states = torch.tensor(rng.standard_normal((2, 300, 5)))
     states[1] = states[0] @ torch.tensor(rng.standard_normal((5, 5))) + 1 + 0.1 * states[1]
-    sums = _Sums(2, 5)
+    sums = _RidgeSums(2, 5)
     for part in states.split(100, dim=1):
         sums.update(part)
     weight, bias = sums.solve(0.1)

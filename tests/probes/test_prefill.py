@@ -18,10 +18,10 @@ from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.reports.prefill_dynamics.plots import plot_depth, plot_lengths, plot_tokens
 from casa_mech.timing.prefill import prefill_sides
-from probes.linear.directions import opening_ids
+from probes.linear.refusal_direction import opening_ids
 from probes.prefill.depth import ALL, EARLIER, LAST, depth_effects, depth_shares
-from probes.prefill.replies import judged, replies_by_length, trajectories
-from probes.prefill.sweep import System, prefill_sweep, refusal_axes
+from probes.prefill.replies import judge_replies, replies_by_length, trajectories
+from probes.prefill.sweep import AttackedModel, prefill_sweep, refusal_axes
 
 LENGTHS = (0, 2, 5)
 
@@ -60,7 +60,7 @@ def test_one_forward_gives_what_separate_ones_do(omni: Omni, queries: list[Query
 
 def test_lengths_are_those_of_the_attack(omni: Omni, queries: list[Query]) -> None:
     openings = opening_ids(omni, default_world().refusals).tolist()
-    sweep = prefill_sweep(System("pretrained", omni), queries, LENGTHS, openings, ["norm"], batch_size=4)
+    sweep = prefill_sweep(AttackedModel("pretrained", omni), queries, LENGTHS, openings, ["norm"], batch_size=4)
     assert sweep.opening.shape == sweep.kl.shape == (6, 3) and sweep.v_s is None
     assert np.allclose(sweep.kl[:, 0], 0) and (sweep.kl[:, 1:] > 0).all()
     for step, length in enumerate(LENGTHS):
@@ -74,7 +74,7 @@ def test_lengths_are_those_of_the_attack(omni: Omni, queries: list[Query]) -> No
 
 
 def test_both_orders_are_those_of_the_gate(casa: Casa, queries: list[Query]) -> None:
-    sweep = prefill_sweep(System("CASA", casa.omni, casa=casa), queries, LENGTHS, [0], [0], batch_size=4)
+    sweep = prefill_sweep(AttackedModel("CASA", casa.omni, casa=casa), queries, LENGTHS, [0], [0], batch_size=4)
     assert sweep.unsafe_first is not None and sweep.v_s is not None and sweep.logit is not None
     for step, length in enumerate(LENGTHS):
         found = attacked(queries, length, casa.omni)
@@ -88,9 +88,9 @@ def test_both_orders_are_those_of_the_gate(casa: Casa, queries: list[Query]) -> 
 
 def test_replies_are_those_of_ordinary_generation(casa: Casa, queries: list[Query]) -> None:
     omni, settings = casa.omni, GenerationSettings(max_new_tokens=6)
-    gated = replies_by_length(System("CASA", omni, casa=casa), queries, LENGTHS, 6, batch_size=5)
+    gated = replies_by_length(AttackedModel("CASA", omni, casa=casa), queries, LENGTHS, 6, batch_size=5)
     with casa.disabled():
-        plain = replies_by_length(System("pretrained", omni), queries, LENGTHS, 6, batch_size=5)
+        plain = replies_by_length(AttackedModel("pretrained", omni), queries, LENGTHS, 6, batch_size=5)
         expected = {k: omni.generate(attacked(queries, k, omni), settings) for k in LENGTHS}
     for found, replies in (
         (plain, expected),
@@ -100,12 +100,12 @@ def test_replies_are_those_of_ordinary_generation(casa: Casa, queries: list[Quer
         same = [omni.decode(entry.reply) == replies[entry.length][place // 3].text for place, entry in enumerate(found)]
         # Random weights have near ties, which padding's rounding may turn; a wrong prompt would turn them all.
         assert np.mean(same) > 0.8
-    table = judged(System("CASA", omni, casa=casa), gated, MicroWorldJudge())
+    table = judge_replies(AttackedModel("CASA", omni, casa=casa), gated, MicroWorldJudge())
     assert set(table["outcome"]) <= {"refused", "complied", "wrong_topic", "incoherent"} and len(table) == 18
 
 
 def test_trajectories_continue_the_sweep(casa: Casa, queries: list[Query]) -> None:
-    system = System("CASA", casa.omni, casa=casa)
+    system = AttackedModel("CASA", casa.omni, casa=casa)
     axes = refusal_axes(system, queries, default_world().requests(6, 4, "benign"), [0, "norm"])
     found = replies_by_length(system, queries, LENGTHS, 6)
     table = trajectories(system, found, 4, [5, 6], axes, batch_size=7)
@@ -123,7 +123,7 @@ def test_trajectories_continue_the_sweep(casa: Casa, queries: list[Query]) -> No
 
 def test_axes_put_the_means_at_nought_and_one(omni: Omni, queries: list[Query]) -> None:
     benign = default_world().requests(6, 4, "benign")
-    system = System("pretrained", omni)
+    system = AttackedModel("pretrained", omni)
     axes = refusal_axes(system, queries, benign, [0, "norm"])
     for site, axis in axes.items():
         for group, value in ((queries, 1.0), (benign, 0.0)):
@@ -133,7 +133,7 @@ def test_axes_put_the_means_at_nought_and_one(omni: Omni, queries: list[Query]) 
 
 def test_whole_openings_make_the_whole_difference(casa: Casa, queries: list[Query]) -> None:
     refusal = default_world().refusals[0]
-    for system in (System("CASA", casa.omni, casa=casa),):
+    for system in (AttackedModel("CASA", casa.omni, casa=casa),):
         effects = depth_effects(system, queries, 4, refusal, batch_size=4)
         table = effects.set_index(["site", "span"]).sort_index()
         for site in ("embeddings", "0", "1"):
@@ -149,7 +149,7 @@ def test_whole_openings_make_the_whole_difference(casa: Casa, queries: list[Quer
 
 
 def test_what_cannot_be_swept_is_named(omni: Omni, queries: list[Query]) -> None:
-    system = System("pretrained", omni)
+    system = AttackedModel("pretrained", omni)
     with pytest.raises(InputError, match="needs a complying answer"):
         prefill_sweep(system, queries, [0, 400], [0])
     with pytest.raises(InputError, match="0 or more"):

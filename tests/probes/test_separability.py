@@ -11,10 +11,10 @@ from casa_mech.errors import InputError
 from casa_mech.figures import save_figure
 from casa_mech.reports.attack_success.plots import plot_rates
 from casa_mech.reports.separability.plots import plot_controls, plot_matrix, plot_planes, plot_probes
-from probes.activations.gathering import INDEX_COLUMNS
-from probes.activations.store import Activations
-from probes.linear.separability import controls, fisher_ratio, pca_plane, probe, separability_table, transfer_matrix
-from probes.linear.validation import permuted_aurocs
+from probes.activations import Activations
+from probes.activations.index import INDEX_COLUMNS
+from probes.linear.separability import controls, fisher_ratio, pca_plane, separability_table, transfer_matrix
+from probes.linear.validation import auroc_of, cross_validate, permuted_aurocs
 
 N_TOPICS, PER_TOPIC, WIDTH = 30, 4, 16
 
@@ -39,8 +39,14 @@ def _joined(*parts: Activations) -> Activations:
     return Activations(states, pd.concat([part.index for part in parts], ignore_index=True), "mean")
 
 
+def _auroc(fit: Activations, test: Activations) -> float:
+    """Of a logistic probe fitted on `fit` and judged on `test`, on unseen topics."""
+    _, carried = cross_validate(fit.stacked(), fit.harmful, fit.topics, others=[(test.stacked(), test.topics)])
+    return float(auroc_of(carried.scores[0], test.harmful))
+
+
 def test_probe_grows_with_separation_and_meets_chance_without() -> None:
-    values = [probe(_gaussians(gap), _gaussians(gap), "norm").auroc for gap in (0.0, 1.0, 2.0, 4.0)]
+    values = [_auroc(_gaussians(gap), _gaussians(gap)) for gap in (0.0, 1.0, 2.0, 4.0)]
     assert values == sorted(values)
     assert abs(values[0] - 0.5) < 0.15
     assert values[-1] > 0.95
@@ -48,10 +54,10 @@ def test_probe_grows_with_separation_and_meets_chance_without() -> None:
 
 def test_probe_nears_the_best_possible_score() -> None:
     data = _gaussians(2.0)
-    found = probe(data, data, "norm")
+    row = transfer_matrix(data).iloc[0]
     best = roc_auc_score(data.harmful, data.states["norm"][:, 0])
-    assert found.low <= found.auroc <= found.high
-    assert best - 0.1 < found.auroc < best + 0.05
+    assert row["low"] <= row["auroc"] <= row["high"]
+    assert best - 0.1 < row["auroc"] < best + 0.05
 
 
 def test_permuted_labels_give_chance() -> None:
@@ -67,13 +73,13 @@ def test_topics_stay_together() -> None:
     data = _gaussians(0.0)
     states = np.random.default_rng(1).standard_normal((N_TOPICS, 64)).astype(np.float32) * 5
     tight = Activations({"norm": np.repeat(states, PER_TOPIC, axis=0)}, data.index, "mean")
-    assert abs(probe(tight, tight, "norm").auroc - 0.5) < 0.25
+    assert abs(_auroc(tight, tight) - 0.5) < 0.25
 
 
 def test_transfer_follows_the_shared_direction() -> None:
     text = _gaussians(4.0)
-    same = probe(text, _gaussians(4.0, "image", seed=1), "norm").auroc
-    turned = probe(text, _gaussians(4.0, "audio", seed=2, turn=True), "norm").auroc
+    same = _auroc(text, _gaussians(4.0, "image", seed=1))
+    turned = _auroc(text, _gaussians(4.0, "audio", seed=2, turn=True))
     assert same > 0.95
     assert abs(turned - 0.5) < 0.2
 

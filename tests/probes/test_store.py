@@ -17,9 +17,9 @@ from casa_mech.errors import InputError, RunError
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.sites import all_sites
-from probes.activations.gathering import media_tokens
-from probes.activations.store import ActivationStore, collect
-from probes.linear.separability import pca_plane, probe
+from probes.activations import ActivationStore, collect
+from probes.activations.forward import media_tokens
+from probes.linear.separability import pca_plane, transfer_matrix
 
 POSITIONS = ("last", "mean", "mean:image", "every:3", "all", "generated:2")
 
@@ -33,7 +33,7 @@ def store(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> Activa
 
 def test_every_site_is_what_hooks_see(tiny_omni: Omni, store: ActivationStore, mixed_queries: list[Query]) -> None:
     seen: dict[str, torch.Tensor] = {}
-    block = tiny_omni.language_model.layers[1]
+    block = tiny_omni.blocks[1]
 
     def keep(name: str, take: int = -1) -> object:
         return lambda _, given, out: seen.__setitem__(name, given[0] if take == 0 else out)
@@ -44,9 +44,9 @@ def test_every_site_is_what_hooks_see(tiny_omni: Omni, store: ActivationStore, m
         block.mlp.register_forward_hook(keep("mlp.1")),
         block.register_forward_hook(keep("1")),
         block.register_forward_hook(keep("pre.1", 0)),
-        tiny_omni.language_model.norm.register_forward_hook(keep("norm")),
-        tiny_omni.model.model.visual.register_forward_hook(keep("vision")),
-        tiny_omni.model.model.audio_tower.register_forward_hook(keep("audio")),
+        tiny_omni.norm.register_forward_hook(keep("norm")),
+        tiny_omni.tower("image").register_forward_hook(keep("vision")),
+        tiny_omni.tower("audio").register_forward_hook(keep("audio")),
     ]
     batch = tiny_omni.encode([mixed_queries[3]], prefill=False)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_unknown_names_list_the_known_ones(tiny_omni: Omni, store: ActivationSto
     with pytest.raises(InputError, match="no activations with"):
         one.where(label="unheard of")
     with pytest.raises(InputError, match="of each class"):
-        probe(one, one, "norm")
+        transfer_matrix(one)
 
 
 def test_frames_follow_the_order_given(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_damage_is_refused_with_its_reason(store: ActivationStore) -> None:
     path = store.root / "shards" / "00000.safetensors"
     whole, tensors = path.read_bytes(), load_file(path)
     path.write_bytes(whole[:-100])
-    with pytest.raises(RunError, match=r"00000.safetensors is cut short .* delete part 00000"):
+    with pytest.raises(RunError, match=r"00000.safetensors is cut short .* delete shard 00000"):
         ActivationStore.open(store.root)
     path.unlink()
     with pytest.raises(RunError, match="is missing, and the index names it"):
@@ -193,6 +193,6 @@ def test_damage_is_refused_with_its_reason(store: ActivationStore) -> None:
 
 def test_states_that_are_not_finite_are_named(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
     with torch.no_grad():
-        tiny_omni.language_model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+        tiny_omni.blocks[1].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="query text: the states at site '1' are not finite"):
         collect(tiny_omni, mixed_queries)

@@ -10,13 +10,9 @@ from sklearn.metrics import roc_auc_score
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.timing.probes import AGREEMENT, measure_memory, sklearn_loop
-from probes.linear.transfer import POINT_COLUMNS, join_points, transfer_prediction
+from probes.linear.gate_transfer import POINT_COLUMNS, join_points, transfer_prediction
 from probes.linear.validation import (
-    Calibration,
     auroc_of,
-    bootstrap_weights,
-    calibrated,
-    calibration_error,
     chance_p,
     cross_validate,
     make_folds,
@@ -109,24 +105,6 @@ def test_equal_lengths_unmask_a_probe_that_counts_tokens() -> None:
     value, low, high, pairs = matched_auroc(lengths.astype(float), labels, lengths, topics)
     assert (value, low, high) == (0.5, 0.5, 0.5) and pairs > 0
     assert matched_auroc(lengths, labels, np.arange(200), topics)[3] == 0
-
-
-def test_calibration_undoes_a_known_map() -> None:
-    rng = np.random.default_rng(0)
-    scores = rng.standard_normal(4000)
-    labels = rng.random(4000) < 1 / (1 + np.exp(-(3 * scores - 1)))
-    found = Calibration.fit(scores, labels)
-    assert abs(found.slope - 3) < 0.3 and abs(found.offset + 1) < 0.2
-    probabilities = calibrated(scores, labels, np.arange(4000) % 5)
-    raw = calibration_error(1 / (1 + np.exp(-scores)), labels)
-    good = calibration_error(probabilities, labels)
-    assert good[0] < 0.03 < raw[0] and good[1] < raw[1]
-
-
-def test_bootstrap_draws_whole_topics() -> None:
-    counts = bootstrap_weights(np.repeat(["a", "b", "c"], 4), 50)
-    assert counts.shape == (50, 12) and (counts.sum(axis=1) == 12).all()
-    assert (counts.reshape(50, 3, 4) == counts.reshape(50, 3, 4)[:, :, :1]).all()
 
 
 def _points(slope: float, seed: int = 0) -> pd.DataFrame:

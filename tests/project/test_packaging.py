@@ -1,13 +1,25 @@
-"""The set-up files agree with each other: pyproject.toml, constraints.txt and environment.yml."""
+"""The set-up files agree with each other and with what the packages import; importing `casa_mech` is light."""
 
+import ast
 import re
+import subprocess
+import sys
 import tomllib
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import yaml
 from helpers.paths import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import casa_mech
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MODULES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+"""Modules of other names than their distributions."""
 
 
 def _pins(lines: list[str]) -> dict[str, str]:
@@ -17,9 +29,8 @@ def _pins(lines: list[str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def requirements() -> list[Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["dev"]
-    return [Requirement(line) for line in lines]
+    lines = PROJECT["dependencies"] + [line for extra in EXTRAS.values() for line in extra]
+    return [Requirement(line) for line in lines if not line.startswith("casa-mech[")]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +69,89 @@ def test_makefile_installs_the_pinned_torch_first(constraints: dict[str, str]) -
     assert f"TORCH := torch=={constraints['torch']}" in (ROOT / "Makefile").read_text()
 
 
+def test_make_and_all_install_every_extra() -> None:
+    assert "--editable '.[all]'" in (ROOT / "Makefile").read_text()
+    named = {name for line in EXTRAS["all"] + EXTRAS["study"] for name in Requirement(line).extras}
+    assert set(EXTRAS) - {"all"} == named
+
+
 def test_cited_version_is_the_packages() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project["version"]
+    assert PROJECT["dynamic"] == ["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == casa_mech.__version__
 
 
 def test_nothing_of_ours_runs_when_somebody_imports_torch() -> None:
-    entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    assert set(entry_points) == {"transformer_lens.architectures"}
+    assert set(PROJECT["entry-points"]) == {"transformer_lens.architectures"}
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """Top-level names of what a file imports, at its top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"casa_mech", "probes"}
+
+
+def _distributions(lines: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def test_each_import_has_its_dependency_and_each_dependency_its_import(requirements: list[Requirement]) -> None:
+    files = [path for package in ("casa_mech", "probes") for path in (ROOT / package).rglob("*.py")]
+    modules = {name for path in files for name in _imported(ast.parse(path.read_text(encoding="utf-8")))}
+    imported = {canonicalize_name(MODULES.get(name, name)) for name in modules}
+    assert imported <= {canonicalize_name(requirement.name) for requirement in requirements}
+    assert _distributions(PROJECT["dependencies"]) <= imported, "a core dependency that nothing imports"
+
+
+EXTRA_ONLY = {
+    "study": ("casa_mech/reports", "casa_mech/study", "casa_mech/compare", "casa_mech/timing", "casa_mech/figures.py"),
+    "lens": ("probes/lens",),
+    "judges": ("casa_mech/judging",),
+    "hub": ("casa_mech/queries",),
+}
+
+
+@pytest.mark.parametrize("extra", EXTRA_ONLY)
+def test_the_core_does_not_import_what_an_extra_brings(extra: str) -> None:
+    brought = _distributions([line for line in EXTRAS[extra] if not line.startswith("casa-mech[")])
+    for package in ("casa_mech", "probes"):
+        for path in (ROOT / package).rglob("*.py"):
+            names = {canonicalize_name(name) for name in _imported(ast.parse(path.read_text(encoding="utf-8")))}
+            where = path.relative_to(ROOT).as_posix()
+            assert not names & brought or where.startswith(EXTRA_ONLY[extra]), f"{where}: {names & brought}"
+
+
+@pytest.mark.parametrize("package", ["casa_mech", "probes"])
+def test_importing_a_package_loads_no_model_library(package: str) -> None:
+    code = (
+        f"import sys, {package}; heavy = {{'torch', 'transformers', 'pandas', 'sklearn', 'matplotlib'}};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["casa_mech"])
+def test_a_package_shows_the_names_that_users_need(package: str) -> None:
+    module = import_module(package)
+    assert module.__doc__ and (Path(module.__file__ or "").parent / "py.typed").is_file()
+    names = list(module.__all__)
+    assert 10 <= len(names) <= 26 and "__version__" in names and len(names) == len(set(names))
+    assert all(getattr(module, name) is not None for name in names) and set(names) - {"__version__"} <= set(dir(module))
+
+
+def test_every_module_has_its_layer() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = {name for layer in contracts[0]["layers"] for name in layer.split(" | ")}
+    paths = [
+        path for path in (ROOT / "casa_mech").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    ]
+    modules = {f"casa_mech.{path.stem}" for path in paths if path.stem not in ("__init__", "__main__")}
+    assert layers == modules | {"probes"}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    missing = [name for name in modules if f"`{name.replace('.', '/')}" not in text]
+    assert not missing, f"docs/architecture.md does not mention {missing}"

@@ -279,7 +279,7 @@ def test_rows_about_minors_are_dropped_and_counted(tmp_path: Path) -> None:
     reading = read_benchmark("advbench", tmp_path)
     assert [query.id for query in reading.queries] == ["advbench:1", "advbench:4"]  # "kid" is a noun to the filter
     assert (reading.rows, reading.dropped) == (5, ("advbench:2", "advbench:3", "advbench:5"))
-    assert reading.summary()["dropped_minors"] == 3
+    assert len(reading.dropped) == 3
     assert len(read_queries("advbench", tmp_path, drop_minors=False)) == 5
     row = {"id": 0, "question": "how does it work", "policy": "Child Abuse Content", "from": "own"}
     _table(tmp_path / "RedTeam_2K.csv", row, {**row, "policy": "Crime"})

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from helpers.paths import GALLERY
 
-from casa_mech.files import file_sha256
+from casa_mech.identity import file_sha256
 from casa_mech.study.manifest import Manifest
 
 APART = ("figstep_comparison",)

@@ -17,7 +17,7 @@ from casa_mech.reports.safety_attention import claims as gate_claims
 from casa_mech.reports.safety_attention import plots as gate_plots
 from casa_mech.reports.safety_attention import tables as gate_analysis
 from casa_mech.study.artifacts import Study
-from probes.gate.pairs import position_roles
+from probes.gate.positions import position_roles
 
 SIZES = {"n_probe": 6, "train_examples": 16, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
 

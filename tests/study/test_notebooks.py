@@ -158,7 +158,7 @@ def test_killed_run_is_continued(random_organism: Path, tmp_path: Path) -> None:
     """A run killed in the middle of training leaves a folder that the same command finishes."""
     out = tmp_path / "run"
     command = [
-        sys.executable, "-m", "casa_mech.cli", "run", "--model", str(random_organism), "--profile", "smoke",
+        sys.executable, "-m", "casa_mech", "run", "--model", str(random_organism), "--profile", "smoke",
         "--only", "02", "--out", str(out), "-p", "n_probe=6", "--json",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -68,14 +68,13 @@ def test_joined_prompts_go_on_side_by_side(tiny_omni: Omni, mixed_queries: list[
 
 def test_media_are_encoded_once(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
     seen: list[str] = []
-    for name in ("visual", "audio_tower"):
-        module = getattr(tiny_omni.model.model, name)
-        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    for name in ("image", "audio"):
+        tiny_omni.tower(name).register_forward_hook(lambda *_, name=name: seen.append(name))
     read = read_prompts(tiny_omni, tiny_omni.encode(mixed_queries))
     for wanted in variants(mixed_queries).values():
         decoded(tiny_omni, beside(tiny_omni, read, wanted))
     decoded(tiny_omni, resumed(tiny_omni, read))
-    assert sorted(seen) == ["audio_tower", "visual"]
+    assert sorted(seen) == ["audio", "image"]
 
 
 def test_media_that_are_not_shared_are_read_again(tiny_omni: Omni, mixed_queries: list[Query]) -> None:

@@ -45,11 +45,11 @@ def test_edits_that_change_nothing_change_nothing(casa: Casa, mixed_queries: lis
 def test_an_edit_is_what_a_plain_hook_does(casa: Casa, mixed_queries: list[Query], site: object) -> None:
     omni = casa.omni
     batch = omni.encode(mixed_queries)
-    block = omni.language_model.layers
+    block = omni.blocks
     module, side = {
         "embeddings": (block[0], "input"),
-        "z.1": (block[1].self_attn.o_proj, "input"),
-        "attention.0": (block[0].self_attn.o_proj, "output"),
+        "z.1": (omni.writers(1)[0], "input"),
+        "attention.0": (omni.writers(0)[0], "output"),
         "mlp.1": (block[1].mlp, "output"),
         0: (block[0], "output"),
     }[site]

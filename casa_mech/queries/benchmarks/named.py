@@ -10,7 +10,7 @@ from casa_mech.errors import InputError
 from casa_mech.queries.benchmarks.read import MissingMedia, read_benchmark
 from casa_mech.queries.benchmarks.registry import BENCHMARKS
 from casa_mech.queries.files import QuerySource, read_source
-from casa_mech.queries.reading import Reading
+from casa_mech.queries.loaded import LoadedQueries
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BenchmarkSource:
         """Where to read: `data`, and for clips, which have no telling names, the folder of the set's name in it."""
         return self.data / self.name if self.data and BENCHMARKS[self.name].modality == "audio" else self.data
 
-    def read(self, missing_media: MissingMedia = "error") -> Reading:
+    def read(self, missing_media: MissingMedia = "error") -> LoadedQueries:
         """The set's queries, labelled as it labels them. InputError: as `read_benchmark`."""
         return read_benchmark(self.name, self.place, self.split, self.limit, self.seed, missing_media=missing_media)
 
@@ -75,6 +75,6 @@ def chosen_source(
     return named
 
 
-def read_chosen(source: QuerySource | BenchmarkSource) -> Reading:
+def read_chosen(source: QuerySource | BenchmarkSource) -> LoadedQueries:
     """The queries of either kind of source, with the account of what was left out. InputError: as its reader."""
     return source.read() if isinstance(source, BenchmarkSource) else read_source(source)

@@ -18,10 +18,11 @@ from casa_mech.queries.benchmarks.locate import (
     where_to_get,
 )
 from casa_mech.queries.benchmarks.registry import BENCHMARKS, benchmark_named
+from casa_mech.queries.draws import sample
 from casa_mech.queries.files import QuerySource, read_source
+from casa_mech.queries.loaded import LoadedQueries
 from casa_mech.queries.minors import concerns_minors
 from casa_mech.queries.query import AudioPart, ImagePart, Part, Query, TextPart
-from casa_mech.queries.reading import Reading, sample
 
 TABLE = "table"
 MissingMedia = Literal["error", "text"]
@@ -57,7 +58,7 @@ def read_benchmark(
     drop_minors: bool = True,
     missing_media: MissingMedia = "error",
     columns: Mapping[str, str] | None = None,
-) -> Reading:
+) -> LoadedQueries:
     """A public set, with the account of what was left out.
 
     Args:
@@ -68,7 +69,7 @@ def read_benchmark(
         seed: of the draw.
         drop_minors: leave out rows that mention minors in a sexual or harmful setting.
         missing_media: what to do about a picture that is not there: an error, or the text alone
-            (`meta["image"]` keeps the name and `Reading.without_media` counts).
+            (`meta["image"]` keeps the name and `LoadedQueries.without_media` counts).
         columns: for "table" only: fields of `QuerySource` (column, label, image_column, audio_column, text).
 
     Returns:
@@ -99,7 +100,7 @@ def read_benchmark(
     queries = sample(kept, limit, seed)
     without = sum(query.modalities == {"text"} for query in queries) if benchmark.modality != "text" else 0
     unscreened = sum("audio" in query.modalities and "request" not in query.meta for query in queries)
-    return Reading(benchmark.name, tuple(queries), n, tuple(dropped), without, unscreened, tuple(sources))
+    return LoadedQueries(benchmark.name, tuple(queries), n, tuple(dropped), without, unscreened, tuple(sources))
 
 
 def _rows(
@@ -205,11 +206,11 @@ def _read_table(
     seed: int,
     drop_minors: bool,
     columns: Mapping[str, Any],
-) -> Reading:
+) -> LoadedQueries:
     if path is None or split is not None:
         raise InputError(f"'{TABLE}' needs a path and has no splits; the named sets are {', '.join(BENCHMARKS)}")
     unknown = [name for name in columns if name not in ("column", "label", "image_column", "audio_column", "text")]
     if unknown:
         raise InputError(f"columns has no '{unknown[0]}'; it may have column, label, image_column, audio_column, text")
     reading = read_source(QuerySource(path=Path(path), drop_minors=drop_minors, **columns))
-    return Reading(**{**vars(reading), "queries": tuple(sample(reading.queries, limit, seed))})
+    return LoadedQueries(**{**vars(reading), "queries": tuple(sample(reading.queries, limit, seed))})

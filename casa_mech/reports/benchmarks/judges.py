@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from casa_mech.identity import key_digest
 from casa_mech.judging import (
     Judge,
     KeywordJudge,
@@ -26,7 +27,6 @@ from casa_mech.judging.verdict import UNDECIDED, judge_identity
 from casa_mech.queries import Query
 from casa_mech.reports.benchmarks.tables import YES, common
 from casa_mech.study.artifacts import Study
-from casa_mech.study.folder import key_digest
 from casa_mech.study.settings import slug
 
 COMPLIED = "complied"

@@ -18,11 +18,11 @@ from PIL import Image
 
 from casa_mech.attacks import ATTACKS, STUDY_ATTACKS, apply_with_twins
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, reply_table, result_rows
+from casa_mech.identity import key_digest
 from casa_mech.judging import MicroWorldJudge, judge_all, wilson
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Label, Query
 from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, Study
-from casa_mech.study.folder import key_digest
 from casa_mech.study.settings import slug
 
 DEFENSES = (PRETRAINED, CASA)

@@ -15,7 +15,6 @@ from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, System, syste
 from casa_mech.compare.tables import grid_rows, summarise
 from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.omni import GenerationSettings, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.study.artifacts import Study
 from casa_mech.study.settings import ProfileName, slug
 
@@ -78,7 +77,7 @@ def filled_grid(
     study.omni()  # written down for the manifest
     settings = study.settings
     # A model of the grid's own: the study's may carry the gate.
-    omni = settle_threads(load_omni(settings.model, device=settings.device, dtype=settings.dtype))
+    omni = load_omni(settings.model, device=settings.device, dtype=settings.dtype)
     grid = Grid(
         omni, systems, WorldSets(sizes.attacks, n or sizes.n), range(settings.seed, settings.seed + sizes.seeds),
         study.folder, Weights(plan, study.folder, study.progress),

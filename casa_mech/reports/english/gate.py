@@ -17,20 +17,19 @@ from casa_mech.attacks.image import instruction_of
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.casa.checkpoint import METRICS
-from casa_mech.casa.examples import examples_digest
-from casa_mech.errors import InputError, RunError
+from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows, write_both
-from casa_mech.files import TEMPORARY, storage_error, write_text, writing
+from casa_mech.files import check_folder, write_text, writing
+from casa_mech.identity import examples_digest, key_digest
 from casa_mech.judging import KeywordJudge, auroc_row, mean_interval, value_row, write_table
 from casa_mech.judging.results import Row
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.organism.corpus import CHARACTERS, REPEAT, Corpus, corpus_record, on_surface, read_corpus
 from casa_mech.queries import Example, Label, Query, TextPart, decontaminate, read_queries
 from casa_mech.queries.benchmarks.locate import find_files
 from casa_mech.queries.benchmarks.registry import benchmark_named
 from casa_mech.reports.english.baselines import LENGTH, WORDS, Scorer, baselines, prompts_of
-from casa_mech.study.folder import RunFolder, key_digest
+from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import slug
 
 Set = tuple[str, str | None]
@@ -115,10 +114,10 @@ def english_gate(
     Raises:
         InputError: no training prompts or none of the evaluation sets in `data`. RunError: `out` holds other files.
     """
-    _check_out(out)
+    check_folder(out, _OUTPUTS, create=True)
     corpus = read_corpus(data, seed)
     sets = evaluation_sets(data)
-    omni = settle_threads(load_omni(str(model), device=device, dtype=dtype))
+    omni = load_omni(str(model), device=device, dtype=dtype)
     named = {"/".join(filter(None, part)): queries for part, queries in sets.items()}
     # The corpus was decontaminated as a whole; this shows it on what is trained on.
     examples, again = decontaminate(corpus.examples(sizes.examples, seed), named)
@@ -342,14 +341,3 @@ def _write(out: Path, found: EnglishResult, corpus: Corpus, record: Mapping[str,
     with writing(out / REMOVED) as temporary:
         pd.DataFrame(removed, columns=["id", "evaluation", "match", "kind", "share"]).to_csv(temporary, index=False)
     write_text(out / MANIFEST, json.dumps(record, indent=2) + "\n")
-
-
-def _check_out(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        strangers = [entry.name for entry in out.iterdir() if entry.name not in _OUTPUTS]
-    except OSError as error:
-        raise storage_error(error, out) from None
-    strangers = [name for name in strangers if not name.startswith(TEMPORARY)]
-    if strangers:
-        raise RunError(f"{out} holds other files ({strangers[0]}): choose a new or empty folder with --out")

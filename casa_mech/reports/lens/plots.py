@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
-from probes.lens.heads import ROLES
+from probes.lens.heads import PATTERN_ROLES
 
 LENSES = {"tuned lens": "-", "logit lens": ":"}
 COLOURS = {"harmful": HARMFUL, "benign": BENIGN, "both": SERIES[5]}
@@ -105,7 +105,8 @@ def plot_attention(data: pd.DataFrame, title: str) -> Figure:
         data: columns `surface, layer, head, label, role, n, value, low, high`.
         title: the claim.
     """
-    surfaces, roles = list(dict.fromkeys(data["surface"])), [role for role in ROLES if role in set(data["role"])]
+    surfaces = list(dict.fromkeys(data["surface"]))
+    roles = [role for role in PATTERN_ROLES if role in set(data["role"])]
     heads = list(dict.fromkeys(zip(data["layer"], data["head"], strict=True)))
     with style():
         size = (3 * len(surfaces), 2.1 * len(heads) + 0.6)

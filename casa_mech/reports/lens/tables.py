@@ -9,20 +9,19 @@ from typing import Any
 
 import pandas as pd
 
+from casa_mech.draws import Draw
+from casa_mech.identity import key_digest
 from casa_mech.judging import auroc_interval
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.study.artifacts import LABELS, SURFACES, Study
-from casa_mech.study.folder import key_digest
 from casa_mech.study.settings import slug
 
 HEAD_SURFACES = ("text", "image", "audio")
 TOP_HEADS = 3
 KL_EPOCHS = 3
 RESAMPLES = 200
-# Draws for the translators and for what they are judged on share no seed with training or with the other notebooks.
-_JUDGED, _FIT = 8_000, 9_000
 _TABLES = ("depth", "quality", "heads", "patterns")
 
 
@@ -44,9 +43,15 @@ class LensTables:
 def lens_tables(study: Study, model: str = "") -> LensTables:
     """The lens on CASA's gate: made on the first call, then found in the run folder."""
     model = model or study.settings.model
-    made = {"draws": [_JUDGED, _FIT], "kl_epochs": KL_EPOCHS, "surfaces": list(HEAD_SURFACES), "top": TOP_HEADS}
-    gate = key_digest(study._gate_key(model))
-    key = {**study._model_key(model), "n": study.sizes.n_probe, "gate": gate, **made}
+    key = {
+        **study._model_key(model),
+        "n": study.sizes.n_probe,
+        "gate": key_digest(study._gate_key(model)),
+        "draws": [Draw.LENS_MEASUREMENT, Draw.LENS_TRANSLATORS],
+        "kl_epochs": KL_EPOCHS,
+        "surfaces": list(HEAD_SURFACES),
+        "top": TOP_HEADS,
+    }
 
     def build(folder: Path) -> None:
         for name, table in vars(_measure(study, model)).items():
@@ -58,12 +63,13 @@ def lens_tables(study: Study, model: str = "") -> LensTables:
 
 def _measure(study: Study, model: str) -> LensTables:
     from probes.lens.heads import ablate_heads, attention_patterns
-    from probes.lens.logit import bridge, logit_lens
+    from probes.lens.logit import logit_lens
+    from probes.lens.transformer_bridge import bridge
     from probes.lens.tuned import fit_translators, lens_quality
 
     casa = study.casa(model)
     lens, n, size = bridge(casa.omni), study.sizes.n_probe, study.sizes.batch_size
-    text = default_world().requests(2 * n, _FIT + study.settings.seed, None, "seen", "seen")
+    text = default_world().requests(2 * n, Draw.LENS_TRANSLATORS + study.settings.seed, None, "seen", "seen")
     translators = fit_translators(lens, casa.omni, text, kl_epochs=KL_EPOCHS, batch_size=size)
     queries = _queries(study, SURFACES, n)
     depth = [logit_lens(lens, casa, queries, chosen, size).table() for chosen in (None, translators)]
@@ -87,7 +93,7 @@ def _queries(study: Study, surfaces: Iterable[str], n: int) -> list[Query]:
         query.model_copy(update={"id": f"{surface}-{query.id}", "meta": {**query.meta, "surface": surface}})
         for surface in surfaces
         for label in LABELS
-        for query in study.queries(SURFACES[surface], label, n, _JUDGED)
+        for query in study.queries(SURFACES[surface], label, n, Draw.LENS_MEASUREMENT)
     ]
 
 

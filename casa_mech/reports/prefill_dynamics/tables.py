@@ -14,21 +14,20 @@ import pandas as pd
 from casa_mech.defenses import load_defense
 from casa_mech.defenses.ssft import SsftSettings
 from casa_mech.defenses.training import WORK, train_defense
+from casa_mech.draws import Draw
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
-from casa_mech.files import file_sha256
+from casa_mech.identity import file_sha256, key_digest
 from casa_mech.omni import Omni, load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import refusals
 from casa_mech.study.artifacts import Study
-from casa_mech.study.folder import key_digest
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import slug
 from casa_mech.trace.sites import Site
-from probes.linear.directions import opening_ids
+from probes.linear.refusal_direction import opening_ids
 from probes.prefill.depth import depth_effects
-from probes.prefill.replies import judged, replies_by_length, trajectories
-from probes.prefill.sweep import System, prefill_sweep, refusal_axes
+from probes.prefill.replies import judge_replies, replies_by_length, trajectories
+from probes.prefill.sweep import AttackedModel, prefill_sweep, refusal_axes
 
 SSFT = "SSFT"
 SYSTEMS = (PRETRAINED, SSFT, CASA)
@@ -37,13 +36,12 @@ TOKENS = 10
 """Tokens of a reply that are followed."""
 DEPTH_LENGTH = 4
 """Tokens of the openings whose states are exchanged."""
-_FIT, _MEASURE = 4_000, 6_000
 
 
 @dataclass(frozen=True)
 class PrefillTables:
-    """lengths: a row a system, query and length (`PrefillSweep.table`). replies: verdicts (`judged`). tokens: a row a
-    reply and token (`trajectories`). depth: exchanged states (`depth_effects`)."""
+    """lengths: a row a system, query and length (`PrefillSweep.table`). replies: verdicts (`judge_replies`). tokens: a
+    row a reply and token (`trajectories`). depth: exchanged states (`depth_effects`)."""
 
     lengths: pd.DataFrame
     replies: pd.DataFrame
@@ -66,6 +64,7 @@ def _tables(study: Study, name: str, n: int, lengths: Sequence[int]) -> PrefillT
     study.casa()
     trained = file_sha256(study.folder.path("gates", slug(study.settings.model), "done.json"))
     key: dict[str, Any] = {"gate": trained, "n": n, "lengths": list(lengths), "tokens": study.sizes.max_new_tokens}
+    key["draws"] = [Draw.PREFILL_MEASUREMENT, Draw.PREFILL_AXES]
     if name == SSFT:
         key["ssft"] = file_sha256(ssft_folder(study) / "done.json")
 
@@ -81,37 +80,37 @@ def _tables(study: Study, name: str, n: int, lengths: Sequence[int]) -> PrefillT
     )
 
 
-def _measured(study: Study, chosen: System, n: int, lengths: Sequence[int]) -> PrefillTables:
+def _measured(study: Study, chosen: AttackedModel, n: int, lengths: Sequence[int]) -> PrefillTables:
     """One system's tables."""
-    queries = study.queries("plain", "harmful", n, _MEASURE)
+    queries = study.queries("plain", "harmful", n, Draw.PREFILL_MEASUREMENT)
     openings = opening_ids(chosen.omni, refusals(study)).tolist()
     sites: list[Site] = [chosen.omni.n_layers // 2, "norm"]
     fit: list[list[Query]] = [
-        study.queries("plain", "harmful", study.sizes.n_probe, _FIT),
-        study.queries("plain", "benign", study.sizes.n_probe, _FIT),
+        study.queries("plain", "harmful", study.sizes.n_probe, Draw.PREFILL_AXES),
+        study.queries("plain", "benign", study.sizes.n_probe, Draw.PREFILL_AXES),
     ]
     axes = refusal_axes(chosen, fit[0], fit[1], sites)
     sweep = prefill_sweep(chosen, queries, lengths, openings, sites)
     attacked = replies_by_length(chosen, queries, lengths, study.sizes.max_new_tokens)
     return PrefillTables(
         lengths=sweep.table(axes),
-        replies=judged(chosen, attacked, study.judge()),
+        replies=judge_replies(chosen, attacked, study.judge()),
         tokens=trajectories(chosen, attacked, TOKENS, openings, axes),
         depth=depth_effects(chosen, queries, DEPTH_LENGTH, refusals(study)[0]),
     )
 
 
 @contextmanager
-def system(study: Study, name: str) -> Iterator[System]:
+def system(study: Study, name: str) -> Iterator[AttackedModel]:
     """One of `SYSTEMS`, for the length of a block."""
     if name == CASA:
-        yield System(CASA, study.omni(), casa=study.casa())
+        yield AttackedModel(CASA, study.omni(), casa=study.casa())
     elif name == PRETRAINED:
         with study.casa().disabled() as omni:
-            yield System(PRETRAINED, omni)
+            yield AttackedModel(PRETRAINED, omni)
     else:
         with load_defense("ssft", _another(study), path=ssft_folder(study)) as defense:
-            yield System(SSFT, defense.omni, adapter=getattr(defense, "adapter", None))
+            yield AttackedModel(SSFT, defense.omni, adapter=getattr(defense, "adapter", None))
 
 
 def ssft_folder(study: Study) -> Path:
@@ -142,4 +141,4 @@ def ssft_folder(study: Study) -> Path:
 
 def _another(study: Study) -> Omni:
     """The model under study once more: a LoRA and a gate cannot be in it at once."""
-    return settle_threads(load_omni(study.settings.model, device=study.settings.device, dtype=study.settings.dtype))
+    return load_omni(study.settings.model, device=study.settings.device, dtype=study.settings.dtype)

@@ -13,30 +13,30 @@ from casa_mech.attacks import apply_with_twins
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa
 from casa_mech.casa.casa import REFUSAL
+from casa_mech.draws import Draw
 from casa_mech.errors import InputError
-from casa_mech.files import file_sha256
+from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.organism.world import Topic, default_world
 from casa_mech.queries import Query, TextPart
 from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, SURFACES, Study
 from casa_mech.study.settings import slug
 from casa_mech.trace.sites import Site
-from probes.activations.store import Activations, collect
+from probes.activations import Activations, collect
 from probes.gate.attribution import Attribution, attribute_token_difference
 from probes.gate.calibration import Reliability, reliability
-from probes.gate.minimal_sets import minimal_sets, sets_table
-from probes.gate.pairs import Pair, aligned_pairs
+from probes.gate.pairs import MatchedPair, aligned_pairs
 from probes.gate.patching import PatchEffects, ablate_directions, patch_effects
+from probes.gate.removal import minimal_sets, sets_table
 from probes.gate.safety_attention import AttentionMap, attention_maps, cosine_table, gate_directions
-from probes.linear.directions import RefusalDirection, find_refusal_direction
 from probes.linear.estimators import LogisticProbe
+from probes.linear.refusal_direction import RefusalDirection, find_refusal_direction
 
 PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
 """Surfaces on which states are exchanged, and their attacks."""
 RANDOM_DIRECTIONS = 5
 RUNS = ("nothing", "refusal direction", "gated model's own", "random direction")
 """What is ablated."""
-_FIT, _MEASURE = 4_000, 5_000  # draws for directions and for what is measured, apart from all others of a study
 
 
 def kept_table(
@@ -65,7 +65,7 @@ def v_s_by_attack(study: Study) -> pd.DataFrame:
     return kept_table(study, "v_s-by-attack", {"n": study.sizes.n_probe}, build)
 
 
-def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Pair]:
+def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[MatchedPair]:
     """Up to `n` harmful requests under `attack`, each with a benign twin that differs in the key word alone and whose
     prompt has the same layout: same phrasing, verb, article, and on a picture or in a clip as many tokens.
 
@@ -74,16 +74,16 @@ def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Pair]:
     """
     omni = study.omni()
     # Half of the clips or more have no twin of as many tokens.
-    requests = study.queries("plain", "harmful", 2 * n, _MEASURE)
+    requests = study.queries("plain", "harmful", 2 * n, Draw.GATE_MEASUREMENT)
     waiting = list(requests)
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, MatchedPair] = {}
     for attempt in range(tries):
         proposed = [(query, twin) for query in waiting if (twin := _twin(query, attempt)) is not None]
         if not proposed:
             break
         originals, twins = [list(part) for part in zip(*proposed, strict=True)]
         both = apply_with_twins(attack, originals, twins, study.settings.seed, tokenizer=omni.tokenizer)
-        candidates = [Pair(*pair) for pair in zip(*both, strict=True)]
+        candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
         try:
             pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}
         except InputError:
@@ -122,7 +122,7 @@ def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
     casa = study.casa()
     return {
         surface: attention_maps(
-            casa, [query for label in LABELS for query in study.queries(attack, label, n, _MEASURE)]
+            casa, [query for label in LABELS for query in study.queries(attack, label, n, Draw.GATE_MEASUREMENT)]
         )
         for surface, attack in SURFACES.items()
     }
@@ -136,7 +136,7 @@ def removals(study: Study, n: int) -> pd.DataFrame:
         casa = study.casa()
         tables = []
         for surface, attack in PATCHED.items():
-            queries = study.queries(attack, "harmful", study.sizes.n_probe, _MEASURE)
+            queries = study.queries(attack, "harmful", study.sizes.n_probe, Draw.GATE_MEASUREMENT)
             flagged = [
                 query
                 for query, reply in zip(queries, casa.decide(queries), strict=True)
@@ -154,7 +154,9 @@ def removals(study: Study, n: int) -> pd.DataFrame:
 def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
     """Plain requests' states at the gate's position, the gate's LoRA at work; drawn apart from what is measured."""
     study.casa()
-    queries = [query for label in LABELS for query in study.queries("plain", label, study.sizes.n_probe, _FIT)]
+    queries = [
+        query for label in LABELS for query in study.queries("plain", label, study.sizes.n_probe, Draw.GATE_DIRECTIONS)
+    ]
     return collect(study.omni(), queries, sites, "last", study.sizes.batch_size)
 
 
@@ -181,7 +183,7 @@ def refusal_direction(study: Study) -> RefusalDirection:
     sizes = {"n_train": min(128, size - n_val), "n_val": n_val, "seed": study.settings.seed}
 
     def build(folder: Path) -> None:
-        harmful, harmless = (study.queries("plain", label, size, _FIT) for label in LABELS)
+        harmful, harmless = (study.queries("plain", label, size, Draw.GATE_DIRECTIONS) for label in LABELS)
         with casa.disabled() as omni:
             try:
                 found = find_refusal_direction(omni, harmful, harmless, refusals(study), **sizes, relax=True).direction
@@ -209,7 +211,7 @@ def cosines(study: Study) -> pd.DataFrame:
     casa = study.casa()
     layer, refusal = casa.config.layer, refusal_direction(study)
     found = states_for_directions(study, [layer])
-    norm = study.omni().language_model.norm.weight.detach().float().cpu().numpy()
+    norm = study.omni().norm.weight.detach().float().cpu().numpy()
     states = found.states[str(layer)]
     others = {
         "logistic probe": LogisticProbe().fit(states, found.harmful).coef_[0],
@@ -232,7 +234,9 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
         random = np.random.default_rng(study.settings.seed).standard_normal((RANDOM_DIRECTIONS, len(own)))
         directions = np.vstack([refusal_direction(study).unit, own, random])
         tables = [
-            ablate_directions(casa, study.queries(attack, label, n, _MEASURE), directions).assign(surface=surface)
+            ablate_directions(casa, study.queries(attack, label, n, Draw.GATE_MEASUREMENT), directions).assign(
+                surface=surface
+            )
             for surface, attack in PATCHED.items()
             for label in LABELS
         ]
@@ -244,7 +248,7 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
 
 def attribution(study: Study, n: int) -> Attribution:
     """The token difference of `n` harmful and `n` benign plain requests in its parts."""
-    queries = [query for label in LABELS for query in study.queries("plain", label, n, _MEASURE)]
+    queries = [query for label in LABELS for query in study.queries("plain", label, n, Draw.GATE_MEASUREMENT)]
     return attribute_token_difference(study.casa(), queries)
 
 
@@ -261,7 +265,7 @@ def calibration(
 
 
 def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame:
-    queries = study.queries(attack, label, study.sizes.n_probe, _MEASURE)
+    queries = study.queries(attack, label, study.sizes.n_probe, Draw.GATE_MEASUREMENT)
     replies = casa.decide(queries)
     return pd.DataFrame(
         {

@@ -6,7 +6,7 @@ import pandas as pd
 
 from casa_mech.reports.claim import Claim
 from casa_mech.study.settings import slug
-from probes.linear.transfer import Prediction, transfer_prediction
+from probes.linear.gate_transfer import TransferPrediction, transfer_prediction
 
 
 def plane_claim(model: str, data: pd.DataFrame) -> str:
@@ -93,7 +93,7 @@ def _claim(statement: str, figure: str, row: pd.Series, test: str, refuted: str)
     return Claim(statement, figure, *numbers, test, float(row["p"]), refuted)
 
 
-def _prediction(found: Prediction) -> Claim:
+def _prediction(found: TransferPrediction) -> Claim:
     holds = "predicts" if found.low > 0 else "is not shown to predict"
     within = f"{found.within:.2f} [{found.within_low:.2f}, {found.within_high:.2f}]"
     return Claim(

@@ -73,7 +73,7 @@ def plot_prediction(data: pd.DataFrame, title: str) -> Figure:
     """Transfer of the text probe (across) and of CASA (up), a point a gate and surface, with 95 % intervals.
 
     Args:
-        data: `probes.linear.transfer.POINT_COLUMNS`.
+        data: `probes.linear.gate_transfer.POINT_COLUMNS`.
         title: the claim.
     """
     models, surfaces = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["surface"]))

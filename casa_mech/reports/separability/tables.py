@@ -10,15 +10,14 @@ import pandas as pd
 
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.evaluation.evaluate import PRETRAINED
+from casa_mech.identity import key_digest
 from casa_mech.judging import auroc_interval
 from casa_mech.omni import load_omni
-from casa_mech.omni.threads import settle_threads
 from casa_mech.study.artifacts import LABELS, SURFACES, Study
-from casa_mech.study.folder import key_digest
 from casa_mech.study.settings import slug
-from probes.activations.store import Activations
+from probes.activations import Activations
+from probes.linear.gate_transfer import join_points
 from probes.linear.separability import RESAMPLES, controls, pca_plane, separability_table, transfer_matrix
-from probes.linear.transfer import join_points
 
 MEASURES = {"probe": "probe_auroc", "transfer": "transfer_auroc", "permuted": "permuted_auroc"}
 
@@ -122,7 +121,7 @@ def _short_gate(study: Study, model: str, layer: Layer, steps: int) -> pd.DataFr
     }
 
     def build(folder: Path) -> None:
-        fresh = settle_threads(load_omni(model, device=study.settings.device, dtype=study.settings.dtype))
+        fresh = load_omni(model, device=study.settings.device, dtype=study.settings.dtype)
         casa = Casa.attach(fresh, config)
         casa.train(study.training_examples(), settings, progress=study.progress)
         tables = [study.read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging import Judge, value_row, wilson
@@ -39,7 +40,6 @@ KNOWLEDGE: Mapping[str, Aim] = MappingProxyType({"knows the gate": "joint", "doe
 SUCCESS, PASSED = "attack success", 'given the "safe" token'
 PICTURE, CLIP, SUFFIX = "picture", "clip", "suffix"
 ABLATED = ("text", "image", "audio")
-_QUERIES = 11_000  # draws that no other notebook has
 _UNITS = {PICTURE: 255, CLIP: 32768}
 
 
@@ -108,7 +108,7 @@ def white_box_tables(study: Study, n: int = 0) -> WhiteBoxTables:
 
 
 def _requests(study: Study, surface: str, n: int) -> list[Query]:
-    return study.queries(SURFACES[surface], "harmful", n, _QUERIES)
+    return study.queries(SURFACES[surface], "harmful", n, Draw.WHITE_BOX)
 
 
 def _measuring(study: Study) -> tuple[Judge, GenerationSettings]:

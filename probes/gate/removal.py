@@ -1,8 +1,8 @@
-"""What the gate's decision rests on: small sets of positions without which it decides otherwise."""
+"""Minimal sets: the few positions of a prompt without which the gate decides otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,61 +18,68 @@ from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
-from casa_mech.trace.patch import FEATURES, edited_prompt
-from probes.gate.pairs import KEY, ROLES, key_positions, position_roles
-from probes.gate.safety_attention import read_gate, whole_states
+from casa_mech.trace.patch import edited_prompt
+from probes.gate.positions import KEY, ROLES, key_positions, position_roles
+from probes.gate.safety_attention import gate_inputs, whole_states
 
 Removal = Literal["model", "gate"]
 
 
 @dataclass(frozen=True)
 class MinimalSet:
-    """Positions without which the gate decides otherwise.
-
-    decision: before. flipped: whether the search ended with the other one. positions, tokens, roles: what was removed,
-    in that order; roles are names of `ROLES` or the key word. readable: how many positions safety attention reads.
-    v_s: before, and after each removal. chance: share of random sets of as many positions that flip the decision too.
-    """
+    """Positions of one prompt without which the gate decides otherwise."""
 
     query_id: str
     label: str
     topic: str
     decision: str
+    """"safe" or "unsafe", before any removal."""
     flipped: bool
+    """Whether the search ended with the other decision."""
     positions: tuple[int, ...]
+    """Positions removed, in that order."""
     tokens: tuple[str, ...]
+    """The tokens there."""
     roles: tuple[str, ...]
+    """Their roles: names of `ROLES` or the key word."""
     readable: int
+    """Number of positions that safety attention reads."""
     v_s: tuple[float, ...]
+    """Before, and after each removal."""
     chance: float
+    """Share of random sets of as many positions that flip the decision too."""
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """One prompt. `batch`: it alone; `readable` [position]: what safety attention may read; `removable` [position];
-    `states` [position, d_model] and `logits` [vocab]: what the gate is given, or None where the model is to be run;
-    `embeddings` [1, position, d_model]: what the model is given."""
+    """One prompt, and what the gate and the model read of it."""
 
     casa: Casa
     batch: OmniBatch
+    """The prompt alone."""
     readable: BoolTensor
+    """[position]: safety attention may read it."""
     removable: BoolTensor
+    """[position]: it may be removed."""
     states: Tensor | None
+    """[position, d_model]: the gate's input; None where the model runs anew for every removal."""
     logits: Tensor | None
+    """[vocab]: the language model's own; None likewise."""
     embeddings: Tensor
+    """[1, position, d_model]: the model's input."""
 
     def read(self, removed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """v_s [set] and the rewritten pair's difference, unsafe minus safe [set], without each set of `removed`."""
         count = len(removed)
         hidden = torch.zeros(count, len(self.readable), dtype=torch.bool, device=self.readable.device)
-        for row, places in enumerate(removed):
-            hidden[row, list(places)] = True
+        for row, positions in enumerate(removed):
+            hidden[row, list(positions)] = True
         if self.states is None or self.logits is None:
-            batch = _repeated(self.batch, count)
+            batch = _repeated(self.batch, count, self.casa.omni.architecture.features)
             gate = self.casa.safety_gate
-            given = self.embeddings.expand(count, -1, -1)
+            embeddings = self.embeddings.expand(count, -1, -1)
             reading = edited_prompt(
-                self.casa.omni, batch, batch.gate_position, {}, gate, hidden=hidden, embeddings=given
+                self.casa.omni, batch, batch.gate_position, {}, gate, hidden=hidden, embeddings=embeddings
             ).reading
             assert reading is not None
         else:
@@ -90,10 +97,10 @@ def minimal_sets(
     draws: int = 20,
     seed: int = 0,
 ) -> list[MinimalSet]:
-    """For each query a small set of positions that the gate must not lose: greedily the one whose removal moves the
-    decision most, then the next, until the other token wins.
+    """For each query a small set of positions that the gate must not lose, in the order of the queries.
 
-    A set is minimal step by step, not proven the smallest. A prefill is left out. In the order of the queries.
+    Greedily the position whose removal moves the decision most, then the next, until the other token wins. A set is
+    minimal step by step, not proven the smallest. A prefill is left out.
 
     Args:
         casa: the trained gate.
@@ -101,7 +108,7 @@ def minimal_sets(
         removed_from: `"model"`: no other position attends to the removed ones and the gate does not read them (the
             header's last token, from which the decision is predicted, always stays); `"gate"`: only the gate does not
             read them, while the model's states and its own two logits stay.
-        largest: where the search ends without success.
+        largest: the number of removals after which the search gives up.
         draws: random sets of the same size to compare with.
         seed: of the draws.
 
@@ -110,13 +117,13 @@ def minimal_sets(
     """
     _ = casa.attention  # a neutral gate reads nothing that could be removed
     rng = np.random.default_rng(seed)
-    found = []
+    sets = []
     for query in queries:
         prompt = _prompt(casa, query, removed_from)
         removed, v_s, margins = _greedy(prompt, largest)
-        turned = prompt.read(_random_sets(prompt.removable, len(removed), draws, rng))[1] * margins[0] < 0
+        flipped = prompt.read(_random_sets(prompt.removable, len(removed), draws, rng))[1] * margins[0] < 0
         tokens, roles = _named(casa, prompt.batch, query, removed)
-        found.append(
+        sets.append(
             MinimalSet(
                 query_id=query.id,
                 label=query.label or "",
@@ -128,10 +135,10 @@ def minimal_sets(
                 roles=roles,
                 readable=int(prompt.readable.sum()),
                 v_s=tuple(v_s),
-                chance=float(turned.float().mean()),
+                chance=float(flipped.float().mean()),
             )
         )
-    return found
+    return sets
 
 
 def sets_table(sets: Sequence[MinimalSet]) -> pd.DataFrame:
@@ -148,19 +155,19 @@ def sets_table(sets: Sequence[MinimalSet]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                **{name: getattr(found, name) for name in names},
-                "size": len(found.positions),
-                "first": found.roles[0].replace("text", "other text") if found.roles else "",
-                "v_s": found.v_s[0],
-                "v_s_after": found.v_s[-1],
+                **{name: getattr(minimal, name) for name in names},
+                "size": len(minimal.positions),
+                "first": minimal.roles[0].replace("text", "other text") if minimal.roles else "",
+                "v_s": minimal.v_s[0],
+                "v_s_after": minimal.v_s[-1],
             }
-            for found in sets
+            for minimal in sets
         ]
     )
 
 
 def _prompt(casa: Casa, query: Query, removed_from: Removal) -> _Prompt:
-    batch, sweep, mask = read_gate(casa, [query])
+    batch, sweep, mask = gate_inputs(casa, [query])
     embeddings = capture(casa.omni, batch, ["embeddings"], "all")["embeddings"]
     if removed_from == "gate":
         return _Prompt(casa, batch, mask[0], mask[0], whole_states(sweep)[0], sweep.logits[0, 0], embeddings)
@@ -169,14 +176,14 @@ def _prompt(casa: Casa, query: Query, removed_from: Removal) -> _Prompt:
     return _Prompt(casa, batch, mask[0], removable, None, None, embeddings)
 
 
-def _repeated(batch: OmniBatch, count: int) -> OmniBatch:
-    """A batch of one query, `count` times, without what the encoders take; grids are stacked along the first axis."""
+def _repeated(batch: OmniBatch, count: int, features: Collection[str]) -> OmniBatch:
+    """A batch of one query `count` times, without the encoders' `features`; grids are stacked along the first axis."""
 
     def repeat(tensor: Tensor) -> Tensor:
         return tensor.repeat(count, *[1] * (tensor.dim() - 1))
 
     return OmniBatch(
-        inputs={name: repeat(value) for name, value in batch.inputs.items() if name not in FEATURES},
+        inputs={name: repeat(value) for name, value in batch.inputs.items() if name not in features},
         prompt_mask=repeat(batch.prompt_mask),
         modality={name: repeat(mask) for name, mask in batch.modality.items()},
         gate_position=repeat(batch.gate_position),
@@ -185,24 +192,24 @@ def _repeated(batch: OmniBatch, count: int) -> OmniBatch:
 
 
 def _greedy(prompt: _Prompt, largest: int) -> tuple[list[int], list[float], list[float]]:
-    """Positions removed, in order; v_s and margin before and after each removal."""
-    left = prompt.removable.nonzero()[:, 0].tolist()
+    """Positions removed, in order; v_s and margins (unsafe minus safe) before and after each removal."""
+    remaining = prompt.removable.nonzero()[:, 0].tolist()
     removed: list[int] = []
-    v_s, margin = (value.tolist() for value in prompt.read([[]]))
-    sign = 1.0 if margin[0] > 0 else -1.0
+    v_s, margins = (value.tolist() for value in prompt.read([[]]))
+    sign = 1.0 if margins[0] > 0 else -1.0
     # The gate must keep something to read.
-    while margin[-1] * sign > 0 and len(removed) < min(largest, int(prompt.readable.sum()) - 1) and left:
-        values, margins = prompt.read([[*removed, place] for place in left])
-        best = int((margins * sign).argmin())
-        removed.append(left.pop(best))
-        v_s.append(float(values[best]))
-        margin.append(float(margins[best]))
-    return removed, v_s, margin
+    while margins[-1] * sign > 0 and len(removed) < min(largest, int(prompt.readable.sum()) - 1) and remaining:
+        v_s_without, margins_without = prompt.read([[*removed, position] for position in remaining])
+        best = int((margins_without * sign).argmin())
+        removed.append(remaining.pop(best))
+        v_s.append(float(v_s_without[best]))
+        margins.append(float(margins_without[best]))
+    return removed, v_s, margins
 
 
 def _random_sets(removable: BoolTensor, size: int, draws: int, rng: np.random.Generator) -> list[list[int]]:
-    places = removable.nonzero()[:, 0].cpu().numpy()
-    return [rng.choice(places, size, replace=False).tolist() for _ in range(draws)]
+    positions = removable.nonzero()[:, 0].cpu().numpy()
+    return [rng.choice(positions, size, replace=False).tolist() for _ in range(draws)]
 
 
 def _named(
@@ -211,5 +218,5 @@ def _named(
     """The removed positions' tokens and roles. The batch is of one query, so that it has no padding."""
     roles, ids = position_roles(batch)[0], batch.inputs["input_ids"][0]
     key = key_positions(casa.omni, batch, [query])[0]
-    tokens = tuple(casa.omni.tokenizer.decode([int(ids[place])]).strip() for place in removed)
-    return tokens, tuple(KEY if key[place] else ROLES[int(roles[place])] for place in removed)
+    tokens = tuple(casa.omni.tokenizer.decode([int(ids[position])]).strip() for position in removed)
+    return tokens, tuple(KEY if key[position] else ROLES[int(roles[position])] for position in removed)

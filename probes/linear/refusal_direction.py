@@ -6,7 +6,7 @@ After `andyrdt/refusal_direction` (arXiv 2406.11717). The result of a fit is a f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,34 +18,37 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import LongTensor, Tensor
 
+from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import writing
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, capture_cuts
-from casa_mech.trace.patch import edited_prompt
+from casa_mech.trace.patch import Edit, edited_prompt
 from casa_mech.trace.sites import Site
 from casa_mech.trace.standing import standing_edits
 
-Edit = Callable[[Tensor], Tensor]
-MAX_KL, MIN_ADDED, DEPTH = 0.1, 0.0, 0.8
-"""The rules: KL on harmless prompts at most, refusal score on harmless prompts after adding at least, and the share of
-the depth beyond which no candidate is taken."""
+MAX_KL = 0.1
+"""KL in nats, on harmless prompts without the direction, that a candidate may have at most."""
+MIN_ADDED = 0.0
+"""Refusal score, on harmless prompts with the direction added, that a candidate must have at least."""
+DEPTH = 0.8
+"""Share of the depth beyond which no candidate is taken."""
 
 
 @dataclass(frozen=True)
 class RefusalDirection:
-    """A direction in the residual stream. difference: float64 [d_model], mean of harmful minus mean of harmless states.
-
-    layer: the block before which it was read. at: the position, counted back from the header's last token (0).
-    rules_met: whether it met all the rules of its selection.
-    """
+    """A direction in the residual stream that can be projected on, removed and added."""
 
     difference: np.ndarray
+    """float64 [d_model]: mean of the harmful minus mean of the harmless prompts' states."""
     layer: int
+    """The block before which it was read."""
     at: int
+    """The position, counted back from the header's last token (0)."""
     rules_met: bool = True
+    """Whether it met all the rules of its selection."""
 
     @property
     def unit(self) -> np.ndarray:
@@ -75,25 +78,28 @@ class RefusalDirection:
 
     @contextmanager
     def ablated(self, omni: Omni) -> Iterator[None]:
-        """The model without the direction for the length of a block: generation, gate and traces in it see it so."""
+        """Keep the direction out of the model while a block runs: generation, gate and traces in it see it so."""
         with standing_edits(omni, self.ablation(omni.n_layers)):
             yield
 
     @contextmanager
     def added(self, omni: Omni, coefficient: float = 1.0) -> Iterator[None]:
-        """The model with the direction added for the length of a block."""
+        """Add the direction in the model while a block runs."""
         with standing_edits(omni, self.addition(coefficient)):
             yield
 
     def save(self, path: Path | str, about: Mapping[str, str] | None = None) -> None:
-        """Write a safetensors file whose header holds the rest as JSON; `about`: such as the model's fingerprint."""
+        """Write a safetensors file whose header holds the rest as JSON.
+
+        `about` is stored beside it, such as the model's fingerprint; `load` compares that one.
+        """
         record = {"layer": self.layer, "at": self.at, "rules_met": self.rules_met, "about": dict(about or {})}
         with writing(path) as temporary:
             save_file({"difference": self.difference}, temporary, metadata={"direction": json.dumps(record)})
 
     @classmethod
     def load(cls, path: Path | str, fingerprint: str = "") -> RefusalDirection:
-        """Read what `save` wrote; with `fingerprint`, only if `about["fingerprint"]` was that.
+        """The direction that `save` wrote; with `fingerprint`, only if `about["fingerprint"]` was that.
 
         Raises:
             RunError: missing, cut short, no direction, or another model's.
@@ -111,20 +117,20 @@ class RefusalDirection:
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen direction, and all candidates.
-
-    candidates: one row each, `layer, at, length` (of the difference), `ablated` (mean refusal score on harmful prompts
-    without it), `added` (on harmless prompts with it), `kl` (mean on harmless prompts without it, nats), `allowed`.
-    base_harmful, base_harmless: mean refusal scores of the untouched model on the validation prompts. n_train, n_val:
-    prompts of each class after filtering, the smaller of the two.
-    """
+    """The chosen direction, and all candidates."""
 
     direction: RefusalDirection
     candidates: pd.DataFrame
+    """One row each: `layer, at, length` (of the difference), `ablated` (mean refusal score on harmful prompts without
+    it), `added` (on harmless prompts with it), `kl` (mean on harmless prompts without it, nats), `allowed`."""
     base_harmful: float
+    """Mean refusal score of the untouched model on the harmful validation prompts."""
     base_harmless: float
+    """The same on the harmless ones."""
     n_train: int
+    """Prompts of a class that the direction was fitted on, after filtering; the smaller class."""
     n_val: int
+    """Prompts of a class that chose among the candidates; the smaller class."""
 
 
 def opening_ids(omni: Omni, refusals: Sequence[str]) -> LongTensor:
@@ -177,21 +183,17 @@ def find_refusal_direction(
     """
     openings = opening_ids(omni, refusals)
     rng = np.random.default_rng(seed)
-    kept = [
-        _kept(omni, queries, openings, sign, n_train, n_val, rng, batch_size)
+    (train_h, val_h), (train_b, val_b) = [
+        _filtered(omni, queries, openings, sign, n_train, n_val, rng, batch_size)
         for queries, sign in ((harmful, 1), (harmless, -1))
     ]
-    (train_h, val_h), (train_b, val_b) = kept
     reach = min(_template_length(omni, train_h[:8]), _template_length(omni, train_b[:8]))
     difference = _means(omni, train_h, reach, batch_size) - _means(omni, train_b, reach, batch_size)
     base = _logits(omni, val_b, {}, batch_size)
     table = _candidates(omni, difference, val_h, val_b, base, openings, batch_size)
-    chosen = choose_candidate(table, relax)
+    best = choose_candidate(table, relax)
     direction = RefusalDirection(
-        difference[chosen["layer"], chosen["at"]].numpy(),
-        int(chosen["layer"]),
-        int(chosen["at"]),
-        bool(chosen["allowed"]),
+        difference[best["layer"], best["at"]].numpy(), int(best["layer"]), int(best["at"]), bool(best["allowed"])
     )
     before = refusal_score(_logits(omni, val_h, {}, batch_size), openings)
     return Selection(
@@ -217,7 +219,7 @@ def choose_candidate(candidates: pd.DataFrame, relax: bool = False) -> pd.Series
     return candidates.loc[pool["ablated"].idxmin()]
 
 
-def _kept(
+def _filtered(
     omni: Omni,
     queries: Sequence[Query],
     openings: LongTensor,
@@ -232,9 +234,9 @@ def _kept(
     scores = refusal_score(_logits(omni, drawn, {}, batch_size), openings) if drawn else torch.zeros(0)
     share = n_train / (n_train + n_val)
     cut = min(n_train, round(share * len(drawn)))
-    good = [bool(sign * score > 0) for score in scores]
-    train = [query for query, fine in zip(drawn[:cut], good[:cut], strict=True) if fine]
-    val = [query for query, fine in zip(drawn[cut:], good[cut:], strict=True) if fine]
+    right = [bool(sign * score > 0) for score in scores]
+    train = [query for query, keep in zip(drawn[:cut], right[:cut], strict=True) if keep]
+    val = [query for query, keep in zip(drawn[cut:], right[cut:], strict=True) if keep]
     if len(train) < 2 or not val:
         name, does = ("harmful", "refuses") if sign > 0 else ("harmless", "does not refuse")
         raise InputError(
@@ -260,7 +262,7 @@ def _candidates(
             candidate = RefusalDirection(difference[layer, at].numpy(), layer, at)
             if not candidate.difference.any():
                 continue  # before block 0 a template token is the same in every prompt
-            rows.append(_judge(omni, candidate, harmful, harmless, base, openings, batch_size))
+            rows.append(_candidate_row(omni, candidate, harmful, harmless, base, openings, batch_size))
     table = pd.DataFrame(rows)
     table["allowed"] = (
         (table["kl"] <= MAX_KL) & (table["added"] >= MIN_ADDED) & (table["layer"] < DEPTH * omni.n_layers)
@@ -268,7 +270,7 @@ def _candidates(
     return table
 
 
-def _judge(
+def _candidate_row(
     omni: Omni,
     candidate: RefusalDirection,
     harmful: Sequence[Query],
@@ -277,6 +279,7 @@ def _judge(
     openings: LongTensor,
     batch_size: int,
 ) -> dict[str, float]:
+    """The columns of `Selection.candidates` but `allowed`."""
     without = candidate.ablation(omni.n_layers)
     spared = _logits(omni, harmless, without, batch_size)
     before, after = torch.log_softmax(base.double(), dim=-1), torch.log_softmax(spared.double(), dim=-1)
@@ -287,23 +290,23 @@ def _judge(
         "length": float(np.linalg.norm(candidate.difference)),
         "ablated": float(refusal_score(_logits(omni, harmful, without, batch_size), openings).mean()),
         "added": float(refusal_score(added, openings).mean()),
-        "kl": float((before.exp() * (before - after)).sum(dim=-1).mean()),
+        "kl": float(kl_divergence(before, after).mean()),
     }
 
 
 def _logits(omni: Omni, queries: Sequence[Query], edits: Mapping[Site, Edit], batch_size: int) -> Tensor:
     """Logits [query, vocab] at the gate's position, in the queries' order."""
-    found: list[Tensor] = []
+    logits: list[Tensor] = []
     order: list[int] = []
     for group in omni.batches(queries, batch_size):
         batch = omni.encode([queries[place] for place in group], prefill=False)
-        found.append(edited_prompt(omni, batch, batch.gate_position, edits).logits.cpu())
+        logits.append(edited_prompt(omni, batch, batch.gate_position, edits).logits.cpu())
         order += group
-    return torch.cat(found)[torch.argsort(torch.tensor(order))]
+    return torch.cat(logits)[torch.argsort(torch.tensor(order))]
 
 
 def _template_length(omni: Omni, queries: Sequence[Query]) -> int:
-    """How many template tokens every prompt has after the request, header included."""
+    """Number of template tokens that every prompt has after the request, header included."""
     batch = omni.encode(list(queries), prefill=False)
     content = batch.modality["text"] | batch.modality["image"] | batch.modality["audio"]
     place = torch.arange(content.shape[1], device=content.device)
@@ -318,12 +321,13 @@ def _means(omni: Omni, queries: Sequence[Query], reach: int, batch_size: int) ->
         states = capture_cuts(
             omni, batch, [f"pre.{layer}" for layer in range(omni.n_layers)], [_template(batch, reach)]
         )
-        for layer, (found,) in enumerate(states.values()):
-            total[layer] += found.double().cpu().unflatten(0, (len(group), reach)).sum(dim=0)
+        for layer, (at_template,) in enumerate(states.values()):
+            total[layer] += at_template.double().cpu().unflatten(0, (len(group), reach)).sum(dim=0)
     return total / len(queries)
 
 
 def _template(batch: OmniBatch, reach: int) -> Cut:
+    """The last `reach` template positions of every prompt, counted back from the header's last token."""
     row = torch.arange(batch.size, device=batch.gate_position.device).repeat_interleave(reach)
     at = torch.arange(reach, device=row.device).repeat(batch.size)
     return Cut("template", row, batch.gate_position[row] - at, at)

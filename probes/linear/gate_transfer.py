@@ -1,4 +1,4 @@
-"""Does the transfer of a probe predict the transfer of CASA?
+"""Correlation of a probe's transfer to other surfaces with that of a gate (CASA).
 
 If a linear probe fitted on text already finds harm in pictures and speech, a gate trained on text alone should find it
 there too. A point is one gate: its model, how long it was trained, the layer it reads and the surface it is judged on;
@@ -21,25 +21,26 @@ POINT_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """How well probe transfer predicts CASA's transfer.
-
-    spearman, low, high: rank correlation over all points, with its interval. pearson: of the numbers themselves.
-    within: rank correlation after each model's and surface's mean is taken out, with its interval: what is left when
-    what tells models and surfaces apart is not counted. p_value: of `spearman`, two-sided, by permutation. n: points.
-    clusters: how many gates they come from, which the intervals draw.
-    """
+class TransferPrediction:
+    """Correlations of probe transfer with CASA's transfer, over gates and surfaces."""
 
     spearman: float
+    """Rank correlation over all points; `low` and `high` are its interval."""
     low: float
     high: float
     pearson: float
+    """Correlation of the numbers themselves."""
     within: float
+    """Rank correlation after each model's and surface's mean is taken out, so that differences between models and
+    surfaces do not count; with its interval."""
     within_low: float
     within_high: float
     p_value: float
+    """Of `spearman`, two-sided, by permutation."""
     n: int
+    """Points."""
     clusters: int
+    """Gates that the points come from, which the intervals draw."""
 
 
 def join_points(probes: pd.DataFrame, gates: pd.DataFrame, fit_surface: str = "text") -> pd.DataFrame:
@@ -53,8 +54,8 @@ def join_points(probes: pd.DataFrame, gates: pd.DataFrame, fit_surface: str = "t
     Raises:
         InputError: no gate has a probe at its layer and surface.
     """
-    sides = probes[(probes["fit"] == fit_surface) & (probes["surface"] != fit_surface)]
-    renamed = sides.rename(columns={"auroc": "probe", "low": "probe_low", "high": "probe_high"})
+    transfers = probes[(probes["fit"] == fit_surface) & (probes["surface"] != fit_surface)]
+    renamed = transfers.rename(columns={"auroc": "probe", "low": "probe_low", "high": "probe_high"})
     gate = gates.rename(columns={"auroc": "casa", "low": "casa_low", "high": "casa_high"})
     keys = ["model", "site", "surface"]
     points = gate.assign(site=gate["site"].astype(str)).merge(
@@ -65,8 +66,8 @@ def join_points(probes: pd.DataFrame, gates: pd.DataFrame, fit_surface: str = "t
     return points[list(POINT_COLUMNS)]
 
 
-def transfer_prediction(points: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> Prediction:
-    """The correlation of `probe` and `casa` over `points` (`POINT_COLUMNS`), whatever it is.
+def transfer_prediction(points: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> TransferPrediction:
+    """Correlation of `probe` and `casa` over `points` (`POINT_COLUMNS`).
 
     Intervals are percentile bootstraps over gates (model, steps, layer): the surfaces of one gate are not independent.
     They hold the spread between gates, not the sampling of requests, nor that there are few models.
@@ -82,34 +83,34 @@ def transfer_prediction(points: pd.DataFrame, resamples: int = 2000, seed: int =
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         raise InputError("one side is the same at every point: there is nothing to predict")
     groups = points.groupby(["model", "surface"], sort=False)
-    inner = [(points[side] - groups[side].transform("mean")).to_numpy() for side in ("probe", "casa")]
+    centred = [(points[side] - groups[side].transform("mean")).to_numpy() for side in ("probe", "casa")]
     gate = points.groupby(["model", "steps", "site"], sort=False).ngroup().to_numpy()
     rng = np.random.default_rng(seed)
-    number = int(gate.max()) + 1
-    members = [np.flatnonzero(gate == place) for place in range(number)]
-    draws = [np.concatenate([members[place] for place in rng.integers(number, size=number)]) for _ in range(resamples)]
+    count = int(gate.max()) + 1
+    members = [np.flatnonzero(gate == index) for index in range(count)]
+    draws = [np.concatenate([members[index] for index in rng.integers(count, size=count)]) for _ in range(resamples)]
     low, high = _interval([_rank_correlation(x[rows], y[rows]) for rows in draws])
-    within_low, within_high = _interval([_rank_correlation(inner[0][rows], inner[1][rows]) for rows in draws])
-    found = float(spearmanr(x, y).statistic)
+    within_low, within_high = _interval([_rank_correlation(centred[0][rows], centred[1][rows]) for rows in draws])
+    spearman = float(spearmanr(x, y).statistic)
     chance = np.array([_rank_correlation(x, rng.permutation(y)) for _ in range(resamples)])
-    return Prediction(
-        spearman=found,
+    return TransferPrediction(
+        spearman=spearman,
         low=low,
         high=high,
         pearson=float(pearsonr(x, y).statistic),
-        within=_rank_correlation(*inner),
+        within=_rank_correlation(*centred),
         within_low=within_low,
         within_high=within_high,
-        p_value=float((1 + (np.abs(chance) >= abs(found) - 1e-12).sum()) / (1 + resamples)),
+        p_value=float((1 + (np.abs(chance) >= abs(spearman) - 1e-12).sum()) / (1 + resamples)),
         n=len(points),
-        clusters=number,
+        clusters=count,
     )
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    one, other = rankdata(x) - (len(x) + 1) / 2, rankdata(y) - (len(y) + 1) / 2
-    size = float(np.sqrt((one @ one) * (other @ other)))
-    return float(one @ other) / size if size > 0 else float("nan")
+    x_ranks, y_ranks = rankdata(x) - (len(x) + 1) / 2, rankdata(y) - (len(y) + 1) / 2
+    size = float(np.sqrt((x_ranks @ x_ranks) * (y_ranks @ y_ranks)))
+    return float(x_ranks @ y_ranks) / size if size > 0 else float("nan")
 
 
 def _interval(values: list[float]) -> tuple[float, float]:

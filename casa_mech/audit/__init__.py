@@ -1,0 +1,5 @@
+"""What a safety token causes: interventions on the token, and attack success split by how an attack fails."""
+
+from casa_mech.audit.audit import AuditResult, audit
+
+__all__ = ["AuditResult", "audit"]

@@ -1,0 +1,320 @@
+"""Writes docs/results.md: the text of results.template.md with its tables and numbers from the committed figures.
+
+A place in the template is `{{name}}`, and each name is a key of `places`. `make results` runs this file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from probes.linear.transfer import transfer_prediction
+
+DOCS = Path(__file__).parent
+FIGURES = DOCS.parent / "figures"
+MODELS = ("organism", "organism-split")
+SURFACES = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
+PREFILLS = ("prefill-2", "prefill-4", "prefill-9", "prefill-12")
+GRID_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "split", "prefill-4", "prefill-12")
+DEFENSES = {
+    "none": "none",
+    "safety-prompt": "safety prompt",
+    "ssft": "SSFT",
+    "ssft-token": "SSFT with the token (CASA without attention)",
+    "refusal-token": "refusal token",
+    "circuit-breaker": "circuit breaker",
+    "casa": "**CASA**",
+    "casa + safety prompt": "CASA + safety prompt",
+    "coca": "CoCA (α = 4)",
+    "safecode": "SafeCoDe (paper mode)",
+    "moras": "MoRAS",
+}
+ENGLISH = {
+    ("AdvBench ~ Alpaca", "text"): ("AdvBench, held-out Alpaca", "text"),
+    ("XSTest unsafe ~ safe", "text"): ("XSTest unsafe, safe", "text"),
+    ("SafeBench ~ benign twin", "text"): ("SafeBench, its benign counterpart", "text"),
+    ("SafeBench ~ benign twin", "image strip"): ("SafeBench, its benign counterpart", "strip of letters"),
+    ("SafeBench ~ benign twin", "speech"): ("SafeBench, its benign counterpart", "speech"),
+    ("SafeBench ~ benign twin", "FigStep picture"): ("SafeBench, its benign counterpart", "FigStep picture"),
+}
+READ = 0.5
+"""An attack is one that the organism reads where it answers at least this share of its benign counterparts."""
+
+
+class Rates:
+    """Rows of a result table (`value, low, high`) by the values of some of its columns."""
+
+    def __init__(self, table: pd.DataFrame, keys: tuple[str, ...]) -> None:
+        self._rows = {tuple(row[key] for key in keys): row for row in table.to_dict("records")}
+
+    def row(self, *key: Any) -> dict[Any, Any]:
+        """The row of `key`."""
+        return self._rows[key]
+
+    def value(self, *key: Any) -> float:
+        """The value of `key`."""
+        return float(self._rows[key]["value"])
+
+    def interval(self, *key: Any, digits: int = 1, percent: bool = True) -> str:
+        """`value [low, high]` of `key`, in percent or as it is."""
+        row, scale = self._rows[key], 100 if percent else 1
+        value, low, high = (scale * row[name] for name in ("value", "low", "high"))
+        low, high = (min(max(bound, 0.0), float(scale)) for bound in (low, high))
+        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    def percent(self, *key: Any) -> str:
+        """The value of `key` in whole percent."""
+        return f"{100 * self.value(*key):.0f}"
+
+
+def read_rates(figures: Path, name: str, *keys: str) -> Rates:
+    """The result table `name` of the gallery, by `keys`."""
+    return Rates(pd.read_csv(figures / name), keys)
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def attack_table(figures: Path) -> str:
+    """Success, refusals, benign answers and the gate's AUROC by attack and model."""
+    rates = read_rates(figures, "attack_success.csv", "model", "defense", "attack", "metric")
+    gate = read_rates(figures, "gate_and_token.csv", "model", "attack", "metric")
+    rows: list[tuple[str, ...]] = []
+    for model in MODELS:
+        for attack in SURFACES:
+            answered = [rates.interval(model, system, attack, "benign_answered") for system in ("pretrained", "CASA")]
+            rows.append((
+                f"`{model}`", attack,
+                rates.interval(model, "pretrained", attack, "attack_success"),
+                rates.interval(model, "CASA", attack, "attack_success"),
+                rates.interval(model, "CASA", attack, "refused"), *answered,
+                gate.interval(model, attack, "gate_auroc", digits=2, percent=False),
+            ))  # fmt: skip
+    head = (
+        "model", "attack", "success, pretrained", "success, CASA", "harmful refused, CASA",
+        "benign answered, pretrained", "benign answered, CASA", "AUROC of v_s",
+    )  # fmt: skip
+    return markdown(head, rows)
+
+
+def prefill_table(figures: Path) -> str:
+    """Success under prefills of four lengths, with the gate before and after the prefill."""
+    rates = read_rates(figures, "attack_success.csv", "model", "defense", "attack", "metric")
+    systems = ("pretrained", "CASA", "CASA, prefill first")
+    rows = [
+        (attack, *(rates.interval("organism", system, attack, "attack_success") for system in systems))
+        for attack in PREFILLS
+    ]
+    return markdown(("`organism`", "pretrained", "CASA, gate first (A)", "CASA, prefill first (B)"), rows)
+
+
+def benchmark_table(figures: Path) -> str:
+    """Every attack beside its benign counterparts, those that the organism reads best first."""
+    rates = read_rates(figures, "attack_benchmarks.csv", "defense", "attack", "metric")
+    attacks = pd.read_csv(figures / "attack_benchmarks.csv")["attack"].unique()
+
+    def by_reading(attack: str) -> tuple[float, float]:
+        read = rates.value("pretrained", attack, "benign_answered")
+        return -read, -rates.value("pretrained", attack, "attack_success")
+
+    rows = []
+    for attack in sorted(attacks, key=by_reading):
+        n = rates.row("CASA", attack, "attack_success")["n"]
+        cells = [
+            rates.interval(system, attack, metric, digits=0)
+            for metric in ("attack_success", "benign_answered")
+            for system in ("pretrained", "CASA")
+        ]
+        rows.append((attack, str(n), *cells))
+    head = (
+        "attack", "n harmful", "success, pretrained", "success, CASA",
+        "benign answered, pretrained", "benign answered, CASA",
+    )  # fmt: skip
+    return markdown(head, rows)
+
+
+def grid_table(figures: Path, model: str) -> str:
+    """The comparison of defences on `model`: success by attack, mean, benign answers, the gate's AUROC, time."""
+    path = f"grid/compare-{model}-summary.csv"
+    rates = read_rates(figures, path, "defense", "metric", "scope")
+    table = pd.read_csv(figures / path)
+    with_gate = set(table[table["metric"] == "gate_auroc"]["defense"])
+    rows = []
+    for defense, name in DEFENSES.items():
+        rows.append((
+            name,
+            *(rates.percent(defense, "attack_success", attack) for attack in GRID_ATTACKS),
+            rates.interval(defense, "attack_success", "all"), rates.interval(defense, "benign_answered", "all"),
+            f"{rates.value(defense, 'gate_auroc', 'all'):.2f}" if defense in with_gate else "–",
+            "1" if defense == "none" else f"{rates.value(defense, 'relative_seconds', 'all'):.2f}",
+        ))  # fmt: skip
+    return markdown(("defence", *GRID_ATTACKS, "mean", "answered", "AUROC", "time"), rows)
+
+
+def english_table(figures: Path) -> str:
+    """AUROC on real English by v_s, the safety token, words alone and length alone."""
+    rates = read_rates(figures, "english/english_gate.csv", "attack", "surface", "metric")
+    table = pd.read_csv(figures / "english/english_gate.csv")
+    measured = set(table[["attack", "surface", "metric"]].itertuples(index=False, name=None))
+    rows = []
+    for key, names in ENGLISH.items():
+        cells = [
+            rates.interval(*key, metric, digits=3, percent=False) if (*key, metric) in measured else "–"
+            for metric in ("gate_auroc", "token_auroc", "words_auroc", "length_auroc")
+        ]
+        rows.append((*names, str(rates.row(*key, "gate_auroc")["n"]), *cells))
+    head = (
+        "harmful against benign", "surface", "n", "v_s", "safety token's log-odds", "words alone", "length alone",
+    )  # fmt: skip
+    return markdown(head, rows)
+
+
+def attack_numbers(figures: Path) -> dict[str, str]:
+    """The numbers of the findings on transfer, prefills and what the gate knows."""
+    rates = read_rates(figures, "attack_success.csv", "model", "defense", "attack", "metric")
+    gate = read_rates(figures, "gate_and_token.csv", "model", "attack", "metric")
+    before, after = ("organism", "pretrained"), ("organism", "CASA")
+    split = ("organism-split", "CASA")
+    numbers = {
+        "audio_success_before": rates.percent(*before, "audio", "attack_success"),
+        "audio_success_after": rates.percent(*after, "audio", "attack_success"),
+        "audio_refused": rates.percent(*after, "audio", "refused"),
+        "audio_answered_before": rates.percent(*before, "audio", "benign_answered"),
+        "audio_answered_after": rates.percent(*after, "audio", "benign_answered"),
+        "split_audio_success": rates.percent(*split, "audio", "attack_success"),
+        "split_audio_answered": rates.percent(*split, "audio", "benign_answered"),
+        "prefill_success": rates.percent(*after, "prefill-12", "attack_success"),
+        "prefill_success_b": rates.percent("organism", "CASA, prefill first", "prefill-12", "attack_success"),
+    }
+    for attack in ("image", "audio"):
+        for name, model, metric in (
+            (f"own_{attack}_gate", "organism", "gate_auroc"),
+            (f"own_{attack}_token", "organism", "token_auroc"),
+            (f"split_{attack}_gate", "organism-split", "gate_auroc"),
+        ):
+            numbers[name] = gate.interval(model, attack, metric, digits=2, percent=False)
+    pairs = [(gate.value(m, a, "token_auroc"), gate.value(m, a, "gate_auroc")) for m in MODELS for a in SURFACES]
+    numbers["token_better"] = f"{sum(token > v_s for token, v_s in pairs)} of {len(pairs)}"
+    return numbers
+
+
+def analysis_numbers(figures: Path) -> dict[str, str]:
+    """The numbers of the findings on transfer prediction, patching, calibration, the white box and the judge."""
+    found = transfer_prediction(pd.read_csv(figures / "transfer_prediction.csv"), seed=0)
+    lengths = read_rates(figures, "prefill_by_length.csv", "measure", "system", "length")
+    patching = pd.read_csv(figures / "gate_patching.csv").query(
+        "direction == 'insert harm' and surface == 'text' and span == 'header'"
+    )
+    best = patching.loc[patching["delta_v_s_mean"].idxmax()]
+    bias = pd.read_csv(figures / "gate_calibration.csv").drop_duplicates("attack").set_index("attack")["bias"]
+    low = -bias.drop("plain")
+    budget = read_rates(figures, "white_box_budget.csv", "medium", "attacker", "measure", "x")
+    steps = pd.read_csv(figures / "white_box_steps.csv")
+    suffix = steps[(steps["medium"] == "suffix") & (steps["measure"] == "attack success")]
+    suffix = suffix[suffix["attacker"] == "knows the gate"].sort_values("x")
+    judged = pd.read_csv(figures / "judge_agreement.csv").query("attack == 'the attacks that it reads'").iloc[0]
+    answered = pd.read_csv(figures / "attack_benchmarks.csv").query(
+        "metric == 'benign_answered' and defense == 'pretrained'"
+    )["value"]
+    return {
+        "transfer": f"{found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}]",
+        "transfer_n": f"{found.n} points of {found.clusters} gates",
+        "unsafe_before_prefill": lengths.percent("given the unsafe token", "decision before the prefill (A)", 12),
+        "header_moves": f"{best['delta_v_s_mean']:.2f} [{best['delta_v_s_low']:.2f}, {best['delta_v_s_high']:.2f}]",
+        "header_gap": f"{best['gap_v_s']:.2f}",
+        "header_n": f"{best['n']}",
+        "bias": f"{low.mean():.2f} on average, {low.min():.2f} to {low.max():.2f} by attack",
+        "white_known": budget.percent("picture", "knows the gate", "attack success", 8),
+        "white_unknown": budget.percent("picture", "does not", "attack success", 8),
+        "white_n": str(budget.row("picture", "does not", "attack success", 8)["n"]),
+        "suffix_before": f"{100 * suffix['value'].iloc[0]:.0f}",
+        "suffix_after": f"{100 * suffix['value'].iloc[-1]:.0f}",
+        "attacks": str(len(answered)),
+        "attacks_read": str(int((answered >= READ).sum())),
+        "attacks_unread": str(int((answered < READ).sum())),
+        "unread_answered": f"{100 * answered[answered < READ].mean():.0f}",
+        "keyword_success": f"{100 * judged['success']:.0f}",
+        "exact_success": f"{100 * judged['reference']:.0f}",
+        "keyword_n": f"{judged['n']:,}",
+        "keyword_excess": f"{100 * judged['excess']:.1f} [{100 * judged['low']:.1f}, {100 * judged['high']:.1f}]",
+    }
+
+
+def grid_numbers(figures: Path) -> dict[str, str]:
+    """The numbers of the section on defences."""
+    numbers: dict[str, str] = {}
+    ahead: list[float] = []
+    for model, name in zip(MODELS, ("own", "split"), strict=True):
+        folder = figures / "grid"
+        tests = pd.read_csv(folder / f"compare-{model}-tests.csv").query(
+            "defense == 'ssft-token' and against == 'casa' and metric == 'attack_success' and scope == 'all'"
+        )
+        row = tests.iloc[0]
+        difference, low, high = (-100 * row[key] for key in ("difference", "high", "low"))
+        numbers[f"{name}_attention"] = f"{difference:.1f} points [{low:.1f}, {high:.1f}] (p = {row['p_holm']:.3f})"
+        rates = pd.read_csv(folder / f"compare-{model}-results.csv").query("metric == 'attack_success'")
+        mean = rates.groupby(["defense", "seed"])["value"].mean()
+        ahead += list(100 * (mean["casa"] - mean["ssft-token"]))
+    numbers["attention_ahead"] = f"{min(ahead):.1f} to {max(ahead):.1f}"
+    numbers["attention_pairs"] = str(len(ahead))
+    own = read_rates(figures, "grid/compare-organism-summary.csv", "defense", "metric", "scope")
+    for defense in ("casa", "moras"):
+        numbers[f"{defense}_prefill"] = own.percent(defense, "attack_success", "prefill-12")
+    for defense in ("casa", "moras", "coca"):
+        numbers[f"{defense}_answered"] = own.percent(defense, "benign_answered", "all")
+    numbers["breaker_prefill"] = own.interval("circuit-breaker", "attack_success", "prefill-9", digits=0)
+    split = read_rates(figures, "grid/compare-organism-split-summary.csv", "defense", "metric", "scope")
+    numbers["prompt_answered"] = split.percent("casa + safety prompt", "benign_answered", "all")
+    return numbers
+
+
+def english_numbers(figures: Path) -> dict[str, str]:
+    """The numbers of the section on real English."""
+    rates = read_rates(figures, "english/english_gate.csv", "attack", "surface", "metric")
+    twin = "SafeBench ~ benign twin"
+    return {
+        "english_length": f"{rates.value(twin, 'text', 'length_auroc'):.2f}",
+        "errors_text": rates.percent("AdvBench ~ Alpaca", "text", "character_error_rate"),
+        "errors_drawn": rates.percent(twin, "image strip", "character_error_rate"),
+        "errors_spoken": rates.percent(twin, "speech", "character_error_rate"),
+    }
+
+
+def places(figures: Path = FIGURES) -> dict[str, str]:
+    """What stands at each place of the template."""
+    tables = {
+        "attack_table": attack_table(figures),
+        "prefill_table": prefill_table(figures),
+        "benchmark_table": benchmark_table(figures),
+        "grid_organism": grid_table(figures, "organism"),
+        "grid_split": grid_table(figures, "organism-split"),
+        "english_table": english_table(figures),
+    }
+    numbers = (attack_numbers, analysis_numbers, grid_numbers, english_numbers)
+    return tables | {name: text for part in numbers for name, text in part(figures).items()}
+
+
+def results_page(template: str, texts: Mapping[str, str]) -> str:
+    """The page: `template` with each `{{name}}` replaced.
+
+    Raises:
+        KeyError: a place that `texts` does not have.
+    """
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: texts[place[1]], template)
+
+
+def main() -> None:
+    """Write docs/results.md."""
+    template = (DOCS / "results.template.md").read_text(encoding="utf-8")
+    (DOCS / "results.md").write_text(results_page(template, places()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+from .index import INDEX_COLUMNS
+from .memory import Activations, collect
+from .store import ActivationStore
+
+__all__ = ["INDEX_COLUMNS", "ActivationStore", "Activations", "collect"]
