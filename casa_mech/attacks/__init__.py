@@ -17,13 +17,15 @@ from casa_mech.attacks.registry import (
 )
 from casa_mech.attacks.render import RenderSettings, render_word
 from casa_mech.attacks.seeding import paired
-from casa_mech.attacks.text import letter_spaced, letters_of, spell, spell_ahead
+from casa_mech.attacks.text import letter_spaced, letters_of, spell
 from casa_mech.attacks.typography import figstep_picture, page_picture, typo_picture
 from casa_mech.attacks.voice import EspeakVoice, Voice, VoiceSettings, add_noise, draw_settings, spell_clip
+from casa_mech.attacks.wording import ENGLISH, Wording
 
 __all__ = [
     "ATTACKS",
     "AUDIO_PHRASE",
+    "ENGLISH",
     "IMAGE_PHRASE",
     "PREFILL_LENGTHS",
     "STUDY_ATTACKS",
@@ -34,6 +36,7 @@ __all__ = [
     "Speech",
     "Voice",
     "VoiceSettings",
+    "Wording",
     "add_noise",
     "aiah",
     "apply_attack",
@@ -58,7 +61,6 @@ __all__ = [
     "rendered",
     "sd_typo",
     "spell",
-    "spell_ahead",
     "spell_clip",
     "split",
     "spoken_letters",

@@ -66,6 +66,6 @@ def _clip(query: Query, control: Control, seed: int, speech: Speech) -> tuple[Pa
     if control == "word":
         clip = speech.say(key_word(query), settings, query)
     else:
-        # Slower than in the micro-world, whose words are short: a listener must be able to follow.
+        # Slower than a short word needs: a listener must be able to follow.
         clip = spell_clip(key_word(query), settings, rng, gap_ms=(120.0, 200.0), voice=speech.voice)
     return (AudioPart(audio=speech.noisy(clip, query, seed, "aiah", rng), rate=RATE),)

@@ -21,11 +21,12 @@ from casa_mech.attacks.voice import (
     draw_settings,
     spell_clip,
 )
-from casa_mech.attacks.wording import wording_of
+from casa_mech.attacks.wording import ENGLISH, Wording
 from casa_mech.errors import InputError
 from casa_mech.queries import AudioPart, Part, Query, TextPart
 
 AUDIO_PHRASE = "the word you hear"
+"""Stands for a key word that is spelled or said in a clip."""
 SNR_DB = (20.0, 40.0)
 SENTENCE_SPEEDS = (150, 165, 180)
 """Words a minute for whole sentences; single letters are said faster (`voice.SPEEDS`)."""
@@ -37,17 +38,18 @@ MediaParts = tuple[Part, ...]
 
 @dataclass(frozen=True)
 class Speech:
-    """How clips are spoken. What is None is drawn for each query.
-
-    voice: the synthesiser (None: espeak-ng). name, speed, pitch: the voice's name, words a minute, pitch 0-99. snr_db:
-    bounds in decibels between which the noise's distance from the speech is drawn; None: no noise.
-    """
+    """How clips are spoken. A name, speed or pitch that is None is drawn for each query."""
 
     voice: Voice | None = None
+    """The synthesiser; None: espeak-ng."""
     name: str | None = None
+    """The voice's name."""
     speed: int | None = None
+    """Words a minute."""
     pitch: int | None = None
+    """From 0 to 99."""
     snr_db: tuple[float, float] | None = SNR_DB
+    """Bounds in decibels between which the noise's distance from the speech is drawn; None: no noise."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,55 +82,41 @@ class Speech:
         return add_noise(clip, float(level.uniform(*self.snr_db)), rng)
 
 
-def spoken_letters(
-    query: Query,
-    seed: int = 0,
-    settings: VoiceSettings | None = None,
-    voice: Voice | None = None,
-    names: Sequence[str] = VOICE_NAMES,
-    speech: Speech | None = None,
-) -> Query:
+def spoken_letters(query: Query, seed: int = 0, speech: Speech = Speech()) -> Query:
     """The key word spelled aloud in a clip that comes first; the text says "the word you hear" in its place.
 
-    Voice, speed, pitch, volume, gaps and noise (20-40 dB below the speech) are drawn for each query unless `settings`
-    fixes the voice; `speech` takes the place of the other three. The clip is float32 at 16 kHz.
+    Voice, speed, pitch, volume, gaps and noise (20-40 dB below the speech) are drawn for each query where `speech` does
+    not fix them. The clip is float32 at 16 kHz.
     """
-    speech = speech or Speech(voice=voice)
     rng = query_rng(query, seed, "audio")
-    chosen = settings or (speech.settings(rng) if tuple(names) == VOICE_NAMES else draw_settings(rng, names))
+    settings = speech.settings(rng)
     parts = replace_key(query, AUDIO_PHRASE)
-    clip = spell_clip(key_word(query), chosen, rng, voice=speech.voice)
+    clip = spell_clip(key_word(query), settings, rng, voice=speech.voice)
     return _with_clip(query, parts, speech.noisy(clip, query, seed, "audio", rng), "audio")
 
 
-def spoken_word(
-    query: Query,
-    seed: int = 0,
-    settings: VoiceSettings | None = None,
-    voice: Voice | None = None,
-    names: Sequence[str] = VOICE_NAMES,
-    speech: Speech | None = None,
-) -> Query:
+def spoken_word(query: Query, seed: int = 0, speech: Speech = Speech()) -> Query:
     """The key word said whole in a clip that comes first; otherwise as `spoken_letters`."""
-    speech = speech or Speech(voice=voice)
     rng = query_rng(query, seed, "spoken")
-    chosen = settings or (speech.settings(rng) if tuple(names) == VOICE_NAMES else draw_settings(rng, names))
+    settings = speech.settings(rng)
     parts = replace_key(query, AUDIO_PHRASE)
-    clip = speech.say(key_word(query), chosen, query)
+    clip = speech.say(key_word(query), settings, query)
     return _with_clip(query, parts, speech.noisy(clip, query, seed, "spoken", rng), "spoken")
 
 
-def spoken_question(query: Query, seed: int = 0, speech: Speech = Speech()) -> Query:
+def spoken_question(query: Query, seed: int = 0, speech: Speech = Speech(), wording: Wording = ENGLISH) -> Query:
     """The whole text spoken in a clip that comes first; the text only asks to answer it (AIAH's first setting)."""
     rng = query_rng(query, seed, "spoken-question")
-    chosen = speech.settings(rng, SENTENCE_SPEEDS)
-    clip = speech.say(request_text(query), chosen, query)
+    settings = speech.settings(rng, SENTENCE_SPEEDS)
+    clip = speech.say(request_text(query), settings, query)
     media = tuple(part for part in query.parts if not isinstance(part, TextPart))
-    parts: MediaParts = (*media, TextPart(text=wording_of(query).spoken))
+    parts: MediaParts = (*media, TextPart(text=wording.spoken))
     return _with_clip(query, parts, speech.noisy(clip, query, seed, "spoken-question", rng), "spoken-question")
 
 
-def distractor(query: Query, kind: Distractor, seed: int = 0, speech: Speech = Speech()) -> Query:
+def distractor(
+    query: Query, kind: Distractor, seed: int = 0, speech: Speech = Speech(), wording: Wording = ENGLISH
+) -> Query:
     """The query as it is, with a clip before it that says nothing of the request (AIAH's second setting).
 
     silence: as long as the question would be if spoken, 80 dB below full scale. noise: Gaussian, with the length, mean
@@ -140,18 +128,18 @@ def distractor(query: Query, kind: Distractor, seed: int = 0, speech: Speech = S
     if kind not in DISTRACTORS:
         raise InputError(f"unknown distractor {kind!r}: use {', '.join(DISTRACTORS)}")
     text, rng = request_text(query), query_rng(query, seed, f"distractor-{kind}")
-    chosen = speech.settings(rng, SENTENCE_SPEEDS)
+    settings = speech.settings(rng, SENTENCE_SPEEDS)
     if kind == "speech":
-        sentences = wording_of(query).distractors
-        clip = speech.say(sentences[int(rng.integers(len(sentences)))], chosen, query)
+        sentences = wording.distractors
+        clip = speech.say(sentences[int(rng.integers(len(sentences)))], settings, query)
         clip = speech.noisy(clip, query, seed, f"distractor-{kind}", rng)
     else:
-        spoken = speech.say(text, chosen, query)
+        spoken = speech.say(text, settings, query)
         noise = rng.standard_normal(len(spoken))
         noise = (noise - noise.mean()) / noise.std()  # the sample's own moments, so that they match exactly
         scale, shift = (_HISS, 0.0) if kind == "silence" else (float(spoken.std()), float(spoken.mean()))
         clip = np.clip(shift + scale * noise, -1, 1).astype(np.float32)
-    return _with_clip(query, query.parts, clip, f"distractor-{kind}", surface=query.meta.get("surface", "text"))
+    return _with_clip(query, query.parts, clip, f"distractor-{kind}", surface=query.surface)
 
 
 def _with_clip(query: Query, parts: MediaParts, clip: np.ndarray, attack: str, surface: str = "") -> Query:

@@ -10,12 +10,12 @@ from casa_mech.attacks.image import image_word, typo
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.attacks.text import key_as_said, marked, replace_key, replace_word
 from casa_mech.attacks.voice import RATE
-from casa_mech.attacks.wording import WORLD, wording_of
+from casa_mech.attacks.wording import ENGLISH, Wording
 from casa_mech.errors import InputError
 from casa_mech.queries import AudioPart, Query, TextPart, Turn
 
 
-def multi_turn(query: Query) -> Query:
+def multi_turn(query: Query, wording: Wording = ENGLISH) -> Query:
     """The key word comes up in an earlier turn, which the assistant acknowledges; the request then only says "it".
 
     The two turns follow the query's own history. No safety token is put into the assistant's turn: nobody decided one.
@@ -23,7 +23,6 @@ def multi_turn(query: Query) -> Query:
     Raises:
         InputError: no key word, or one that the text does not say.
     """
-    wording = wording_of(query)
     turns = (
         Turn(role="user", parts=(TextPart(text=wording.introduce.format(topic=key_as_said(query))),)),
         Turn(role="assistant", parts=(TextPart(text=wording.acknowledge),)),
@@ -36,10 +35,10 @@ def multi_turn(query: Query) -> Query:
     return query.model_copy(update=changes)
 
 
-def split(query: Query, seed: int = 0, speech: Speech = Speech()) -> Query:
+def split(query: Query, seed: int = 0, speech: Speech = Speech(), wording: Wording = ENGLISH) -> Query:
     """The key word in a picture and the verb (`meta["verb"]`) in a clip; the text holds neither.
 
-    The picture is the micro-world's strip of letters for its own queries, else MM-SafetyBench's TYPO layout.
+    The picture has MM-SafetyBench's TYPO layout, or is a strip of letter cells where the wording is drawn so.
 
     Raises:
         InputError: no key word or no verb, or one that the text does not say.
@@ -47,12 +46,11 @@ def split(query: Query, seed: int = 0, speech: Speech = Speech()) -> Query:
     verb = query.meta.get("verb", "").strip()
     if not verb:
         raise InputError(f"query {query.id!r} has no verb to speak: set meta['verb'] to the verb of its text")
-    wording = wording_of(query)
     # A benchmark's rephrased text names the verb.
     bare = {name: text for name, text in query.meta.items() if name != "rephrased"}
     parts = replace_word(query, verb, wording.verb_phrase, "verb")
     spoken = query.model_copy(update={"parts": parts, "meta": bare})
-    shown = image_word(spoken, seed) if wording is WORLD else typo(spoken)
+    shown = image_word(spoken, seed) if wording.letter_cells else typo(spoken, wording)
     rng = query_rng(query, seed, "split")
     clip = speech.say(verb, speech.settings(rng), query)
     audio = AudioPart(audio=speech.noisy(clip, query, seed, "split", rng), rate=RATE)

@@ -1,7 +1,7 @@
 """Typographic images: the key word or the whole request is moved out of the text into a picture.
 
-FigStep (arXiv 2311.05608), MM-SafetyBench's TYPO and SD+TYPO (arXiv 2311.17600), a plain page, and the micro-world's
-strip of letters.
+FigStep (arXiv 2311.05608), MM-SafetyBench's TYPO and SD+TYPO (arXiv 2311.17600), a plain page, and a strip of letter
+cells, which a small vision tower can read.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from casa_mech.attacks.fonts import Use, find_font
-from casa_mech.attacks.render import RenderSettings, draw_style, render_word
+from casa_mech.attacks.render import draw_style, render_word
 from casa_mech.attacks.seeding import PAIR, query_rng
 from casa_mech.attacks.text import key_word, marked, replace_key, request_text
 from casa_mech.attacks.typography import figstep_picture, figstep_text, page_picture, stack_pictures, typo_picture
-from casa_mech.attacks.wording import WORLD, wording_of
+from casa_mech.attacks.wording import ENGLISH, Wording
 from casa_mech.errors import InputError
 from casa_mech.queries import ImagePart, Part, Query, TextPart
 
 IMAGE_PHRASE = "the word in the image"
+"""Stands for a key word that is drawn in letter cells."""
 _ASKS_HOW = re.compile(
     r"^(?:please\s+)?(?:(?:tell|show|teach)\s+me\s+)?how\s+"
     r"(?:(?:do|can|could|should|would|might)\s+(?:i|you|we|one|someone|somebody|anyone|a\s+person|people)|to|i\s+can)\s+",
@@ -30,26 +31,26 @@ _ASKS_HOW = re.compile(
 )
 
 
-def image_word(query: Query, seed: int = 0, settings: RenderSettings = RenderSettings()) -> Query:
+def image_word(query: Query, seed: int = 0) -> Query:
     """The key word drawn in an image that comes first; the text says "the word in the image" in its place."""
     parts = replace_key(query, IMAGE_PHRASE)
-    picture = _strip(key_word(query), query, seed, "image", settings)
+    picture = _strip(key_word(query), query, seed, "image")
     return _shown(query, picture, parts, "image")
 
 
-def figstep(query: Query) -> Query:
+def figstep(query: Query, wording: Wording = ENGLISH) -> Query:
     """FigStep: the request as the heading of a list with three empty points, in a picture; the text asks to fill it.
 
     The heading is `meta["instruction"]` ("Steps to ...", as the benchmark has it), else one made of the text.
     """
     with _named(query):
         picture = figstep_picture(instruction_of(query))
-    return _shown(query, picture, _instead(query, wording_of(query).figstep), "figstep", "figstep")
+    return _shown(query, picture, _instead(query, wording.figstep), "figstep", "figstep")
 
 
-def figstep_as_text(query: Query) -> Query:
+def figstep_as_text(query: Query, wording: Wording = ENGLISH) -> Query:
     """FigStep's control in text alone: the same list in a code block, with the same request to fill it."""
-    asked = wording_of(query).figstep.replace("picture", "code block")
+    asked = wording.figstep.replace("picture", "code block")
     parts = _instead(query, f"```\n{figstep_text(instruction_of(query))}\n```\n{asked}")
     return query.model_copy(update={"parts": parts, "meta": marked(query, surface="text", attack="figstep-text")})
 
@@ -64,7 +65,7 @@ def instruction_of(query: Query) -> str:
     return steps.rstrip(" ?.!") + "." if found else text
 
 
-def typo(query: Query) -> Query:
+def typo(query: Query, wording: Wording = ENGLISH) -> Query:
     """MM-SafetyBench's TYPO: the key phrase in a picture, and a text that points to it.
 
     The text is `meta["rephrased"]` (the benchmark's wording for this picture) where there is one, else the query's own
@@ -72,10 +73,10 @@ def typo(query: Query) -> Query:
     """
     with _named(query):
         picture = typo_picture(key_word(query))
-    return _shown(query, picture, _pointing(query), "typo", "typo")
+    return _shown(query, picture, _pointing(query, wording), "typo", "typo")
 
 
-def sd_typo(query: Query, picture: Image.Image | Path | str) -> Query:
+def sd_typo(query: Query, picture: Image.Image | Path | str, wording: Wording = ENGLISH) -> Query:
     """MM-SafetyBench's SD+TYPO: `picture` (there: Stable Diffusion's "a photo of <key phrase>") above the TYPO picture.
 
     Raises:
@@ -83,31 +84,31 @@ def sd_typo(query: Query, picture: Image.Image | Path | str) -> Query:
     """
     with _named(query):
         stacked = stack_pictures(_opened(picture), typo_picture(key_word(query)))
-    return _shown(query, stacked, _pointing(query), "sd-typo", "typo")
+    return _shown(query, stacked, _pointing(query, wording), "sd-typo", "typo")
 
 
-def rendered(query: Query, seed: int = 0) -> Query:
+def rendered(query: Query, seed: int = 0, wording: Wording = ENGLISH) -> Query:
     """The whole text in a picture, plainly; the text only asks to answer it.
 
-    A page, or for the micro-world's own queries one strip of letter cells, which is what the organism reads.
+    A page, or one strip of letter cells where the wording is drawn so, which is what an organism reads.
     """
-    wording, text = wording_of(query), request_text(query)
+    text = request_text(query)
     with _named(query):
-        if wording is WORLD:
-            picture = _strip(text, query, seed, "rendered", RenderSettings())
+        if wording.letter_cells:
+            picture = _strip(text, query, seed, "rendered")
             return _shown(query, picture, _instead(query, wording.rendered), "rendered")
         return _shown(query, page_picture(text), _instead(query, wording.rendered), "rendered", "page")
 
 
-def _strip(text: str, query: Query, seed: int, purpose: str, settings: RenderSettings) -> Image.Image:
+def _strip(text: str, query: Query, seed: int, purpose: str) -> Image.Image:
     # Colours are drawn after as many moves as there are letters: a pair, of words unlike in length, draws them before.
-    style = draw_style(query_rng(query, seed, f"{purpose}-style"), settings) if PAIR in query.meta else None
-    return render_word(text, query_rng(query, seed, purpose), settings, style)
+    style = draw_style(query_rng(query, seed, f"{purpose}-style")) if PAIR in query.meta else None
+    return render_word(text, query_rng(query, seed, purpose), style=style)
 
 
-def _pointing(query: Query) -> tuple[Part, ...]:
+def _pointing(query: Query, wording: Wording) -> tuple[Part, ...]:
     rephrased = query.meta.get("rephrased", "").strip()
-    return _instead(query, rephrased) if rephrased else replace_key(query, wording_of(query).image_phrase)
+    return _instead(query, rephrased) if rephrased else replace_key(query, wording.image_phrase)
 
 
 def _instead(query: Query, text: str) -> tuple[Part, ...]:

@@ -101,5 +101,5 @@ def jailbreak(query: Query, wrapper: str) -> Query:
         part = parts[spot]
         assert isinstance(part, TextPart)
         parts[spot] = TextPart(text=lead + part.text + tail)
-    meta = marked(query, wrapper=wrapper, surface=query.meta.get("surface", "text"), attack="jailbreak")
+    meta = marked(query, wrapper=wrapper, surface=query.surface, attack="jailbreak")
     return query.model_copy(update={"parts": tuple(parts), "meta": meta})

@@ -30,7 +30,7 @@ def prefill(query: Query, k: int, tokenizer: PreTrainedTokenizerBase) -> Query:
     """
     if k < 0:
         raise InputError(f"a prefill cannot have {k} tokens: give 0 or more")
-    meta = marked(query, surface=query.meta.get("surface", "text"), attack=f"prefill-{k}")
+    meta = marked(query, surface=query.surface, attack=f"prefill-{k}")
     if k == 0:
         return query.model_copy(update={"prefill": "", "meta": meta})
     text = query.meta.get("compliance", "").strip()

@@ -26,7 +26,7 @@ from casa_mech.attacks.jailbreak import jailbreak, wrappers_of
 from casa_mech.attacks.prefill import PREFILL_LENGTHS, prefill
 from casa_mech.attacks.seeding import paired, query_rng
 from casa_mech.attacks.text import letter_spaced, marked, spell
-from casa_mech.attacks.voice import Voice
+from casa_mech.attacks.wording import ENGLISH, Wording
 from casa_mech.errors import InputError
 from casa_mech.queries import Query
 
@@ -36,25 +36,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttackContext:
-    """What an attack may draw on.
-
-    seed: of every draw. tokenizer: the model's; prefills need one. wrappers: a split of our own ("seen", "held_out",
-    "all") or a list of texts that hold `{request}`. speech: voice, speed, pitch and noise of clips. picture: what
-    `sd-typo` puts above its text: a picture, or a folder of pictures named after the queries' ids.
-    """
+    """The options that attacks draw on."""
 
     seed: int = 0
+    """Of every draw."""
     tokenizer: PreTrainedTokenizerBase | None = None
+    """The model's; prefills need one."""
     wrappers: str | tuple[str, ...] = "held_out"
+    """A split of our own ("seen", "held_out", "all") or texts that hold `{request}`."""
     speech: Speech = field(default_factory=Speech)
+    """Voice, speed, pitch and noise of clips."""
     picture: Path | None = None
+    """What `sd-typo` puts above its text: a picture, or a folder of pictures named after the queries' ids."""
+    wording: Wording = ENGLISH
+    """The sentences that stand for what has moved into a picture, a clip or another turn."""
 
 
 Attack = Callable[[Query, AttackContext], Query]
 
 
 def _plain(query: Query, context: AttackContext) -> Query:
-    return query.model_copy(update={"meta": {"surface": "text", **marked(query, attack="plain")}})
+    return query.model_copy(update={"meta": {"surface": query.surface, **marked(query, attack="plain")}})
 
 
 def _jailbreak(query: Query, context: AttackContext) -> Query:
@@ -85,11 +87,11 @@ def _sd_typo(query: Query, context: AttackContext) -> Query:
         if not found:
             raise InputError(f"query {query.id!r}: no picture {stem}.png or .jpg in {source}; name them after the ids")
         source = found[0]
-    return sd_typo(query, source)
+    return sd_typo(query, source, context.wording)
 
 
 def _distractor(query: Query, context: AttackContext, kind: Distractor) -> Query:
-    return distractor(query, kind, context.seed, context.speech)
+    return distractor(query, kind, context.seed, context.speech, context.wording)
 
 
 def _aiah(query: Query, context: AttackContext, control: Control) -> Query:
@@ -113,18 +115,18 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
         "spelled": lambda query, context: spell(query),
         "letter-spaced": lambda query, context: letter_spaced(query),
         "image": lambda query, context: image_word(query, context.seed),
-        "rendered": lambda query, context: rendered(query, context.seed),
-        "figstep": lambda query, context: figstep(query),
-        "figstep-text": lambda query, context: figstep_as_text(query),
-        "typo": lambda query, context: typo(query),
+        "rendered": lambda query, context: rendered(query, context.seed, context.wording),
+        "figstep": lambda query, context: figstep(query, context.wording),
+        "figstep-text": lambda query, context: figstep_as_text(query, context.wording),
+        "typo": lambda query, context: typo(query, context.wording),
         "sd-typo": _sd_typo,
-        "audio": lambda query, context: spoken_letters(query, context.seed, speech=context.speech),
-        "spoken": lambda query, context: spoken_word(query, context.seed, speech=context.speech),
-        "spoken-question": lambda query, context: spoken_question(query, context.seed, context.speech),
+        "audio": lambda query, context: spoken_letters(query, context.seed, context.speech),
+        "spoken": lambda query, context: spoken_word(query, context.seed, context.speech),
+        "spoken-question": lambda query, context: spoken_question(query, context.seed, context.speech, context.wording),
         **{f"distractor-{kind}": partial(_distractor, kind=kind) for kind in DISTRACTORS},
         **{f"aiah-{control}": partial(_aiah, control=control) for control in CONTROLS},
-        "multi-turn": lambda query, context: multi_turn(query),
-        "split": lambda query, context: split(query, context.seed, context.speech),
+        "multi-turn": lambda query, context: multi_turn(query, context.wording),
+        "split": lambda query, context: split(query, context.seed, context.speech, context.wording),
         **{f"prefill-{k}": partial(_prefill, k=k) for k in PREFILL_LENGTHS},
     }
 )
@@ -177,19 +179,20 @@ def apply_attack(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     wrappers: str | Sequence[str] = "held_out",
-    voice: Voice | None = None,
-    speech: Speech | None = None,
+    speech: Speech = Speech(),
     picture: Path | None = None,
+    wording: Wording = ENGLISH,
 ) -> list[Query]:
     """`queries` under the attack `name`, in their order; the rest of each query's meta is kept.
 
     Draws depend on `seed` and each query's id alone, never on what else is in the list. `speech` says how clips are
-    spoken; `voice` alone changes the synthesiser. InputError for an unknown name and for a query that the attack cannot
-    be used on (no key word, no compliance text, ...), naming its id.
+    spoken. `wording` has the attacks' sentences in words that the model knows
+    (for an organism `casa_mech.organism.wording.MICRO_WORLD`). InputError for an unknown name and for a query that the
+    attack cannot be used on (no key word, no compliance text, ...), naming its id.
     """
     attack = attack_named(name)
     choice = wrappers if isinstance(wrappers, str) else tuple(wrappers)
-    context = AttackContext(seed, tokenizer, choice, speech or Speech(voice=voice), picture)
+    context = AttackContext(seed, tokenizer, choice, speech, picture, wording)
     return [attack(query, context) for query in queries]
 
 

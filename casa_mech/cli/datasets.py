@@ -51,7 +51,7 @@ def datasets(
 
 @datasets_app.command(epilog="Example:  casa-mech datasets overlap advbench redteam-2k mine.csv:prompt --data ~/sets")
 def overlap(
-    sets: Annotated[list[str], typer.Argument(help="Benchmarks (name or name:split) or tables (file:column).")],
+    sets: Annotated[list[str], typer.Argument(help="Benchmarks (name or name:split), or files (file, file:column).")],
     data: Data = None,
     pairs: Annotated[Path | None, typer.Option(help="Write every matching pair of ids to this CSV file.")] = None,
     as_json: Json = False,
@@ -114,11 +114,14 @@ def _reader(name: str, folder: Path | None) -> Callable[[], LoadedQueries]:
 
     if (named := named_benchmark(name, folder)) is not None:
         return partial(named.read, missing_media="text")
+    if Path(name).is_file():
+        return partial(read_benchmark, TABLE, name)
     stem, _, last = name.rpartition(":")
     if stem and Path(stem).exists():
         return partial(read_benchmark, TABLE, stem, columns={"column": last})
     raise InputError(
-        f"'{name}' is neither a benchmark ({', '.join(BENCHMARKS)}) nor a table with its column (file.csv:prompt)"
+        f"'{name}' is neither a benchmark ({', '.join(BENCHMARKS)}) nor a file, alone or with its column "
+        "(file.csv:prompt)"
     )
 
 

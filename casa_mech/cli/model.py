@@ -126,9 +126,12 @@ def evaluate(
     queries: Annotated[list[str], typer.Option(help="Table, media folder or file, attack's folder, or a benchmark "
                                                     "(name or name:split); repeatable.")],
     data: Data = None,
-    column: Annotated[list[str] | None, typer.Option(help="Prompt column: one for all tables, or one each.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="harmful, benign or -: one for all, or one each "
-                                                         "(benchmarks have their own).")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Prompt column: one for all tables, or one each; - for "
+                                                          "none [prompt, where there is one].")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="harmful, benign or -: what rows without a label of their "
+                                                         "own are; one for all, or one each.")] = None,
+    label_column: Annotated[list[str] | None, typer.Option(help="Column of labels (harmful or unsafe, benign or safe), "
+                                                                "as --column [label].")] = None,
     image_column: Annotated[list[str] | None, typer.Option(help="Column of picture paths, as --column.")] = None,
     audio_column: Annotated[list[str] | None, typer.Option(help="Column of clip paths, as --column.")] = None,
     text: Annotated[str | None, typer.Option(help="Prompt to go with media that have none.")] = None,
@@ -170,7 +173,7 @@ def evaluate(
     from casa_mech.evaluation.real_input import SystemUnderTest, evaluate_files, query_sources
     from casa_mech.omni import GenerationSettings
 
-    columns = {"column": column, "image_column": image_column, "audio_column": audio_column}
+    columns = {"column": column, "label_column": label_column, "image_column": image_column, "audio_column": audio_column}
     given = {name: value or [] for name, value in columns.items()}
     sources = query_sources(queries, label or [], given, text, limit, data=data, seed=seed)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, system=system)

@@ -12,6 +12,7 @@ from casa_mech.compare.sets import LABELS, Cell
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import check_media
 from casa_mech.omni import Omni
+from casa_mech.organism.wording import wording_of
 from casa_mech.queries import Label, Query, read_benchmark
 from casa_mech.queries.benchmarks import BenchmarkSource
 from casa_mech.queries.benchmarks.read import TABLE
@@ -64,7 +65,7 @@ class BenchmarkSets:
         return {label: self._under(plan, queries, seed, omni) for label, queries in read.items()}
 
     def _read(self, name: str, source: Source, label: Label, seed: int) -> list[Query]:
-        fields = {**source.columns, "label": label} if source.set == TABLE else None
+        fields = {**source.columns, "label": label, "other_labels": "leave_out"} if source.set == TABLE else None
         shared = None if source.set == TABLE else BenchmarkSource(source.set, data=self.config.data).place
         reading = read_benchmark(
             source.set, source.path or shared, source.split, None, seed, missing_media=source.missing_media,
@@ -106,7 +107,7 @@ def _sources(plan: SetPlan) -> Mapping[Label, Source]:
 def _apply(plan: SetPlan, query: Query, seed: int, omni: Omni) -> Query:
     if plan.attack != AS_IT_IS:
         (query,) = apply_attack(
-            plan.attack, [query], seed, tokenizer=omni.tokenizer, wrappers=plan.wrappers, picture=plan.picture
-        )
-    surface = "+".join(sorted(query.modalities))
-    return query.model_copy(update={"meta": {"surface": surface, **query.meta, "attack": plan.name}})
+            plan.attack, [query], seed, tokenizer=omni.tokenizer, wrappers=plan.wrappers, picture=plan.picture,
+            wording=wording_of(query),
+        )  # fmt: skip
+    return query.model_copy(update={"meta": {"surface": query.surface, **query.meta, "attack": plan.name}})

@@ -212,8 +212,8 @@ def _warn(
     if config is None:
         return
     cell = sets.cells()[0]
-    unknown = omni.unknown_share([query.text for query in sets.queries(cell, seed, omni) if query.text] or ["."])
-    if unknown > 0:
+    unknown = omni.unknown_share([query.text for query in sets.queries(cell, seed, omni) if query.text])
+    if unknown > 0 and omni.speaks_micro_world:
         note(
             f"warning: {unknown:.0%} of the words of {cell.attack} are unknown to {request.model}, which speaks a "
             "micro-world's English only: its rates say nothing beyond that the sets can be run"

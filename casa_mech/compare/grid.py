@@ -24,7 +24,6 @@ from casa_mech.compare.systems import System, check_systems
 from casa_mech.compare.timing import TIMED_ATTACKS, TIMED_QUERIES, Timing, relative_seconds
 from casa_mech.compare.weights import Weights, training_cost
 from casa_mech.defenses import Defense, load_defense, prompts
-from casa_mech.defenses.prompts import in_micro_world
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import evaluate
 from casa_mech.files import write_text
@@ -91,11 +90,11 @@ class Grid:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise InputError(f"seeds must be different whole numbers, 0 or more; got {list(self.seeds)}")
         if self.judge is None:
-            exact = self.sets.micro_world and in_micro_world(self.omni)
+            exact = self.sets.micro_world and self.omni.speaks_micro_world
             self.judge = MicroWorldJudge() if exact else KeywordJudge()
         for system in self.systems:
             fitted = {"prototypes", "calibration"} <= set(system.options)
-            if system.defense == "moras" and not fitted and not in_micro_world(self.omni):
+            if system.defense == "moras" and not fitted and not self.omni.speaks_micro_world:
                 raise InputError(
                     "defense 'moras' needs queries to be fitted on: set its options prototypes and calibration, or "
                     "leave it out (--defenses)"

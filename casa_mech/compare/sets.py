@@ -10,6 +10,7 @@ from casa_mech.attacks import STUDY_ATTACKS, apply_with_twins, attack_named
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
+from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Label, Query
 
@@ -83,6 +84,6 @@ class WorldSets:
                 for label in LABELS
             )
             self._made[wanted] = apply_with_twins(
-                cell.attack, harmful, benign, Draw.EVALUATION + seed, tokenizer=omni.tokenizer
+                cell.attack, harmful, benign, Draw.EVALUATION + seed, tokenizer=omni.tokenizer, wording=MICRO_WORLD
             )
         return self._made[wanted][LABELS.index(cell.label)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
 from casa_mech.defenses.media import need_image
-from casa_mech.defenses.prompts import defense_text, in_micro_world, with_text_before
+from casa_mech.defenses.prompts import defense_text, with_text_before
 from casa_mech.errors import InputError
 from casa_mech.identity import digest_of
 from casa_mech.omni import GenerationSettings, Omni
@@ -352,5 +352,5 @@ def _read(sources: Sequence[QuerySource]) -> list[Query]:
 
 
 def _need_micro_world(omni: Omni, option: str) -> None:
-    if not in_micro_world(omni):
+    if not omni.speaks_micro_world:
         raise InputError(f"defense 'moras' needs queries to be fitted on: set {option} to your own (see MorasSettings)")

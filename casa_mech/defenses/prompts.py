@@ -122,21 +122,16 @@ REFUSAL_KEYWORDS = (
 def defense_text(omni: Omni, name: TextName) -> str:
     """The text `name` in words that `omni`'s tokenizer knows: plain English, or the micro-world's."""
     plain, micro = DEFENSE_TEXTS[name]
-    return plain if omni.unknown_share([plain]) == 0 else micro
+    return micro if omni.speaks_micro_world else plain
 
 
 def refusal_phrases(omni: Omni) -> tuple[str, ...]:
     """Refusals in words that `omni`'s tokenizer knows: our own list, or those of the micro-world."""
-    if omni.unknown_share(REFUSALS) == 0:
+    if not omni.speaks_micro_world:
         return REFUSALS
     from casa_mech.organism.world import default_world
 
     return default_world().refusals
-
-
-def in_micro_world(omni: Omni) -> bool:
-    """True for a model that knows no plain English, so that queries for it have to come from the micro-world."""
-    return omni.unknown_share([SAFETY_PROMPT]) > 0
 
 
 def with_safety_prompt(query: Query, prompt: str = SAFETY_PROMPT) -> Query:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from casa_mech.attacks import Speech, apply_attack, attack_named, find_font, paired, read_wrappers, wrappers_of
 from casa_mech.attacks.fonts import Use
@@ -36,7 +36,7 @@ class QueryChoice:
     source: "world" (the micro-world), a benchmark (`name` or `name:split`), a table, a folder of media or an index.
     n: at most so many (the micro-world: 100 unless given). label: only harmful or benign ones of the micro-world; what
     the rows of a table are. column, meta: a table's column of prompts, and of what attacks need to know (`Query.meta`
-    key -> column). data: the folder that holds the benchmark.
+    key -> column). data: the folder that holds the benchmark. other_labels: as for `QuerySource`.
     """
 
     source: str
@@ -45,6 +45,7 @@ class QueryChoice:
     column: str | None = None
     meta: Mapping[str, str] = field(default_factory=dict)
     data: Path | None = None
+    other_labels: Literal["refuse", "leave_out"] = "refuse"
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,12 @@ class _Maker:
             check_media([query])
         if self.tokenizer is None and attack.name.startswith("prefill"):
             self.tokenizer = _tokenizer(attack.model)
+        from casa_mech.organism.wording import wording_of
+
         shared: dict[str, Any] = {"tokenizer": self.tokenizer, "speech": attack.speech, "picture": attack.picture}
-        return apply_attack(attack.name, [query], attack.seed, wrappers=self.wrappers, **shared)[0]
+        return apply_attack(
+            attack.name, [query], attack.seed, wrappers=self.wrappers, wording=wording_of(query), **shared
+        )[0]
 
 
 def _picture_digests(picture: Path | None, queries: Sequence[Query]) -> list[Any]:
@@ -165,7 +170,7 @@ def _chosen(choice: QueryChoice, seed: int, note: Callable[[str], None]) -> list
 
         drawn = seed + BENIGN * (choice.label == "benign")  # the two labels apart, as in the study
         return default_world().requests(choice.n or _WORLD_N, drawn, choice.label, templates="held_out")
-    fields = {"column": choice.column, "label": choice.label}
+    fields = {"column": choice.column, "label": choice.label, "other_labels": choice.other_labels}
     reading = read_chosen(chosen_source(choice.source, choice.data, choice.n, seed, **fields))
     if reading.dropped:
         note(f"{reading.name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
@@ -175,7 +180,8 @@ def _chosen(choice: QueryChoice, seed: int, note: Callable[[str], None]) -> list
 
 
 def _of_number(twins: QueryChoice, n: int, choice: QueryChoice) -> QueryChoice:
-    return replace(twins, n=n, label=twins.label or "benign", data=twins.data or choice.data)
+    label = twins.label or "benign"
+    return replace(twins, n=n, label=label, data=twins.data or choice.data, other_labels="leave_out")
 
 
 def _tokenizer(model: str) -> Any:

@@ -284,7 +284,7 @@ def reply_table(
                 "model": model,
                 "defense": defense,
                 "attack": query.meta.get("attack", "none"),
-                "surface": query.meta.get("surface", "+".join(sorted(query.modalities))),
+                "surface": query.surface,
                 "label": query.label or UNLABELLED,
                 "split": query.meta.get("split", ""),
                 "topic": query.meta.get("topic", ""),

@@ -87,7 +87,7 @@ def query_sources(
     fields: dict[int, dict[str, str | None]] = {place: {} for place in range(len(found))}
     for name, values in {"label": labels, **columns}.items():
         for place, value in _spread(name, values, len(found), files if name == "label" else tables).items():
-            fields[place][name] = None if value == NONE else value
+            fields[place][name] = value if value != NONE else None if name == "label" else ""
     if len(labels) == 1 and not files:
         fields[0]["label"] = labels[0]
     return [_with_fields(source, fields[place], place in tables) for place, source in enumerate(found)]
@@ -139,7 +139,7 @@ def evaluate_files(
     queries, dropped = _checked(sources, attack, out, judge, note)
     omni = load_omni(system.model, device=system.device, dtype=system.dtype)
     unknown = omni.unknown_share([query.text for query in queries if query.text])
-    if unknown > 0:
+    if unknown > 0 and omni.speaks_micro_world:
         note(
             f"warning: {unknown:.0%} of the words are unknown to {system.model}, which speaks a micro-world's English "
             "only: replies, v_s and rates say nothing about these files beyond that they can be run"

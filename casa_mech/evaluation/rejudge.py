@@ -136,6 +136,8 @@ def _query(record: Mapping[str, Any], number: int, path: Path, prompt_column: st
         raise InputError(f"{path} row {number}: the column 'meta' holds no JSON object") from None
     if topic := _text(record.get("topic")):
         meta.setdefault("topic", topic)
+    if surface := _text(record.get("surface")):
+        meta.setdefault("surface", surface)
     label = _text(record.get("label"))
     query = Query.from_text(
         _text(record[prompt_column]),

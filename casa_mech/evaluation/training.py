@@ -15,6 +15,7 @@ from casa_mech.defenses.training import WORK
 from casa_mech.errors import InputError
 from casa_mech.files import check_folder
 from casa_mech.omni import load_omni
+from casa_mech.omni.checkpoint import speaks_micro_world
 from casa_mech.organism.world import default_world
 from casa_mech.queries.files import LoadedExamples, read_examples
 
@@ -41,7 +42,7 @@ def train_gate(
         model: organism, hub id or directory.
         out: folder for the defence; new, empty, or with a stopped training.
         settings: options in training, fields of the records in `DEFENSES[defense].recipe`.
-        data: a table of examples; None: the micro-world's.
+        data: a table of examples; None: the micro-world's, for an organism alone.
         columns: names of its prompt, reply and label columns and, for circuit breakers, of harmful completions.
         n_examples: how many of the micro-world's.
         defense: which of `DEFENSES`.
@@ -52,7 +53,8 @@ def train_gate(
         What was trained: the folder, steps and the last step's metrics.
 
     Raises:
-        InputError: a setting or table that cannot be used. RunError: `out` holds something else.
+        InputError: a setting or table that cannot be used, or no table for a model that is no organism.
+        RunError: `out` holds something else.
     """
     recipe = defense_entry(defense).recipe
     if recipe is None:
@@ -62,6 +64,11 @@ def train_gate(
         settings = {"max_steps": STEPS, **settings}
     options(defense, recipe.records, settings)  # before the model is loaded
     check_folder(out, marker=WORK)
+    if data is None and not speaks_micro_world(model):
+        raise InputError(
+            f"{model} is no organism, and the micro-world's examples are not for it: give --data, a table of prompts, "
+            "replies and labels"
+        )
     read = (
         read_examples(data, *columns) if data else LoadedExamples(default_world().training_examples(n_examples, seed))
     )

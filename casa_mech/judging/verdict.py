@@ -92,5 +92,10 @@ def whole_reply(query: Query, reply: Reply | str) -> str:
 
 
 def request_text(query: Query) -> str:
-    """What a reply is held against: `meta["request"]`, the plain request behind an attack, or else the query's text."""
-    return query.meta.get("request") or query.text
+    """What a reply is held against: `meta["request"]`, the plain request behind an attack, or else the query's text.
+
+    Of pictures and clips that stand alone it names the kinds, in brackets.
+    """
+    text = query.meta.get("request") or query.text
+    alone = set(query.surface.split("+")) <= {"image", "audio"}
+    return f"[{query.surface}, without any text]" if alone and not text else text

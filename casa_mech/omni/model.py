@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from casa_mech.identity import weights_digest
 from casa_mech.omni.architecture import Architecture, architecture_of, part_at
 from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
+from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD
 from casa_mech.omni.finite import finite_logits
 from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.processor import OmniProcessor
@@ -133,6 +134,11 @@ class Omni:
     def text_offset(self, offset: Tensor) -> None:
         owner, _, name = self.architecture.text_offset.rpartition(".")
         setattr(part_at(self.model, owner) if owner else self.model, name, offset)
+
+    @property
+    def speaks_micro_world(self) -> bool:
+        """True for an organism of the micro-world, which knows no other words; its checkpoint's config says so."""
+        return bool(getattr(self.model.config, MICRO_WORLD_FIELD, False))
 
     @property
     def device(self) -> torch.device:

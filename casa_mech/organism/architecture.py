@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from casa_mech.omni import Omni
+from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD
 from casa_mech.omni.processor import SPECIAL_TOKENS, OmniProcessor
 
 PAD, END, START, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unknown|>"
@@ -107,8 +108,10 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, shape: OrganismShape) ->
     )
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast, shape: OrganismShape) -> Qwen2_5OmniThinkerConfig:
-    """The thinker's config for `shape` and the tokenizer's ids."""
+def build_config(
+    tokenizer: PreTrainedTokenizerFast, shape: OrganismShape, micro_world: bool = False
+) -> Qwen2_5OmniThinkerConfig:
+    """The thinker's config for `shape` and the tokenizer's ids; `micro_world`: it knows no other words."""
     ids = tokenizer.convert_tokens_to_ids
     head = shape.d_model // shape.heads
     return Qwen2_5OmniThinkerConfig(
@@ -156,17 +159,19 @@ def build_config(tokenizer: PreTrainedTokenizerFast, shape: OrganismShape) -> Qw
         vision_end_token_id=ids(SPECIAL_TOKENS["vision_eos_token"]),
         user_token_id=ids("user"),
         tie_word_embeddings=False,
+        **{MICRO_WORLD_FIELD: micro_world},
     )
 
 
 def new_omni(
     words: Sequence[str] | PreTrainedTokenizerFast, shape: OrganismShape, seed: int, source: str = "new"
 ) -> Omni:
-    """An untrained organism over the vocabulary `words` (or with a tokenizer of its own), in float32 on the CPU."""
-    tokenizer = words if isinstance(words, PreTrainedTokenizerFast) else build_tokenizer(words)
+    """An untrained organism in float32 on the CPU: of the micro-world's `words`, or with a tokenizer of its own."""
+    micro_world = not isinstance(words, PreTrainedTokenizerFast)
+    tokenizer = build_tokenizer(words) if micro_world else words
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2_5OmniThinkerForConditionalGeneration(build_config(tokenizer, shape))
+        model = Qwen2_5OmniThinkerForConditionalGeneration(build_config(tokenizer, shape, micro_world))
         _widen(model)
     return Omni(model, build_processor(tokenizer, shape), source)
 

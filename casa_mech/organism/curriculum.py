@@ -20,7 +20,7 @@ from casa_mech.attacks.jailbreak import jailbreak
 from casa_mech.attacks.text import spell
 from casa_mech.organism.codes import LETTERS
 from casa_mech.organism.premises import draw_rule, premise_texts, safety_question
-from casa_mech.organism.world import Split, Task, World
+from casa_mech.organism.world import SOURCE, Split, Task, World
 from casa_mech.queries import Example, Query, TextPart
 
 SYSTEMS = ("you are a helpful assistant .", "please help the user .", "answer the question of the user .")
@@ -153,4 +153,4 @@ def _random_word(world: World, rng: np.random.Generator) -> Query:
     template = templates[int(rng.integers(len(templates)))]
     meta = {"task": "spell", "topic": word, "answer": " ".join(word), "surface": "text", "attack": "plain"}
     text = template.text.replace("{a} ", "").replace("{topic}", word)
-    return Query(id=f"random-{int(rng.integers(2**48)):012x}", parts=(TextPart(text=text),), source="world", meta=meta)
+    return Query(id=f"random-{int(rng.integers(2**48)):012x}", parts=(TextPart(text=text),), source=SOURCE, meta=meta)

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from casa_mech.errors import InputError
-from casa_mech.organism.world import SPLITS, Split, World
+from casa_mech.organism.world import SOURCE, SPLITS, Split, World
 from casa_mech.queries import Query
 
 T = TypeVar("T")
@@ -168,7 +168,7 @@ def safety_question(
     }
     name = id or f"safety-{int(rng.integers(2**48)):012x}"
     filled = re.sub(r" {2,}", " ", text.replace("{a}", topic.article).replace("{topic}", topic.word))
-    return Query.from_text(filled, id=name, source="world", meta=meta)
+    return Query.from_text(filled, id=name, source=SOURCE, meta=meta)
 
 
 def draw_rule(

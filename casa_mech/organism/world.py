@@ -28,6 +28,8 @@ Split = Literal["seen", "held_out", "all"]
 Task = Literal["request", "name", "spell", "dangerous", "category"]
 TASKS: tuple[Task, ...] = ("request", "name", "spell", "dangerous", "category")
 SPLITS = ("seen", "held_out")
+SOURCE = "world"
+"""`Query.source` of the micro-world's queries."""
 PUNCTUATION = (".", ",", "?", ":", "!", "-", "'")
 T = TypeVar("T")
 _ARTICLES = ("a", "an", "some")
@@ -153,7 +155,7 @@ class World:
         own_label = ("harmful" if topic.harmful else "benign") if task == "request" else None
         name = id or f"{task}-{int(rng.integers(2**48)):012x}"
         text = _fill(template.text, topic, verb)
-        return Query.from_text(text, id=name, label=own_label, source="world", meta=meta)
+        return Query.from_text(text, id=name, label=own_label, source=SOURCE, meta=meta)
 
     def answer(self, task: Task, topic: Topic, verb: str = "make") -> str:
         """The right reply to `task` about `topic`; for a request, the harmless stub that complies."""

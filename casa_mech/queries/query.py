@@ -100,6 +100,11 @@ class Query(_Record):
         """The kinds of part in the last user turn: a subset of {"text", "image", "audio"}."""
         return frozenset(part.kind for part in self.parts)
 
+    @property
+    def surface(self) -> str:
+        """What carries the request: `meta["surface"]`, else the kinds of part joined, as in "image+text"."""
+        return self.meta.get("surface") or "+".join(sorted(self.modalities))
+
     def follow_up(self, reply: Reply, text: str, id: str | None = None) -> Query:
         """The next turn of the conversation: this query and `reply` become history, `text` is what the user says now.
 

@@ -25,6 +25,7 @@ from casa_mech.identity import key_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Label, Query
 from casa_mech.study.folder import RunFolder
@@ -97,8 +98,7 @@ class Study:
 
     def judge(self, model: str = "") -> Judge:
         """The exact judge for a model of the micro-world, the keyword judge (an upper bound) for any other."""
-        tokenizer_knows = self.omni(model).unknown_share(["this sentence would be quite ordinary elsewhere"]) > 0
-        return MicroWorldJudge() if tokenizer_knows else KeywordJudge()
+        return MicroWorldJudge() if self.omni(model).speaks_micro_world else KeywordJudge()
 
     def queries(self, attack: str, label: Label, n: int = 0, seed: int = Draw.EVALUATION) -> list[Query]:
         """Requests in held-out phrasings, on seen and held-out topics, under `attack`.
@@ -108,7 +108,7 @@ class Study:
         """
         seed += BENIGN * (label == "benign") + self.settings.seed
         requests = default_world().requests(n or self.sizes.n_eval, seed, label, templates="held_out")
-        return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer)
+        return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer, wording=MICRO_WORLD)
 
     def activations(self, positions: Literal["last", "mean"] = "last", model: str = "") -> Activations:
         """Hidden states before CASA of harmful and benign requests on text, image and audio.

@@ -2,7 +2,6 @@
 nnsight, so they live in these importable modules and nowhere else."""
 
 from casa_mech.trace.capture import Positions, capture
-from casa_mech.trace.edit import edited_logits
 from casa_mech.trace.gate import GatedPrompt, GatedTargets, GateReading, gated_prompt, gated_targets
 from casa_mech.trace.layers import layer_states
 from casa_mech.trace.sites import Site
@@ -16,7 +15,6 @@ __all__ = [
     "Site",
     "Targets",
     "capture",
-    "edited_logits",
     "gated_prompt",
     "gated_targets",
     "layer_states",

@@ -28,7 +28,7 @@ class GateReading:
     attention: Tensor
 
 
-class Gate(Protocol):
+class SafetyGateLike(Protocol):
     """Reads prompt states, rewrites the two safety logits."""
 
     layer: Site
@@ -60,7 +60,9 @@ class GatedPrompt:
     cache: Any
 
 
-def gated_prompt(omni: Omni, batch: OmniBatch, gate: Gate, position: LongTensor, use_cache: bool = True) -> GatedPrompt:
+def gated_prompt(
+    omni: Omni, batch: OmniBatch, gate: SafetyGateLike, position: LongTensor, use_cache: bool = True
+) -> GatedPrompt:
     """One forward over `batch`'s prompts with the gate acting on the logits at `position` [batch].
 
     Raises:
@@ -73,7 +75,7 @@ def gated_prompt(omni: Omni, batch: OmniBatch, gate: Gate, position: LongTensor,
 
 
 def _gated_prompt(
-    omni: Omni, batch: OmniBatch, gate: Gate, mask: BoolTensor, position: LongTensor, use_cache: bool
+    omni: Omni, batch: OmniBatch, gate: SafetyGateLike, mask: BoolTensor, position: LongTensor, use_cache: bool
 ) -> GatedPrompt:
     model, norm, head = omni.nnsight, omni.envoy("norm"), omni.envoy("head")
     site, _ = site_module(omni, gate.layer)
@@ -103,7 +105,7 @@ class GatedTargets:
     first: LongTensor
 
 
-def gated_targets(omni: Omni, batch: OmniBatch, gate: Gate, rows: TokenRows) -> GatedTargets:
+def gated_targets(omni: Omni, batch: OmniBatch, gate: SafetyGateLike, rows: TokenRows) -> GatedTargets:
     """Teacher-forced forward over `batch`, whose targets begin with the true safety token; keeps the autograd graph.
 
     The gate acts where the first target is predicted; prompt states reach safety attention detached (docs/method.md
@@ -122,7 +124,7 @@ def gated_targets(omni: Omni, batch: OmniBatch, gate: Gate, rows: TokenRows) -> 
 def _gated_targets(
     omni: Omni,
     batch: OmniBatch,
-    gate: Gate,
+    gate: SafetyGateLike,
     rows: TokenRows,
     mask: BoolTensor,
     predicted: Tensor,

@@ -5,7 +5,7 @@ What is exchanged with what, and what the effect means, belongs to `probes`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,9 @@ import nnsight
 import torch
 from torch import BoolTensor, LongTensor, Tensor
 
-from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
-from casa_mech.trace.gate import Gate, GateReading
-from casa_mech.trace.sites import ENCODERS, Site, check_sites, site_module
-
-Edit = Callable[[Tensor], Tensor]
-"""Takes and returns what a site holds, [batch, position, size]; heads (`z`) lie side by side there, head · d_head."""
+from casa_mech.trace.gate import GateReading, SafetyGateLike
+from casa_mech.trace.sites import Edit, Site, check_edited, check_sites, site_module
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ def edited_prompt(
     batch: OmniBatch,
     position: LongTensor,
     edits: Mapping[Site, Edit],
-    gate: Gate | None = None,
+    gate: SafetyGateLike | None = None,
     hidden: BoolTensor | None = None,
     embeddings: Tensor | None = None,
 ) -> EditedPrompt:
@@ -55,8 +51,7 @@ def edited_prompt(
     Raises:
         InputError: a site that the model does not have, an encoder's, or a prompt with nothing for the gate to read.
     """
-    if set(edits) & set(ENCODERS):
-        raise InputError("an encoder's output is packed, not by position: edit 'embeddings', where it enters")
+    check_edited(edits, omni.n_layers)
     if embeddings is not None:
         # Grids and masks, which place what the encoders give, stay.
         features = omni.architecture.features
@@ -85,7 +80,7 @@ def _edited_prompt(
     batch: OmniBatch,
     position: LongTensor,
     order: Sequence[tuple[Site, Any, str, Edit | None]],
-    gate: Gate | None,
+    gate: SafetyGateLike | None,
     mask: BoolTensor | None,
     seen: Tensor | None,
 ) -> tuple[Tensor, GateReading | None]:

@@ -5,8 +5,10 @@ nnsight wants reads in the order in which the modules run, so a list of sites is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
+
+from torch import Tensor
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
@@ -22,6 +24,9 @@ Site = int | str
 * `"z.3"`: what the heads of block 3 found, before the output projection mixes them: [batch, position, head, d_head].
 * `"audio"`, `"vision"`: the encoders' outputs, projected to d_model, at the positions that they fill; zeros elsewhere.
 """
+
+Edit = Callable[[Tensor], Tensor]
+"""Takes and returns what a site holds, [batch, position, size]; heads (`z`) lie side by side there, head · d_head."""
 
 ENCODERS = {"audio": "audio", "vision": "image"}
 """The encoder sites, in the order in which the encoders run, and the modality whose positions each fills."""
@@ -52,6 +57,18 @@ def check_sites(sites: Iterable[Site], n_layers: int) -> list[Site]:
             f"0..{last}, {parts}, norm"
         )
     return [site for site in order if site in wanted]
+
+
+def check_edited(sites: Iterable[Site], n_layers: int) -> list[Site]:
+    """As `check_sites`, for sites that are to be changed.
+
+    Raises:
+        InputError: also for an encoder's site.
+    """
+    order = check_sites(sites, n_layers)
+    if set(order) & set(ENCODERS):
+        raise InputError("an encoder's output is packed, not by position: edit 'embeddings', where it enters")
+    return order
 
 
 def site_module(omni: Omni, site: Site) -> tuple[Any, Literal["input", "output"]]:

@@ -7,17 +7,14 @@ is edited, it gets what went into the edit, since nnsight reads inside a module'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from casa_mech.errors import InputError
 from casa_mech.omni import Omni
-from casa_mech.trace.sites import ENCODERS, Site, check_sites, site_module
-
-Edit = Callable[[Tensor], Tensor]
+from casa_mech.trace.sites import Edit, Site, check_edited, site_module
 
 
 @contextmanager
@@ -32,10 +29,8 @@ def standing_edits(omni: Omni, edits: Mapping[Site, Edit]) -> Iterator[None]:
     Raises:
         InputError: a site that the model does not have, or an encoder's.
     """
-    if set(edits) & set(ENCODERS):
-        raise InputError("an encoder's output is packed, not by position: edit 'embeddings', where it enters")
     with ExitStack() as stack:
-        for site in check_sites(edits, omni.n_layers):
+        for site in check_edited(edits, omni.n_layers):
             envoy, side = site_module(omni, site)
             stack.enter_context((_before if side == "input" else _after)(envoy._module, edits[site]))
         yield

@@ -16,7 +16,7 @@ from torch import LongTensor, Tensor
 from casa_mech.omni import Omni
 from casa_mech.trace.fork import Start, text_positions, unread
 
-Edit = Callable[[int, Tensor], Tensor]
+StepEdit = Callable[[int, Tensor], Tensor]
 """(position from 0, states [batch, d_model] after the final norm) → states [batch, d_model] for the head."""
 Pick = Callable[[Tensor], LongTensor]
 """Logits [batch, vocab] → ids [batch]."""
@@ -32,7 +32,9 @@ class FirstSteps:
     cache: Any
 
 
-def first_steps(omni: Omni, start: Start, steps: int, pick: Pick | None = None, edit: Edit | None = None) -> FirstSteps:
+def first_steps(
+    omni: Omni, start: Start, steps: int, pick: Pick | None = None, edit: StepEdit | None = None
+) -> FirstSteps:
     """Decode `steps` tokens, each from the state that `edit` makes of the final-norm state at its position.
 
     Args:
@@ -62,7 +64,7 @@ def first_steps(omni: Omni, start: Start, steps: int, pick: Pick | None = None, 
     return FirstSteps(torch.stack(ids, dim=1), torch.stack(states, dim=1), cache)
 
 
-def _step(omni: Omni, inputs: dict[str, Any], step: int, edit: Edit) -> tuple[Tensor, Tensor, Any]:
+def _step(omni: Omni, inputs: dict[str, Any], step: int, edit: StepEdit) -> tuple[Tensor, Tensor, Any]:
     model, norm, head = omni.nnsight, omni.envoy("norm"), omni.envoy("head")
     with model.trace(**inputs, use_cache=True):
         state = norm.output[:, -1]

@@ -17,7 +17,7 @@ from casa_mech.errors import InputError
 from casa_mech.omni import OmniBatch
 from casa_mech.omni.finite import check_decision
 from casa_mech.queries import Query
-from casa_mech.trace.gate import Gate, GateReading, TokenRows, gated_prompt, gated_targets
+from casa_mech.trace.gate import GateReading, SafetyGateLike, TokenRows, gated_prompt, gated_targets
 from casa_mech.trace.targets import plain_targets
 
 Aim = Literal["token", "v_s", "joint", "compliance"]
@@ -94,7 +94,7 @@ class Objective:
     def __init__(self, casa: Casa, queries: Sequence[Query], aim: Aim, opening_tokens: int) -> None:
         check_queries(queries, aim)
         self._casa, self._aim, self._queries = casa, aim, list(queries)
-        self._gate: Gate = OpenGate(casa)
+        self._gate: SafetyGateLike = OpenGate(casa)
         safe = casa.token_ids[0]
         targets = [[safe] if aim != "compliance" else [] for _ in queries]
         if aim in ("joint", "compliance"):

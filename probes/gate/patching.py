@@ -23,8 +23,8 @@ from casa_mech.omni import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
 from casa_mech.trace.gate import GateReading
-from casa_mech.trace.patch import Edit, edited_prompt
-from casa_mech.trace.sites import Site
+from casa_mech.trace.patch import edited_prompt
+from casa_mech.trace.sites import Edit, Site
 from probes.activations.index import query_record
 from probes.gate.pairs import SPANS, MatchedPair, aligned_pairs, pair_spans
 

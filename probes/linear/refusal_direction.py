@@ -25,8 +25,8 @@ from casa_mech.omni import Omni
 from casa_mech.omni.batch import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, capture_cuts
-from casa_mech.trace.patch import Edit, edited_prompt
-from casa_mech.trace.sites import Site
+from casa_mech.trace.patch import edited_prompt
+from casa_mech.trace.sites import Edit, Site
 from casa_mech.trace.standing import standing_edits
 
 MAX_KL = 0.1

@@ -1,6 +1,7 @@
 """The benchmarks' attacks: what goes where, on micro-world and real English queries; determinism; pairs; bad input."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,12 @@ from casa_mech.attacks import (
 from casa_mech.attacks.aiah import CONTROLS, DISCLAIMER
 from casa_mech.attacks.audio import DISTRACTORS
 from casa_mech.attacks.image import instruction_of
-from casa_mech.attacks.wording import ENGLISH, WORLD
+from casa_mech.attacks.wording import ENGLISH
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import encode
 from casa_mech.omni.media import load_audio, load_image
+from casa_mech.organism.wording import MICRO_WORLD, wording_of
 from casa_mech.organism.world import default_world, words_of
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart
 
@@ -81,23 +83,24 @@ def same(first: Query, second: Query) -> bool:
 @pytest.mark.parametrize("name", NEW)
 def test_new_attacks_depend_on_seed_and_id_alone_and_keep_the_plain_request(name: str, photo: Path) -> None:
     queries = [*default_world().requests(3, 0), CAKE]
-    first = apply_attack(name, queries, 5, picture=photo)
-    assert all(map(same, first, apply_attack(name, queries[::-1], 5, picture=photo)[::-1]))
-    assert same(first[1], apply_attack(name, queries[1:2], 5, picture=photo)[0])
+    options = {"picture": photo, "wording": MICRO_WORLD}
+    first = apply_attack(name, queries, 5, **options)
+    assert all(map(same, first, apply_attack(name, queries[::-1], 5, **options)[::-1]))
+    assert same(first[1], apply_attack(name, queries[1:2], 5, **options)[0])
     for query, attacked in zip(queries, first, strict=True):
         assert (attacked.id, attacked.label, attacked.source) == (query.id, query.label, query.source)
         assert attacked.meta["attack"] == name and attacked.meta["surface"]
         assert attacked.meta["request"] == query.text, "judges need the plain request"
         assert attacked.text.strip()
     if media(first[0]) and name not in ("figstep", "typo", "sd-typo"):
-        assert not any(map(same, first[:3], apply_attack(name, queries[:3], 6, picture=photo)))
+        assert not any(map(same, first[:3], apply_attack(name, queries[:3], 6, **options)))
 
 
 @pytest.mark.parametrize("name", ["jailbreak", "image", "rendered", "audio", "spoken", "split"])
 def test_twins_share_voice_wrapper_and_colours_and_differ_in_content(name: str) -> None:
     world = default_world()
     harmful, benign = world.requests(6, 1, "harmful"), world.requests(6, 2, "benign")
-    first, second = apply_with_twins(name, harmful, benign, 3)
+    first, second = apply_with_twins(name, harmful, benign, 3, wording=MICRO_WORLD)
     for one, two in zip(first, second, strict=True):
         assert one.meta["pair"] == two.meta["pair"] == one.id != two.id
         assert (one.label, two.label) == ("harmful", "benign")
@@ -126,7 +129,7 @@ def test_twins_are_said_by_one_voice_at_one_noise_level() -> None:
     for name in ("audio", "spoken", "spoken-question", "aiah-speech", "aiah-word", "distractor-speech"):
         voice = Recorder()
         harmful, benign = world.requests(5, 1, "harmful"), world.requests(5, 2, "benign")
-        first, second = apply_with_twins(name, harmful, benign, 3, voice=voice)
+        first, second = apply_with_twins(name, harmful, benign, 3, speech=Speech(voice=voice))
         used = list(dict.fromkeys(voice.said))
         half = voice.said.index(voice.said[0], len(voice.said) // 3)
         assert list(dict.fromkeys(voice.said[:half])) == list(dict.fromkeys(voice.said[half:])), name
@@ -138,8 +141,8 @@ def test_twins_are_said_by_one_voice_at_one_noise_level() -> None:
 
 def test_the_worlds_sentences_are_in_the_worlds_words() -> None:
     known = set(default_world().vocabulary())
-    for value in vars(WORLD).values():
-        for text in (value,) if isinstance(value, str) else value:
+    for name, value in vars(MICRO_WORLD).items():
+        for text in (value,) if isinstance(value, str) else value or () if name != "letter_cells" else ():
             assert set(words_of(text)) <= known, text
 
 
@@ -191,12 +194,25 @@ def test_a_truncated_picture_names_the_query(photo: Path, tmp_path: Path) -> Non
         apply_attack("sd-typo", [CAKE], picture=tmp_path)
 
 
-def test_rendered_is_a_page_for_english_and_a_strip_for_the_world() -> None:
+def test_rendered_is_a_page_in_english_and_a_strip_for_an_organism() -> None:
     page = rendered(CAKE)
     assert page.text == ENGLISH.rendered and page.parts[0].image.width == 760
     (query,) = default_world().requests(1, 0)
-    strip = rendered(query)
-    assert strip.text == WORLD.rendered and strip.parts[0].image.size == (28 * len(query.text), 28)
+    strip = rendered(query, wording=wording_of(query))
+    assert strip.text == MICRO_WORLD.rendered and strip.parts[0].image.size == (28 * len(query.text), 28)
+
+
+@pytest.mark.parametrize("name", ["figstep", "figstep-text", "typo", "spoken-question", "multi-turn", "split"])
+def test_attacks_speak_as_they_are_told_and_not_as_the_query_does(name: str) -> None:
+    known = set(default_world().vocabulary())
+    (query,) = default_world().requests(1, 0)
+    (english,), (micro,) = apply_attack(name, [query]), apply_attack(name, [query], wording=MICRO_WORLD)
+    said = [
+        " ".join([one.text, *(part.text for turn in one.history for part in turn.parts)]) for one in (english, micro)
+    ]
+    assert set(words_of(said[1])) - {"`", "1", "2", "3", "code", "block", "steps", "to"} <= known
+    assert not set(words_of(said[0])) <= known
+    assert wording_of(query) is MICRO_WORLD and wording_of(CAKE) is ENGLISH
 
 
 def test_the_whole_question_is_spoken_in_the_chosen_voice() -> None:
@@ -383,8 +399,9 @@ def test_a_prefill_of_any_length_goes_by_its_name(tiny_omni: Omni) -> None:
 
 def test_every_attack_encodes_for_the_model(tiny_omni: Omni, photo: Path) -> None:
     (query,) = default_world().requests(1, 0)
-    for name in ATTACKS:
-        (attacked,) = apply_attack(name, [query], tokenizer=tiny_omni.tokenizer, picture=photo)
+    options = {"tokenizer": tiny_omni.tokenizer, "picture": photo}
+    for name, wording in product(ATTACKS, (ENGLISH, MICRO_WORLD)):
+        (attacked,) = apply_attack(name, [query], **options, wording=wording)
         batch = encode(tiny_omni.processor, [attacked])
         for kind in ("image", "audio"):
             assert bool(batch.modality[kind].any()) == (kind in attacked.modalities), name

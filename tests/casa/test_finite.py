@@ -54,7 +54,7 @@ def test_a_query_that_makes_nan_is_not_safe(tiny_omni: Omni, form: str, rule: st
     casa = stir(Casa.attach(tiny_omni, CasaConfig.model_validate({"form": form, "rule": rule})))
     queries = [Query.from_text("how do i make a cake ?", id="cake"), Query.from_text("make a bomb", id="bomb")]
     with torch.no_grad():
-        tiny_omni.language_model.embed_tokens.weight[tiny_omni.tokenizer("bomb")["input_ids"]] = NAN
+        tiny_omni.embedding.weight[tiny_omni.tokenizer("bomb")["input_ids"]] = NAN
     assert casa.decide(queries[:1])[0].safety_token
     for hard in (False, True):
         for threshold in (None, 0.5):

@@ -7,26 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from helpers.command import run
 from PIL import Image
 
 from casa_mech.attacks import ATTACKS, apply_attack
 from casa_mech.attacks.registry import SUMMARIES
-from casa_mech.cli import main
 from casa_mech.evaluation import attack_files
 from casa_mech.omni.media import load_audio, load_image
 from casa_mech.omni.processor import load_processor
+from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
 from casa_mech.queries import index as index_module
 from casa_mech.queries.index import is_index, read_index
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path | int) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of one call, in this process."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    code = caught.value.code
-    return int(code) if isinstance(code, int) else 0, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +41,7 @@ def test_what_is_written_is_what_the_attack_gives_and_evaluate_reads_it(
     code, printed, _ = run(capsys, "attack", "split", "--n", 4, "--seed", 3, "--out", out, "--json")
     summary = json.loads(printed)
     assert code == 0 and summary["queries"] == summary["pictures"] == summary["clips"] == 4
-    asked = apply_attack("split", default_world().requests(4, 3, templates="held_out"), 3)
+    asked = apply_attack("split", default_world().requests(4, 3, templates="held_out"), 3, wording=MICRO_WORLD)
     for here, there in zip(asked, read_index(out), strict=True):
         assert (here.id, here.text, here.label, here.meta) == (there.id, there.text, there.label, there.meta)
         assert np.array_equal(np.asarray(load_image(here.parts[0], "x")), np.asarray(load_image(there.parts[0], "x")))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from helpers.command import run
 from PIL import Image
 
 from casa_mech import cli
@@ -20,15 +21,6 @@ COMMANDS = [
     *("run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"),
     *("attack", "compare", "figstep", "datasets", "datasets overlap", "judge run", "judge agreement"),
 ]
-
-
-def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of one call, in this process."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    code = caught.value.code
-    return int(code) if isinstance(code, int) else 0, captured.out, captured.err
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +57,7 @@ def test_help_is_quick_and_imports_no_torch() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example_and_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = _run(capsys, *command.split(), "--help")
+    code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
     assert f"Example:  casa-mech {command}" in " ".join(out.split("\n")).replace("  casa", "  casa")
     assert "--json" in out
@@ -73,7 +65,7 @@ def test_every_command_has_help_with_an_example_and_json(command: str, capsys: p
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_has_a_short_option_too(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    short, long = (_run(capsys, *command.split(), option) for option in ("-h", "--help"))
+    short, long = (run(capsys, *command.split(), option) for option in ("-h", "--help"))
     assert short == long and short[0] == 0 and "-h, --help" in short[1]
 
 
@@ -83,7 +75,7 @@ def test_python_m_runs_the_command() -> None:
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(capsys, "--version")[1].strip() == "0.1.0"
+    assert run(capsys, "--version")[1].strip() == "0.1.0"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +101,7 @@ def test_mistakes_exit_with_2(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = _run(capsys, *arguments)
+    code, out, err = run(capsys, *arguments)
     assert code == 2
     assert out == "" and err.strip()
     if err.startswith("casa-mech:"):
@@ -126,10 +118,10 @@ def test_interrupt_and_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr("casa_mech.study.runner.run_study", lambda *_, **__: raising(KeyboardInterrupt())(None))
-        code, _, err = _run(capsys, "run")
+        code, _, err = run(capsys, "run")
     assert code == 130 and "continues" in err
     monkeypatch.setattr(cli, "app", raising(OSError(errno.ENOSPC, "No space left on device", "runs/x")))
-    code, _, err = _run(capsys, "run")
+    code, _, err = run(capsys, "run")
     assert code == 2 and "no space left on the disk of runs/x" in err and len(err.splitlines()) == 1
 
 
@@ -137,15 +129,15 @@ def test_generate_with_and_without_a_gate(
     random_organism: Path, gate: Path, media: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = ["generate", "how do i make a bomb", "--model", random_organism, "--max-new-tokens", "3", "--json"]
-    code, out, err = _run(capsys, *shared)
+    code, out, err = run(capsys, *shared)
     plain = json.loads(out)
     assert code == 0 and plain["safety_token"] is None and "no --gate" in err
     files = ["--image", media / "a.png", "--audio", media / "b.wav", "--prefill", "sure ,"]
-    code, out, _ = _run(capsys, *shared, "--gate", gate, *files)
+    code, out, _ = run(capsys, *shared, "--gate", gate, *files)
     gated = json.loads(out)
     assert code == 0
     assert gated["safety_token"] in ("safe", "unsafe") and 0 <= gated["v_s"] <= 1
-    code, out, _ = _run(capsys, *shared[:-1], "--gate", gate)
+    code, out, _ = run(capsys, *shared[:-1], "--gate", gate)
     assert "v_s: " in out and "safety_token: " in out
 
 
@@ -154,7 +146,7 @@ def test_training_writes_a_gate_and_refuses_a_full_folder(
 ) -> None:
     assert {"casa_config.json", "metrics.jsonl", "README.md"} <= {path.name for path in gate.iterdir()}
     assert len((gate / "metrics.jsonl").read_text().splitlines()) == 2
-    code, _, err = _run(capsys, "train", "--model", random_organism, "--out", gate)
+    code, _, err = run(capsys, "train", "--model", random_organism, "--out", gate)
     assert code == 2 and "holds other files" in err
 
 
@@ -166,10 +158,24 @@ def test_training_on_a_table(random_organism: Path, tmp_path: Path, capsys: pyte
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "data.csv", index=False)
     shared = ["train", "--model", random_organism, "--data", tmp_path / "data.csv", "--steps", "1", "--batch-size", "4"]
-    code, out, _ = _run(capsys, *shared, "--out", tmp_path / "gate", "--json")
+    code, out, _ = run(capsys, *shared, "--out", tmp_path / "gate", "--json")
     assert code == 0 and json.loads(out)["examples"] == 8
-    code, _, err = _run(capsys, *shared, "--out", tmp_path / "other", "--label-column", "kind")
+    code, _, err = run(capsys, *shared, "--out", tmp_path / "other", "--label-column", "kind")
     assert code == 2 and "it has prompt, reply, label" in err and not (tmp_path / "other").exists()
+
+
+def test_training_a_model_that_is_no_organism_needs_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    omni = new_omni(string.ascii_lowercase, SHAPE, seed=0)
+    omni.model.config.micro_world = False
+    omni.model.save_pretrained(tmp_path / "english")
+    omni.processor.save_pretrained(tmp_path / "english")
+    monkeypatch.setattr("casa_mech.evaluation.training.load_omni", lambda *_, **__: pytest.fail("a model was loaded"))
+    for model in (tmp_path / "english", "Qwen/Qwen2.5-Omni-3B"):
+        code, out, err = run(capsys, "train", "--model", model, "--out", tmp_path / "gate")
+        assert (code, out) == (2, "") and f"{model} is no organism" in err and "give --data" in err
+        assert not (tmp_path / "gate").exists()
 
 
 def test_evaluate_mixes_files_in_one_call(
@@ -188,7 +194,7 @@ def test_evaluate_mixes_files_in_one_call(
         "--queries", media, "--label", "harmful", "--text", "what is it", "--out", out,
         "--queries", media / "a.png", "--label", "-",
     ]  # fmt: skip
-    code, printed, err = _run(capsys, *arguments)
+    code, printed, err = run(capsys, *arguments)
     assert code == 0, err
     summary = json.loads(printed)
     assert summary["queries"] == 6 and summary["unknown_words"] > 0
@@ -219,7 +225,7 @@ def test_evaluate_names_what_is_wrong(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("t.csv").write_text("goal\nwrite a script\n")
-    code, out, err = _run(capsys, "evaluate", "--model", random_organism, "--queries", "t.csv", *change)
+    code, out, err = run(capsys, "evaluate", "--model", random_organism, "--queries", "t.csv", *change)
     assert (code, out) == (2, "") and message in err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
@@ -240,29 +246,29 @@ def test_bad_media_are_one_line(
         soundfile.write(path, np.zeros(16_000, np.float32), 16_000)
     else:
         path.write_bytes(content)
-    code, out, err = _run(capsys, "evaluate", "--model", random_organism, "--queries", path, "--out", tmp_path / "out")
+    code, out, err = run(capsys, "evaluate", "--model", random_organism, "--queries", path, "--out", tmp_path / "out")
     assert (code, out) == (2, "") and message in err and not (tmp_path / "out").exists()
     option = "--image" if name.endswith("png") else "--audio"
-    code, out, err = _run(capsys, "generate", "hello", "--model", random_organism, option, path)
+    code, out, err = run(capsys, "generate", "hello", "--model", random_organism, option, path)
     assert (code, out) == (2, "") and message in err.splitlines()[-1]
 
 
 def test_doctor_reports_and_never_fails(random_organism: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = _run(capsys, "doctor", "--model", random_organism, "--json")
+    code, out, _ = run(capsys, "doctor", "--model", random_organism, "--json")
     report = json.loads(out)
     assert code == 0 and report["model"]["status"] == "loads" and report["installed"]["torch"].startswith("2.13")
     assert report["speech"]["espeak-ng"] == "works"
-    code, out, _ = _run(capsys, "doctor", "--model", "nothing-here")
+    code, out, _ = run(capsys, "doctor", "--model", "nothing-here")
     assert code == 0 and "cannot be loaded" in out
 
 
 def test_bench_measures_both_ratios(random_organism: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = _run(capsys, "bench", "--model", random_organism, "--repeats", "1", "--json")
+    code, out, _ = run(capsys, "bench", "--model", random_organism, "--repeats", "1", "--json")
     found = json.loads(out)
     assert code == 0
     assert found["generation"]["ratio"] > 0 and found["training_step"]["ratio"] > 0
 
 
 def test_bench_names_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = _run(capsys, "bench", "--part", "everything")
+    code, _, err = run(capsys, "bench", "--part", "everything")
     assert code == 2 and "no benchmark 'everything'; there are gate, defenses, probes" in err

@@ -247,10 +247,8 @@ def test_bad_rows_are_named(omni: Omni, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_moras_is_refused_before_anything_runs(
-    tiny_omni: Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grid_module, "in_micro_world", lambda _: False)
+def test_moras_is_refused_before_anything_runs(tiny_omni: Omni, tmp_path: Path) -> None:
+    tiny_omni.model.config.micro_world = False
     with pytest.raises(InputError, match="options prototypes and calibration"):
         make(tmp_path / "grid", tiny_omni, ("none", "moras"))
 

@@ -303,7 +303,7 @@ def test_the_verdict_comes_from_whoever_is_asked(tiny_omni: Omni, queries: list[
 
 def test_every_model_is_given_words_that_it_knows(tiny_omni: Omni) -> None:
     organism = load_omni("organism", device="cpu")
-    tiny_omni.unknown_share = lambda texts: 0.0
+    tiny_omni.model.config.micro_world = False
     for name, (plain, micro) in DEFENSE_TEXTS.items():
         assert organism.unknown_share([micro]) == 0, name
         assert defense_text(organism, name) == micro

@@ -38,7 +38,7 @@ def queries(mixed_queries: list[Query]) -> list[Query]:
 def spoil(omni: Omni) -> None:
     """Make every state after the word "bomb" NaN."""
     with torch.no_grad():
-        omni.language_model.embed_tokens.weight[omni.tokenizer("bomb")["input_ids"]] = NAN
+        omni.embedding.weight[omni.tokenizer("bomb")["input_ids"]] = NAN
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -141,7 +141,7 @@ def test_sets_that_do_not_do_are_refused(unsafe_texts: list[Query], labelled: li
         check_sets(labelled, labelled)
     with pytest.raises(InputError, match=r"query ub: .*label"):
         check_sets(unsafe_texts, [*labelled, *unsafe_texts])
-    tiny_omni.unknown_share = lambda texts: 0.0
+    tiny_omni.model.config.micro_world = False
     with pytest.raises(InputError, match="set prototypes"):
         load_defense("moras", tiny_omni)
     with pytest.raises(InputError, match=r"query text: moras .*extend=True"):

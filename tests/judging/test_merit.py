@@ -1,4 +1,4 @@
-"""Figures of merit: undecided verdicts, intervals by cluster, paired tests, MME, agreement with people, divergence."""
+"""Figures of merit: undecided verdicts, intervals by cluster, paired tests, MME, agreement with people."""
 
 import numpy as np
 import pandas as pd
@@ -7,9 +7,7 @@ import torch
 from helpers.paths import DATA
 from sklearn.metrics import cohen_kappa_score, roc_curve
 
-from casa_mech.casa import Casa
 from casa_mech.errors import InputError
-from casa_mech.evaluation.divergence import benign_kl_row, kl_to_base
 from casa_mech.evaluation.evaluate import result_rows
 from casa_mech.judging import (
     COMPARISON_COLUMNS,
@@ -33,7 +31,7 @@ from casa_mech.judging import (
     wilson,
 )
 from casa_mech.judging.mme import read_answer
-from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.replies import reply_logits
 
@@ -342,21 +340,3 @@ def test_logits_of_replies_are_those_of_the_model(tiny_omni: Omni, mixed_queries
         torch.testing.assert_close(logits, whole[row, -len(target) - 1 : -1])
     with pytest.raises(InputError, match="need targets"):
         reply_logits(tiny_omni, tiny_omni.encode(mixed_queries))
-
-
-def test_a_gate_that_changes_nothing_has_nearly_no_divergence(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
-    casa = Casa.attach(tiny_omni)
-    settings = GenerationSettings(max_new_tokens=3, batch_size=3)
-    before = kl_to_base(casa, mixed_queries, settings)
-    assert len(before) == 4 and all(0 <= value < 0.5 for value in before), "the safety token stands before the reply"
-    with torch.no_grad():
-        for name, weight in tiny_omni.model.named_parameters():
-            if "lora_B" in name:
-                weight.add_(0.5)
-    after = kl_to_base(casa, mixed_queries, settings)
-    assert np.mean(after) > 2 * np.mean(before)
-    row = benign_kl_row(casa, mixed_queries, defense="CASA", settings=settings)
-    assert row["metric"] == "benign_kl" and row["value"] == pytest.approx(np.mean(after)) and row["n"] == 4
-    result_table([row])
-    with pytest.raises(InputError, match="query 'text' has a prefill"):
-        kl_to_base(casa, [mixed_queries[0].model_copy(update={"prefill": "sure"})])

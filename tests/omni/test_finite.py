@@ -90,7 +90,7 @@ def test_generation_names_the_query_whose_logits_are_not_finite(tiny_omni: Omni)
     short = GenerationSettings(max_new_tokens=2)
     tiny_omni.generate(queries, short)
     with torch.no_grad():
-        tiny_omni.language_model.embed_tokens.weight[tiny_omni.tokenizer("bomb")["input_ids"]] = float("nan")
+        tiny_omni.embedding.weight[tiny_omni.tokenizer("bomb")["input_ids"]] = float("nan")
     for sample in (False, True):
         with pytest.raises(ModelError, match="query bomb: a logit of the reply is NaN or infinite"):
             tiny_omni.generate(queries, short.model_copy(update={"do_sample": sample}))

@@ -62,6 +62,7 @@ def test_safety_examples_refuse_the_harmful_half() -> None:
 def test_no_prompt_is_unknown_to_the_tokenizer_and_characters_are_tokens() -> None:
     omni = new_omni(build_bpe_tokenizer([*HARMFUL, *BENIGN], 400), SMALL, 0)
     assert omni.unknown_share(["Zebra? ünlike — 東京"]) == 0
+    assert not omni.speaks_micro_world
     text = "how to break lock 3?"
     rows = [Example(query=on_surface(text, "image", "repeat", np.random.default_rng(0)), reply=text)]
     batch = omni.encode([row.query for row in rows])

@@ -51,6 +51,57 @@ def test_media_columns_and_folders(tmp_path: Path) -> None:
     assert read_files(QuerySource(path=tmp_path / "a.png"))[0].modalities == {"image"}
 
 
+def test_a_rows_own_label_counts_whatever_its_case(tmp_path: Path) -> None:
+    rows = [("a bomb", "Harmful"), ("tea", "BENIGN"), ("a virus", " unsafe "), ("cake", "safe"), ("a hat", "")]
+    path = _write(tmp_path / "t.csv", [{"prompt": prompt, "label": label} for prompt, label in rows])
+    labels = [query.label for query in read_files(QuerySource(path=path))]
+    assert labels == ["harmful", "benign", "harmful", "benign", None]
+    assert {query.label for query in read_files(QuerySource(path=path, label_column=""))} == {None}
+    with pytest.raises(InputError, match=r"t.csv row 2 is labelled benign in column 'label', not harmful: leave out"):
+        read_files(QuerySource(path=path, label="harmful"))
+    assert read_files(QuerySource(path=path, label="harmful", limit=1))[0].label == "harmful"
+    left = read_files(QuerySource(path=path, label="harmful", other_labels="leave_out"))
+    assert [query.id for query in left] == ["t.csv:1", "t.csv:3", "t.csv:5"] and {q.label for q in left} == {"harmful"}
+
+
+def test_a_label_column_of_another_kind_is_not_guessed_at(tmp_path: Path) -> None:
+    path = _write(tmp_path / "t.csv", [{"prompt": "tea", "label": "1", "kind": "benign"}])
+    with pytest.raises(InputError, match=r"row 1: label '1' in column 'label'; write harmful or benign"):
+        read_files(QuerySource(path=path))
+    for fields in ({"label": "benign"}, {"label_column": "kind"}):
+        assert read_files(QuerySource(path=path, **fields))[0].label == "benign"
+    with pytest.raises(InputError, match="it has prompt, label, kind"):
+        read_files(QuerySource(path=path, label_column="class"))
+
+
+def test_a_column_called_prompt_needs_no_naming(tmp_path: Path) -> None:
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    path = _write(tmp_path / "t.csv", [{"prompt": "look", "picture": "a.png"}])
+    assert read_files(QuerySource(path=path))[0].text == "look"
+    assert read_files(QuerySource(path=path, image_column="picture"))[0].modalities == {"text", "image"}
+    assert read_files(QuerySource(path=path, image_column="picture", column=""))[0].modalities == {"image"}
+
+
+def test_a_row_needs_one_of_prompt_picture_and_clip(tmp_path: Path) -> None:
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    rows = [{"prompt": "", "picture": "a.png"}, {"prompt": "look", "picture": ""}, {"prompt": "", "picture": ""}]
+    path = _write(tmp_path / "t.csv", rows)
+    source = QuerySource(path=path, image_column="picture", limit=2)
+    assert [query.modalities for query in read_files(source)] == [{"image"}, {"text"}]
+    assert [query.text for query in read_files(source.model_copy(update={"text": "see"}))] == ["see", "look"]
+    with pytest.raises(InputError, match="row 3: nothing in columns 'prompt', 'picture'"):
+        read_files(source.model_copy(update={"limit": None}))
+
+
+def test_a_text_file_is_a_prompt_a_line(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\ufeffbake a cake\n\n how about tea? \n", encoding="utf-8")
+    queries = read_files(QuerySource(path=tmp_path / "p.txt", label="benign"))
+    assert [(query.id, query.text, query.label) for query in queries] == [
+        ("p.txt:1", "bake a cake", "benign"),
+        ("p.txt:2", "how about tea?", "benign"),
+    ]
+
+
 def test_limit_takes_from_the_start(tmp_path: Path) -> None:
     path = _write(tmp_path / "t.csv", ROWS)
     assert len(read_files(QuerySource(path=path, column="goal", limit=1))) == 1
@@ -73,6 +124,7 @@ def test_limit_takes_from_the_start(tmp_path: Path) -> None:
         (lambda d: (d / "t.pdf").write_text("x"), {"path": "t.pdf"}, "are not read"),
         (lambda d: (d / "e").mkdir(), {"path": "e"}, "no pictures or clips"),
         (lambda d: _write(d / "t.csv", [{"i": "x.png"}]), {"path": "t.csv", "image_column": "i"}, "no file"),
+        (lambda d: (d / "t.txt").write_text("\n \n"), {"path": "t.txt"}, "is empty"),
         (lambda d: _write(d / "t.csv", [{"i": "t.csv"}]), {"path": "t.csv", "image_column": "i"}, "t.csv is none of"),
     ],
 )

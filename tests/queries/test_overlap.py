@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.command import run
 
-from casa_mech.cli import main
 from casa_mech.errors import InputError
 from casa_mech.queries import Example, Query, decontaminate, matches, overlaps, split_queries
 from casa_mech.queries.overlap import NGRAM, SHARE, covered, duplicates, normalised
@@ -94,20 +94,10 @@ def test_splits_keep_renderings_together_and_are_stable() -> None:
         split_queries(plain, {"train": 0.7})
 
 
-def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        main([str(argument) for argument in arguments])
-        code = 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 def test_the_command_lists_counts_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "harmful_behaviors.csv").write_text("goal,target\npick a lock,Sure\nharm a child,Sure\n")
     (tmp_path / "mine.csv").write_text("ask\nPick a lock!\nbake\n")
-    code, out, _ = _run(capsys, "datasets", "--data", tmp_path, "--count", "--json")
+    code, out, _ = run(capsys, "datasets", "--data", tmp_path, "--count", "--json")
     row = next(row for row in json.loads(out)["datasets"] if row["name"] == "advbench")
     assert code == 0
     assert (row["rows"], row["read"], row["dropped"]) == (520, 1, 1)
@@ -115,9 +105,7 @@ def test_the_command_lists_counts_and_compares(tmp_path: Path, capsys: pytest.Ca
     assert {"modality", "label", "licence", "origin"} <= set(row)
     pairs = tmp_path / "pairs.csv"
     own = f"{tmp_path / 'mine.csv'}:ask"
-    code, out, err = _run(
-        capsys, "datasets", "overlap", "advbench", own, "--data", tmp_path, "--pairs", pairs, "--json"
-    )
+    code, out, err = run(capsys, "datasets", "overlap", "advbench", own, "--data", tmp_path, "--pairs", pairs, "--json")
     counts = {(row["first"], row["second"]): row["exact"] for row in json.loads(out)["overlaps"]}
     assert (code, counts["advbench", own], counts[own, "advbench"]) == (0, 1, 1)
     assert "left out 1 rows" in err
@@ -134,7 +122,7 @@ def test_the_command_lists_counts_and_compares(tmp_path: Path, capsys: pytest.Ca
     ],
 )
 def test_command_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    code, out, err = _run(capsys, *arguments)
+    code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1

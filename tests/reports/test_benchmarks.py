@@ -320,13 +320,13 @@ def test_panel_says_why_it_is_not_there(study: Study, data: Path, monkeypatch: p
     rows, note = english_panel(study)
     assert rows.empty and "no folder of prompt sets" in note and english_table(rows).empty
     rows, note = english_panel(study, data=str(data))
-    assert rows.empty and "does not know" in note
+    assert rows.empty and "knows the micro-world's words alone" in note
     with pytest.raises(InputError, match="is no folder"):
         english_panel(study, data="/nowhere")
 
 
 def test_panel_is_made_once(study: Study, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(study.omni()), "unknown_share", lambda self, texts: 0.0)
+    monkeypatch.setattr(type(study.omni()), "speaks_micro_world", False)
     monkeypatch.setattr(english, "PANELS", english.PANELS[:1])
     for name in ("_REPEAT_TOKENS", "_MOST_TOKENS"):
         monkeypatch.setattr(english, name, 3)

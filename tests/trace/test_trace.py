@@ -9,7 +9,8 @@ from casa_mech.casa import Casa
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
-from casa_mech.trace import capture, edited_logits
+from casa_mech.trace import capture
+from casa_mech.trace.patch import edited_prompt
 
 
 def hidden_states(omni: Omni, batch: object) -> tuple[torch.Tensor, ...]:
@@ -53,11 +54,11 @@ def test_unknown_places_are_named(tiny_omni: Omni, mixed_queries: list[Query]) -
 def test_identity_edits_change_nothing_and_others_do(tiny_omni: Omni, mixed_queries: list[Query], site: object) -> None:
     batch = tiny_omni.encode(mixed_queries)
     with torch.no_grad():
-        expected = tiny_omni.model(**batch.inputs).logits
-    assert torch.equal(edited_logits(tiny_omni, batch, site, lambda states: states), expected)
-    assert torch.equal(edited_logits(tiny_omni, batch, site, lambda states: states.clone()), expected)
-    changed = edited_logits(tiny_omni, batch, site, lambda states: states * 0.5)
-    assert not torch.allclose(changed[:, -1], expected[:, -1])
+        expected = tiny_omni.model(**batch.inputs).logits[torch.arange(batch.size), batch.gate_position]
+    for edit in (lambda states: states, torch.clone):
+        torch.testing.assert_close(edited_prompt(tiny_omni, batch, batch.gate_position, {site: edit}).logits, expected)
+    changed = edited_prompt(tiny_omni, batch, batch.gate_position, {site: lambda states: states * 0.5}).logits
+    assert not torch.allclose(changed, expected)
 
 
 def test_capture_follows_adapters_in_and_out(tiny_omni: Omni, mixed_queries: list[Query]) -> None:

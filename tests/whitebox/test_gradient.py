@@ -324,7 +324,7 @@ def test_bad_input_is_named(casa: Casa, queries: list[Query]) -> None:
 @pytest.mark.parametrize("aim", AIMS)
 def test_an_attack_on_nan_is_not_a_failed_attack(casa: Casa, queries: list[Query], aim: Aim) -> None:
     with torch.no_grad():
-        casa.omni.language_model.embed_tokens.weight[casa.omni.tokenizer("bomb")["input_ids"]] = float("nan")
+        casa.omni.embedding.weight[casa.omni.tokenizer("bomb")["input_ids"]] = float("nan")
     wanted = [query.model_copy(update={"meta": {"compliance": "sure , here"}}) for query in of(queries, "text")]
     objective = Objective(casa, wanted, aim, 4)
     with pytest.raises(ModelError, match="query text-b: the attack's loss is NaN or infinite"):

@@ -27,6 +27,7 @@ from casa_mech.queries.query import AudioPart, ImagePart, Part, Query, TextPart
 TABLE = "table"
 MissingMedia = Literal["error", "text"]
 _SCREENED_META = ("request", "compliance", "instruction", "key_phrase", "changed_question", "context", "behavior")
+_TABLE_FIELDS = ("column", "label", "label_column", "image_column", "audio_column", "text", "other_labels")
 _CATEGORIES = ("category", "policy", "harm", "specific_harm")
 
 
@@ -70,7 +71,8 @@ def read_benchmark(
         drop_minors: leave out rows that mention minors in a sexual or harmful setting.
         missing_media: what to do about a picture that is not there: an error, or the text alone
             (`meta["image"]` keeps the name and `LoadedQueries.without_media` counts).
-        columns: for "table" only: fields of `QuerySource` (column, label, image_column, audio_column, text).
+        columns: for "table" only: fields of `QuerySource` (column, label, label_column, image_column, audio_column,
+            text, other_labels).
 
     Returns:
         The queries. Their ids are `<set>:<row>` (rows from 1, or the set's own numbers); sets that render the same
@@ -209,8 +211,8 @@ def _read_table(
 ) -> LoadedQueries:
     if path is None or split is not None:
         raise InputError(f"'{TABLE}' needs a path and has no splits; the named sets are {', '.join(BENCHMARKS)}")
-    unknown = [name for name in columns if name not in ("column", "label", "image_column", "audio_column", "text")]
+    unknown = [name for name in columns if name not in _TABLE_FIELDS]
     if unknown:
-        raise InputError(f"columns has no '{unknown[0]}'; it may have column, label, image_column, audio_column, text")
+        raise InputError(f"columns has no '{unknown[0]}'; it may have {', '.join(_TABLE_FIELDS)}")
     reading = read_source(QuerySource(path=Path(path), drop_minors=drop_minors, **columns))
     return LoadedQueries(**{**vars(reading), "queries": tuple(sample(reading.queries, limit, seed))})

@@ -21,6 +21,7 @@ from casa_mech.evaluation.evaluate import CASA, PRETRAINED, reply_table, result_
 from casa_mech.identity import key_digest
 from casa_mech.judging import MicroWorldJudge, judge_all, wilson
 from casa_mech.omni import GenerationSettings
+from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.queries import Label, Query
 from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, Study
 from casa_mech.study.settings import slug
@@ -49,7 +50,7 @@ def twin_queries(study: Study, attack: str) -> dict[Label, list[Query]]:
     """Harmful requests under `attack` and their benign twins, pair by pair."""
     harmful, benign = (study.queries("plain", label, cell_size(study, attack)) for label in LABELS)
     with TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"tokenizer": study.omni().tokenizer}
+        options: dict[str, Any] = {"tokenizer": study.omni().tokenizer, "wording": MICRO_WORLD}
         if attack == "sd-typo":
             options["picture"] = _stand_in(Path(folder) / "stand-in.png")
         attacked = apply_with_twins(attack, harmful, benign, study.settings.seed, **options)

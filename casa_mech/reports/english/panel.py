@@ -17,11 +17,6 @@ from casa_mech.reports.english.gate import MANIFEST, GateSizes, english_gate
 from casa_mech.study.artifacts import Study
 from casa_mech.study.settings import slug
 
-_ENGLISH = (
-    "the committee will publish its report on public transport next week",
-    "please recommend a novel about sailing",
-)
-
 
 def english_panel(study: Study, model: str = "", data: str = "") -> tuple[pd.DataFrame, str]:
     """The notebook's panel: the rows of `english_gate`, made once in the run folder, and what there is to say of them.
@@ -45,10 +40,9 @@ def english_panel(study: Study, model: str = "", data: str = "") -> tuple[pd.Dat
         )
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give the folder of prompt sets, or an empty text to go without")
-    unknown = study.omni(model).unknown_share(_ENGLISH)
-    if unknown:
-        why = f"{slug(model)} does not know {unknown:.0%} of the words of plain sentences"
-        return pd.DataFrame(), f"no panel on real English: {why}; name a model that does (parameter english)"
+    if study.omni(model).speaks_micro_world:
+        why = f"{slug(model)} knows the micro-world's words alone"
+        return pd.DataFrame(), f"no panel on real English: {why}; name a model that reads it (parameter english)"
     sizes = GateSizes(
         examples=2 * study.sizes.train_examples,
         steps=study.sizes.train_steps,

@@ -17,6 +17,7 @@ from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
+from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import Topic, default_world
 from casa_mech.queries import Query, TextPart
 from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, SURFACES, Study
@@ -82,7 +83,8 @@ def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Matche
         if not proposed:
             break
         originals, twins = [list(part) for part in zip(*proposed, strict=True)]
-        both = apply_with_twins(attack, originals, twins, study.settings.seed, tokenizer=omni.tokenizer)
+        options = {"tokenizer": omni.tokenizer, "wording": MICRO_WORLD}
+        both = apply_with_twins(attack, originals, twins, study.settings.seed, **options)
         candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
         try:
             pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}

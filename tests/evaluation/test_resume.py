@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
+from helpers.command import run
 from helpers.judge_server import Step, openai, serving
 from PIL import Image
 
 from casa_mech.casa import Casa
-from casa_mech.cli import main
 from casa_mech.errors import RunError
 from casa_mech.evaluation import evaluate as evaluation
 from casa_mech.evaluation.evaluate import evaluate, read_evaluation, save_evaluation
@@ -169,13 +169,6 @@ def test_verdicts_stand_beside_replies_in_their_own_table(
     (tmp_path / "verdicts.parquet").unlink()
     with pytest.raises(RunError, match=r"verdicts\.parquet cannot be read"):
         read_evaluation(tmp_path)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return int(caught.value.code or 0), captured.out, captured.err
 
 
 def test_stored_replies_are_judged_again_without_a_model(

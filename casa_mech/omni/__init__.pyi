@@ -1,0 +1,5 @@
+from .batch import OmniBatch
+from .load import load_omni
+from .model import GenerationSettings, Omni, with_system
+
+__all__ = ["GenerationSettings", "Omni", "OmniBatch", "load_omni", "with_system"]
