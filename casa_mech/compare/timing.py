@@ -18,24 +18,24 @@ TIMED_ATTACKS = ("plain", "image", "audio")
 
 @dataclass(frozen=True)
 class Timing:
-    """What a defence costs against the plain model."""
+    """What a defence's replies cost beside the plain model's."""
 
     seconds: float
-    """A query under the defence, median over rounds."""
+    """Seconds a query with the defence, median over rounds."""
     plain_seconds: float
-    """A query without it, median over rounds."""
+    """Seconds a query without it, median over rounds."""
     ratio: float
     """Median over rounds of the two sides' ratio."""
     low: float
-    """Least ratio of a round."""
+    """The least ratio of a round."""
     high: float
-    """Greatest ratio of a round."""
+    """The greatest ratio of a round."""
     n: int
-    """Timed queries, all rounds."""
+    """Timed queries, all rounds together."""
 
 
 def relative_seconds(defense: Defense, plain: Omni, queries: Sequence[Sequence[Query]], rounds: int) -> Timing:
-    """Time `defense` against `plain`.
+    """Seconds with `defense` and with `plain`, which take turns, and their ratio.
 
     Every reply has exactly `REPLY_TOKENS` tokens, so that one which refuses in few words is not cheaper for that; what
     a defence does besides (a verdict, a caption, a probe) is in its time, what it does once is not.
@@ -66,7 +66,7 @@ def relative_seconds(defense: Defense, plain: Omni, queries: Sequence[Sequence[Q
 
 @contextmanager
 def _endless(omni: Omni) -> Iterator[None]:
-    """The model without an end of turn, so that every reply has the length asked for."""
+    """The model without an end of turn, so that every reply is as long as the settings allow."""
     config = omni.model.generation_config
     end, config.eos_token_id = config.eos_token_id, None
     try:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from casa_mech.judging import result_table
+from casa_mech.judging.results import result_table
 from casa_mech.omni import load_omni
 from casa_mech.reports.claim import claim_table
 from casa_mech.reports.lens import claims

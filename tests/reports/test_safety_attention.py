@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from casa_mech.judging import RESULT_COLUMNS
+from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.reports.claim import claim_rows
 from casa_mech.reports.prefill_dynamics import claims as prefill_claims
 from casa_mech.reports.prefill_dynamics import plots as prefill_plots

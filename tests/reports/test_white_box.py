@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from casa_mech.errors import InputError
-from casa_mech.judging import result_table
+from casa_mech.judging.results import result_table
 from casa_mech.reports.white_box import claims
 from casa_mech.reports.white_box import tables as whitebox
 from casa_mech.reports.white_box.plots import plot_ablation, plot_rates_along

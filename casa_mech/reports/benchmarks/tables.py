@@ -19,7 +19,9 @@ from PIL import Image
 from casa_mech.attacks import ATTACKS, STUDY_ATTACKS, apply_with_twins
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, reply_table, result_rows
 from casa_mech.identity import key_digest
-from casa_mech.judging import MicroWorldJudge, judge_all, wilson
+from casa_mech.judging import MicroWorldJudge, judge_all
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.stats import wilson
 from casa_mech.omni import GenerationSettings
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.queries import Label, Query
@@ -170,7 +172,8 @@ def _verdict(entry: Any, after: float) -> str:
         return YES if after >= READS else f"{YES}, but answers {100 * after:.0f} % of its benign twins after CASA"
     if entry.reads == UNKNOWN:
         return f"{UNKNOWN}: no exact judge"
-    return f"{NO}: benign twins answered {100 * entry.value:.0f} % [{100 * entry.low:.0f}, {100 * entry.high:.0f}]"
+    answered = Estimate(entry.value, entry.low, entry.high).times(100)
+    return f"{NO}: benign twins answered {answered.value:.0f} % {answered.bounds('.0f')}"
 
 
 def _cell(rows: pd.DataFrame) -> str:
@@ -178,8 +181,8 @@ def _cell(rows: pd.DataFrame) -> str:
         return "–"
     row = rows.iloc[0]
     if row["metric"] == "gate_auroc":
-        return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n={row['n']}"
-    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}] n={row['n']}"
+        return Estimate.of(row).text(".3f", row["n"])
+    return Estimate.of(row).percent(n=row["n"])
 
 
 def _stand_in(path: Path) -> Path:

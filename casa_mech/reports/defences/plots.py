@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+from casa_mech.judging.estimate import Estimate
 
 PANELS = {"attack_success": "attack success (%)", "benign_answered": "benign counterparts answered (%)"}
 _WIDE = 8
@@ -83,10 +84,10 @@ def plot_tradeoff(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
 
 def _cell(axis: Axes, x: int, y: int, row: pd.Series) -> None:
-    value = 100 * row["value"]
+    percent = Estimate.of(row).times(100)
     axis.text(
-        x, y, f"{value:.0f}\n[{100 * row['low']:.0f}, {100 * row['high']:.0f}]", ha="center", va="center", fontsize=7,
-        color="white" if value < 55 else "black",
+        x, y, f"{percent.value:.0f}\n{percent.bounds('.0f')}", ha="center", va="center", fontsize=7,
+        color="white" if percent.value < 55 else "black",
     )  # fmt: skip
 
 

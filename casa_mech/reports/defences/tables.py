@@ -11,7 +11,7 @@ from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.grid import Grid
 from casa_mech.compare.paired import paired_tests
 from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
-from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, System, system_named
+from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, ComparedSystem, system_named
 from casa_mech.compare.tables import grid_rows, summarise
 from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.omni import GenerationSettings
@@ -70,7 +70,7 @@ def defense_grid(study: Study, n: int = 0) -> Comparison:
 
 
 def filled_grid(
-    study: Study, systems: Sequence[System], sizes: GridSizes, plan: TrainingPlan, n: int,
+    study: Study, systems: Sequence[ComparedSystem], sizes: GridSizes, plan: TrainingPlan, n: int,
     chosen: Sequence[Variant] = (),
 ) -> Comparison:  # fmt: skip
     """Fill a grid in the study's run folder and make its tables."""

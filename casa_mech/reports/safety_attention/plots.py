@@ -309,8 +309,7 @@ def plot_reliability(data: Mapping[str, Reliability], title: str, caption: str =
             axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
             error = bar_lengths(curve, "share")
             axis.errorbar(curve["mean_score"], curve["share"], yerr=error, fmt="o", color=SERIES[0], capsize=2)
-            brier, ece = (f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in (found.brier, found.ece))
-            axis.set_title(f"{name} (n = {found.n})\nBrier {brier}\nECE {ece}", fontsize=8)
+            axis.set_title(f"{name} (n = {found.n})\nBrier {found.brier.text()}\nECE {found.ece.text()}", fontsize=8)
         for axis in axes.flat[len(data) :]:
             axis.axis("off")
         figure.supxlabel("v_s", fontsize=9)

@@ -165,7 +165,7 @@ def refusals(study: Study) -> tuple[str, ...]:
 
 
 def refusal_direction(study: Study) -> RefusalDirection:
-    """The refusal direction of the model before CASA (its gate disabled), found by the rules of method notes §5.4.
+    """The refusal direction of the model before CASA (its gate disabled), found by the rules of docs/method.md §5.4.
 
     Where no candidate meets them all it is the best one; where the model refuses too little to tell, the difference in
     means before the middle block. `rules_met` says so. It is found on requests of its own.

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+from casa_mech.judging.estimate import Estimate
 
 _LINES = {
     "auroc": ("logistic probe", "low", "high", "-"),
@@ -115,7 +116,7 @@ def _matrix(axis: Axes, part: pd.DataFrame, surfaces: Sequence[str]) -> None:
     for row, fit in enumerate(surfaces):
         for column, on in enumerate(surfaces):
             cell = cells.loc[(fit, on)]
-            text = f"{cell['auroc']:.2f}\n[{cell['low']:.2f}, {cell['high']:.2f}]"
+            text = f"{cell['auroc']:.2f}\n{Estimate(*cell[['auroc', 'low', 'high']]).bounds()}"
             dark = cell["auroc"] < 0.75
             axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
     axis.set_xticks(range(len(surfaces)), surfaces)

@@ -10,7 +10,7 @@ import pandas as pd
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.evaluation.evaluate import PRETRAINED
 from casa_mech.identity import key_digest
-from casa_mech.judging import auroc_interval
+from casa_mech.judging.stats import auroc_interval
 from casa_mech.study.settings import slug
 from casa_mech.study.study import LABELS, SURFACES, Study
 from probes.activations import Activations
