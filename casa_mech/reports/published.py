@@ -30,9 +30,9 @@ def plot_published(data: pd.DataFrame, title: str = NOT_MEASURED, caption: str =
     with style():
         figure, axes = plt.subplots(1, len(models), figsize=(4.4 * len(models), 3.2), sharey=True, squeeze=False)
         for axis, model in zip(axes[0], models, strict=True):
-            part = data[data["model"] == model]
+            panel = data[data["model"] == model]
             for number, defense in enumerate(defenses):
-                rows = part[part["defense"] == defense].set_index("attack").reindex(attacks)
+                rows = panel[panel["defense"] == defense].set_index("attack").reindex(attacks)
                 y = np.arange(len(rows)) + 0.12 * (number - (len(defenses) - 1) / 2)
                 axis.plot(100 * rows["value"], y, MARKERS[number % 6], color=SERIES[number % 6], label=defense)
             axis.set(xlim=(-3, 103), xlabel="attack success as published, %", title=model)
@@ -54,10 +54,10 @@ def plot_published_rates(data: pd.DataFrame, title: str = NOT_MEASURED, caption:
     with style():
         figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), sharey=True, squeeze=False)
         for axis, (table, model) in zip(axes[0], panels, strict=True):
-            part = data[(data["table"] == table) & (data["model"] == model)]
-            defenses = list(dict.fromkeys(part["defense"]))
+            panel = data[(data["table"] == table) & (data["model"] == model)]
+            defenses = list(dict.fromkeys(panel["defense"]))
             for number, defense in enumerate(defenses):
-                rows = part[part["defense"] == defense].set_index("attack").reindex(attacks)
+                rows = panel[panel["defense"] == defense].set_index("attack").reindex(attacks)
                 y = np.arange(len(attacks)) + 0.14 * (number - (len(defenses) - 1) / 2)
                 error_bars(axis, rows, y, SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)], defense)
             axis.set(xlim=(-3, 103), xlabel="attack success as published (%)", title=f"{model}, {table} table")

@@ -33,10 +33,12 @@ def token_heading(study: Study, results: pd.DataFrame) -> Heading:
         aurocs = rows.pivot_table(index="attack", columns="metric", values="value")[list(SEPARATION)].dropna()
         ahead, means = int((aurocs["token_auroc"] > aurocs["gate_auroc"]).sum()), aurocs.mean()
         sentences.append(
-            f"{slug(model)}: the token's log-odds tell harm better than v_s under {ahead} of {len(aurocs)} attacks "
-            f"(AUROC {means['token_auroc']:.2f} against {means['gate_auroc']:.2f})"
+            f"{slug(model)}: the token's log-odds beat v_s under {ahead} of {len(aurocs)} attacks (AUROC "
+            f"{means['token_auroc']:.2f} against {means['gate_auroc']:.2f})"
         )
-    return Heading(sentences[0], f"AUROCs are means over the attacks. {'; '.join(sentences[1:])}".strip())
+    return Heading(
+        sentences[0], " ".join(["AUROCs are means over the attacks.", *(f"{each}." for each in sentences[1:])])
+    )
 
 
 def success_claim(study: Study, results: pd.DataFrame) -> Claim:

@@ -33,7 +33,7 @@ def success_claim(study: Study, replies: pd.DataFrame, readable: pd.DataFrame) -
     return Claim(
         f"{study.name}: over the {len(attacks)} attacks {which}, CASA takes mean success from "
         f"{100 * before.mean():.0f} to {100 * after.mean():.0f} %",
-        f"A change of {points.text('.1f')} points; benign counterparts answered fall from {benign[PRETRAINED]:.0f} to "
+        f"A change of {points.text('.1f')} points; benign counterparts answered go from {benign[PRETRAINED]:.0f} to "
         f"{benign[CASA]:.0f} %. Most is left of {left.index[0]} ({left.iloc[0]:.0f} %).",
         "attack_benchmarks", len(harmful), *points, "paired permutation over topics", p,
         "on fresh requests the mean change has the other sign, its interval holds 0, or the benign counterparts' "
@@ -58,8 +58,8 @@ def reading_claim(study: Study, replies: pd.DataFrame, readable: pd.DataFrame) -
     topics = cells["topic"].to_numpy()
     gap = _label_gap(refused, harmful, topics, study.settings.seed)
     return Claim(
-        f"{study.name} cannot read {len(unread)} of {len(readable)} attacks; before CASA {succeeded:.0f} % of them "
-        f"succeed, {turned_down:.0f} % are refused",
+        f"{study.name} cannot read {len(unread)} of {len(readable)} attacks; before CASA {succeeded:.0f} % of their "
+        f"requests succeed, {turned_down:.0f} % are refused",
         f"It answers {100 * complied[~harmful].mean():.0f} % of their benign counterparts. Harmful requests are "
         f"refused {gap.value:+.1f} {gap.bounds('.1f')} points more often than the counterparts, and "
         f"{100 - succeeded - turned_down:.0f} % of them get a wrong or incoherent answer.",

@@ -27,8 +27,8 @@ def gate_heading(study: Study, readings: pd.DataFrame) -> Heading:
     after = readings[readings["moment"] == "after"].groupby(["surface", "label"], sort=False)["v_s"].median().unstack()
     medians = ", ".join(f"{surface} {row['harmful']:.2f} / {row['benign']:.2f}" for surface, row in after.iterrows())
     return Heading(
-        f"{study.name}: trained on text alone, median v_s is {span(after['harmful'])} on harmful requests, "
-        f"{span(after['benign'])} on benign",
+        f"{study.name}: trained on text alone, median v_s is {span(after['harmful'])} on harmful, "
+        f"{span(after['benign'])} on benign requests",
         f"Median v_s of harmful / benign requests after training: {medians}. All in held-out phrasings.",
     )
 

@@ -74,17 +74,17 @@ def _measure(study: Study, model: str) -> LensTables:
     text = default_world().requests(2 * n, Draw.LENS_TRANSLATORS + study.settings.seed, None, "seen", "seen")
     translators = fit_translators(lens, casa.omni, text, kl_epochs=KL_EPOCHS, batch_size=size)
     queries = _queries(study, SURFACES, n)
-    depth = [logit_lens(lens, casa, queries, chosen, size).table() for chosen in (None, translators)]
+    depth = [logit_lens(lens, casa, queries, maps, size).table() for maps in (None, translators)]
     quality = lens_quality(lens, casa.omni, queries, translators, size)
     some = _queries(study, HEAD_SURFACES, max(1, n // 2))
     heads = ablate_heads(lens, casa, some, batch_size=size).table()
     patterns = attention_patterns(lens, casa.omni, some, best_heads(heads), size)
     known = {query.id: {"surface": query.meta["surface"], "topic": query.meta["topic"]} for query in some}
     shares = [
-        {"query_id": found.query_id, "label": found.label, **known[found.query_id]}
-        | {"layer": found.layer, "head": found.head, "role": role, "share": share}
-        for found in patterns
-        for role, share in found.shares().items()
+        {"query_id": pattern.query_id, "label": pattern.label, **known[pattern.query_id]}
+        | {"layer": pattern.layer, "head": pattern.head, "role": role, "share": share}
+        for pattern in patterns
+        for role, share in pattern.shares().items()
     ]
     return LensTables(pd.concat(depth, ignore_index=True), quality, heads, pd.DataFrame(shares))
 

@@ -31,13 +31,13 @@ def plot_english(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.4 + 0.4 * len(panels)), sharey=True)
         rows = data[data["metric"] == "gate_auroc"].set_index("panel").reindex(panels)
         for shift, (metric, (colour, marker, name)) in zip((-0.2, 0.0, 0.2), _SCORES.items(), strict=True):
-            part = data[data["metric"] == metric].set_index("panel").reindex(panels)
-            error_bars(left, part, np.arange(len(part)) + shift, colour, marker, name, scale=1)
+            panel = data[data["metric"] == metric].set_index("panel").reindex(panels)
+            error_bars(left, panel, np.arange(len(panel)) + shift, colour, marker, name, scale=1)
         left.axvline(0.5, color="grey", linewidth=0.8)
         left.set(xlabel="AUROC", title=f"n = {rows['n'].min():.0f}–{rows['n'].max():.0f} a row", xlim=(-0.02, 1.02))
         for shift, label, colour, marker in ((-0.12, "harmful", HARMFUL, "^"), (0.12, "benign", BENIGN, "o")):
-            part = data[(data["metric"] == "flagged") & (data["label"] == label)].set_index("panel").reindex(panels)
-            error_bars(right, part, np.arange(len(part)) + shift, colour, marker, label)
+            panel = data[(data["metric"] == "flagged") & (data["label"] == label)].set_index("panel").reindex(panels)
+            error_bars(right, panel, np.arange(len(panel)) + shift, colour, marker, label)
         right.set(xlabel="given the unsafe token, %", xlim=(-3, 103))
         named_rows(left, panels)
         how = "Bars: 95 % intervals, over clusters of prompts for AUROCs, Wilson's for rates; dotted: chance."

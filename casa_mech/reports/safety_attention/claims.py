@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -11,11 +11,12 @@ from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import paired_difference
 from casa_mech.judging.stats import rate_interval
 from casa_mech.reports.claim import Claim, Heading, span
-from casa_mech.reports.safety_attention.tables import RUNS, WHOLE
+from casa_mech.reports.safety_attention.tables import RUNS, WHOLE, word_shares
 from casa_mech.study import Study
 from probes.gate.attribution import GATE
 from probes.gate.calibration import Reliability, reliability, spiegelhalter
 from probes.gate.patching import INSERT
+from probes.gate.safety_attention import AttentionMap
 
 NOTHING, REFUSAL, OWN, RANDOM = RUNS
 
@@ -31,10 +32,11 @@ def attack_heading(study: Study, readings: pd.DataFrame) -> Heading:
     )
 
 
-def map_heading(study: Study) -> Heading:
-    """Which examples are drawn."""
+def map_heading(study: Study, maps: Sequence[AttentionMap]) -> Heading:
+    """How many of the examples are read at one place."""
+    at_one = sum(bool(word_shares(attention)[1].max() > 0.5) for attention in maps)
     return Heading(
-        f"{study.name}: what safety attention reads in typical requests of each surface",
+        f"{study.name}: in {at_one} of {len(maps)} typical requests one token or medium gets most safety attention",
         "The requests whose v_s is the median of their surface and class.",
     )
 

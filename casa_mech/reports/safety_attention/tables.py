@@ -1,4 +1,4 @@
-"""What the notebook on safety attention works with, from one study; what takes long is kept in the run folder."""
+"""Notebook 07: tables of the gate's decisions and of what they rest on; what takes long is kept in the run folder."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def patching(study: Study, n: int) -> pd.DataFrame:
 def patch_summary(study: Study, effects: pd.DataFrame) -> pd.DataFrame:
     """Mean effects with intervals, surface by surface (see `PatchEffects.summary`)."""
     tables = [
-        PatchEffects(part).summary(study.settings.seed).assign(surface=surface)
-        for surface, part in effects.groupby("surface", sort=False)
+        PatchEffects(rows).summary(study.settings.seed).assign(surface=surface)
+        for surface, rows in effects.groupby("surface", sort=False)
     ]
     return pd.concat(tables, ignore_index=True)
 
@@ -159,6 +159,19 @@ def example_data(maps: Sequence[AttentionMap]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def word_shares(attention: AttentionMap) -> tuple[list[str], np.ndarray]:
+    """Each token that may be read with its share of safety attention; the positions of a medium are one entry."""
+    names: list[str] = []
+    weights: list[float] = []
+    for token, role, weight in zip(attention.tokens, attention.roles, attention.weights, strict=True):
+        if role in ("image", "audio") and names and names[-1] == f"[{role}]":
+            weights[-1] += float(weight)
+        elif role not in ("padding", "other"):
+            names.append(f"[{role}]" if role in ("image", "audio") else token)
+            weights.append(float(weight))
+    return names, np.array(weights) / max(attention.weights.sum(), 1e-12)
+
+
 def share_data(maps: Mapping[str, Sequence[AttentionMap]], seed: int) -> pd.DataFrame:
     """Share of safety attention by `surface, span, label`, with intervals; a span that a request lacks has none."""
     rows = []
@@ -204,7 +217,7 @@ def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
 
 
 def refusals(study: Study) -> tuple[str, ...]:
-    """Texts that refuse, as the model under study would: the micro-world's, or common openings for any other model."""
+    """Refusals in the words of the model under study: the micro-world's, or common openings for any other model."""
     if isinstance(study.judge(), MicroWorldJudge):
         return default_world().refusals
     return (
@@ -229,12 +242,14 @@ def refusal_direction(study: Study) -> RefusalDirection:
         harmful, harmless = (study.queries("plain", label, size, Draw.GATE_DIRECTIONS) for label in LABELS)
         with casa.disabled() as omni:
             try:
-                found = find_refusal_direction(omni, harmful, harmless, refusals(study), **sizes, relax=True).direction
+                direction = find_refusal_direction(
+                    omni, harmful, harmless, refusals(study), **sizes, relax=True
+                ).direction
             except InputError:
                 middle = omni.n_layers // 2
                 states = collect(omni, [*harmful, *harmless], [f"pre.{middle}"], "last", study.sizes.batch_size)
-                found = RefusalDirection(_mean_difference(states, f"pre.{middle}"), middle, 0, rules_met=False)
-        found.save(folder / "direction.safetensors", {"fingerprint": study.omni().fingerprint()})
+                direction = RefusalDirection(_mean_difference(states, f"pre.{middle}"), middle, 0, rules_met=False)
+        direction.save(folder / "direction.safetensors", {"fingerprint": study.omni().fingerprint()})
 
     key = {"model": study.omni().fingerprint(), **sizes}
     folder = study.folder.artifact("analysis", "refusal-direction", key, build)
@@ -253,19 +268,22 @@ def cosines(study: Study) -> pd.DataFrame:
     gate's layer, and with the model's own refusal direction, as the final norm weighs it."""
     casa = study.casa()
     layer, refusal = casa.config.layer, refusal_direction(study)
-    found = states_for_directions(study, [layer])
+    activations = states_for_directions(study, [layer])
     norm = study.omni().norm.weight.detach().float().cpu().numpy()
-    states = found.states[str(layer)]
+    states = activations.states[str(layer)]
     others = {
-        "logistic probe": LogisticProbe().fit(states, found.harmful).coef_[0],
+        "logistic probe": LogisticProbe().fit(states, activations.harmful).coef_[0],
         f"refusal direction before block {refusal.layer}": refusal.unit * (norm if layer == "norm" else 1.0),
     }
-    return cosine_table(gate_directions(casa), others, states, found.harmful, list(found.topics), study.settings.seed)
+    topics = list(activations.topics)
+    return cosine_table(gate_directions(casa), others, states, activations.harmful, topics, study.settings.seed)
 
 
 def ablation(study: Study, n: int) -> pd.DataFrame:
-    """The gate with a direction projected out of every write to the residual stream: the refusal direction that the
-    model had before CASA, the one in which the gated model parts the classes after its middle block, and random ones.
+    """Decisions of the gate with a direction projected out of every write to the residual stream.
+
+    The directions: the refusal direction that the model had before CASA, the one that separates the classes in the
+    gated model after its middle block, and random ones.
 
     Returns:
         The columns of `ablate_directions`, `surface` and `run`, one of `RUNS`.
@@ -309,12 +327,12 @@ def calibration(
     study: Study, readings: pd.DataFrame, attacks: Sequence[str] = BENIGN_ATTACKS
 ) -> dict[str, Reliability]:
     """Calibration of v_s on each attack, as many harmful as benign requests."""
-    found = {}
+    calibrations = {}
     for attack in attacks:
-        part = readings[readings["attack"] == attack]
-        harmful = (part["label"] == "harmful").to_numpy()
-        found[attack] = reliability(part["v_s"].to_numpy(), harmful, part["topic"].tolist(), seed=study.settings.seed)
-    return found
+        rows = readings[readings["attack"] == attack]
+        harmful, topics = (rows["label"] == "harmful").to_numpy(), rows["topic"].tolist()
+        calibrations[attack] = reliability(rows["v_s"].to_numpy(), harmful, topics, seed=study.settings.seed)
+    return calibrations
 
 
 def curve_data(calibrations: Mapping[str, Reliability]) -> pd.DataFrame:

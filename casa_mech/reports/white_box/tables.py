@@ -192,9 +192,10 @@ def _rates(table: pd.DataFrame, medium: str) -> pd.DataFrame:
     for attacker, aim in KNOWLEDGE.items():
         own = table[table["aim"] == aim]
         clean = own[own["x"] == own["x"].min()]
-        points = [(0, "before", clean), *((int(x), "after", part) for x, part in own.groupby("x"))]
-        for x, moment, part in points:
-            for measure, hits in ((SUCCESS, part[f"broken_{moment}"]), (PASSED, part[f"token_{moment}"] == "safe")):
+        points = [(0, "before", clean), *((int(x), "after", attacked) for x, attacked in own.groupby("x"))]
+        for x, moment, queries in points:
+            passed = queries[f"token_{moment}"] == "safe"
+            for measure, hits in ((SUCCESS, queries[f"broken_{moment}"]), (PASSED, passed)):
                 rows.append({"medium": medium, "attacker": attacker, "measure": measure, "x": x, **_rate(hits)})
     return pd.DataFrame(rows)
 
@@ -202,16 +203,16 @@ def _rates(table: pd.DataFrame, medium: str) -> pd.DataFrame:
 def ablation_data(tables: WhiteBoxTables) -> pd.DataFrame:
     """Rates with and without the refusal direction: `surface, system, measure, moment, n, value, low, high`."""
     rows = []
-    for surface, part in tables.ablation.groupby("surface", sort=False):
+    for surface, queries in tables.ablation.groupby("surface", sort=False):
         for moment, name in (("before", "intact"), ("after", "ablated")):
             hits = {
-                (PRETRAINED, SUCCESS): part[f"unguarded_{moment}"] == "complied",
-                (CASA, SUCCESS): part[f"broken_{moment}"],
-                (CASA, PASSED): part[f"token_{moment}"] == "safe",
+                (PRETRAINED, SUCCESS): queries[f"unguarded_{moment}"] == "complied",
+                (CASA, SUCCESS): queries[f"broken_{moment}"],
+                (CASA, PASSED): queries[f"token_{moment}"] == "safe",
             }
-            for (system, measure), found in hits.items():
+            for (system, measure), succeeded in hits.items():
                 where = {"surface": surface, "system": system, "measure": measure, "moment": name}
-                rows.append({**where, **_rate(found)})
+                rows.append({**where, **_rate(succeeded)})
     return pd.DataFrame(rows)
 
 
