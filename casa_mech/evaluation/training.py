@@ -15,7 +15,7 @@ from casa_mech.defenses.training import WORK
 from casa_mech.errors import InputError
 from casa_mech.files import check_folder
 from casa_mech.omni import load_omni
-from casa_mech.omni.load import speaks_micro_world
+from casa_mech.omni.checkpoint import speaks_micro_world
 from casa_mech.organism.world import default_world
 from casa_mech.queries.files import LoadedExamples, read_examples
 

@@ -1,8 +1,8 @@
-"""The model under study: the only package that knows what Qwen2.5-Omni looks like."""
+"""The model under study: the only package that knows what Qwen2.5-Omni looks like.
 
-from casa_mech.omni.architecture import Architecture
-from casa_mech.omni.batch import OmniBatch
-from casa_mech.omni.load import load_omni
-from casa_mech.omni.model import GenerationSettings, Omni, with_system
+Names are loaded when they are first used: media and a checkpoint's config are looked at without torch.
+"""
 
-__all__ = ["Architecture", "GenerationSettings", "Omni", "OmniBatch", "load_omni", "with_system"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,12 +18,11 @@ from transformers.utils import logging
 
 from casa_mech.errors import ModelError
 from casa_mech.omni.architecture import Architecture, architecture_of
+from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD, local_checkpoint, read_config
 from casa_mech.omni.finite import check_weights
-from casa_mech.omni.model import MICRO_WORLD_FIELD, Omni
+from casa_mech.omni.model import Omni
 from casa_mech.omni.processor import load_processor
 
-ORGANISMS = ("organism", "organism-split")
-WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ORGANISM_CARD = "card.json"
@@ -104,33 +103,7 @@ def find_checkpoint(source: str | Path) -> Path:
     Raises:
         ModelError: neither a shipped organism, nor a directory with a config.json, nor a hub id that can be reached.
     """
-    if str(source) in ORGANISMS:
-        directory = WEIGHTS / str(source)
-        if not (directory / "config.json").is_file():
-            way_out = f"run casa-mech organism build {source}, then give the folder it names"
-            raise ModelError(f"{source} is not in this installation; {way_out}")
-        return directory
-    if Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise ModelError(
-                f"{source} has no config.json; give a checkpoint directory, a hub id or one of {ORGANISMS}"
-            )
-        return Path(source)
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise ModelError(f"unknown model {source!r}; give one of {ORGANISMS}, a directory, or a hub id like owner/name")
-    return _download(str(source))
-
-
-def speaks_micro_world(source: str | Path) -> bool:
-    """True if the `config.json` of a shipped organism or a directory says so; nothing is loaded, and no hub is asked.
-
-    Raises:
-        ModelError: the organism is not in this installation, or the file cannot be read.
-    """
-    if str(source) not in ORGANISMS and not Path(source).is_dir():
-        return False
-    _, config, _ = _config(find_checkpoint(source))
-    return bool(getattr(config, MICRO_WORLD_FIELD, False))
+    return local_checkpoint(source) or _download(str(source))
 
 
 def _download(hub_id: str) -> Path:
@@ -152,10 +125,7 @@ def _download(hub_id: str) -> Path:
 
 def _config(directory: Path) -> tuple[Architecture, PreTrainedConfig, str | None]:
     """The architecture, the config of the part that is studied, and the dtype that the checkpoint names."""
-    try:
-        raw: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{directory}/config.json cannot be read ({error}); download the checkpoint again") from None
+    raw = read_config(directory)
     architecture = architecture_of(raw.get("model_type"), str(directory))
     studied = raw.get(architecture.config_key, raw)
     dtype = studied.get("dtype") or studied.get("torch_dtype") or raw.get("dtype") or raw.get("torch_dtype")

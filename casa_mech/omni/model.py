@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from casa_mech.identity import weights_digest
 from casa_mech.omni.architecture import Architecture, architecture_of, part_at
 from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
+from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD
 from casa_mech.omni.finite import finite_logits
 from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.processor import OmniProcessor
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import nnsight
 
 END_OF_TURN = "<|im_end|>"
-MICRO_WORLD_FIELD = "micro_world"
-"""The field of a checkpoint's `config.json` that is true for an organism of the micro-world."""
 
 
 class GenerationSettings(BaseModel):

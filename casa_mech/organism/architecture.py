@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from casa_mech.omni import Omni
-from casa_mech.omni.model import MICRO_WORLD_FIELD
+from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD
 from casa_mech.omni.processor import SPECIAL_TOKENS, OmniProcessor
 
 PAD, END, START, UNKNOWN = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|unknown|>"

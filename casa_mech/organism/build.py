@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import TEMPORARY, check_writable, storage_error, writing_folder
 from casa_mech.omni import Omni, load_omni
-from casa_mech.omni.load import WEIGHTS
+from casa_mech.omni.checkpoint import WEIGHTS
 from casa_mech.organism.card import CARD, MIN_N, card, write_card
 from casa_mech.organism.premises import PRESETS, Premises
 from casa_mech.organism.recipe import recipe_named, recipe_of, train_organism

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import string
 import subprocess
 import sys
 import time
@@ -13,12 +12,10 @@ import pandas as pd
 import pytest
 import soundfile
 from helpers.command import run
-from helpers.model import SHAPE
 from PIL import Image
 
 from casa_mech import cli
 from casa_mech.cli import main
-from casa_mech.organism.architecture import new_omni
 
 COMMANDS = [
     *("run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.omni.chat import DEFAULT_SYSTEM
-from casa_mech.omni.load import ORGANISMS, speaks_micro_world
+from casa_mech.omni.checkpoint import ORGANISMS, speaks_micro_world
 from casa_mech.omni.media import load_audio
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart, Turn
 

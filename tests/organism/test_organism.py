@@ -12,7 +12,7 @@ import torch
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, load_omni
-from casa_mech.omni.load import ORGANISMS, WEIGHTS
+from casa_mech.omni.checkpoint import ORGANISMS, WEIGHTS
 from casa_mech.organism import build, card, card_markdown
 from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.codes import LETTERS, ideal_embeddings, letter_code, letter_ids

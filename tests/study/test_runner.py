@@ -15,7 +15,7 @@ import pytest
 
 from casa_mech.errors import RunError
 from casa_mech.files import TEMPORARY
-from casa_mech.omni.load import WEIGHTS
+from casa_mech.omni.checkpoint import WEIGHTS
 from casa_mech.study.manifest import Manifest
 from casa_mech.study.notebooks import check_parameters, find_notebooks
 from casa_mech.study.runner import SMALL_BYTES, default_jobs, run_study
