@@ -123,7 +123,7 @@ def _drawable(text: str, asked: str, choice: FontChoice) -> str:
     missing = undrawable(text, choice)
     if missing:
         raise InputError(
-            f"{choice.name} cannot draw {missing!r} (U+{ord(missing):04X}): leave it out, or set {FONT_FOLDER_VARIABLE} "
-            f"to a folder with a {choice.wanted} that can"
+            f"{choice.name} cannot draw {missing!r} (U+{ord(missing):04X}): leave it out, or set "
+            f"{FONT_FOLDER_VARIABLE} to a folder with a {choice.wanted} that can"
         )
     return text
