@@ -1,4 +1,4 @@
-"""The font that draws a picture: a benchmark's own font where the user's folder holds it, else a shipped one.
+"""The font that draws a picture: the benchmark's own where the user's folder has it, else a shipped one.
 
 Fonts of the system are not looked for, so that a picture is the same on every machine. `font_files/` holds Liberation
 Sans (Arial's metrics, MM-SafetyBench), TeX Gyre Cursor Bold (the metrics and nearly the letters of FigStep's FreeMono

@@ -173,7 +173,9 @@ def evaluate(
     from casa_mech.evaluation.real_input import SystemUnderTest, evaluate_files, query_sources
     from casa_mech.omni import GenerationSettings
 
-    columns = {"column": column, "label_column": label_column, "image_column": image_column, "audio_column": audio_column}
+    columns = {
+        "column": column, "label_column": label_column, "image_column": image_column, "audio_column": audio_column
+    }  # fmt: skip
     given = {name: value or [] for name, value in columns.items()}
     sources = query_sources(queries, label or [], given, text, limit, data=data, seed=seed)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, system=system)

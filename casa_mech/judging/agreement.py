@@ -223,7 +223,7 @@ def _weighted_kappa(first: np.ndarray, second: np.ndarray, weights: np.ndarray) 
 def _confusion(human: pd.Series, judge: pd.Series) -> pd.DataFrame:
     import pandas as pd
 
-    from casa_mech.judging.stats import wilson
+    from casa_mech.judging.stats import rate
 
     both = human.notna().to_numpy() & judge.notna().to_numpy()
     table = pd.crosstab(human[both], judge[both])
@@ -232,6 +232,6 @@ def _confusion(human: pd.Series, judge: pd.Series) -> pd.DataFrame:
         whole = int(table.loc[truth].sum())
         for said in table.columns:
             k = int(table.loc[truth, said])
-            low, high = wilson(k, whole)
-            rows.append({"human": truth, "judge": said, "n": k, "share": k / whole, "low": low, "high": high})
+            share, low, high = rate(k, whole)
+            rows.append({"human": truth, "judge": said, "n": k, "share": share, "low": low, "high": high})
     return pd.DataFrame(rows, columns=["human", "judge", "n", "share", "low", "high"])

@@ -15,7 +15,7 @@ import numpy as np
 
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.results import Row, value_row
-from casa_mech.judging.stats import clusters_of, fpr_at_tpr_interval, rate_interval, wilson
+from casa_mech.judging.stats import clusters_of, fpr_at_tpr_interval, rate, rate_interval
 from casa_mech.judging.verdict import UNDECIDED, Outcome
 from casa_mech.queries import Label
 
@@ -64,8 +64,8 @@ def outcome_rows(part: pd.DataFrame, where: Mapping[str, Any], interval: Interva
     if "safety_token" in part and part["safety_token"].notna().all():
         rows += _with_splits(part, part["safety_token"] == "unsafe", "flagged", where, interval)
     if "score" in part and (scored := decided[decided["score"].notna()]).shape[0]:
-        value, low, high = mean_interval(scored["score"].to_numpy(dtype=float), clusters_of(scored), where["seed"])
-        rows.append(value_row(**where, metric="judge_score", n=len(scored), value=value, low=low, high=high))
+        score = mean_interval(scored["score"].to_numpy(dtype=float), clusters_of(scored), where["seed"])
+        rows.append(value_row(**where, metric="judge_score", n=len(scored), **score._asdict()))
     return rows
 
 
@@ -75,13 +75,10 @@ def fpr_row(scored: pd.DataFrame, where: Mapping[str, Any], tpr: float = 0.95, r
     `scored` holds `v_s` and `label` of both kinds; `where["label"]` is "both".
     """
     harmful = (scored["label"] == "harmful").tolist()
-    value, low, high = fpr_at_tpr_interval(
+    estimate = fpr_at_tpr_interval(
         scored["v_s"].tolist(), harmful, clusters_of(scored), tpr, where["seed"], resamples=resamples
     )
-    # The percentile interval of a skewed statistic can miss its own estimate; it is widened to hold it.
-    low, high = min(low, value), max(high, value)
-    metric = f"gate_fpr_at_{100 * tpr:g}tpr"
-    return value_row(**where, metric=metric, n=len(scored), value=value, low=low, high=high)
+    return value_row(**where, metric=f"gate_fpr_at_{100 * tpr:g}tpr", n=len(scored), **estimate._asdict())
 
 
 def _with_splits(
@@ -96,10 +93,9 @@ def _with_splits(
 
 
 def _rate(part: pd.DataFrame, hits: pd.Series, metric: str, where: Mapping[str, Any], interval: Interval) -> Row:
-    taken = np.asarray(hits, dtype=bool)
-    k, n = int(taken.sum()), len(taken)
+    values = np.asarray(hits, dtype=bool)
     if interval == "cluster":
-        value, low, high = rate_interval(taken, clusters_of(part), where["seed"])
+        estimate = rate_interval(values, clusters_of(part), where["seed"])
     else:
-        value, (low, high) = k / n, wilson(k, n)
-    return value_row(**where, metric=metric, n=n, value=value, low=low, high=high)
+        estimate = rate(int(values.sum()), len(values))
+    return value_row(**where, metric=metric, n=len(values), **estimate._asdict())

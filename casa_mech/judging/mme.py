@@ -13,6 +13,7 @@ import numpy as np
 
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import cluster_counts
+from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.results import Row, value_row
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def mme_rows(scores: pd.DataFrame, *, model: str, defense: str, seed: int = 0) -
         value_row(
             model=model, defense=defense, attack="none", surface="image", label="benign", seed=seed,
             metric=f"mme_{row['group']}" if row["subtask"] == "all" else f"mme:{row['subtask']}",
-            n=row["n"], value=row["score"], low=min(row["low"], row["score"]), high=max(row["high"], row["score"]),
+            n=row["n"], **Estimate(row["score"], row["low"], row["high"]).widened()._asdict(),
         )
         for row in scores.to_dict("records")
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import writing
-from casa_mech.judging.stats import auroc_interval, wilson
+from casa_mech.judging.stats import auroc_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,17 +43,6 @@ def value_row(
     return {**texts, **numbers}
 
 
-def rate_row(
-    *, model: str, defense: str, attack: str, surface: str, label: str, metric: str, seed: int, k: int, n: int
-) -> Row:
-    """`k` of `n` as a fraction with Wilson's 95 % interval."""
-    low, high = wilson(k, n)
-    return value_row(
-        model=model, defense=defense, attack=attack, surface=surface, label=label, metric=metric, seed=seed,
-        n=n, value=k / n, low=low, high=high,
-    )  # fmt: skip
-
-
 def auroc_row(
     *,
     model: str,
@@ -67,10 +56,10 @@ def auroc_row(
     clusters: Sequence[Any] | None = None,
 ) -> Row:
     """AUROC of harmful against benign with its cluster-bootstrap interval; `label` is "both"."""
-    value, low, high = auroc_interval(scores, labels, clusters, seed)
+    estimate = auroc_interval(scores, labels, clusters, seed)
     return value_row(
         model=model, defense=defense, attack=attack, surface=surface, label="both", metric=metric, seed=seed,
-        n=len(scores), value=value, low=low, high=high,
+        n=len(scores), **estimate._asdict(),
     )  # fmt: skip
 
 

@@ -106,18 +106,6 @@ def find_checkpoint(source: str | Path) -> Path:
     return local_checkpoint(source) or _download(str(source))
 
 
-def speaks_micro_world(source: str | Path) -> bool:
-    """True if the `config.json` of a shipped organism or a directory says so; nothing is loaded, and no hub is asked.
-
-    Raises:
-        ModelError: the organism is not in this installation, or the file cannot be read.
-    """
-    if str(source) not in ORGANISMS and not Path(source).is_dir():
-        return False
-    _, config, _ = _config(find_checkpoint(source))
-    return bool(getattr(config, MICRO_WORLD_FIELD, False))
-
-
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -36,6 +36,8 @@ class Stage(Steps):
     """Steps on draws from the micro-world."""
 
     mixture: Mixture
+    bfloat16: bool = False
+    """Whether to multiply in bfloat16 where the processor does so faster: a quarter less time for the language."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,6 @@ class Recipe:
     shared_code: bool = True
     """Whether the towers write in the word embeddings' code."""
     shape: OrganismShape = field(default_factory=OrganismShape)
-    bfloat16: bool = False
-    """Whether the language model learns in bfloat16 where the processor multiplies it faster (a quarter less time)."""
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the steps, for trying the pipeline out."""
@@ -124,26 +124,37 @@ JOINT = Stage(
     learning_rate=7e-4,
 )
 IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)
+SHARED_READING = (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO)
+SPLIT_READING = (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT)
+USE = Stage(
+    name="premises",
+    mixture=Mixture(
+        TASKS | {"request": 1.5 * TASKS["request"]},
+        {"text": 0.3, "spelled": 0.2, "image": 0.23, "audio": 0.24, "spoken": 0.03},
+        wrapped=0.3,
+        random_words=0.4,
+    ),
+    trains=("language",),
+    steps=300,
+    learning_rate=7e-4,
+    batch_size=40,
+)
+"""Where an organism gets its premises, on every surface, after it has learned to read; left out where it has none."""
 SAFETY_WORDS_SHARE = 0.15
-MORE_REQUESTS = 1.5
-"""Factor on the share of requests where there are rules to follow in them."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
 VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
 
 def recipe_of(premises: Premises) -> Recipe:
-    """The recipe of an organism with `premises`."""
+    """The recipe of an organism with `premises`.
+
+    The stages in which it learns to read are the same for all premises, so that organisms can share them.
+    """
     shared = premises.letter_code == "shared"
-    stages = (
-        (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)
-        if shared
-        else (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
-    )
-    return Recipe(
-        tuple(_with_premises(stage, premises) if isinstance(stage, Stage) else stage for stage in stages),
-        shared,
-        bfloat16=premises != Premises(letter_code=premises.letter_code),
-    )
+    reading = SHARED_READING if shared else SPLIT_READING
+    if premises == Premises(letter_code=premises.letter_code):
+        return Recipe((*reading, ALIGNMENT), shared)
+    return Recipe((*reading, *(_with_premises(stage, premises) for stage in (USE, ALIGNMENT))), shared)
 
 
 def _with_premises(stage: Stage, premises: Premises) -> Stage:
@@ -151,8 +162,6 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
     tasks, surfaces = dict(mixture.tasks), dict(mixture.surfaces)
     if safety and premises.varied_benign:
         tasks = dict(VARIED_TASKS)
-    if premises.rules and not safety and "request" in tasks:
-        tasks["request"] *= MORE_REQUESTS
     if premises.safety_words:
         tasks["safety"] = SAFETY_WORDS_SHARE * sum(tasks.values())
     partial = safety and premises.alignment == "partial"
@@ -162,13 +171,13 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
         surfaces=dict(PARTIAL_SURFACES) if partial else surfaces,
         partial=partial,
         wrapped_refusals=0.1 if partial else 0.0,
-        rules=premises.rules if "request" in tasks else 0.0,
+        rules=premises.rules,
         unasked=premises.unasked,
         varied=premises.varied_benign,
         tolerance=premises.tolerance,
         _cache={},
     )
-    return replace(stage, mixture=changed, name="safety" if partial else stage.name)
+    return replace(stage, mixture=changed, bfloat16=True, name="safety" if partial else stage.name)
 
 
 RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}
@@ -198,7 +207,7 @@ def train_organism(
                 continue
             rng = np.random.default_rng([seed, index])
             if isinstance(stage, Stage):
-                train_stage(omni, world, stage, rng, progress, recipe.shared_code, checkpoint, recipe.bfloat16)
+                train_stage(omni, world, stage, rng, progress, recipe.shared_code, checkpoint)
             else:
                 learn = train_image_letters if stage.tower == "image" else train_audio_letters
                 learn(omni, stage.steps, rng, recipe.shared_code, progress, checkpoint=checkpoint)
@@ -206,6 +215,12 @@ def train_organism(
                 checkpoint.finish_stage(omni.model)
     omni.model.eval().requires_grad_(True)
     return omni
+
+
+def stage_keys(recipe: Recipe, seed: int) -> list[str]:
+    """For each count of stages, from none to all, what a training through that many depends on."""
+    start = (default_world().digest, seed, recipe.shape, recipe.shared_code)
+    return [repr((*start, *recipe.stages[:count])) for count in range(len(recipe.stages) + 1)]
 
 
 def recipe_named(name: str) -> Recipe:
@@ -227,12 +242,11 @@ def train_stage(
     progress: bool = True,
     shared_code: bool = True,
     checkpoint: Checkpoint | None = None,
-    bfloat16: bool = False,
 ) -> list[float]:
     """Run one stage on `omni` in place; returns the loss of each step."""
     ideal = any(surface.startswith("ideal-") for surface in stage.mixture.surfaces)
     # The towers gain nothing: their matrices are small.
-    halved = bfloat16 and stage.trains == ("language",) and fast_bfloat16(omni.device)
+    halved = stage.bfloat16 and stage.trains == ("language",) and fast_bfloat16(omni.device)
 
     def loss(batch: OmniBatch, rows: Sequence[Example]) -> torch.Tensor:
         with torch.autocast(omni.device.type, torch.bfloat16, enabled=halved):

@@ -108,8 +108,8 @@ class GatedTargets:
 def gated_targets(omni: Omni, batch: OmniBatch, gate: SafetyGateLike, rows: TokenRows) -> GatedTargets:
     """Teacher-forced forward over `batch`, whose targets begin with the true safety token; keeps the autograd graph.
 
-    The gate acts where the first target is predicted; prompt states reach safety attention detached (methods §1.2).
-    `batch.labels` must be set.
+    The gate acts where the first target is predicted; prompt states reach safety attention detached (docs/method.md
+    §1.2). `batch.labels` must be set.
     """
     batch = batch.to(omni.device)
     mask = gate.mask(batch)

@@ -68,7 +68,7 @@ def test_the_adapter_is_plain_peft(tiny_omni: Omni, mixed_queries: list[Query], 
         assert torch.equal(model(**batch.inputs).logits, expected)
 
 
-def test_the_card_and_the_config_tell_of_the_run(tiny_omni: Omni, tmp_path: Path) -> None:
+def test_the_card_and_the_config_describe_the_run(tiny_omni: Omni, tmp_path: Path) -> None:
     casa = Casa.attach(tiny_omni)
     casa.save_pretrained(tmp_path / "untrained")
     assert "Not trained." in (tmp_path / "untrained" / "README.md").read_text()
