@@ -124,60 +124,49 @@ JOINT = Stage(
     learning_rate=7e-4,
 )
 IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)
-SHARED_READING = (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO)
-SPLIT_READING = (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT)
-USE = Stage(
-    name="premises",
-    mixture=Mixture(
-        TASKS | {"request": 1.5 * TASKS["request"]},
-        {"text": 0.3, "spelled": 0.2, "image": 0.23, "audio": 0.24, "spoken": 0.03},
-        wrapped=0.3,
-        random_words=0.4,
-    ),
-    trains=("language",),
-    steps=300,
-    learning_rate=7e-4,
-    batch_size=40,
-)
-"""Where an organism gets its premises, on every surface, after it has learned to read; left out where it has none."""
+SHARED_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)
+SPLIT_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
 SAFETY_WORDS_SHARE = 0.15
+MORE_REQUESTS, LONG_LANGUAGE = 1.5, 1300
+"""Factor on the share of requests, and steps of the language stage, where requests have more to learn."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
 VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
 
 def recipe_of(premises: Premises) -> Recipe:
-    """The recipe of an organism with `premises`.
-
-    The stages in which it learns to read are the same for all premises, so that organisms can share them.
-    """
+    """The recipe of an organism with `premises`, which are in every stage that draws from the micro-world."""
     shared = premises.letter_code == "shared"
-    reading = SHARED_READING if shared else SPLIT_READING
-    if premises == Premises(letter_code=premises.letter_code):
-        return Recipe((*reading, ALIGNMENT), shared)
-    return Recipe((*reading, *(_with_premises(stage, premises) for stage in (USE, ALIGNMENT))), shared)
+    stages = SHARED_STAGES if shared else SPLIT_STAGES
+    if premises != Premises(letter_code=premises.letter_code):
+        stages = tuple(_with_premises(stage, premises) if isinstance(stage, Stage) else stage for stage in stages)
+    return Recipe(stages, shared)
 
 
 def _with_premises(stage: Stage, premises: Premises) -> Stage:
     mixture, safety = stage.mixture, stage is ALIGNMENT
-    tasks, surfaces = dict(mixture.tasks), dict(mixture.surfaces)
+    tasks, steps = dict(mixture.tasks), stage.steps
     if safety and premises.varied_benign:
         tasks = dict(VARIED_TASKS)
+    if stage is LANGUAGE and (premises.rules or premises.unasked):
+        tasks["request"] *= MORE_REQUESTS
+        steps = LONG_LANGUAGE
     if premises.safety_words:
         tasks["safety"] = SAFETY_WORDS_SHARE * sum(tasks.values())
     partial = safety and premises.alignment == "partial"
     changed = replace(
         mixture,
         tasks=tasks,
-        surfaces=dict(PARTIAL_SURFACES) if partial else surfaces,
+        surfaces=dict(PARTIAL_SURFACES) if partial else dict(mixture.surfaces),
         partial=partial,
         wrapped_refusals=0.1 if partial else 0.0,
-        rules=premises.rules,
+        rules=premises.rules if "request" in tasks else 0.0,
         unasked=premises.unasked,
         varied=premises.varied_benign,
         tolerance=premises.tolerance,
         _cache={},
     )
-    return replace(stage, mixture=changed, bfloat16=True, name="safety" if partial else stage.name)
+    fast = {"learning_rate": 4e-4, "name": "safety"} if partial else {}
+    return replace(stage, mixture=changed, steps=steps, bfloat16=True, **fast)
 
 
 RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}
