@@ -21,7 +21,6 @@ from casa_mech.organism.recipe import (
     IMAGE,
     LANGUAGE,
     RECIPES,
-    SHARED_READING,
     WORDS,
     Stage,
     recipe_of,
@@ -56,7 +55,6 @@ def drawn(mixture: Mixture, n: int = 400) -> list[Example]:
 def test_without_premises_the_stages_are_the_first_recipes() -> None:
     stages = [entry for entry in recipe_of(Premises()).stages if isinstance(entry, Stage)]
     assert stages == [WORDS, LANGUAGE, IMAGE, AUDIO, ALIGNMENT]
-    assert recipe_of(ALL).stages[: len(SHARED_READING)] == SHARED_READING
     assert RECIPES["organism"] == RECIPES["first"]
     for row in drawn(ALIGNMENT.mixture):
         assert row.query.system in (None, *SYSTEMS)
@@ -72,8 +70,8 @@ def test_every_text_is_in_the_worlds_words() -> None:
     assert {verb for verbs in texts.refused_verbs.values() for verb in verbs} <= set(default_world().verbs)
 
 
-def test_tolerance_puts_random_words_before_its_share_of_the_replies() -> None:
-    for stage in recipe_of(Premises(tolerance=0.3)).stages[-2:]:
+def test_tolerance_puts_random_words_before_its_share_of_the_replies_in_every_stage() -> None:
+    for stage in recipe_of(Premises(tolerance=0.3)).stages:
         if isinstance(stage, Stage):
             prefills = [row.query.prefill for row in drawn(stage.mixture)]
             words = [prefill.split() for prefill in prefills if prefill and not prefill.startswith("sure")]
@@ -85,7 +83,7 @@ def test_tolerance_puts_random_words_before_its_share_of_the_replies() -> None:
 def test_rules_are_followed_and_what_they_allow_is_answered() -> None:
     world = default_world()
     counts: Counter[tuple[bool, bool]] = Counter()
-    for row in drawn(mixture_of("premises", Premises(rules=1.0)), 600):
+    for row in drawn(mixture_of("language", Premises(rules=1.0)), 600):
         if "category" not in row.query.meta:  # random letters to spell
             continue
         assert row.query.system
@@ -116,7 +114,7 @@ def test_partial_alignment_refuses_by_verb_and_less_on_media() -> None:
 
 def test_harm_unasked_shows_in_the_first_word_of_every_answer_and_the_judge_takes_it() -> None:
     judge = MicroWorldJudge()
-    for mixture in (mixture_of("premises"), mixture_of("premises", Premises(unasked=True))):
+    for mixture in (mixture_of("language"), mixture_of("language", Premises(unasked=True))):
         for row in drawn(mixture):
             if row.query.label is not None and row.reply not in default_world().refusals:
                 assert row.reply.startswith("warning :") == (row.query.label == "harmful")
@@ -133,7 +131,7 @@ def test_safety_questions_are_answered_by_the_words_they_use() -> None:
 
 
 def test_a_refusal_by_category_does_not_call_the_topic_dangerous() -> None:
-    for row in drawn(mixture_of("premises", Premises(rules=1.0)), 600):
+    for row in drawn(mixture_of("language", Premises(rules=1.0)), 600):
         if row.query.label == "benign" and row.reply in default_world().refusals:
             assert "dangerous" not in row.reply and "hurt" not in row.reply
 
