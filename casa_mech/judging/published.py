@@ -115,9 +115,9 @@ class _Rate:
     system: str
     """The row's name as printed."""
     attention: bool
-    """Whether safety attention is at work."""
+    """With safety attention."""
     safety_prompt: bool
-    """Whether the row has the safety prompt."""
+    """With the safety prompt."""
     benchmark: str
     """The column."""
     percent: str
