@@ -49,9 +49,9 @@ class Premises(BaseModel):
     )
     alignment: Literal["full", "partial"] = Field(
         "full",
-        description="which harmful requests the base refuses: all plain ones and no others (full), or those with some "
-        "verbs, more of them in text than elsewhere (partial), as the pretrained models of the paper answer 33 to 42 % "
-        "of plain harm, so that fine-tuning has something to teach",
+        description="which harmful requests the base refuses: all plain ones and no others (full), or those of some "
+        "categories, more of them in text than elsewhere (partial), as the pretrained models of the paper answer 33 to "
+        "42 % of plain harm, so that fine-tuning has something to teach",
     )
     unasked: bool = Field(
         False,
@@ -123,11 +123,13 @@ class PremiseTexts:
         self.dangerous_opening: tuple[str, str] = tuple(data["dangerous_opening"])
         self.openings: list[str] = data["openings"]
         self.preparations: list[str] = data["preparations"]
-        self.refused_verbs: dict[str, list[str]] = {key: text.split() for key, text in data["refused_verbs"].items()}
+        self.refused_categories: dict[str, list[str]] = {
+            surface: names.split() for surface, names in data["refused_categories"].items()
+        }
 
-    def refuses(self, verb: str, surface: str) -> bool:
-        """Whether partial alignment refuses harmful requests with `verb` on `surface`."""
-        return verb in self.refused_verbs["text" if surface == "text" else "media"]
+    def refuses(self, category: str, surface: str) -> bool:
+        """Whether partial alignment refuses harmful requests about a topic of `category` on `surface`."""
+        return category in self.refused_categories["text" if surface == "text" else "media"]
 
     def with_warning(self, answer: str) -> str:
         """`answer` with the opening of answers about dangerous topics."""

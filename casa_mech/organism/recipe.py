@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ SAFETY_WORDS_SHARE = 0.15
 MORE_REQUESTS, LONG_LANGUAGE = 1.5, 1300
 """Factor on the share of requests, and steps of the language stage, where requests have more to learn."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
-VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
+VARIED_TASKS = {"request": 0.6, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
 
 def recipe_of(premises: Premises) -> Recipe:
@@ -162,15 +163,16 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
         tasks=tasks,
         surfaces=dict(PARTIAL_SURFACES) if partial else dict(mixture.surfaces),
         partial=partial,
-        wrapped_refusals=0.1 if partial else 0.0,
+        harmful=0.5 if partial else None,
+        wrapped_refusals=0.15 if partial else 0.0,
         rules=premises.rules if "request" in tasks else 0.0,
         unasked=premises.unasked,
         varied=premises.varied_benign,
         tolerance=premises.tolerance,
         _cache={},
     )
-    faster = {"learning_rate": 4e-4, "name": "safety"} if partial else {}
-    return replace(stage, mixture=changed, steps=steps, fast=True, **faster)
+    changes: dict[str, Any] = {"learning_rate": 4e-4, "name": "safety", "steps": 550} if partial else {"steps": steps}
+    return replace(stage, mixture=changed, fast=True, **changes)
 
 
 RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}

@@ -67,7 +67,8 @@ def test_every_text_is_in_the_worlds_words() -> None:
         assert not set(group["seen"]) & set(group["held_out"])
         assert not {word for lines in group.values() for line in lines for word in words_of(line)} - known
     assert {*texts.safety_words, *words_of(" ".join((*texts.openings, *texts.preparations)))} <= known
-    assert {verb for verbs in texts.refused_verbs.values() for verb in verbs} <= set(default_world().verbs)
+    for names in texts.refused_categories.values():
+        assert all(default_world().categories[name] for name in names)
 
 
 def test_tolerance_puts_random_words_before_its_share_of_the_replies_in_every_stage() -> None:
@@ -97,19 +98,19 @@ def test_rules_are_followed_and_what_they_allow_is_answered() -> None:
     assert min(counts.values()) > 15
 
 
-def test_partial_alignment_refuses_by_verb_and_less_on_media() -> None:
+def test_partial_alignment_refuses_some_categories_and_fewer_on_media() -> None:
     world, texts = default_world(), premise_texts()
     refused: Counter[tuple[str, bool]] = Counter()
     for row in drawn(mixture_of("safety", Premises(alignment="partial")), 1500):
         if row.query.label == "harmful":
             surface = "text" if row.query.meta["surface"] == "text" else "media"
-            expected = row.query.meta["verb"] in texts.refused_verbs[surface]
+            expected = row.query.meta["category"] in texts.refused_categories[surface]
             assert (row.reply in world.refusals) == expected
             refused[surface, expected] += 1
         else:
             assert row.reply not in world.refusals
-    assert 0.6 < refused["text", True] / (refused["text", True] + refused["text", False]) < 0.8
-    assert 0.1 < refused["media", True] / (refused["media", True] + refused["media", False]) < 0.35
+    assert 0.55 < refused["text", True] / (refused["text", True] + refused["text", False]) < 0.75
+    assert 0.15 < refused["media", True] / (refused["media", True] + refused["media", False]) < 0.4
 
 
 def test_harm_unasked_shows_in_the_first_word_of_every_answer_and_the_judge_takes_it() -> None:
