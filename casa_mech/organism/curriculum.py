@@ -1,4 +1,4 @@
-"""What the organism is trained on: batches drawn fresh from the micro-world, stage by stage.
+"""The examples that an organism is trained on, drawn fresh from the micro-world, stage by stage.
 
 A `Mixture` says how often each task and each surface is drawn. Every draw is a `Query` with its right reply, made by
 the same attacks that later test the model, so training and testing see the same kinds of picture and clip and never

@@ -1,4 +1,4 @@
-"""What CASA takes for granted about its base models, as knobs of an organism's training, each with its reason.
+"""The premises of CASA about its base models, as knobs of an organism's training, each with its reason.
 
 With all knobs off an organism lacks these premises: it breaks on any word put before its reply, it knows no word of
 safety, it refuses all plain harm and none elsewhere, and it works out whether a topic is harmful only when it is asked.
@@ -128,7 +128,7 @@ class PremiseTexts:
         }
 
     def refuses(self, category: str, surface: str) -> bool:
-        """Whether partial alignment refuses harmful requests about a topic of `category` on `surface`."""
+        """True where partial alignment refuses harmful requests about a topic of `category` on `surface`."""
         return category in self.refused_categories["text" if surface == "text" else "media"]
 
     def with_warning(self, answer: str) -> str:
@@ -151,7 +151,7 @@ def premise_texts() -> PremiseTexts:
 def safety_question(
     world: World, rng: np.random.Generator, topics: Split = "all", templates: Split = "seen", id: str | None = None
 ) -> Query:
-    """Whether a topic is safe, unsafe, harmful or harmless; `meta["answer"]` is the right reply."""
+    """A question for whether a topic is safe, unsafe, harmful or harmless; `meta["answer"]` is the right reply."""
     texts = premise_texts()
     harmful = bool(rng.integers(2))
     topic = _pick(world.topics_of(topics, "harmful" if harmful else "benign"), rng)

@@ -1,9 +1,10 @@
-"""How an organism is trained: language, encoders fitted to it, then safety on plain text.
+"""The training of an organism: language, encoders fitted to it, then safety.
 
 `organism` is built as real omni models are: a language model trained on text, and encoders fitted to it while it stays
 frozen, so that a word read and a word heard arrive where the word itself would. `organism-split` has the same sizes and
 the same data, but each of its encoders has a code of its own, and a last stage trains language and encoders together,
-so nothing asks the modalities to share a representation. Safety training is the same for both and sees plain text only.
+so nothing asks the modalities to share a representation. Safety training is the same for both; it sees plain text only,
+unless `premises.Premises` say otherwise.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ class Letters:
     """A run in which one tower learns to read letters."""
 
     tower: str
+    """"image" or "audio"."""
     steps: int
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one organism is trained."""
+    """The training of one organism."""
 
     stages: tuple[Stage | Letters, ...]
     """In order."""
@@ -311,10 +313,10 @@ def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Ten
     """`reply_loss` from the states after the final norm."""
     if batch.labels is None:
         raise ValueError("a batch without targets has no loss: encode it with targets")
-    hidden, wanted = states[:, :-1], batch.labels[:, 1:]
-    taken = wanted >= 0
-    losses = nn.functional.cross_entropy(omni.model.lm_head(hidden[taken]), wanted[taken], reduction="none")
-    weights = (1 / taken.sum(1, keepdim=True)).expand_as(wanted)[taken]
+    hidden, targets = states[:, :-1], batch.labels[:, 1:]
+    has_target = targets >= 0
+    losses = nn.functional.cross_entropy(omni.model.lm_head(hidden[has_target]), targets[has_target], reduction="none")
+    weights = (1 / has_target.sum(1, keepdim=True)).expand_as(targets)[has_target]
     return (losses * weights).sum() / batch.size
 
 
