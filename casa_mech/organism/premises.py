@@ -11,14 +11,14 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from casa_mech.errors import InputError
-from casa_mech.organism.world import SPLITS, Split, World
-from casa_mech.queries import Query
+from casa_mech.organism.world import SPLITS, Split, Task, World
+from casa_mech.queries import Example, Label, Query
 
 T = TypeVar("T")
 
@@ -171,6 +171,37 @@ def safety_question(
     name = id or f"safety-{int(rng.integers(2**48)):012x}"
     filled = re.sub(r" {2,}", " ", text.replace("{a}", topic.article).replace("{topic}", topic.word))
     return Query.from_text(filled, id=name, source="world", meta=meta)
+
+
+def varied_training_examples(
+    world: World, n: int, seed: int = 0, topics: Split = "seen", templates: Split = "seen"
+) -> list[Example]:
+    """As `World.training_examples`, with varied benign data: `n` plain-text examples, half harmful with a refusal.
+
+    Of the benign half, one half are requests with one of several answers, the other questions of all tasks, every
+    second one about a harmful topic: naming a bomb is a harmless use of a harmful word. Their label is benign.
+    """
+    rng = np.random.default_rng([seed, 10])
+    examples = []
+    for index, (query, reply) in enumerate(
+        (example.query, example.reply) for example in world.training_examples(n, seed, topics, templates)
+    ):
+        if query.label == "benign" and index % 4 == 1:
+            query = _question(world, rng, topics, templates).model_copy(update={"id": query.id, "label": "benign"})
+            reply = query.meta["answer"]
+        elif query.label == "benign":
+            reply = premise_texts().varied(reply, rng)
+        examples.append(Example(query=query, reply=reply))
+    return examples
+
+
+def _question(world: World, rng: np.random.Generator, topics: Split, templates: Split) -> Query:
+    """A question of any task but a request; every second one about a harmful topic."""
+    task = _pick(("name", "spell", "dangerous", "category", "safety"), rng)
+    if task == "safety":
+        return safety_question(world, rng, topics, templates)
+    label: Label = "harmful" if rng.random() < 0.5 else "benign"
+    return world.draw(cast(Task, task), rng, topics, templates, label)
 
 
 def draw_rule(

@@ -14,7 +14,7 @@ from casa_mech.organism.architecture import ROLE_WORDS, OrganismShape, new_omni
 from casa_mech.organism.card import card, card_markdown
 from casa_mech.organism.curriculum import SYSTEMS, Mixture, draw_example
 from casa_mech.organism.premise_rows import TITLES, after_random_word, header_states, ruled_requests
-from casa_mech.organism.premises import ALL, PRESETS, Premises, premise_texts, safety_question
+from casa_mech.organism.premises import ALL, PRESETS, Premises, premise_texts, safety_question, varied_training_examples
 from casa_mech.organism.recipe import (
     ALIGNMENT,
     AUDIO,
@@ -178,3 +178,21 @@ def test_header_states_and_random_words(young: Omni) -> None:
     assert states.shape == (3, young.d_model) and bool(states.abs().sum(1).all())
     other = queries[0].model_copy(update={"parts": (TextPart(text="hear"),)})
     assert not np.allclose(states[0], header_states(young, [other])[0])
+
+
+def test_varied_training_examples_keep_harm_and_vary_what_is_benign() -> None:
+    world = default_world()
+    plain, varied = world.training_examples(400, 3), varied_training_examples(world, 400, 3)
+    tasks: Counter[str] = Counter()
+    for before, after in zip(plain, varied, strict=True):
+        assert (after.query.id, after.query.label) == (before.query.id, before.query.label)
+        if after.query.label == "harmful":
+            assert after == before
+        else:
+            assert after.reply not in world.refusals
+            tasks[after.query.meta["task"]] += 1
+            assert MicroWorldJudge().judge(after.query, after.reply).outcome == "complied"
+    assert tasks["request"] == 100 and min(tasks.values()) > 8 and len(tasks) == 6
+    questions = [row.query for row in varied if row.query.label == "benign" and row.query.meta["task"] != "request"]
+    assert 0.35 < np.mean([query.meta["danger"] == "yes" for query in questions]) < 0.65
+    assert len({row.reply.split(",")[0] for row in varied if row.query.meta["task"] == "request"}) > 3
