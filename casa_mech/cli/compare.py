@@ -53,7 +53,7 @@ def compare(
         return
     from casa_mech.compare.command import Request
     from casa_mech.compare.command import compare as run
-    from casa_mech.reports.defences.figures import draw
+    from casa_mech.reports.comparison import draw
 
     training = {"n_examples": examples, "max_steps": steps, **parse_options(train_option)}
     generation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
