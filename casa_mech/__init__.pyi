@@ -8,7 +8,7 @@ from .judging import judge_all, load_judge
 from .omni import GenerationSettings, Omni, load_omni
 from .organism import World
 from .queries import AudioPart, Example, ImagePart, Query, Reply, TextPart, read_files, read_queries
-from .study.artifacts import Study
+from .study import Study
 
 __version__: str
 

@@ -1,4 +1,4 @@
-"""Figures that are readable alone: a claim as title, units, n and intervals drawn, colours for colour-blind eyes too.
+"""Figures that are readable alone: a claim as title, a caption, units, n and intervals; safe for colour-blind eyes.
 
 Every figure is saved as PNG and SVG together with the plotted numbers as CSV.
 """
@@ -20,8 +20,14 @@ from casa_mech.files import writing
 
 # Okabe and Ito's palette: distinct under every common colour blindness and, in this order, in grey print.
 HARMFUL, BENIGN = "#D55E00", "#0072B2"
+LABEL_COLOURS = {"harmful": HARMFUL, "benign": BENIGN}
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+TITLE_SIZE, CAPTION_SIZE = 11, 8.5
+_LETTERS_AN_INCH = {TITLE_SIZE: 11.0, CAPTION_SIZE: 15.0}
+"""How many letters of DejaVu Sans fit on an inch at the sizes that titles and captions have."""
+_GAP = 0.08
+"""Inches between panels, legend and caption."""
 _STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 160,
@@ -63,30 +69,62 @@ def save_figure(figure: Figure, data: pd.DataFrame, path: Path | str) -> Path:
     return path.with_suffix(".png")
 
 
-def titled(figure: Figure, title: str, legend_of: Axes | None = None) -> Figure:
-    """`figure` with its title, wrapped to its width, and the legend of `legend_of` below the panels, off the data.
+def titled(figure: Figure, title: str, caption: str = "", legend_of: Axes | Sequence[Axes] = ()) -> Figure:
+    """`figure` with its title above the panels, and below them, off the data, a legend and the caption.
 
     The figure is closed: the notebook that displays it shows it once.
+
+    Args:
+        figure: with its panels drawn.
+        title: the claim, one line; wrapped where the figure is too narrow for it.
+        caption: what stands behind the claim and how the panels are read; small, wrapped to the figure's width.
+        legend_of: the panel, or panels, whose labels the legend explains; each label once.
     """
-    width = int(13.5 * figure.get_size_inches()[0])
-    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, width)]
+    panels = [legend_of] if isinstance(legend_of, Axes) else list(legend_of)
     figure.tight_layout()
-    figure.suptitle("\n".join(lines), fontsize=10, y=1.0, va="bottom")
-    if legend_of is not None:
-        handles, names = legend_of.get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, len(names)))
+    width = figure.get_size_inches()[0]
+    figure.suptitle(_wrapped(title, width, TITLE_SIZE), fontsize=TITLE_SIZE, y=1.0, va="bottom").set_gid("title")
+    labelled = [pair for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in reversed(labelled)}
+    if handles:
+        names = list(dict.fromkeys(label for _, label in labelled))
+        columns = _columns(names, width)
+        figure.legend(
+            [handles[name] for name in names], names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns
+        )
+    if caption:
+        drawn = figure.get_tightbbox()  # in inches
+        left, bottom = (figure.dpi_scale_trans + figure.transFigure.inverted()).transform((drawn.x0, drawn.y0 - _GAP))
+        figure.text(
+            left, bottom, _wrapped(caption, drawn.width, CAPTION_SIZE), fontsize=CAPTION_SIZE, va="top", ha="left"
+        ).set_gid("caption")
     plt.close(figure)
     return figure
+
+
+def _wrapped(text: str, inches: float, size: float) -> str:
+    return textwrap.fill(" ".join(text.split()), int(_LETTERS_AN_INCH[size] * inches))
+
+
+def _columns(names: Sequence[str], inches: float) -> int:
+    """Columns of a legend that is no wider than its figure."""
+    longest = max(len(name) for name in names) / 12.5 + 0.5
+    return max(1, min(len(names), 5, int(inches / longest)))
 
 
 def error_bars(
     axis: Axes, rows: pd.DataFrame, y: np.ndarray, colour: str, marker: str, label: str, scale: float = 100
 ) -> None:
     """Draw `rows` (`value, low, high`) at the heights `y` as points with horizontal intervals, in percent."""
-    error = scale * np.nan_to_num(np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None))
+    error = scale * bar_lengths(rows)
     axis.errorbar(
         scale * rows["value"], y, xerr=error, fmt=marker, color=colour, capsize=2, markersize=4.5, label=label
     )
+
+
+def bar_lengths(rows: pd.DataFrame, value: str = "value") -> np.ndarray:
+    """How far intervals (`low, high`) reach below and above the column `value`, [2, row]; 0 where that is unknown."""
+    return np.nan_to_num(np.clip([rows[value] - rows["low"], rows["high"] - rows[value]], 0, None))
 
 
 def named_rows(axis: Axes, names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from probes.linear.transfer import transfer_prediction
+from probes.linear.gate_transfer import transfer_prediction
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS.parent / "figures"

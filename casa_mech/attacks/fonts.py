@@ -1,4 +1,4 @@
-"""The font that draws a picture: the one in the user's folder where a benchmark's own font is there, else a shipped one.
+"""The font that draws a picture: the benchmark's own where the user's folder has it, else a shipped one.
 
 Fonts of the system are not looked for, so that a picture is the same on every machine. `font_files/` holds Liberation
 Sans (Arial's metrics, MM-SafetyBench), TeX Gyre Cursor Bold (the metrics and nearly the letters of FigStep's FreeMono
@@ -87,8 +87,8 @@ def _fonts_for(use: Use, folder: str) -> tuple[FontChoice, ...]:
         fonts.append(FontChoice(_name(path), path, True, face.benchmark[0]))
     shipped = FONT_FILES / face.shipped
     note = (
-        f"{_name(shipped)} draws the {use} pictures in place of {face.benchmark[0]}, in the same places and with nearly "
-        f"the same letters; for the benchmark's own font, set {FONT_FOLDER_VARIABLE} to a folder that holds it"
+        f"{_name(shipped)} draws the {use} pictures in place of {face.benchmark[0]}, in the same places and with "
+        f"nearly the same letters; for the benchmark's own font, set {FONT_FOLDER_VARIABLE} to a folder that holds it"
     )
     return (*fonts, FontChoice(_name(shipped), shipped, face.exact, face.benchmark[0], "" if face.exact else note))
 

@@ -117,13 +117,13 @@ def _drawn(
     return picture
 
 
-def _drawable(text: str, asked: str, choice: FontChoice) -> str:
-    if not asked.strip():
+def _drawable(text: str, content: str, choice: FontChoice) -> str:
+    if not content.strip():
         raise InputError("there is nothing to draw: the text is empty")
     missing = undrawable(text, choice)
     if missing:
         raise InputError(
-            f"{choice.name} cannot draw {missing!r} (U+{ord(missing):04X}): leave it out, or set {FONT_FOLDER_VARIABLE} "
-            f"to a folder with a {choice.wanted} that can"
+            f"{choice.name} cannot draw {missing!r} (U+{ord(missing):04X}): leave it out, or set "
+            f"{FONT_FOLDER_VARIABLE} to a folder with a {choice.wanted} that can"
         )
     return text

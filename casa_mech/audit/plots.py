@@ -36,7 +36,7 @@ def plot_audit(result: AuditResult) -> Figure:
         _stack(benign, paths[paths["label"] == "benign"], attacks, "benign")
         _forced(forced, effects[effects["outcome"] == "refused"], attacks)
         named_rows(harmful, attacks)
-        figure = titled(figure, audit_title(result), harmful)
+        figure = titled(figure, audit_title(result), legend_of=harmful)
         forced.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
         return figure
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from casa_mech.compare.systems import REFERENCE, System
+from casa_mech.compare.systems import REFERENCE, ComparedSystem
 from casa_mech.compare.weights import TrainingPlan
 from casa_mech.errors import InputError
 
@@ -17,8 +17,8 @@ PROMPT_AXIS = "attention and safety prompt"
 BASE = REFERENCE
 NO_ATTENTION = "ssft-token"
 REDUCED = TrainingPlan(n_examples=600, settings={"max_steps": 60, "batch_size": 32, "micro_batch_size": 32})
-"""How the variants are trained: shorter than the comparison's rows, and all alike, so that they compare with each
-other and not with those."""
+"""Training of the variants: shorter than that of the comparison's rows, and the same for all, so that they compare with
+each other and not with those."""
 _SETTINGS: Mapping[str, tuple[tuple[str, dict[str, Any]], ...]] = MappingProxyType(
     {
         "form": (
@@ -51,8 +51,11 @@ class Variant:
     """One level of one axis, and the row that measures it. The base is a level of every axis."""
 
     axis: str
+    """What is changed."""
     level: str
-    system: System
+    """To what."""
+    system: ComparedSystem
+    """The row."""
 
     @property
     def name(self) -> str:
@@ -77,48 +80,48 @@ def variants(
     unknown = [axis for axis in axes if axis not in AXES]
     if unknown or not axes:
         raise InputError(f"unknown ablation {unknown[0] if unknown else ''!r}; ablations: {', '.join(AXES)}")
-    found: list[Variant] = []
+    levels: list[Variant] = []
     for axis in axes:
-        found += _prompts() if axis == "prompt" else _levels(axis, n_layers, n_examples)
+        levels += _prompts() if axis == "prompt" else _levels(axis, n_layers, n_examples)
     if only is not None:
-        names = [variant.name for variant in found]
+        names = [variant.name for variant in levels]
         odd = next((name for name in only if name not in names), None)
         if odd is not None:
             raise InputError(f"unknown variant {odd!r}; there are {', '.join(names)}")
-        wanted = {name.partition("=")[0] for name in only}
-        found = [
+        varied = {name.partition("=")[0] for name in only}
+        levels = [
             variant
-            for variant in found
+            for variant in levels
             if variant.axis == PROMPT_AXIS
             or variant.name in only
-            or (variant.axis in wanted and variant.system.label == BASE)
+            or (variant.axis in varied and variant.system.label == BASE)
         ]
-    return found
+    return levels
 
 
-def systems_of(chosen: Sequence[Variant]) -> list[System]:
+def systems_of(variants: Sequence[Variant]) -> list[ComparedSystem]:
     """The rows of the variants, each once, the base first."""
-    unique = {variant.system.label: variant.system for variant in chosen}
-    unique = {BASE: System(defense=BASE), **unique}
+    unique = {variant.system.label: variant.system for variant in variants}
+    unique = {BASE: ComparedSystem(defense=BASE), **unique}
     return list(unique.values())
 
 
-def ablation_frame(summary: pd.DataFrame, chosen: Sequence[Variant]) -> pd.DataFrame:
+def ablation_frame(summary: pd.DataFrame, variants: Sequence[Variant]) -> pd.DataFrame:
     """The summary by variant: its columns, with `axis`, `level` and `base` (whether it is the base) in front."""
-    parts = []
-    for variant in chosen:
-        part = summary[summary["defense"] == variant.system.label]
-        parts.append(part.assign(axis=variant.axis, level=variant.level, base=variant.system.label == BASE))
-    frame = pd.concat(parts, ignore_index=True)
+    by_variant = []
+    for variant in variants:
+        rows = summary[summary["defense"] == variant.system.label]
+        by_variant.append(rows.assign(axis=variant.axis, level=variant.level, base=variant.system.label == BASE))
+    frame = pd.concat(by_variant, ignore_index=True)
     return frame[["axis", "level", "base", *summary.columns]]
 
 
 def _prompts() -> list[Variant]:
     levels = {
-        "attention": System(defense=BASE),
-        "attention + prompt": System(defense=BASE, safety_prompt=True),
-        "no attention": System(defense=NO_ATTENTION),
-        "no attention + prompt": System(defense=NO_ATTENTION, safety_prompt=True),
+        "attention": ComparedSystem(defense=BASE),
+        "attention + prompt": ComparedSystem(defense=BASE, safety_prompt=True),
+        "no attention": ComparedSystem(defense=NO_ATTENTION),
+        "no attention + prompt": ComparedSystem(defense=NO_ATTENTION, safety_prompt=True),
     }
     return [Variant(PROMPT_AXIS, level, system) for level, system in levels.items()]
 
@@ -129,17 +132,17 @@ def _levels(axis: str, n_layers: int, n_examples: int) -> list[Variant]:
         changes = [(f"block {block}", {"layer": block}) for block in blocks]
         return [_variant(axis, level, change) for level, change in (*changes, ("norm", {}))]
     if axis == "size":
-        parts = {f"1/{part}": max(4, n_examples // part) for part in (8, 4, 2)}
+        sizes = {f"1/{share}": max(4, n_examples // share) for share in (8, 4, 2)}
         return [
-            *(Variant(axis, level, _named(axis, level, examples=n)) for level, n in parts.items()),
+            *(Variant(axis, level, _named(axis, level, examples=n)) for level, n in sizes.items()),
             _variant(axis, "all", {}),
         ]
     return [_variant(axis, level, change) for level, change in _SETTINGS[axis]]
 
 
 def _variant(axis: str, level: str, change: dict[str, Any]) -> Variant:
-    return Variant(axis, level, _named(axis, level, training=change) if change else System(defense=BASE))
+    return Variant(axis, level, _named(axis, level, training=change) if change else ComparedSystem(defense=BASE))
 
 
-def _named(axis: str, level: str, **fields: Any) -> System:
-    return System(defense=BASE, name=f"{BASE}, {axis} {level}", **fields)
+def _named(axis: str, level: str, **fields: Any) -> ComparedSystem:
+    return ComparedSystem(defense=BASE, name=f"{BASE}, {axis} {level}", **fields)

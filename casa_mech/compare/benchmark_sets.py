@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from casa_mech.attacks import apply_attack, paired
-from casa_mech.compare.config import AS_IT_IS, CompareConfig, SetPlan, Source
+from casa_mech.compare.config import AS_IT_IS, CompareConfig, QuerySection, SetSection
 from casa_mech.compare.sets import LABELS, Cell
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import check_media
@@ -22,14 +22,15 @@ from casa_mech.queries.files import with_columns
 
 @dataclass
 class BenchmarkSets:
-    """The sets of a configuration.
-
-    config: the file's content. note: told what was left out, one line each.
-    """
+    """The sets of a configuration."""
 
     config: CompareConfig
+    """The file's content."""
     note: Callable[[str], None] = print
-    _made: dict[tuple[str, int], dict[Label, list[Query]]] = field(default_factory=dict, init=False, repr=False)
+    """Called with what was left out, one line each."""
+    _attacked_sets: dict[tuple[str, int], dict[Label, list[Query]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def micro_world(self) -> bool:
@@ -43,28 +44,29 @@ class BenchmarkSets:
         ]
 
     def queries(self, cell: Cell, seed: int, omni: Omni) -> list[Query]:
-        """The queries of one column, read and attacked when they are first asked for.
+        """The queries of one column, read and attacked on the first call.
 
         Raises:
             InputError: a set that cannot be read, or a query that the attack cannot be used on; it names the set.
         """
-        wanted = cell.attack, seed
-        if wanted not in self._made:
-            self._made = {known: made for known, made in self._made.items() if known[1] == seed}
+        key = cell.attack, seed
+        if key not in self._attacked_sets:
+            # Media are large, and a grid goes through the seeds one by one.
+            self._attacked_sets = {old: sets for old, sets in self._attacked_sets.items() if old[1] == seed}
             (plan,) = (plan for plan in self.config.sets if plan.name == cell.attack)
             try:
-                self._made[wanted] = self._attacked(plan, seed, omni)
+                self._attacked_sets[key] = self._attacked(plan, seed, omni)
             except InputError as error:
                 raise InputError(f"set {plan.name!r}: {error}") from None
-        return self._made[wanted][cell.label]
+        return self._attacked_sets[key][cell.label]
 
-    def _attacked(self, plan: SetPlan, seed: int, omni: Omni) -> dict[Label, list[Query]]:
-        read = {label: self._read(plan.name, source, label, seed) for label, source in _sources(plan).items()}
-        if len(read) == 2 and len(read["harmful"]) == len(read["benign"]):
-            read["harmful"], read["benign"] = paired(read["harmful"], read["benign"])
-        return {label: self._under(plan, queries, seed, omni) for label, queries in read.items()}
+    def _attacked(self, plan: SetSection, seed: int, omni: Omni) -> dict[Label, list[Query]]:
+        queries = {label: self._read(plan.name, source, label, seed) for label, source in _sources(plan).items()}
+        if len(queries) == 2 and len(queries["harmful"]) == len(queries["benign"]):
+            queries["harmful"], queries["benign"] = paired(queries["harmful"], queries["benign"])
+        return {label: self._under(plan, of_label, seed, omni) for label, of_label in queries.items()}
 
-    def _read(self, name: str, source: Source, label: Label, seed: int) -> list[Query]:
+    def _read(self, name: str, source: QuerySection, label: Label, seed: int) -> list[Query]:
         fields = {**source.columns, "label": label, "other_labels": "leave_out"} if source.set == TABLE else None
         shared = None if source.set == TABLE else BenchmarkSource(source.set, data=self.config.data).place
         reading = read_benchmark(
@@ -82,29 +84,29 @@ class BenchmarkSets:
             raise InputError(f"{label}: {source.set} holds no {label} query")
         return sample(queries, source.limit, seed)
 
-    def _under(self, plan: SetPlan, queries: list[Query], seed: int, omni: Omni) -> list[Query]:
-        kept: list[Query] = []
+    def _under(self, plan: SetSection, queries: list[Query], seed: int, omni: Omni) -> list[Query]:
+        attacked: list[Query] = []
         reasons: list[str] = []
         for query in queries:
             try:
-                kept.append(_apply(plan, query, seed, omni))
+                attacked.append(_apply(plan, query, seed, omni))
             except InputError as error:
                 if not plan.skip_unfit:
                     raise InputError(f"{error} (or set skip_unfit: true)") from None
                 reasons.append(str(error))
         if reasons:
             self.note(f"{plan.name}: left out {len(reasons)} queries that {plan.attack} does not fit: {reasons[0]}")
-        if not kept:
+        if not attacked:
             raise InputError(f"{plan.attack} fits none of its {len(queries)} queries: {reasons[0]}")
-        check_media(kept)
-        return kept
+        check_media(attacked)
+        return attacked
 
 
-def _sources(plan: SetPlan) -> Mapping[Label, Source]:
+def _sources(plan: SetSection) -> Mapping[Label, QuerySection]:
     return {label: source for label in LABELS if (source := getattr(plan, label)) is not None}
 
 
-def _apply(plan: SetPlan, query: Query, seed: int, omni: Omni) -> Query:
+def _apply(plan: SetSection, query: Query, seed: int, omni: Omni) -> Query:
     if plan.attack != AS_IT_IS:
         (query,) = apply_attack(
             plan.attack, [query], seed, tokenizer=omni.tokenizer, wrappers=plan.wrappers, picture=plan.picture,

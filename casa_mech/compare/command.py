@@ -18,13 +18,13 @@ from casa_mech.compare.config import CompareConfig, read_config
 from casa_mech.compare.grid import GENERATION, ROUNDS, Grid, GridResult
 from casa_mech.compare.paired import paired_tests
 from casa_mech.compare.sets import DEFAULT_ATTACKS, QuerySets, WorldSets
-from casa_mech.compare.systems import DEFAULT_DEFENSES, System, check_systems, system_named
+from casa_mech.compare.systems import DEFAULT_DEFENSES, ComparedSystem, check_systems, system_named
 from casa_mech.compare.tables import compact, grid_rows, summarise
-from casa_mech.compare.weights import ExampleTable, TrainingPlan, Weights
+from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import check_folder, write_text, writing
 from casa_mech.judging import Judge, load_judge, write_table
-from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_panel
+from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_rates
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import CLONE, slug
@@ -37,27 +37,35 @@ Draw = Callable[[Comparison, RunFolder, str], Sequence[Path]]
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare. Empty lists and None stand for the defaults, or for what the configuration says.
-
-    model, device, dtype: as for `load_omni`. defenses, attacks: by name. seeds. n: requests in each cell. config: a
-    YAML file; then attacks and n are its own. ablations: the second grid, on the axes named (empty: all).
-    training: options that all supervised trainings share, and `n_examples`. generation: fields of its settings.
-    rounds: of timing.
-    """
+    """A comparison as the command line asks for it. Empty lists and None stand for the defaults, or for what the
+    configuration says."""
 
     model: str = "organism"
+    """As for `load_omni`."""
     defenses: Sequence[str] = ()
+    """The rows by name, as `systems.system_named` reads them."""
     attacks: Sequence[str] = ()
+    """The columns by name; a configuration has its own."""
     seeds: Sequence[int] = ()
+    """Of training and draws."""
     n: int | None = None
+    """Requests in each cell; a configuration has its own limits."""
     config: Path | None = None
+    """A YAML file (see `config.CompareConfig`)."""
     ablations: bool = False
+    """The second grid: CASA with one thing changed at a time."""
     axes: Sequence[str] = ()
+    """Of the second grid; empty: all."""
     training: Mapping[str, Any] = field(default_factory=dict)
+    """Options that all supervised trainings share, and `n_examples`."""
     generation: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `GenerationSettings`."""
     rounds: int | None = None
+    """Of timing; 0 for none."""
     device: str = "auto"
+    """As for `load_omni`."""
     dtype: str = "auto"
+    """As for `load_omni`."""
 
 
 def compare(
@@ -73,12 +81,12 @@ def compare(
         request: what to compare; all that can be checked without a model is checked before one is loaded.
         out: the folder; None: `runs/compare-<model>`.
         progress: whether to draw bars.
-        note: told what was left out, one line each.
+        note: called with what was left out, one line each.
         draw: draws the tables into the folder (`casa_mech.reports.defences.figures.draw`); None: no figures.
 
     Returns:
-        Where the tables and figures are, how many cells were computed and found, the summary, the tests and the
-        published numbers.
+        Where the tables and figures are, how many cells were computed and how many were there, the summary, the tests
+        and the published numbers.
 
     Raises:
         InputError: a name, option, file or query that cannot be used. RunError: a folder or judge that cannot.
@@ -94,10 +102,10 @@ def compare(
         omni = load_omni(request.model, device=request.device, dtype=request.dtype)
         seeds = _seeds(request, config)
         _warn(request, config, omni, sets, seeds[0], note)
-        chosen: list[Variant] = []
+        levels: list[Variant] = []
         if request.ablations:
-            chosen = variants(omni.n_layers, plan.n_examples, request.axes or AXES)
-            systems = systems_of(chosen)
+            levels = variants(omni.n_layers, plan.n_examples, request.axes or AXES)
+            systems = systems_of(levels)
         rounds = request.rounds if request.rounds is not None else config.timing_rounds if config else ROUNDS
         grid = Grid(
             omni, systems, sets, seeds, folder, Weights(plan, folder, progress),
@@ -106,14 +114,14 @@ def compare(
         )  # fmt: skip
         result = grid.fill()
         summary, tests = summarise(result), paired_tests(result.replies)
-        if chosen:
-            summary = ablation_frame(summary, chosen)
+        if levels:
+            summary = ablation_frame(summary, levels)
         name = f"{'ablations' if request.ablations else 'compare'}-{slug(request.model)}"
         rows = grid_rows(result)
         write_table(rows, folder.path("tables", f"{name}.parquet"))
-        comparison = Comparison(request.model, result, rows, summary, tests, tuple(chosen))
+        comparison = Comparison(request.model, result, rows, summary, tests, tuple(levels))
         figures = draw(comparison, folder, name) if draw else []
-        _write(folder, name, {"summary": summary, "tests": tests, "published": published_panel()})
+        _write(folder, name, {"summary": summary, "tests": tests, "published": published_rates()})
     return {
         "model": request.model,
         "out": str(folder.root),
@@ -157,7 +165,7 @@ def _check(request: Request, config: CompareConfig | None) -> None:
         variants(1, 8, request.axes)  # names the known ones
 
 
-def _systems(request: Request, config: CompareConfig | None) -> list[System]:
+def _systems(request: Request, config: CompareConfig | None) -> list[ComparedSystem]:
     if request.defenses:
         return [system_named(name) for name in request.defenses]
     if config is not None and config.defenses:
@@ -177,14 +185,12 @@ def _seeds(request: Request, config: CompareConfig | None) -> tuple[int, ...]:
 
 def _plan(request: Request, config: CompareConfig | None) -> TrainingPlan:
     base = REDUCED if request.ablations else TrainingPlan()
-    given = dict(request.training)
-    n_examples = int(given.pop("n_examples", base.n_examples))
+    settings = dict(request.training)
+    n_examples = int(settings.pop("n_examples", base.n_examples))
     if config is None or config.training is None:
-        return TrainingPlan(n_examples, {**base.settings, **given})
-    columns = config.training.examples
-    table = ExampleTable(columns.path, columns.prompt, columns.reply, columns.label, columns.completion)
-    whole = TrainingPlan(n_examples, {**config.training.settings, **given}, table)
-    return replace(whole, n_examples=len(whole.examples(0)))
+        return TrainingPlan(n_examples, {**base.settings, **settings})
+    plan = TrainingPlan(n_examples, {**config.training.settings, **settings}, config.training.examples)
+    return replace(plan, n_examples=len(plan.examples(0)))
 
 
 def _generation(request: Request, config: CompareConfig | None) -> GenerationSettings:
@@ -221,9 +227,9 @@ def _warn(
 
 
 def _report(result: GridResult, summary: pd.DataFrame, tests: pd.DataFrame, seeds: Sequence[int]) -> dict[str, Any]:
-    """What a filled grid says, in a few rows, beside what was published."""
+    """A filled grid in a few rows, beside what was published."""
     return {
-        "cells": {"computed": result.made, "found": result.found},
+        "cells": {"computed": result.computed, "found": result.reused},
         "n_cell": int(result.replies.groupby(["defense", "attack", "label", "seed"]).size().min()),
         "seeds": list(seeds),
         "judge": str(result.replies["judge"].iloc[0]),

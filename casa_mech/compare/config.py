@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from casa_mech.attacks import attack_named
-from casa_mech.compare.systems import System, system_named
+from casa_mech.compare.systems import ComparedSystem, system_named
+from casa_mech.compare.weights import ExampleTable
 from casa_mech.errors import InputError
 from casa_mech.judging.registry import BACKENDS, JUDGES
 from casa_mech.omni import GenerationSettings
@@ -23,23 +24,27 @@ EXAMPLE = "paper_table.yaml"
 AS_IT_IS = "none"
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(_Part):
-    """Where the queries of one label come from: the arguments of `read_queries`.
-
-    meta: for a table, what attacks read of a query, `Query.meta` key -> column (key_phrase, compliance, ...).
-    """
+class QuerySection(_Section):
+    """Where the queries of one label come from (see `casa_mech.queries.read_queries`)."""
 
     set: str
+    """A public set by name, or `table`."""
     path: Path | None = None
+    """Its file or folder; None: where public sets are found."""
     split: str | None = None
+    """One of its splits; None for its own choice."""
     limit: int | None = Field(default=None, ge=1)
+    """At most so many, drawn by the seed."""
     missing_media: MissingMedia = "error"
+    """What becomes of a row whose picture or clip is not there."""
     columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of a table, by the names of the fields of `QuerySource`."""
     meta: dict[str, str] = Field(default_factory=dict)
+    """For a table, what attacks read of a query: `Query.meta` key -> column (key_phrase, compliance, ...)."""
 
     @field_validator("set")
     @classmethod
@@ -57,19 +62,23 @@ class Source(_Part):
         return self
 
 
-class SetPlan(_Part):
-    """One column of the table: a set under an attack, and the benign queries that get the same attack.
-
-    wrappers: of the attack jailbreak. picture: of sd-typo. skip_unfit: leave out what the attack cannot be used on.
-    """
+class SetSection(_Section):
+    """One column of the table: a set under an attack, and the benign queries that get the same attack."""
 
     name: str
-    harmful: Source | None = None
-    benign: Source | None = None
+    """Of the column."""
+    harmful: QuerySection | None = None
+    """Queries that should be refused."""
+    benign: QuerySection | None = None
+    """Queries that should be answered; as many as the harmful ones get the same draws, pair by pair."""
     attack: str = AS_IT_IS
+    """The attack by name; `none` leaves the queries as they are."""
     wrappers: Literal["seen", "held_out", "all"] = "held_out"
+    """Of the attack jailbreak."""
     picture: Path | None = None
+    """Of the attack sd-typo."""
     skip_unfit: bool = False
+    """Leave out what the attack cannot be used on, instead of stopping there."""
 
     @field_validator("attack")
     @classmethod
@@ -85,13 +94,17 @@ class SetPlan(_Part):
         return self
 
 
-class JudgePlan(_Part):
-    """The judge by name, as for `load_judge`; options: its further ones (base_url, key_env, threshold, ...)."""
+class JudgeSection(_Section):
+    """The judge, as for `load_judge`."""
 
     name: str = "keyword"
+    """A judge by name, or a rubric's .json file."""
     backend: Literal["local", "openai", "anthropic"] = BACKENDS[0]
+    """Where a rubric's judging model is."""
     model: str = ""
+    """The judging model."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Further options: base_url, key_env, threshold, ..."""
 
     @field_validator("name")
     @classmethod
@@ -101,38 +114,34 @@ class JudgePlan(_Part):
         return name
 
 
-class TableColumns(_Part):
-    """A training set: a table and its columns."""
+class TrainingSection(_Section):
+    """How trained rows are trained."""
 
-    path: Path
-    prompt: str = "prompt"
-    reply: str = "reply"
-    label: str = "label"
-    completion: str | None = None
-
-
-class Training(_Part):
-    """How trained rows are trained: on what, and with what settings in common."""
-
-    examples: TableColumns
+    examples: ExampleTable
+    """On what."""
     settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings that all supervised trainings share."""
 
 
-class CompareConfig(_Part):
-    """A comparison at full size.
-
-    data: the folder of the public sets (default: what CASA_MECH_DATA names, else the hub). sets: the columns.
-    defenses: the rows, each a name or a record of `System`. seeds: as on the command line, which wins.
-    """
+class CompareConfig(_Section):
+    """A comparison at full size: what the YAML file holds."""
 
     data: Path | None = None
-    sets: tuple[SetPlan, ...] = Field(min_length=1)
-    defenses: tuple[System, ...] = ()
-    judge: JudgePlan = JudgePlan()
+    """The folder of the public sets; None: what CASA_MECH_DATA names, else the hub."""
+    sets: tuple[SetSection, ...] = Field(min_length=1)
+    """The columns."""
+    defenses: tuple[ComparedSystem, ...] = ()
+    """The rows, each a name or a record of `ComparedSystem`; empty for all."""
+    judge: JudgeSection = JudgeSection()
+    """Who judges the replies."""
     generation: GenerationSettings = GenerationSettings(max_new_tokens=512, batch_size=8)
-    training: Training | None = None
+    """How replies are generated."""
+    training: TrainingSection | None = None
+    """None: on the micro-world's examples."""
     seeds: tuple[int, ...] = (0,)
+    """Seeds of training and draws; those of the command line win."""
     timing_rounds: int = Field(default=3, ge=0)
+    """Rounds of timing, 0 for none."""
 
     @field_validator("defenses", mode="before")
     @classmethod
@@ -142,7 +151,7 @@ class CompareConfig(_Part):
         return [system_named(row) if isinstance(row, str) else row for row in rows]
 
     @model_validator(mode="after")
-    def _apart(self) -> Self:
+    def _no_name_twice(self) -> Self:
         names = [plan.name for plan in self.sets]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -198,8 +207,8 @@ def _placed(value: Any, folder: Path, key: object = "") -> Any:
 def _fields_at(steps: Sequence[int | str]) -> list[str]:
     """The keys of the record at a place in the file."""
     kinds: dict[str, type[BaseModel]] = {
-        "sets": SetPlan, "defenses": System, "judge": JudgePlan, "generation": GenerationSettings,
-        "training": Training, "examples": TableColumns, "harmful": Source, "benign": Source,
+        "sets": SetSection, "defenses": ComparedSystem, "judge": JudgeSection, "generation": GenerationSettings,
+        "training": TrainingSection, "examples": ExampleTable, "harmful": QuerySection, "benign": QuerySection,
     }  # fmt: skip
     names = [step for step in steps if isinstance(step, str)]
     kind: type[BaseModel] | None = kinds.get(names[-1]) if names else CompareConfig

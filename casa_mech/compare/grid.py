@@ -20,7 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from casa_mech.compare.sets import Cell, QuerySets
-from casa_mech.compare.systems import System, check_systems
+from casa_mech.compare.systems import ComparedSystem, check_systems
 from casa_mech.compare.timing import TIMED_ATTACKS, TIMED_QUERIES, Timing, relative_seconds
 from casa_mech.compare.weights import Weights, training_cost
 from casa_mech.defenses import Defense, load_defense, prompts
@@ -28,7 +28,8 @@ from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import evaluate
 from casa_mech.files import write_text
 from casa_mech.identity import json_digest, key_digest, queries_digest
-from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge, clusters_of
+from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge
+from casa_mech.judging.stats import clusters_of
 from casa_mech.judging.verdict import judge_identity
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.queries import Query
@@ -50,39 +51,43 @@ _UNTIMED = Timing(seconds=_NAN, plain_seconds=_NAN, ratio=_NAN, low=_NAN, high=_
 
 @dataclass(frozen=True)
 class GridResult:
-    """What a grid found.
-
-    replies: `evaluate.REPLY_COLUMNS`, `seed`, `cluster` (what counts as one draw), and `gate_score`, how malicious the
-    defence found the query (v_s, a token's share, a risk), NaN where it does not say. costs: `COST_COLUMNS`, a row for
-    each defence and seed. made, found: how many cells were computed now, and how many were there.
-    """
+    """The replies and costs of a filled grid."""
 
     replies: pd.DataFrame
+    """`evaluate.REPLY_COLUMNS`, `seed`, `cluster` (what counts as one draw), and `gate_score`: how malicious a query is
+    to the defence (v_s, a token's share, a risk), NaN where it does not say."""
     costs: pd.DataFrame
-    made: int
-    found: int
+    """`COST_COLUMNS`, a row for each defence and seed."""
+    computed: int
+    """Cells that were computed now."""
+    reused: int
+    """Cells that were there already."""
 
 
 @dataclass
 class Grid:
-    """A grid to be filled. The model must carry nothing; it is given back as it was.
-
-    omni: the model. systems: the rows. sets: the columns. seeds: each draws training and evaluation anew.
-    folder: where cells are kept. weights: where trained rows come from. generation: how replies are generated; their
-    seed is the grid's. judge: None: the exact one for the micro-world on a model of it, else the keyword judge.
-    rounds: of timing; 0 for none.
-    """
+    """A grid to be filled."""
 
     omni: Omni
-    systems: Sequence[System]
+    """The model. It must carry no adapter and no gate, and is left as it was."""
+    systems: Sequence[ComparedSystem]
+    """The rows."""
     sets: QuerySets
+    """The columns."""
     seeds: Sequence[int]
+    """Each draws training and evaluation anew."""
     folder: RunFolder
+    """Where cells are kept."""
     weights: Weights
+    """Where trained rows come from."""
     generation: GenerationSettings = GENERATION
+    """How replies are generated; their seed is the grid's."""
     judge: Judge | None = None
+    """None: the exact one for the micro-world on a model of it, else the keyword judge."""
     rounds: int = ROUNDS
+    """Rounds of timing; 0 for none."""
     progress: bool = True
+    """Draw a bar."""
     _digests: dict[tuple[Cell, int], str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +113,7 @@ class Grid:
         """
         replies: list[pd.DataFrame] = []
         costs: list[dict[str, Any]] = []
-        made = 0
+        computed = 0
         total = len(self.seeds) * len(self.systems) * len(self.sets.cells())
         with tqdm(total=total, desc="grid", unit="cell", disable=not self.progress) as bar:
             for seed in self.seeds:
@@ -122,10 +127,10 @@ class Grid:
                             replies.append(row.replies(cell))
                             bar.update()
                         costs.append(row.costs())
-                    made += row.made
+                    computed += row.computed
         table = pd.concat(replies, ignore_index=True)
         table["cluster"] = [str(cluster) for cluster in clusters_of(table)]
-        return GridResult(table, pd.DataFrame(costs, columns=list(COST_COLUMNS)), made, total - made)
+        return GridResult(table, pd.DataFrame(costs, columns=list(COST_COLUMNS)), computed, total - computed)
 
     def queries(self, cell: Cell, seed: int) -> list[Query]:
         """The queries of a column."""
@@ -146,9 +151,9 @@ class Grid:
 class _Row:
     """One defence under one seed. It is loaded when the first missing piece asks for it, and closed at the end."""
 
-    def __init__(self, grid: Grid, system: System, seed: int) -> None:
+    def __init__(self, grid: Grid, system: ComparedSystem, seed: int) -> None:
         self.grid, self.system, self.seed = grid, system, seed
-        self.made = 0
+        self.computed = 0
         self._stack = ExitStack()
         self._weights_key = grid.weights.key(system, seed, grid.omni) if system.trains else None
 
@@ -172,7 +177,7 @@ class _Row:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What the defence says of itself (`identity`, `describe`), kept so that a finished row needs no loading."""
+        """The defence's `identity` and `describe`, kept so that a row whose cells are all there needs no loading."""
         key = {
             "schema": _SCHEMA,
             "defense": self.system.defense,
@@ -185,12 +190,12 @@ class _Row:
         }
 
         def build(new: Path) -> None:
-            told = {"identity": self.defense.identity, "description": self.defense.describe().model_dump(mode="json")}
-            write_text(new / "system.json", json.dumps(told, indent=2) + "\n")
+            record = {"identity": self.defense.identity, "description": self.defense.describe().model_dump(mode="json")}
+            write_text(new / "system.json", json.dumps(record, indent=2) + "\n")
 
         folder = self.grid.folder.artifact("systems", key_digest(key), key, build)
-        read: dict[str, Any] = json.loads((folder / "system.json").read_text(encoding="utf-8"))
-        return read
+        record: dict[str, Any] = json.loads((folder / "system.json").read_text(encoding="utf-8"))
+        return record
 
     def replies(self, cell: Cell) -> pd.DataFrame:
         """The cell's table, computed now or read."""
@@ -208,12 +213,12 @@ class _Row:
         }
 
         def build(new: Path) -> None:
-            self.made += 1
+            self.computed += 1
             work = grid.folder.path("work", key_digest(key))
             shared: dict[str, Any] = {"defense": self.system.label, "settings": settings, "store": work}
-            found = evaluate(grid.omni, self.defense, queries, grid.judge, identity=key, **shared).replies
-            found["gate_score"] = self._scores(found, queries, settings)
-            found.to_parquet(new / "replies.parquet")
+            replies = evaluate(grid.omni, self.defense, queries, grid.judge, identity=key, **shared).replies
+            replies["gate_score"] = self._scores(replies, queries, settings)
+            replies.to_parquet(new / "replies.parquet")
             shutil.rmtree(work, ignore_errors=True)
 
         folder = grid.folder.artifact("cells", key_digest(key), key, build)
@@ -223,7 +228,7 @@ class _Row:
 
     def costs(self) -> dict[str, Any]:
         """`COST_COLUMNS` of the row."""
-        grid, told = self.grid, self.record["description"]
+        grid, description = self.grid, self.record["description"]
         seconds, steps = (
             training_cost(grid.weights.find(self.system, self.seed, grid.omni))
             if self.system.trains
@@ -234,7 +239,7 @@ class _Row:
             "model": grid.omni.source,
             "defense": self.system.label,
             "seed": self.seed,
-            **{name: told[name] for name in ("forwards_per_token", "extra_forwards", "trained_parameters")},
+            **{name: description[name] for name in ("forwards_per_token", "extra_forwards", "trained_parameters")},
             "training_seconds": seconds,
             "training_steps": steps,
             "relative_seconds": timing.ratio,
@@ -246,7 +251,7 @@ class _Row:
 
     @cached_property
     def _key(self) -> dict[str, Any]:
-        """What all cells of the row depend on."""
+        """All that the cells of the row have in common in their keys."""
         return {
             "schema": _SCHEMA,
             "model": self.grid.omni.fingerprint(),
@@ -256,12 +261,12 @@ class _Row:
             "seed": self.seed,
         }
 
-    def _scores(self, found: pd.DataFrame, queries: Sequence[Query], settings: GenerationSettings) -> list[float]:
-        if found["v_s"].notna().all():
-            return [float(value) for value in found["v_s"]]
+    def _scores(self, replies: pd.DataFrame, queries: Sequence[Query], settings: GenerationSettings) -> list[float]:
+        if replies["v_s"].notna().all():
+            return [float(value) for value in replies["v_s"]]
         if self.defense.has_scores:
             return self.defense.scores(queries, settings)
-        return [float("nan")] * len(found)
+        return [float("nan")] * len(replies)
 
     def _timing(self) -> Timing:
         grid = self.grid

@@ -1,4 +1,4 @@
-"""The columns of a comparison: attacks on requests of the micro-world and their benign twins, or on sets of files."""
+"""The columns of a comparison: attacks on matched pairs of requests of the micro-world, or on sets of files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from casa_mech.attacks import STUDY_ATTACKS, apply_with_twins, attack_named
+from casa_mech.attacks import STUDY_ATTACKS, apply_to_pairs, attack_named
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
@@ -20,10 +20,12 @@ LABELS: tuple[Label, ...] = ("harmful", "benign")
 
 @dataclass(frozen=True)
 class Cell:
-    """One column: an attack (or a named set) on requests of one label."""
+    """One column: requests of one label under one attack."""
 
     attack: str
+    """The attack's name, or that of a set."""
     label: Label
+    """Of the requests."""
 
 
 class QuerySets(Protocol):
@@ -31,7 +33,7 @@ class QuerySets(Protocol):
 
     @property
     def micro_world(self) -> bool:
-        """Whether the exact judge can judge the replies."""
+        """True where the exact judge can judge the replies."""
         ...
 
     def cells(self) -> list[Cell]:
@@ -45,14 +47,18 @@ class QuerySets(Protocol):
 
 @dataclass
 class WorldSets:
-    """Requests in held-out phrasings on all topics, each harmful one with a benign twin of the same wording and draws.
+    """Matched pairs of requests in held-out phrasings on all topics.
 
-    attacks: which attacks. n: requests of each label.
+    The harmful and the benign one of a pair have the same wording, and get the same draws of every attack.
     """
 
     attacks: Sequence[str] = DEFAULT_ATTACKS
+    """Which attacks, by name."""
     n: int = 200
-    _made: dict[tuple[str, int], tuple[list[Query], list[Query]]] = field(default_factory=dict, init=False, repr=False)
+    """Requests of each label."""
+    _attacked: dict[tuple[str, int], tuple[list[Query], list[Query]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if not self.attacks or self.n < 1:
@@ -74,16 +80,16 @@ class WorldSets:
 
     def queries(self, cell: Cell, seed: int, omni: Omni) -> list[Query]:
         """The requests of one column."""
-        wanted = cell.attack, seed
-        if wanted not in self._made:
+        key = cell.attack, seed
+        if key not in self._attacked:
             # Clips are large, and a grid goes through the seeds one by one.
-            self._made = {known: made for known, made in self._made.items() if known[1] == seed}
+            self._attacked = {old: pairs for old, pairs in self._attacked.items() if old[1] == seed}
             # One seed for both labels: the draws of a pair are the same but for the topic.
             harmful, benign = (
                 default_world().requests(self.n, Draw.EVALUATION + seed, label, templates="held_out")
                 for label in LABELS
             )
-            self._made[wanted] = apply_with_twins(
+            self._attacked[key] = apply_to_pairs(
                 cell.attack, harmful, benign, Draw.EVALUATION + seed, tokenizer=omni.tokenizer, wording=MICRO_WORLD
             )
-        return self._made[wanted][LABELS.index(cell.label)]
+        return self._attacked[key][LABELS.index(cell.label)]

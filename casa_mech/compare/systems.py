@@ -14,7 +14,7 @@ from casa_mech.defenses.registry import DEFENSES, DefenseEntry, defense_entry, o
 from casa_mech.errors import InputError
 
 PROMPTED = "+safety-prompt"
-"""What a name on the command line ends in when the safety prompt is switched on."""
+"""End of a name on the command line that switches the safety prompt on."""
 DEFAULT_DEFENSES = (
     "none", "safety-prompt", "ssft", "ssft-token", "refusal-token", "circuit-breaker", "casa", f"casa{PROMPTED}",
     "coca", "safecode", "moras",
@@ -23,7 +23,7 @@ REFERENCE = "casa"
 """The row that all others are tested against."""
 
 
-class System(Settings):
+class ComparedSystem(Settings):
     """One row: a defence, how it is trained and how it is used."""
 
     defense: str
@@ -35,17 +35,17 @@ class System(Settings):
     training: dict[str, Any] = Field(default_factory=dict)
     """Its options in training, where they differ from those of all."""
     examples: int | None = Field(default=None, ge=4)
-    """How many training examples; None for as many as the others get."""
+    """Number of training examples; None for as many as the others get."""
     path: str | None = None
     """Folder of trained weights; `{seed}` stands for the seed. None: they are trained."""
     name: str = ""
-    """Its name in the tables; empty for the defence's own, the safety prompt told."""
+    """Its name in the tables; empty for the defence's own, with the safety prompt behind it where it is on."""
 
     @property
     def label(self) -> str:
         """Its name in the tables."""
-        told = self.safety_prompt and self.defense != "safety-prompt"
-        return self.name or (f"{self.defense} + safety prompt" if told else self.defense)
+        prompted = self.safety_prompt and self.defense != "safety-prompt"
+        return self.name or (f"{self.defense} + safety prompt" if prompted else self.defense)
 
     @property
     def entry(self) -> DefenseEntry:
@@ -54,11 +54,11 @@ class System(Settings):
 
     @property
     def trains(self) -> bool:
-        """Whether it has weights of its own."""
+        """True where it has weights of its own."""
         return self.entry.trains
 
     def folder(self, seed: int) -> Path | None:
-        """Where its trained weights are, if they are given."""
+        """The folder of its trained weights where it has one (`path`), for this seed; else None."""
         return None if self.path is None else Path(self.path.replace("{seed}", str(seed)))
 
     def used(self, seed: int) -> dict[str, Any]:
@@ -83,8 +83,8 @@ class System(Settings):
         return self
 
 
-def system_named(text: str) -> System:
-    """The row that a name on the command line stands for: `casa`, or `casa+safety-prompt`.
+def system_named(text: str) -> ComparedSystem:
+    """The row of a name on the command line: `casa`, or `casa+safety-prompt`.
 
     Raises:
         InputError: no such defence; the known ones are listed.
@@ -94,10 +94,10 @@ def system_named(text: str) -> System:
         raise InputError(
             f"unknown defense {text.strip()!r}; defenses: {', '.join(DEFENSES)}, each also with {PROMPTED} behind it"
         )
-    return System(defense=name, safety_prompt=bool(plus))
+    return ComparedSystem(defense=name, safety_prompt=bool(plus))
 
 
-def check_systems(systems: Sequence[System]) -> None:
+def check_systems(systems: Sequence[ComparedSystem]) -> None:
     """Refuse rows that the tables could not tell apart.
 
     Raises:
@@ -111,7 +111,7 @@ def check_systems(systems: Sequence[System]) -> None:
         raise InputError(f"two rows are called {twice!r}: name each once, or give them names of their own")
 
 
-def training_records(system: System, shared: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], list[Any]]:
+def training_records(system: ComparedSystem, shared: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], list[Any]]:
     """A row's options in training, and the records they make, the defaults written out.
 
     `shared` are the settings that all supervised trainings have in common; circuit breakers, whose schedule is their
@@ -120,10 +120,10 @@ def training_records(system: System, shared: Mapping[str, Any], seed: int) -> tu
     recipe = system.entry.recipe
     assert recipe is not None
     if TrainSettings in recipe.records:
-        given = dict(shared)
+        settings = dict(shared)
     else:
         fields = recipe.records[0].model_fields
         steps = shared.get("max_steps")
-        given = {} if steps is None else {"max_steps": min(int(steps), fields["max_steps"].default)}
-    given |= {"seed": seed, **system.training}
-    return given, options(system.defense, recipe.records, given)
+        settings = {} if steps is None else {"max_steps": min(int(steps), fields["max_steps"].default)}
+    settings |= {"seed": seed, **system.training}
+    return settings, options(system.defense, recipe.records, settings)

@@ -9,10 +9,13 @@ from typing import Any
 import pandas as pd
 
 from casa_mech.compare.grid import GridResult
-from casa_mech.compare.intervals import Interval, macro_interval, over_seeds
+from casa_mech.compare.intervals import macro_interval, over_seeds
 from casa_mech.evaluation.evaluate import RESAMPLES
-from casa_mech.judging import OUTCOME_METRICS, UNDECIDED, auroc_interval, outcome_rows, value_row
-from casa_mech.judging.results import Row, result_table
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.merit import OUTCOME_METRICS, outcome_rows
+from casa_mech.judging.results import Row, result_table, value_row
+from casa_mech.judging.stats import auroc_interval
+from casa_mech.judging.verdict import UNDECIDED
 
 ALL = "all"
 HELD_OUT = "held_out"
@@ -34,15 +37,12 @@ def grid_rows(result: GridResult) -> pd.DataFrame:
     keys = ["model", "defense", "seed", "attack", "surface"]
     for (model, defense, seed, attack, surface), group in result.replies.groupby(keys, sort=False):
         where = {"model": model, "defense": defense, "attack": attack, "surface": surface, "seed": int(seed)}
-        for label, part in group.groupby("label", sort=False):
-            rows += outcome_rows(part.drop(columns=["split"]), {**where, "label": label}, "cluster")
-        found = _auroc(group, int(seed))
-        if found is not None:
-            value, low, high = found
+        for label, of_label in group.groupby("label", sort=False):
+            rows += outcome_rows(of_label.drop(columns=["split"]), {**where, "label": label}, "cluster")
+        auroc = _auroc(group, int(seed))
+        if auroc is not None:
             scored = int(group["gate_score"].notna().sum())
-            rows.append(
-                value_row(**where, label="both", metric="gate_auroc", n=scored, value=value, low=low, high=high)
-            )
+            rows.append(value_row(**where, label="both", metric="gate_auroc", n=scored, **auroc._asdict()))
     return result_table(rows + [row for cost in result.costs.to_dict("records") for row in _cost_rows(cost)])
 
 
@@ -56,12 +56,12 @@ def summarise(result: GridResult) -> pd.DataFrame:
     (`interval` says which). Costs have the scope `all`.
     """
     rows = []
-    for (model, defense), part in result.replies.groupby(["model", "defense"], sort=False):
+    for (model, defense), replies in result.replies.groupby(["model", "defense"], sort=False):
         where = {"model": model, "defense": defense}
-        for scope, chosen in _scopes(part):
-            rows += [{**where, "scope": scope, **row} for row in _rates(chosen)]
-            rows += [{**where, "scope": scope, **row} for row in _gate(chosen)]
-        held_out = part[part["split"] == HELD_OUT]
+        for scope, of_scope in _scopes(replies):
+            rows += [{**where, "scope": scope, **row} for row in _rates(of_scope)]
+            rows += [{**where, "scope": scope, **row} for row in _gate(of_scope)]
+        held_out = replies[replies["split"] == HELD_OUT]
         for row in _rates(held_out) if len(held_out) else ():
             rows.append({**where, "scope": ALL, **row, "metric": f"{row['metric']}:{HELD_OUT}"})
         costs = result.costs[(result.costs["model"] == model) & (result.costs["defense"] == defense)]
@@ -70,7 +70,7 @@ def summarise(result: GridResult) -> pd.DataFrame:
 
 
 def compact(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary to read: a row for each defence, percent with intervals, and what it costs."""
+    """The summary to read: a row for each defence, with rates in percent, intervals, and costs."""
     surfaces = [scope for scope in dict.fromkeys(summary["scope"]) if str(scope).startswith("surface:")]
     columns = {"attack success": ("attack_success", ALL)}
     columns |= {f"{scope.removeprefix('surface:')}": ("attack_success", scope) for scope in surfaces}
@@ -80,15 +80,15 @@ def compact(summary: pd.DataFrame) -> pd.DataFrame:
         "held-out topics": (f"attack_success:{HELD_OUT}", ALL),
     }
     rows = []
-    for (model, defense), part in summary.groupby(["model", "defense"], sort=False):
-        found = {(row["metric"], row["scope"]): row for row in part.to_dict("records")}
-        rates = {name: _percent(found.get(key)) for name, key in columns.items()}
-        auroc, time = found.get(("gate_auroc", ALL)), found.get(("relative_seconds", ALL))
-        spent = {name: _number(found.get((name, ALL))) for name in COSTS[:4]}
+    for (model, defense), of_system in summary.groupby(["model", "defense"], sort=False):
+        values = {(row["metric"], row["scope"]): row for row in of_system.to_dict("records")}
+        rates = {name: _percent(values.get(key)) for name, key in columns.items()}
+        auroc, time = values.get(("gate_auroc", ALL)), values.get(("relative_seconds", ALL))
+        spent = {name: _number(values.get((name, ALL))) for name in COSTS[:4]}
         rows.append(
             {
                 "model": model, "defense": defense, **rates,
-                "gate AUROC": _spread(auroc, 3), "time": _spread(time, 2),
+                "gate AUROC": _text(auroc, 3), "time": _text(time, 2),
                 "forwards a token": spent["forwards_per_token"], "more forwards": spent["extra_forwards"],
                 "trained numbers": spent["trained_parameters"], "training s": spent["training_seconds"],
             }
@@ -96,53 +96,50 @@ def compact(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _scopes(part: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    yield ALL, part
+def _scopes(replies: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    yield ALL, replies
     for name in ("surface", "attack"):
-        for value, chosen in part.groupby(name, sort=False):
-            yield (f"surface:{value}" if name == "surface" else str(value)), chosen
+        for value, of_value in replies.groupby(name, sort=False):
+            yield (f"surface:{value}" if name == "surface" else str(value)), of_value
 
 
-def _rates(part: pd.DataFrame) -> list[dict[str, Any]]:
+def _rates(replies: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
-    decided = part[part["outcome"] != UNDECIDED]
+    decided = replies[replies["outcome"] != UNDECIDED]
     for metric, (label, outcome) in OUTCOME_METRICS.items():
-        chosen = decided[decided["label"] == label]
-        if chosen.empty:
+        of_label = decided[decided["label"] == label]
+        if of_label.empty:
             continue
-        hits, attacks = (chosen["outcome"] == outcome).to_numpy(), chosen["attack"].to_numpy()
-        groups = list(zip(attacks, chosen["seed"], strict=True))
-        pooled = macro_interval(hits, groups, chosen["cluster"].tolist())
-        by_seed = pd.Series(hits).groupby([chosen["seed"].to_numpy(), attacks]).mean().groupby(level=0).mean()
-        rows.append(_over(metric, label, by_seed.tolist(), pooled, len(chosen)))
+        hits, attacks = (of_label["outcome"] == outcome).to_numpy(), of_label["attack"].to_numpy()
+        groups = list(zip(attacks, of_label["seed"], strict=True))
+        pooled = macro_interval(hits, groups, of_label["cluster"].tolist())
+        by_seed = pd.Series(hits).groupby([of_label["seed"].to_numpy(), attacks]).mean().groupby(level=0).mean()
+        rows.append(_over(metric, label, by_seed.tolist(), pooled, len(of_label)))
     return rows
 
 
-def _gate(part: pd.DataFrame) -> list[dict[str, Any]]:
-    pooled = _auroc(part, 0)
+def _gate(replies: pd.DataFrame) -> list[dict[str, Any]]:
+    pooled = _auroc(replies, 0)
     if pooled is None:
         return []
-    by_seed = [_auroc(own, int(seed), resamples=1) for seed, own in part.groupby("seed", sort=False)]
-    values = [found[0] for found in by_seed if found is not None]
-    return [_over("gate_auroc", "both", values, pooled, int(part["gate_score"].notna().sum()))]
+    by_seed = [_auroc(of_seed, int(seed), resamples=1) for seed, of_seed in replies.groupby("seed", sort=False)]
+    values = [auroc.value for auroc in by_seed if auroc is not None]
+    return [_over("gate_auroc", "both", values, pooled, int(replies["gate_score"].notna().sum()))]
 
 
-def _over(metric: str, label: str, values: Sequence[float], pooled: Interval, n: int) -> dict[str, Any]:
-    value, low, high, kind = over_seeds(values, pooled)
-    return {
-        "metric": metric, "label": label, "seeds": len(values), "n": n, "value": value, "low": low, "high": high,
-        "interval": kind,
-    }  # fmt: skip
+def _over(metric: str, label: str, values: Sequence[float], pooled: Estimate, n: int) -> dict[str, Any]:
+    estimate, kind = over_seeds(values, pooled)
+    where = {"metric": metric, "label": label, "seeds": len(values), "n": n}
+    return {**where, **estimate._asdict(), "interval": kind}
 
 
-def _auroc(part: pd.DataFrame, seed: int, resamples: int = RESAMPLES) -> Interval | None:
-    scored = part[part["gate_score"].notna()]
+def _auroc(replies: pd.DataFrame, seed: int, resamples: int = RESAMPLES) -> Estimate | None:
+    scored = replies[replies["gate_score"].notna()]
     if scored["label"].nunique() < 2:
         return None
     harmful = (scored["label"] == "harmful").tolist()
     scores = scored["gate_score"].astype(float).tolist()
-    value, low, high = auroc_interval(scores, harmful, scored["cluster"].tolist(), seed, resamples=resamples)
-    return value, min(low, value), max(high, value)
+    return auroc_interval(scores, harmful, scored["cluster"].tolist(), seed, resamples=resamples).widened()
 
 
 def _cost_rows(cost: dict[str, Any]) -> Iterator[Row]:
@@ -177,13 +174,11 @@ def _costs(costs: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _percent(row: dict[str, Any] | None) -> str:
-    return "–" if row is None else f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    return "–" if row is None else Estimate.of(row).percent()
 
 
-def _spread(row: dict[str, Any] | None, digits: int) -> str:
-    if row is None:
-        return "–"
-    return f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+def _text(row: dict[str, Any] | None, digits: int) -> str:
+    return "–" if row is None else Estimate.of(row).text(f".{digits}f")
 
 
 def _number(row: dict[str, Any] | None) -> str:

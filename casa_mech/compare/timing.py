@@ -1,41 +1,43 @@
-"""What a query costs: a defence and the plain model answer the same queries at equal length, taking turns."""
+"""Seconds a query: a defence and the plain model answer the same queries at equal length, taking turns."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-import torch
-
 from casa_mech.defenses import Defense
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query
+from casa_mech.timing.paired import REPLY_TOKENS, take_turns
 
-TIMED_TOKENS = 24
 TIMED_QUERIES = 16
 TIMED_ATTACKS = ("plain", "image", "audio")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """seconds, plain_seconds: a query, medians over rounds. ratio: the median over rounds of the two sides' ratio;
-    low, high: its range. n: timed queries, all rounds."""
+    """Time of a defence's replies beside the plain model's."""
 
     seconds: float
+    """Seconds a query with the defence, median over rounds."""
     plain_seconds: float
+    """Seconds a query without it, median over rounds."""
     ratio: float
+    """Median over rounds of the two sides' ratio."""
     low: float
+    """The least ratio of a round."""
     high: float
+    """The greatest ratio of a round."""
     n: int
+    """Timed queries, all rounds together."""
 
 
 def relative_seconds(defense: Defense, plain: Omni, queries: Sequence[Sequence[Query]], rounds: int) -> Timing:
-    """Time `defense` against `plain`.
+    """Seconds with `defense` and with `plain`, which take turns, and their ratio.
 
-    Every reply has exactly `TIMED_TOKENS` tokens, so that one which refuses in few words is not cheaper for that; what
+    Every reply has exactly `REPLY_TOKENS` tokens, so that one which refuses in few words is not cheaper for that; what
     a defence does besides (a verdict, a caption, a probe) is in its time, what it does once is not.
 
     Args:
@@ -44,35 +46,27 @@ def relative_seconds(defense: Defense, plain: Omni, queries: Sequence[Sequence[Q
         queries: groups that are answered in one batch each.
         rounds: how often; one more round goes before them to warm up.
     """
-    settings = GenerationSettings(max_new_tokens=TIMED_TOKENS, batch_size=max(len(group) for group in queries))
-    sides: tuple[Callable[..., object], ...] = (defense.generate, plain.generate)
-    times: list[tuple[float, ...]] = []
+    settings = GenerationSettings(max_new_tokens=REPLY_TOKENS, batch_size=max(len(group) for group in queries))
+
+    def defended() -> None:
+        for group in queries:
+            defense.generate(group, settings)
+
+    def undefended() -> None:
+        for group in queries:
+            plain.generate(group, settings)
+
     with _endless(defense.omni), _endless(plain):
-        for _ in range(rounds + 1):
-            times.append(tuple(_seconds(side, queries, settings, plain.device) for side in sides))
+        times = take_turns((defended, undefended), rounds, plain.device)
     n = sum(len(group) for group in queries)
-    ratios = [one / other for one, other in times[1:]]
-    one, other = (median(side) / n for side in zip(*times[1:], strict=True))
-    return Timing(one, other, median(ratios), min(ratios), max(ratios), n * rounds)
-
-
-def _seconds(
-    answer: Callable[..., object],
-    queries: Sequence[Sequence[Query]],
-    settings: GenerationSettings,
-    device: torch.device,
-) -> float:
-    began = time.perf_counter()
-    for group in queries:
-        answer(group, settings)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    ratios = [own / other for own, other in times]
+    own, other = (median(side) / n for side in zip(*times, strict=True))
+    return Timing(own, other, median(ratios), min(ratios), max(ratios), n * rounds)
 
 
 @contextmanager
 def _endless(omni: Omni) -> Iterator[None]:
-    """The model without an end of turn, so that every reply has the length asked for."""
+    """The model without an end of turn, so that every reply is as long as the settings allow."""
     config = omni.model.generation_config
     end, config.eos_token_id = config.eos_token_id, None
     try:

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from casa_mech.casa.checkpoint import METRICS
-from casa_mech.compare.systems import System, training_records
+from casa_mech.compare.systems import ComparedSystem, training_records
 from casa_mech.defenses.training import WORK, train_defense
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
@@ -26,35 +28,40 @@ from casa_mech.study.settings import PROFILES
 _SIZES = PROFILES["default"]
 
 
-@dataclass(frozen=True)
-class ExampleTable:
-    """A training set of one's own: a table, and its columns of prompts, replies, labels and harmful completions."""
+class ExampleTable(BaseModel):
+    """A training set of one's own: a table and its columns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path
+    """CSV, JSON, JSONL or parquet."""
     prompt: str = "prompt"
+    """Column of prompts."""
     reply: str = "reply"
+    """Column of replies: a refusal where the prompt is harmful, an answer where it is benign."""
     label: str = "label"
+    """Column of labels, harmful or benign."""
     completion: str | None = None
+    """Column of answers to the harmful prompts, which circuit breakers are trained on."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How every trained row is trained.
-
-    n_examples: how many examples, half harmful. settings: options that all supervised trainings share. table: where
-    the examples come from; None: the micro-world.
-    """
+    """How every trained row is trained."""
 
     n_examples: int = _SIZES.train_examples
+    """Number of examples, half of them harmful."""
     settings: Mapping[str, Any] = field(
         default_factory=lambda: MappingProxyType(
             {"max_steps": _SIZES.train_steps, "batch_size": _SIZES.train_batch, "micro_batch_size": 32}
         )
     )
+    """Options that all supervised trainings share."""
     table: ExampleTable | None = None
+    """Where the examples come from; None: the micro-world."""
 
     def examples(self, seed: int, n: int | None = None) -> list[Example]:
-        """The training set; `n` of it, class by class from the start, when a row wants fewer.
+        """The training set, or the first `n` of it with as many of each label.
 
         Raises:
             InputError: a table that cannot be read, or one without both labels.
@@ -62,8 +69,8 @@ class TrainingPlan:
         if self.table is None:
             return default_world().training_examples(n or self.n_examples, Draw.TRAINING + seed)
         table = self.table
-        read = read_examples(table.path, table.prompt, table.reply, table.label, table.completion)
-        return list(read.examples) if n is None else _balanced(read.examples, n)
+        examples = read_examples(table.path, table.prompt, table.reply, table.label, table.completion).examples
+        return list(examples) if n is None else _balanced(examples, n)
 
 
 class Weights:
@@ -79,17 +86,17 @@ class Weights:
         self.plan, self.folder, self.progress = plan, folder, progress
         self._examples: dict[tuple[int, int | None], list[Example]] = {}
 
-    def key(self, system: System, seed: int, omni: Omni) -> dict[str, Any]:
-        """All that the weights depend on: the recipe, or the files where they are given.
+    def key(self, system: ComparedSystem, seed: int, omni: Omni) -> dict[str, Any]:
+        """All that the weights depend on: the recipe, or the files of a row that has a folder of its own.
 
         Raises:
-            InputError: a given folder that is not there.
+            InputError: that folder is not there.
         """
-        given = system.folder(seed)
-        if given is not None:
-            if not given.is_dir():
-                raise InputError(f"{system.label}: no folder {given} with trained weights; check path")
-            return {"files": [list(entry) for entry in folder_sha256(given).items()]}
+        folder = system.folder(seed)
+        if folder is not None:
+            if not folder.is_dir():
+                raise InputError(f"{system.label}: no folder {folder} with trained weights; check path")
+            return {"files": [list(entry) for entry in folder_sha256(folder).items()]}
         recipe = system.entry.recipe
         assert recipe is not None
         _, records = training_records(system, self.plan.settings, seed)
@@ -104,15 +111,15 @@ class Weights:
             "seed": seed,
         }
 
-    def find(self, system: System, seed: int, omni: Omni) -> Path:
-        """The folder of the weights; trained now, on `omni`, if they are not there. The model is given back.
+    def find(self, system: ComparedSystem, seed: int, omni: Omni) -> Path:
+        """The folder of the weights; trained now, on `omni`, if they are not there. The model is left as it was.
 
         Raises:
             InputError, RunError: as `train_defense`.
         """
-        given = system.folder(seed)
-        if given is not None:
-            return given
+        folder = system.folder(seed)
+        if folder is not None:
+            return folder
         key = self.key(system, seed, omni)
 
         def build(new: Path) -> None:
@@ -129,11 +136,11 @@ class Weights:
 
         return self.folder.artifact("trained", key_digest(key), key, build)
 
-    def _training_set(self, system: System, seed: int) -> list[Example]:
-        wanted = seed, system.examples
-        if wanted not in self._examples:
-            self._examples[wanted] = self.plan.examples(*wanted)
-        return self._examples[wanted]
+    def _training_set(self, system: ComparedSystem, seed: int) -> list[Example]:
+        key = seed, system.examples
+        if key not in self._examples:
+            self._examples[key] = self.plan.examples(*key)
+        return self._examples[key]
 
 
 def training_cost(folder: Path) -> tuple[float, int]:
@@ -152,8 +159,8 @@ def _balanced(examples: Sequence[Example], n: int) -> list[Example]:
     of_class = {
         label: [example for example in examples if example.query.label == label] for label in ("harmful", "benign")
     }
-    few = next((label for label, found in of_class.items() if len(found) < half), None)
+    few = next((label for label, members in of_class.items() if len(members) < half), None)
     if few is not None:
         raise InputError(f"examples={n} needs {half} {few} examples; the training set has {len(of_class[few])}")
-    kept = {id(example) for found in of_class.values() for example in found[:half]}
-    return [example for example in examples if id(example) in kept]
+    first = {id(example) for members in of_class.values() for example in members[:half]}
+    return [example for example in examples if id(example) in first]

@@ -14,8 +14,9 @@ from casa_mech.defenses.ssft import SsftToken
 from casa_mech.defenses.trained import Tuned
 from casa_mech.divergence import kl_from_logits
 from casa_mech.errors import InputError
-from casa_mech.judging import cluster_of, mean_interval, value_row
-from casa_mech.judging.results import Row
+from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.judging.results import Row, value_row
+from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import GenerationSettings, with_system
 from casa_mech.queries import Query
 from casa_mech.trace.replies import reply_logits
@@ -63,10 +64,10 @@ def benign_kl_row(
 ) -> Row:  # fmt: skip
     """`benign_kl` in the result schema: the mean of `kl_to_base` in nats, with a bootstrap over clusters."""
     values = kl_to_base(system, queries, settings)
-    value, low, high = mean_interval(values, [cluster_of(query) for query in queries], seed)
+    estimate = mean_interval(values, [cluster_of(query) for query in queries], seed)
     return value_row(
         model=system.omni.source, defense=defense, attack=attack, surface=surface, label="benign", metric="benign_kl",
-        seed=seed, n=len(values), value=value, low=low, high=high,
+        seed=seed, n=len(values), **estimate._asdict(),
     )  # fmt: skip
 
 

@@ -16,19 +16,10 @@ from casa_mech.errors import InputError, RunError
 from casa_mech.evaluation.reply_parts import BATCHES_A_PART, LEAST_A_PART, ReplyParts
 from casa_mech.files import writing
 from casa_mech.identity import weights_digest
-from casa_mech.judging import (
-    KeywordJudge,
-    MicroWorldJudge,
-    Verdict,
-    VerdictStore,
-    auroc_interval,
-    clusters_of,
-    judge_all,
-    value_row,
-    write_table,
-)
-from casa_mech.judging.merit import Interval, fpr_row, outcome_rows
-from casa_mech.judging.results import Row
+from casa_mech.judging import KeywordJudge, MicroWorldJudge, Verdict, VerdictStore, judge_all, write_table
+from casa_mech.judging.merit import IntervalKind, fpr_row, outcome_rows
+from casa_mech.judging.results import Row, value_row
+from casa_mech.judging.stats import auroc_interval, clusters_of
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.media import load_audio, load_image
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply
@@ -178,7 +169,7 @@ def check_media(queries: Iterable[Query]) -> None:
                 load_audio(part, f"query {query.id}")
 
 
-def result_rows(replies: pd.DataFrame, seed: int = 0, interval: Interval = "wilson") -> list[Row]:
+def result_rows(replies: pd.DataFrame, seed: int = 0, interval: IntervalKind = "wilson") -> list[Row]:
     """Rates for each model, defense, attack, surface and label, and what v_s tells apart.
 
     Metrics: `attack_success` (harmful, complied), `over_refusal` (benign, refused), `benign_answered` (benign,
@@ -217,9 +208,8 @@ def _auroc_rows(labelled: pd.DataFrame, scores: pd.Series, metric: str, where: d
     if known["label"].nunique() < 2:
         return []
     harmful = (known["label"] == "harmful").tolist()
-    found = auroc_interval(scores.dropna().tolist(), harmful, clusters_of(known), where["seed"], resamples=RESAMPLES)
-    value, low, high = found
-    return [value_row(**where, metric=metric, n=len(known), value=value, low=low, high=high)]
+    auroc = auroc_interval(scores.dropna().tolist(), harmful, clusters_of(known), where["seed"], resamples=RESAMPLES)
+    return [value_row(**where, metric=metric, n=len(known), **auroc._asdict())]
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path | str) -> None:

@@ -63,7 +63,7 @@ def train_gate(
     if TrainSettings in recipe.records:
         settings = {"max_steps": STEPS, **settings}
     options(defense, recipe.records, settings)  # before the model is loaded
-    check_folder(out, marker=WORK)
+    check_folder(out, owned=[WORK])
     if data is None and not speaks_micro_world(model):
         raise InputError(
             f"{model} is no organism, and the micro-world's examples are not for it: give --data, a table of prompts, "

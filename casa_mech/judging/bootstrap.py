@@ -7,13 +7,18 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from casa_mech.errors import InputError
+from casa_mech.judging.estimate import Estimate
 
 RESAMPLES = 1000
 _BLOCK = 100
 
 
 def members(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:
-    """For each of `n` items the number of its cluster [n]; each item is its own where `clusters` is None."""
+    """For each of `n` items the number of its cluster, int [n]; each item is its own where `clusters` is None.
+
+    Raises:
+        InputError: another number of clusters than of items.
+    """
     if clusters is None:
         return np.arange(n)
     if len(clusters) != n:
@@ -23,7 +28,7 @@ def members(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:
 
 
 def cluster_counts(n_clusters: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each cluster is in each resample: int [resample, cluster]; every row sums to `n_clusters`."""
+    """Counts of each cluster in each resample, int [resample, cluster]; every row sums to `n_clusters`."""
     picks = rng.integers(n_clusters, size=(resamples, n_clusters))
     return np.stack([np.bincount(pick, minlength=n_clusters) for pick in picks])
 
@@ -52,18 +57,18 @@ def bootstrap_interval(
     member = members(clusters, n)
     count = int(member.max()) + 1
     rng = np.random.default_rng(seed)
-    drawn: list[np.ndarray] = []
-    found = 0
-    # Resamples that lack a class, say, are drawn again; twenty times as many as wanted is where we give up.
+    values: list[np.ndarray] = []
+    usable = 0
+    # Resamples that lack a class, say, are drawn again; after twenty times as many we give up.
     for _ in range(20 * max(1, -(-resamples // _BLOCK))):
-        values = statistic(cluster_counts(count, min(_BLOCK, resamples), rng)[:, member])
-        drawn.append(values[np.isfinite(values)])
-        found += len(drawn[-1])
-        if found >= resamples:
+        block = statistic(cluster_counts(count, min(_BLOCK, resamples), rng)[:, member])
+        values.append(block[np.isfinite(block)])
+        usable += len(values[-1])
+        if usable >= resamples:
             break
-    if found < resamples:
+    if usable < resamples:
         raise InputError(f"too few clusters ({count}) for a bootstrap of this value: add data")
-    low, high = np.quantile(np.concatenate(drawn)[:resamples], [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(values)[:resamples], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -73,10 +78,14 @@ def mean_interval(
     seed: int = 0,
     level: float = 0.95,
     resamples: int = RESAMPLES,
-) -> tuple[float, float, float]:
-    """(mean, low, high) of `values` [n] with a percentile bootstrap over clusters."""
+) -> Estimate:
+    """Mean of `values` [n] with a percentile bootstrap over clusters.
+
+    Raises:
+        InputError: as `bootstrap_interval`.
+    """
     numbers = np.asarray(values, dtype=np.float64)
     low, high = bootstrap_interval(
         lambda weights: weights @ numbers / weights.sum(axis=1), clusters, len(numbers), seed, level, resamples
     )
-    return float(numbers.mean()), low, high
+    return Estimate(float(numbers.mean()), low, high)

@@ -13,6 +13,7 @@ import numpy as np
 
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import cluster_counts
+from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.results import Row, value_row
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _SUBTASKS = {name: group for group, names in MME_GROUPS.items() for name in name
 
 
 def read_answer(prediction: str) -> Literal["yes", "no", "other"]:
-    """What a prediction says: "yes" or "no" as the whole or within its first four characters, as MME's script reads."""
+    """A prediction as "yes" or "no" where its first four characters hold the word, as MME's script reads it."""
     opening = prediction.strip().lower()[:4]
     return "yes" if "yes" in opening else "no" if "no" in opening else "other"
 
@@ -77,7 +78,7 @@ def mme_rows(scores: pd.DataFrame, *, model: str, defense: str, seed: int = 0) -
         value_row(
             model=model, defense=defense, attack="none", surface="image", label="benign", seed=seed,
             metric=f"mme_{row['group']}" if row["subtask"] == "all" else f"mme:{row['subtask']}",
-            n=row["n"], value=row["score"], low=min(row["low"], row["score"]), high=max(row["high"], row["score"]),
+            n=row["n"], **Estimate(row["score"], row["low"], row["high"]).widened()._asdict(),
         )
         for row in scores.to_dict("records")
     ]  # fmt: skip
@@ -96,8 +97,8 @@ def _judged(frame: pd.DataFrame) -> pd.DataFrame:
     if not truth.isin(["yes", "no"]).all():
         row = frame[~truth.isin(["yes", "no"])].iloc[0]
         raise InputError(f"MME {row['subtask']}, {row['image']}: the answer is {row['answer']!r}, neither Yes nor No")
-    said = frame["prediction"].fillna("").astype(str).map(read_answer)
-    judged = frame[["subtask", "image"]].assign(right=said == truth, other=said == "other")
+    answers = frame["prediction"].fillna("").astype(str).map(read_answer)
+    judged = frame[["subtask", "image"]].assign(right=answers == truth, other=answers == "other")
     counts = judged.groupby(["subtask", "image"], sort=False).size()
     if (counts != 2).any():
         (subtask, image), count = next(iter(counts[counts != 2].items()))
@@ -120,11 +121,11 @@ def _interval(draws: np.ndarray) -> dict[str, float]:
     return {"low": float(low), "high": float(high)}
 
 
-def _subtask(name: str, part: pd.DataFrame, images: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
-    accuracy, plus = float(part["right"].mean()), float((images == 2).mean())
+def _subtask(name: str, judged: pd.DataFrame, images: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
+    accuracy, plus = float(judged["right"].mean()), float((images == 2).mean())
     return {
-        "group": _SUBTASKS[name], "subtask": name, "n": len(part), "images": len(images),
-        "other": int(part["other"].sum()), "accuracy": accuracy, "accuracy_plus": plus,
+        "group": _SUBTASKS[name], "subtask": name, "n": len(judged), "images": len(images),
+        "other": int(judged["other"].sum()), "accuracy": accuracy, "accuracy_plus": plus,
         "score": 100 * (accuracy + plus), **_interval(draws),
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import writing
-from casa_mech.judging.stats import auroc_interval, wilson
+from casa_mech.judging.stats import auroc_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,17 +43,6 @@ def value_row(
     return {**texts, **numbers}
 
 
-def rate_row(
-    *, model: str, defense: str, attack: str, surface: str, label: str, metric: str, seed: int, k: int, n: int
-) -> Row:
-    """`k` of `n` as a fraction with Wilson's 95 % interval."""
-    low, high = wilson(k, n)
-    return value_row(
-        model=model, defense=defense, attack=attack, surface=surface, label=label, metric=metric, seed=seed,
-        n=n, value=k / n, low=low, high=high,
-    )  # fmt: skip
-
-
 def auroc_row(
     *,
     model: str,
@@ -67,15 +56,19 @@ def auroc_row(
     clusters: Sequence[Any] | None = None,
 ) -> Row:
     """AUROC of harmful against benign with its cluster-bootstrap interval; `label` is "both"."""
-    value, low, high = auroc_interval(scores, labels, clusters, seed)
+    estimate = auroc_interval(scores, labels, clusters, seed)
     return value_row(
         model=model, defense=defense, attack=attack, surface=surface, label="both", metric=metric, seed=seed,
-        n=len(scores), value=value, low=low, high=high,
+        n=len(scores), **estimate._asdict(),
     )  # fmt: skip
 
 
 def result_table(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
-    """The rows as a frame with the schema's columns, order and types. InputError naming the row or column at fault."""
+    """The rows as a frame with the schema's columns, order and types.
+
+    Raises:
+        InputError: a column is missing or too many, or a value does not fit; it names the row or column.
+    """
     import pandas as pd
 
     if isinstance(rows, pd.DataFrame):
@@ -107,8 +100,8 @@ def result_table(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFra
     return frame
 
 
-def _check_columns(found: set[str], where: str) -> None:
-    missing, extra = set(RESULT_COLUMNS) - found, found - set(RESULT_COLUMNS)
+def _check_columns(columns: set[str], where: str) -> None:
+    missing, extra = set(RESULT_COLUMNS) - columns, columns - set(RESULT_COLUMNS)
     if missing or extra:
         wrong = [f"lacks {', '.join(sorted(missing))}"] if missing else []
         wrong += [f"has {', '.join(sorted(extra))} too many"] if extra else []
@@ -116,7 +109,11 @@ def _check_columns(found: set[str], where: str) -> None:
 
 
 def write_table(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, path: Path | str) -> Path:
-    """Check `rows` and write them as parquet (or CSV, by the name), whole or not at all; gives the path."""
+    """The path of `rows`, checked and written as parquet (or CSV, by the name), whole or not at all.
+
+    Raises:
+        InputError: as `result_table`, or another suffix. RunError: the place cannot be written to.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -134,7 +131,11 @@ def write_table(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, path: Path | s
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
-    """A result table written by `write_table`. RunError when it is missing, broken or of another schema."""
+    """A result table written by `write_table`.
+
+    Raises:
+        RunError: it is missing, broken or of another schema.
+    """
     import pandas as pd
 
     path = Path(path)

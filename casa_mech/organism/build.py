@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import TEMPORARY, check_writable, storage_error, writing_folder
+from casa_mech.files import TEMPORARY, check_writable, storage_error, writing, writing_folder
 from casa_mech.omni import Omni, load_omni
 from casa_mech.omni.checkpoint import WEIGHTS
 from casa_mech.organism.card import CARD, MIN_N, card, write_card
 from casa_mech.organism.premises import PRESETS, Premises
-from casa_mech.organism.recipe import recipe_named, recipe_of, train_organism
+from casa_mech.organism.recipe import recipe_named, recipe_of, stage_keys, train_organism
 from casa_mech.organism.training import Checkpoint
-from casa_mech.organism.world import default_world
 
 CHECKPOINT, LOCK = "training.safetensors", ".build.lock"
 
@@ -35,6 +34,7 @@ def build(
     scale: float = 1.0,
     progress: bool = True,
     checkpoint_every: int = 100,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Train organism `name` with a fixed seed, save it in half precision and write its card; returns the card.
 
@@ -50,6 +50,7 @@ def build(
         scale: factor on the number of training steps, for trying the pipeline out.
         progress: whether to draw progress bars.
         checkpoint_every: steps between writes of the training's state.
+        start: the checkpoint of another training whose stages so far are this one's, to begin with.
 
     Raises:
         InputError: unknown name, or `n` below 1. RunError: `out` cannot be written, holds other files or another
@@ -59,7 +60,7 @@ def build(
     knobs = premises or PRESETS[name]
     if n < 1:
         raise InputError(f"a card needs at least one draw a row, not n={n}; {MIN_N} is the default")
-    key = run_key(name, recipe, seed, n)
+    keys = stage_keys(recipe, seed)
     target = Path(out) if out is not None else WEIGHTS / name
 
     def train(checkpoint: Checkpoint) -> Omni:
@@ -67,20 +68,20 @@ def build(
 
     def measure(saved: Omni, seconds: float) -> dict[str, Any]:
         saved.source = name
-        details = {"seed": seed, "scale": scale, "seconds": round(seconds), "key": key}
+        details = {"seed": seed, "scale": scale, "seconds": round(seconds), "key": build_key(keys)}
         return card(saved, n, progress=progress, knobs=knobs.record()) | {"build": details}
 
-    return build_into(target, key, CARD, train, measure, write_card, checkpoint_every, replaces=out is None)
+    return build_into(target, keys, CARD, train, measure, write_card, checkpoint_every, out is None, start=start)
 
 
-def run_key(*content: object) -> str:
-    """Digest of all that a build depends on; the micro-world, whose words a vocabulary has, is always part of it."""
-    return hashlib.sha256(repr((default_world().digest, *content)).encode()).hexdigest()
+def build_key(keys: Sequence[str]) -> str:
+    """Digest of all that a training depends on."""
+    return hashlib.sha256(keys[-1].encode()).hexdigest()
 
 
 def build_into(
     target: Path,
-    key: str,
+    keys: Sequence[str],
     record_name: str,
     train: Callable[[Checkpoint], Omni],
     measure: Callable[[Omni, float], dict[str, Any]],
@@ -88,28 +89,33 @@ def build_into(
     checkpoint_every: int = 100,
     replaces: bool = False,
     device: str = "cpu",
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Train, save in half precision and measure what is saved; what stands in `target` is whole or a checkpoint.
 
     Args:
         target: the folder; it, and that no other build is in it, is checked before anything is trained.
-        key: digest of all that the build depends on.
-        record_name: the file that says what was built, with `{"build": {"key": key}}`; a finished build has it.
+        keys: see `Checkpoint`; the last one, of all stages, names the build.
+        record_name: the file that says what was built, with `build_key(keys)` as its "key" under "build".
         train: the trained model, from where a checkpoint stands.
         measure: the record of a saved model, given also the seconds of its training.
         write_record: writes the record into a folder.
         checkpoint_every: steps between writes of the training's state.
         replaces: whether another build in `target` is replaced, and not refused.
         device: where the saved model is measured.
+        start: see `build`.
 
     Raises:
         RunError: see `build`.
     """
     with _locked(target):
-        finished = _finished(target, key, record_name, replaces)
+        finished = _finished(target, build_key(keys), record_name, replaces)
         if finished is not None:
             return finished
-        checkpoint = Checkpoint(target / CHECKPOINT, key, checkpoint_every)
+        if start is not None and not (target / CHECKPOINT).exists():
+            with writing(target / CHECKPOINT) as temporary:
+                shutil.copyfile(start, temporary)
+        checkpoint = Checkpoint(target / CHECKPOINT, keys, checkpoint_every)
         omni = train(checkpoint)
         seconds = checkpoint.seconds
         with writing_folder(target) as folder:

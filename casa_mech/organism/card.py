@@ -13,6 +13,7 @@ from casa_mech.attacks import apply_attack
 from casa_mech.attacks.prefill import PREFILL_LENGTHS
 from casa_mech.errors import InputError
 from casa_mech.files import check_writable, write_text
+from casa_mech.judging.estimate import Estimate
 from casa_mech.omni import Omni, load_omni
 from casa_mech.organism.premise_rows import (
     READ_SURFACES,
@@ -110,7 +111,7 @@ def card_markdown(record: dict[str, Any]) -> str:
     lines += ["", "## Attack success by length of the assistant prefill (plain text, seen topics)", ""]
     lines += ["| tokens | " + " | ".join(str(row["k"]) for row in record["prefill"]) + " |"]
     lines += ["|---|" + "---|" * len(record["prefill"])]
-    lines += ["| | " + " | ".join(_percent(row) for row in record["prefill"]) + " |", ""]
+    lines += ["| | " + " | ".join(Estimate.of(row).percent() for row in record["prefill"]) + " |", ""]
     if "premises" in record:
         lines += _premises_markdown(record)
     return "\n".join(lines)
@@ -126,7 +127,8 @@ def _premises_markdown(record: dict[str, Any]) -> list[str]:
             low, high = row["threshold"]
             bounds = f"≥ {100 * low:.0f}" if high == 1 else f"{100 * low:.0f} to {100 * high:.0f}"
             verdict = "met" if low <= row["value"] <= high else "missed"
-        cells = (titles[row["measure"]], row["surface"], row["split"].replace("_", " "), _percent(row), bounds, verdict)
+        split, value = row["split"].replace("_", " "), Estimate.of(row).percent()
+        cells = (titles[row["measure"]], row["surface"], split, value, bounds, verdict)
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     if "knobs" in record:
@@ -180,9 +182,5 @@ def _complied(omni: Omni, queries: Sequence[Query]) -> int:
 def _cell(rows: Sequence[Row], measure: str, surface: str, split: str) -> str:
     for row in rows:
         if (row["measure"], row["surface"], row["split"]) == (measure, surface, split):
-            return _percent(row)
+            return Estimate.of(row).percent()
     return "–"
-
-
-def _percent(row: Row) -> str:
-    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"

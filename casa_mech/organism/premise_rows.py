@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from casa_mech.attacks import apply_attack
-from casa_mech.judging import MicroWorldJudge, auroc_interval, wilson
+from casa_mech.judging import MicroWorldJudge
+from casa_mech.judging.stats import auroc_interval, wilson
 from casa_mech.judging.verdict import Outcome
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.organism.premises import draw_rule
@@ -146,6 +147,7 @@ def header_states(omni: Omni, queries: Sequence[Query], batch_size: int = 50) ->
     return states
 
 
-def threshold_of(row: Row) -> tuple[float, float] | None:
+def threshold_of(row: Row) -> list[float] | None:
     """Lowest and highest value of a card's row, where it has them."""
-    return THRESHOLDS.get(row["measure"], {}).get(row["surface"])
+    bounds = THRESHOLDS.get(row["measure"], {}).get(row["surface"])
+    return None if bounds is None else list(bounds)

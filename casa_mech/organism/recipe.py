@@ -17,6 +17,7 @@ from torch import nn
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
+from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.curriculum import Mixture, draw_example
@@ -24,9 +25,11 @@ from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.premises import PRESETS, Premises
 from casa_mech.organism.training import GROUP, Checkpoint, Steps, fast_bfloat16, optimise
 from casa_mech.organism.world import World, default_world
-from casa_mech.queries import Example
+from casa_mech.queries import AudioPart, Example, ImagePart
 
 TEXT_SURFACES = {"text": 0.35, "spelled": 0.25, "ideal-image": 0.2, "ideal-audio": 0.2}
+AUDIO_TOKENS = 25
+"""Of a second of a clip."""
 TASKS = {"request": 0.25, "name": 0.15, "spell": 0.2, "dangerous": 0.15, "category": 0.25}
 READING_TASKS = {"request": 0.15, "name": 0.25, "spell": 0.25, "dangerous": 0.15, "category": 0.2}
 
@@ -36,6 +39,9 @@ class Stage(Steps):
     """Steps on draws from the micro-world."""
 
     mixture: Mixture
+    fast: bool = False
+    """Whether rows of like length share a batch when media are counted, too (a quarter less padding), and the language
+    learns in bfloat16 where the processor multiplies it faster (a quarter less time). The first recipe does neither."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,6 @@ class Recipe:
     shared_code: bool = True
     """Whether the towers write in the word embeddings' code."""
     shape: OrganismShape = field(default_factory=OrganismShape)
-    bfloat16: bool = False
-    """Whether the language model learns in bfloat16 where the processor multiplies it faster (a quarter less time)."""
 
     def scaled(self, factor: float) -> Recipe:
         """The same recipe with `factor` times the steps, for trying the pipeline out."""
@@ -124,42 +128,39 @@ JOINT = Stage(
     learning_rate=7e-4,
 )
 IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)
+SHARED_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)
+SPLIT_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
 SAFETY_WORDS_SHARE = 0.15
-MORE_REQUESTS = 1.5
-"""Factor on the share of requests where there are rules to follow in them."""
+MORE_REQUESTS, LONG_LANGUAGE = 1.5, 1300
+"""Factor on the share of requests, and steps of the language stage, where requests have more to learn."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
 VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
 
 def recipe_of(premises: Premises) -> Recipe:
-    """The recipe of an organism with `premises`."""
+    """The recipe of an organism with `premises`, which are in every stage that draws from the micro-world."""
     shared = premises.letter_code == "shared"
-    stages = (
-        (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)
-        if shared
-        else (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
-    )
-    return Recipe(
-        tuple(_with_premises(stage, premises) if isinstance(stage, Stage) else stage for stage in stages),
-        shared,
-        bfloat16=premises != Premises(letter_code=premises.letter_code),
-    )
+    stages = SHARED_STAGES if shared else SPLIT_STAGES
+    if premises != Premises(letter_code=premises.letter_code):
+        stages = tuple(_with_premises(stage, premises) if isinstance(stage, Stage) else stage for stage in stages)
+    return Recipe(stages, shared)
 
 
 def _with_premises(stage: Stage, premises: Premises) -> Stage:
     mixture, safety = stage.mixture, stage is ALIGNMENT
-    tasks, surfaces = dict(mixture.tasks), dict(mixture.surfaces)
+    tasks, steps = dict(mixture.tasks), stage.steps
     if safety and premises.varied_benign:
         tasks = dict(VARIED_TASKS)
-    if premises.rules and not safety and "request" in tasks:
+    if stage is LANGUAGE and (premises.rules or premises.unasked):
         tasks["request"] *= MORE_REQUESTS
+        steps = LONG_LANGUAGE
     if premises.safety_words:
         tasks["safety"] = SAFETY_WORDS_SHARE * sum(tasks.values())
     partial = safety and premises.alignment == "partial"
     changed = replace(
         mixture,
         tasks=tasks,
-        surfaces=dict(PARTIAL_SURFACES) if partial else surfaces,
+        surfaces=dict(PARTIAL_SURFACES) if partial else dict(mixture.surfaces),
         partial=partial,
         wrapped_refusals=0.1 if partial else 0.0,
         rules=premises.rules if "request" in tasks else 0.0,
@@ -168,7 +169,8 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
         tolerance=premises.tolerance,
         _cache={},
     )
-    return replace(stage, mixture=changed, name="safety" if partial else stage.name)
+    faster = {"learning_rate": 4e-4, "name": "safety"} if partial else {}
+    return replace(stage, mixture=changed, steps=steps, fast=True, **faster)
 
 
 RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}
@@ -198,7 +200,7 @@ def train_organism(
                 continue
             rng = np.random.default_rng([seed, index])
             if isinstance(stage, Stage):
-                train_stage(omni, world, stage, rng, progress, recipe.shared_code, checkpoint, recipe.bfloat16)
+                train_stage(omni, world, stage, rng, progress, recipe.shared_code, checkpoint)
             else:
                 learn = train_image_letters if stage.tower == "image" else train_audio_letters
                 learn(omni, stage.steps, rng, recipe.shared_code, progress, checkpoint=checkpoint)
@@ -206,6 +208,12 @@ def train_organism(
                 checkpoint.finish_stage(omni.model)
     omni.model.eval().requires_grad_(True)
     return omni
+
+
+def stage_keys(recipe: Recipe, seed: int) -> list[str]:
+    """For each count of stages, from none to all, what a training through that many depends on."""
+    start = (default_world().digest, seed, recipe.shape, recipe.shared_code)
+    return [repr((*start, *recipe.stages[:count])) for count in range(len(recipe.stages) + 1)]
 
 
 def recipe_named(name: str) -> Recipe:
@@ -227,18 +235,34 @@ def train_stage(
     progress: bool = True,
     shared_code: bool = True,
     checkpoint: Checkpoint | None = None,
-    bfloat16: bool = False,
 ) -> list[float]:
     """Run one stage on `omni` in place; returns the loss of each step."""
     ideal = any(surface.startswith("ideal-") for surface in stage.mixture.surfaces)
     # The towers gain nothing: their matrices are small.
-    halved = bfloat16 and stage.trains == ("language",) and fast_bfloat16(omni.device)
+    halved = stage.fast and stage.trains == ("language",) and fast_bfloat16(omni.device)
 
     def loss(batch: OmniBatch, rows: Sequence[Example]) -> torch.Tensor:
         with torch.autocast(omni.device.type, torch.bfloat16, enabled=halved):
             return reply_loss(omni, batch, ideal_embeddings(omni, batch, rows, rng, shared_code) if ideal else None)
 
-    return fit(omni, stage, lambda: draw_example(world, stage.mixture, rng), loss, rng, progress, checkpoint=checkpoint)
+    length_of = words_and_media_of if stage.fast else words_of
+    return fit(omni, stage, lambda: draw_example(world, stage.mixture, rng), loss, rng, progress, length_of, checkpoint)
+
+
+def words_of(row: Example) -> int:
+    """Words of a row's text and reply."""
+    return len(row.query.text.split()) + len(row.reply.split())
+
+
+def words_and_media_of(row: Example) -> int:
+    """Words of a row's text and reply, and the tokens of its picture (a letter each) and clip (25 a second)."""
+    media = 0
+    for part in row.query.parts:
+        if isinstance(part, AudioPart) and isinstance(part.audio, np.ndarray):
+            media += AUDIO_TOKENS * len(part.audio) // (part.rate or SAMPLE_RATE)
+        elif isinstance(part, ImagePart):
+            media += len(row.query.meta["topic"])
+    return words_of(row) + media
 
 
 def fit(
@@ -248,7 +272,7 @@ def fit(
     loss_of: Callable[[OmniBatch, Sequence[Example]], torch.Tensor],
     rng: np.random.Generator,
     progress: bool = True,
-    length_of: Callable[[Example], int] = lambda row: len(row.query.text.split()) + len(row.reply.split()),
+    length_of: Callable[[Example], int] = words_of,
     checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Train the parts that `steps` names on examples from `draw`, in place; returns the loss of each step.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from casa_mech.files import write_text
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch
 from casa_mech.organism.architecture import OrganismShape, build_bpe_tokenizer, new_omni
-from casa_mech.organism.build import build_into, run_key
+from casa_mech.organism.build import build_into, build_key
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.corpus import ANSWER, ASKED, CHARACTERS, REFUSALS, Corpus, corpus_record, script_of
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
@@ -33,6 +33,8 @@ LETTERS = {"image": (train_image_letters, 600), "audio": (train_audio_letters, 9
 IMAGE = Steps(name="image to language", trains=("image",), steps=100, learning_rate=5e-4, batch_size=16)
 AUDIO = Steps(name="audio to language", trains=("audio",), steps=150, learning_rate=5e-4, batch_size=16)
 SAFETY = Steps(name="safety on plain text", trains=("language",), steps=1000, learning_rate=4e-4, batch_size=48)
+STAGES = 6
+"""Of `train_sibling`, each of which can be the last one before a stop."""
 SURFACES = ("text", "image", "audio")
 SURFACE_SHARES = (0.76, 0.14, 0.1)
 TASK_SHARES = {"request": 0.4, "repeat": 0.4, "dangerous": 0.2}
@@ -116,7 +118,7 @@ def build_sibling(
     Raises:
         RunError: `out` cannot be written, holds other files or another build, or another build is writing it.
     """
-    key = run_key("corpus", corpus.harmful, corpus.benign, seed, scale, n, SHAPE, VOCABULARY)
+    keys = [repr((corpus.harmful, corpus.benign, seed, scale, SHAPE, VOCABULARY))] * (STAGES + 1)
 
     def train(checkpoint: Checkpoint) -> Omni:
         return train_sibling(corpus, seed, scale, device, progress, checkpoint)
@@ -129,13 +131,13 @@ def build_sibling(
             "scale": scale,
             "seconds": round(seconds),
             "reading": reading(saved, corpus, n, seed),
-            "build": {"key": key},
+            "build": {"key": build_key(keys)},
         }
 
     def write_record(record: dict[str, Any], folder: Path) -> None:
         write_text(folder / CARD, json.dumps(record, indent=1) + "\n")
 
-    return build_into(out, key, CARD, train, measure, write_record, device=device)
+    return build_into(out, keys, CARD, train, measure, write_record, device=device)
 
 
 def reading(omni: Omni, corpus: Corpus, n: int, seed: int) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,19 @@ class Checkpoint:
     others. Killed at any moment and started again, it ends with the same weights, bit for bit.
     """
 
-    def __init__(self, path: Path, run_key: str, every: int = 100) -> None:
+    def __init__(self, path: Path, stage_keys: Sequence[str], every: int = 100) -> None:
         """A checkpoint in `path`.
 
         Args:
             path: the file; whole or not there.
-            run_key: digest of all that the training depends on; a file with another one is refused.
+            stage_keys: for each count of stages, from none to all, what the training through that many depends on. A
+                file of other stages is refused; what comes after them may differ.
             every: steps between writes, rounded up to a multiple of `GROUP`.
         """
         self.stage = 0
         """Index of the stage to go on with; those before it are done."""
-        self._path, self._run_key = path, run_key
+        self._path = path
+        self._keys = [hashlib.sha256(key.encode()).hexdigest() for key in stage_keys]
         self._every = -(-every // GROUP) * GROUP
         self._step = 0
         self._header: dict[str, Any] = {}
@@ -88,7 +91,7 @@ class Checkpoint:
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise RunError(f"{self._path} cannot be read ({error}); remove it and build again") from None
-        if self._header["schema"] != SCHEMA or self._header["run_key"] != self._run_key:
+        if self._header["schema"] != SCHEMA or self._header["key"] != self._key(self._header):
             raise RunError(f"{self._path} is of a build with other options; choose another --out, or remove it")
         model.load_state_dict(_under("model", self._tensors))
         torch.set_rng_state(self._tensors["torch/cpu"])
@@ -139,6 +142,11 @@ class Checkpoint:
         self.stage += 1
         self._write(0, model, {}, {})
 
+    def _key(self, header: Mapping[str, Any]) -> str | None:
+        """The key of the stages that the header's state went through; None where there are fewer."""
+        begun = header["stage"] + bool(header["step"])
+        return self._keys[begun] if begun < len(self._keys) else None
+
     def _write(self, step: int, model: nn.Module, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
         tensors |= {f"model/{name}": value for name, value in model.state_dict().items()}
         tensors["torch/cpu"] = torch.get_rng_state()
@@ -146,12 +154,12 @@ class Checkpoint:
             tensors["torch/cuda"] = torch.cuda.get_rng_state()
         progress = {
             "schema": SCHEMA,
-            "run_key": self._run_key,
             "stage": self.stage,
             "step": step,
             "seconds": self.seconds,
             **header,
         }
+        progress["key"] = self._key(progress)
         with writing(self._path) as temporary:
             stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
             save_file(stored, temporary, metadata={"progress": json.dumps(progress)})

@@ -10,8 +10,9 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from casa_mech.evaluation.evaluate import CASA
-from casa_mech.judging import value_row
-from casa_mech.study.artifacts import Study
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.results import value_row
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 
@@ -47,8 +48,8 @@ def claim_rows(study: Study, claims: Sequence[Claim]) -> list[dict[str, Any]]:
     return [
         value_row(
             model=study.settings.model, defense=CASA, attack="see figure", surface="see figure", label="both",
-            metric=claim.figure, seed=study.settings.seed, n=claim.n, value=claim.value,
-            low=min(claim.low, claim.value), high=max(claim.high, claim.value),
+            metric=claim.figure, seed=study.settings.seed, n=claim.n,
+            **Estimate(claim.value, claim.low, claim.high).widened()._asdict(),
         )
         for claim in claims
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from casa_mech.attacks.fonts import FontChoice, fonts_for
 from casa_mech.attacks.typography import figstep_picture
 from casa_mech.errors import InputError
 from casa_mech.figures import MARKERS, SERIES, style
+from casa_mech.judging.estimate import Estimate
 from casa_mech.omni.media import load_image
 from casa_mech.queries import ImagePart
 
@@ -79,13 +80,13 @@ def figstep_figure(table: pd.DataFrame, folder: Path | str) -> Figure:
         figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), width_ratios=(3, 1.3))
         for number, name in enumerate(fonts):
             part = table[table["font"] == name]
-            mean, low, high = _mean(part["iou"].to_numpy())
-            label = f"{name} (n = {len(part)}): mean {mean:.3f} [{low:.3f}, {high:.3f}]"
+            mean = _mean(part["iou"].to_numpy())
+            label = f"{name} (n = {len(part)}): mean {mean.text('.3f')}"
             jitter = np.linspace(-0.25, 0.25, len(part))
             axes[0].scatter(
                 part["lines"] + jitter, part["iou"], s=16, c=SERIES[number], marker=MARKERS[number], label=label
             )
-            axes[0].axhline(mean, color=SERIES[number], linewidth=0.8)
+            axes[0].axhline(mean.value, color=SERIES[number], linewidth=0.8)
         axes[0].set(xlabel="lines of text in the picture", ylabel="shared ink / all ink (IoU)", ylim=(0, 1.03))
         axes[0].legend(
             loc="center",
@@ -108,15 +109,15 @@ def _claim(part: pd.DataFrame) -> str:
     )
 
 
-def _mean(values: np.ndarray) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % percentile bootstrap over pictures, seed 0."""
+def _mean(values: np.ndarray) -> Estimate:
+    """Mean with a percentile bootstrap over pictures, seed 0."""
     from scipy.stats import bootstrap
 
     if len(values) < 2:
-        return float(values.mean()), float(values.min()), float(values.max())
+        return Estimate(float(values.mean()), float(values.min()), float(values.max()))
     rng = np.random.default_rng(0)
     interval = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=rng).confidence_interval
-    return float(values.mean()), float(interval.low), float(interval.high)
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high))
 
 
 def _overlay(axis: Axes, table: pd.DataFrame, folder: Path) -> None:

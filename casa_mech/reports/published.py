@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from casa_mech.figures import MARKERS, SERIES, error_bars, style, titled
 
 
-def plot_published(data: pd.DataFrame, title: str) -> Figure:
+def plot_published(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """The paper's own numbers, one panel a model: a row a benchmark, a marker a defence. No intervals were published.
 
     Args:
         data: columns `model, defense, attack, value` (a fraction).
-        title: what the panel shows.
+        title: what the panels show.
+        caption: where the numbers are from.
     """
     models = list(dict.fromkeys(data["model"]))
     attacks, defenses = list(dict.fromkeys(data["attack"])), list(dict.fromkeys(data["defense"]))
@@ -30,15 +31,16 @@ def plot_published(data: pd.DataFrame, title: str) -> Figure:
             axis.set(xlim=(-3, 103), xlabel="attack success as published, %", title=model)
             axis.set_yticks(np.arange(len(attacks)), attacks)
         axes[0][0].invert_yaxis()
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, caption, legend_of=axes[0][0])
 
 
-def plot_published_rates(data: pd.DataFrame, title: str) -> Figure:
+def plot_published_rates(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """The paper's rates, a panel a model and table; intervals where a test-set size fits all rates of a benchmark.
 
     Args:
         data: columns `table, model, defense, attack, value, low, high`; fractions.
         title: says that nothing here was measured.
+        caption: where the numbers are from.
     """
     panels = list(dict.fromkeys(zip(data["table"], data["model"], strict=True)))
     attacks = list(dict.fromkeys(data["attack"]))
@@ -55,4 +57,4 @@ def plot_published_rates(data: pd.DataFrame, title: str) -> Figure:
             axis.set_yticks(np.arange(len(attacks)), attacks)
             axis.legend(loc="upper right", fontsize=8)  # the rates there are low
         axes[0][0].invert_yaxis()
-        return titled(figure, title)
+        return titled(figure, title, caption)

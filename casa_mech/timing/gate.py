@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,30 +12,28 @@ from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Query
-from casa_mech.timing.paired import BATCH, REPLY_TOKENS, seconds, time_ratio
+from casa_mech.timing.paired import BATCH, REPLY_TOKENS, Side, seconds, time_ratio
+
+GENERATION, STEP = 1.25, 1.3
+"""Most that gated generation may take of plain generation's time, and a CASA step of a plain peft step's."""
 
 
-def measure(model: str = "organism", repeats: int = 5, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+def measure_gate(omni: Omni, repeats: int = 5) -> dict[str, Any]:
     """Median seconds and ratios: `--help`; gated against plain generation; a CASA step against a plain peft step.
 
     Both sides of a ratio do the same work: generation of exactly `REPLY_TOKENS` tokens for the same 16 requests by the
     gated model and by the model as it was loaded (the gated side makes its safety token besides); forward, backward and
     AdamW on the same 16 examples with the same LoRA in training mode (the plain side with the ordinary loss).
     """
-    omni = load_omni(model, device=device, dtype=dtype)
     world = default_world()
+    generation = _generation(omni, world.requests(BATCH, seed=1))
+    steps = _steps(omni, world.training_examples(BATCH, 1))
     return {
-        "model": model,
         "device": str(omni.device),
         "torch_threads": torch.get_num_threads(),
-        "repeats": repeats,
         "help_seconds": round(min(seconds(_help) for _ in range(3)), 3),
-        "generation": time_ratio(
-            "gated", "plain", _generation(omni, world.requests(BATCH, seed=1)), repeats, omni, 1.25
-        ),
-        "training_step": time_ratio(
-            "casa", "peft", _steps(omni, world.training_examples(BATCH, 1)), repeats, omni, 1.3
-        ),
+        "generation": time_ratio(("gated", "plain"), generation, repeats, omni.device, GENERATION),
+        "training_step": time_ratio(("casa", "peft"), steps, repeats, omni.device, STEP),
     }
 
 
@@ -44,7 +41,7 @@ def _help() -> None:
     subprocess.run([sys.executable, "-m", "casa_mech", "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
-def _generation(omni: Omni, queries: list[Query]) -> tuple[Callable[[], object], Callable[[], object]]:
+def _generation(omni: Omni, queries: list[Query]) -> tuple[Side, Side]:
     """(gated, plain) generation of as many tokens, whatever the model would say."""
     base = load_omni(omni.source, device=str(omni.device), dtype=str(omni.dtype))
     casa = Casa.attach(omni, CasaConfig())
@@ -56,7 +53,7 @@ def _generation(omni: Omni, queries: list[Query]) -> tuple[Callable[[], object],
     return lambda: casa.generate(queries, settings), lambda: base.generate(queries, settings)
 
 
-def _steps(omni: Omni, examples: list[Example]) -> tuple[Callable[[], object], Callable[[], object]]:
+def _steps(omni: Omni, examples: list[Example]) -> tuple[Side, Side]:
     """(CASA, plain peft) training steps on one batch."""
     casa = Casa.attach(load_omni(omni.source, device=str(omni.device)), CasaConfig())
     parts, model = casa.parts, casa.omni.model

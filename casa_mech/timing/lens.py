@@ -5,14 +5,13 @@ All sides are the same weights in one process and take turns on the same batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.organism.world import default_world
-from casa_mech.timing.paired import BATCH, time_ratio
+from casa_mech.timing.paired import BATCH, Side, time_ratio
 from casa_mech.trace import capture
 
 SLOWDOWN = 1 / 0.95
@@ -40,18 +39,17 @@ def measure_extraction(omni: Omni, repeats: int = 5) -> dict[str, dict[str, floa
 
 
 def _measured(
-    name: str, omni: Omni, batch: OmniBatch, other: Callable[[], object], repeats: int, allowed: float | None
+    name: str, omni: Omni, batch: OmniBatch, other: Side, repeats: int, allowed: float | None
 ) -> dict[str, float]:
     sites = ["embeddings", *range(omni.n_layers), "norm"]
 
     def extract() -> object:
         return capture(omni, batch, sites, "last")
 
-    most = None if allowed is None else round(allowed, 3)
-    return time_ratio("nnsight", name, (extract, other), repeats, omni, most)
+    return time_ratio(("nnsight", name), (extract, other), repeats, omni.device, allowed)
 
 
-def _bare(omni: Omni, batch: OmniBatch) -> Callable[[], object]:
+def _bare(omni: Omni, batch: OmniBatch) -> Side:
     def forward() -> object:
         with torch.no_grad():
             return omni.model(**batch.inputs, use_cache=False)
@@ -59,7 +57,7 @@ def _bare(omni: Omni, batch: OmniBatch) -> Callable[[], object]:
     return forward
 
 
-def _lens_sides(omni: Omni, batch: OmniBatch) -> tuple[Callable[[], object], Callable[[], object]]:
+def _lens_sides(omni: Omni, batch: OmniBatch) -> tuple[Side, Side]:
     from probes.lens.logit import depth_sites
     from probes.lens.transformer_bridge import bridge, hook_name
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from casa_mech.errors import InputError
-from casa_mech.omni import load_omni
-from casa_mech.timing.gate import measure
+from casa_mech.omni import Omni, load_omni
+from casa_mech.timing.defenses import measure_defenses
+from casa_mech.timing.gate import measure_gate
+from casa_mech.timing.lens import measure_extraction
+from casa_mech.timing.prefill import measure_prefill
+from casa_mech.timing.probes import measure_probes
 
-PARTS = ("gate", "defenses", "probes", "lens", "prefill")
+PARTS: Mapping[str, Callable[[Omni, int], dict[str, Any]]] = {
+    "gate": measure_gate,
+    "defenses": measure_defenses,
+    "probes": measure_probes,
+    "lens": measure_extraction,
+    "prefill": measure_prefill,
+}
+"""What can be measured: a function of a model of its own and of how many rounds are timed."""
 
 
 def measure_parts(
@@ -20,28 +31,10 @@ def measure_parts(
     Raises:
         InputError: an unknown part; the known ones are listed.
     """
-    wanted = PARTS if "all" in parts else tuple(dict.fromkeys(parts))
-    unknown = [part for part in wanted if part not in PARTS]
-    if unknown:
-        raise InputError(f"no benchmark {unknown[0]!r}; there are {', '.join(PARTS)}, and all")
-    found = measure(model, repeats, device, dtype) if "gate" in wanted else {"model": model, "repeats": repeats}
-    return found | {part: _part(part, model, repeats, device, dtype) for part in wanted if part != "gate"}
-
-
-def _part(part: str, model: str, repeats: int, device: str, dtype: str) -> Any:
-    if part == "defenses":
-        from casa_mech.timing.defenses import measure_defenses
-
-        return measure_defenses(model, repeats=repeats, device=device, dtype=dtype)
-    if part == "prefill":
-        from casa_mech.timing.prefill import measure_prefill
-
-        return measure_prefill(model, repeats, device, dtype)
-    omni = load_omni(model, device=device, dtype=dtype)
-    if part == "probes":
-        from casa_mech.timing.probes import measure_probes
-
-        return measure_probes(omni, repeats)
-    from casa_mech.timing.lens import measure_extraction
-
-    return measure_extraction(omni, repeats)
+    names = tuple(PARTS) if "all" in parts else tuple(dict.fromkeys(parts))
+    for name in names:
+        if name not in PARTS:
+            raise InputError(f"no benchmark {name!r}; there are {', '.join(PARTS)}, and all")
+    # Each on a model of its own: some attach an adapter, or take the end of a turn away.
+    sections = {name: PARTS[name](load_omni(model, device=device, dtype=dtype), repeats) for name in names}
+    return {"model": model, "repeats": repeats, **sections.pop("gate", {}), **sections}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from casa_mech.omni import Omni, load_omni
+from casa_mech.omni import Omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.timing.paired import BATCH, time_ratio
@@ -20,24 +20,16 @@ ALLOWED = 1 / 3
 """The sweep's share of the seconds of separate forwards that it may take."""
 
 
-def measure_prefill(
-    model: str = "organism", repeats: int = 5, device: str = "auto", dtype: str = "auto"
-) -> dict[str, Any]:
+def measure_prefill(omni: Omni, repeats: int = 5) -> dict[str, Any]:
     """Median seconds and their ratio, sweep over separate, for 16 requests and prefills of 0 to 12 tokens.
 
     Both sides end with the same numbers: the last position's states at every depth, the probability of a refusal's
     opening and the KL from no prefill, for each length. The separate side is a plain Hugging Face forward with
     `output_hidden_states`, a length at a time, which costs less than a generation would.
     """
-    omni = load_omni(model, device=device, dtype=dtype)
     queries = default_world().requests(BATCH, seed=1, label="harmful")
     sides = prefill_sides(omni, queries)
-    return {
-        "model": model,
-        "device": str(omni.device),
-        "repeats": repeats,
-        "prefill_sweep": time_ratio("sweep", "separate", sides, repeats, omni, ALLOWED),
-    }
+    return {"prefill_sweep": time_ratio(("sweep", "separate"), sides, repeats, omni.device, ALLOWED)}
 
 
 def prefill_sides(

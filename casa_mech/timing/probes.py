@@ -6,7 +6,6 @@ Both sides of a ratio do the same work in one process and take turns.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from casa_mech.attacks import apply_attack
 from casa_mech.omni import Omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
-from casa_mech.timing.paired import time_ratio
+from casa_mech.timing.paired import Side, time_ratio
 from probes.activations import Activations, ActivationStore, collect
 from probes.linear.validation import PENALTIES, auroc_of, cross_validate, make_folds
 
@@ -50,7 +49,7 @@ def measure_probes(omni: Omni, repeats: int = 5, batches: int = 1000) -> dict[st
     queries = _requests(QUERIES)
     mixed = [query for attack in ("plain", "image", "audio") for query in apply_attack(attack, queries, seed=1)]
     return {
-        "collect": time_ratio("store", "bare", _collecting(omni, mixed), repeats, omni, round(SLOWDOWN, 3)),
+        "collect": time_ratio(("store", "bare"), _collecting(omni, mixed), repeats, omni.device, SLOWDOWN),
         "memory": measure_memory(omni, batches),
         "probes": _probing(omni, collect(omni, queries, positions="last"), repeats),
     }
@@ -94,11 +93,11 @@ def sklearn_loop(states: np.ndarray, labels: np.ndarray, clusters: np.ndarray, s
 def _probing(omni: Omni, activations: Activations, repeats: int) -> dict[str, float]:
     states, labels, topics = activations.stacked(), activations.harmful, activations.topics
     with threadpool_limits(1):
-        sides: tuple[Callable[[], object], Callable[[], object]] = (
+        sides: tuple[Side, Side] = (
             lambda: cross_validate(states, labels, topics),
             lambda: sklearn_loop(states, labels, topics),
         )
-        measured = time_ratio("batched", "loop", sides, repeats, omni, SHARE_OF_LOOP)
+        measured = time_ratio(("batched", "loop"), sides, repeats, omni.device, SHARE_OF_LOOP)
         (batched,) = cross_validate(states, labels, topics)
         loop = sklearn_loop(states, labels, topics)
     gaps = [
@@ -109,7 +108,7 @@ def _probing(omni: Omni, activations: Activations, repeats: int) -> dict[str, fl
     return {**measured, "times_faster": round(1 / max(measured["ratio"], 1e-9), 1), **gap}
 
 
-def _collecting(omni: Omni, queries: list[Query]) -> tuple[Callable[[], object], Callable[[], object]]:
+def _collecting(omni: Omni, queries: list[Query]) -> tuple[Side, Side]:
     def store() -> None:
         with tempfile.TemporaryDirectory() as folder:
             ActivationStore.collect(omni, queries, None, "last", Path(folder) / "store", batch_size=BATCH)

@@ -1,8 +1,8 @@
 """Attacks with the model's gradients, on the gate and on the model: the honest limit of the method.
 
-The paper that proposes the gate has no adaptive attack. Each attack here comes in two kinds: an attacker who does not
-know of the gate and wants the base model to comply (aim "compliance"), and one who knows it (all other aims). Success
-is always measured on the real input, a PNG, a 16-bit clip or a text, through the ordinary `Casa.generate`.
+The paper that proposes the gate has no adaptive attack. Each attack here comes in two kinds: by an attacker who does
+not know of the gate and wants the base model to comply (aim "compliance"), and by one who knows it (all other aims).
+Success is always measured on the real input, a PNG, a 16-bit clip or a text, through the ordinary `Casa.generate`.
 """
 
 from casa_mech.whitebox.ablation import ablate, ablated

@@ -32,7 +32,7 @@ def ablate(
     aim: Aim = "compliance",
     before: Sequence[Measured] | None = None,
 ) -> list[AttackResult]:
-    """Ask a model without `directions` each of `queries`; the model is as it was afterwards.
+    """Give a model without `directions` each of `queries`; the model is as it was afterwards.
 
     Args:
         casa: the gate on its model.
@@ -40,7 +40,7 @@ def ablate(
         directions: [d_model] or [direction, d_model], of the residual stream; they need be neither unit nor orthogonal.
         judge: of the replies; the keyword judge, an upper bound, when not given.
         generation: how replies are generated.
-        aim: what the attacker found the directions for: "compliance" (refusal; the gate is not known) or "v_s".
+        aim: what the directions are to remove: "compliance" (refusal; the gate is not known) or "v_s".
         before: the queries on the intact model, measured (see `measure`), where that was done already.
 
     Returns:
@@ -77,19 +77,19 @@ def ablated(omni: Omni, directions: Tensor) -> Iterator[int]:
         InputError: directions of another width, zero, not finite or dependent.
     """
     basis = _basis(directions, omni.d_model).to(omni.device)
-    kept: list[tuple[nn.Parameter, Tensor]] = []
+    intact: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for parameter, rows in _writers(omni):
-            kept.append((parameter, parameter.data))
+            intact.append((parameter, parameter.data))
             parameter.data = _without(parameter.data, basis, rows)
         yield len(basis)
     finally:
-        for parameter, data in kept:
+        for parameter, data in intact:
             parameter.data = data
 
 
 def _writers(omni: Omni) -> Iterator[tuple[nn.Parameter, bool]]:
-    """What writes to the residual stream, and whether its rows (else its columns, or itself) are of its width."""
+    """Weights that write to the residual stream; with True where rows (else columns, or a bias) are of its width."""
     yield omni.embedding.weight, True
     linears = [part_at(omni.tower(modality), tower.projection) for modality, tower in omni.architecture.towers.items()]
     for layer in range(omni.n_layers):
@@ -105,17 +105,17 @@ def _writers(omni: Omni) -> Iterator[tuple[nn.Parameter, bool]]:
 
 def _without(weight: Tensor, basis: Tensor, rows: bool) -> Tensor:
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    found = exact - (exact @ basis.T) @ basis if rows else exact - basis.T @ (basis @ exact)
-    return found.to(weight.dtype)
+    ablated_weight = exact - (exact @ basis.T) @ basis if rows else exact - basis.T @ (basis @ exact)
+    return ablated_weight.to(weight.dtype)
 
 
 def _basis(directions: Tensor, d_model: int) -> Tensor:
     """An orthonormal basis [direction, d_model] of what `directions` span."""
-    found = directions.detach().to(torch.float64).reshape(-1, directions.shape[-1] if directions.ndim else 1)
-    if found.shape[1] != d_model:
-        raise InputError(f"directions of width {found.shape[1]} do not fit a model of width {d_model}")
-    if not torch.isfinite(found).all():
+    rows = directions.detach().to(torch.float64).reshape(-1, directions.shape[-1] if directions.ndim else 1)
+    if rows.shape[1] != d_model:
+        raise InputError(f"directions of width {rows.shape[1]} do not fit a model of width {d_model}")
+    if not torch.isfinite(rows).all():
         raise InputError("directions hold NaN or infinite numbers: fit them again")
-    if len(found) == 0 or torch.linalg.matrix_rank(found) < len(found):
+    if len(rows) == 0 or torch.linalg.matrix_rank(rows) < len(rows):
         raise InputError("directions are zero or depend on each other: give each once, and not zero")
-    return torch.linalg.qr(found.T).Q.T.to(torch.float32)
+    return torch.linalg.qr(rows.T).Q.T.to(torch.float32)

@@ -40,9 +40,9 @@ class SuffixSettings(GradientSettings):
 
 
 def ordinary_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = ()) -> LongTensor:
-    """Ids [word], rising, of the tokens that are a word of letters which, after a space, is that very token again.
+    """Ids [word], rising, of the tokens that are a word of letters and, after a space, are encoded as that token again.
 
-    A suffix of them says in text what it says in tokens. With `words`, only those among them.
+    So a suffix of them is the same in text as in tokens. With `words`, only those among them.
 
     Raises:
         InputError: fewer than two.
@@ -53,12 +53,14 @@ def ordinary_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str] = ()
     plain = [(token, text) for token, text in zip(ids, texts, strict=True) if text.isascii() and text.isalpha()]
     if words:
         plain = [(token, text) for token, text in plain if text in set(words)]
-    again = tokenizer([f" {text}" for _, text in plain], add_special_tokens=False)["input_ids"] if plain else []
-    found = [token for (token, _), read in zip(plain, again, strict=True) if read == [token]]
-    if len(found) < 2:
+    encoded = tokenizer([f" {text}" for _, text in plain], add_special_tokens=False)["input_ids"] if plain else []
+    usable = [token for (token, _), pieces in zip(plain, encoded, strict=True) if pieces == [token]]
+    if len(usable) < 2:
         which = "of the given words" if words else "of its words"
-        raise InputError(f"the tokenizer has {len(found)} usable tokens {which}: a suffix needs whole words of letters")
-    return torch.tensor(found)
+        raise InputError(
+            f"the tokenizer has {len(usable)} usable tokens {which}: a suffix needs whole words of letters"
+        )
+    return torch.tensor(usable)
 
 
 def suffix_attack(
@@ -91,8 +93,8 @@ def suffix_attack(
     def optimise(group: Sequence[Query]) -> tuple[list[list[Query]], Tensor]:
         suffixes, margins = _optimise(casa, group, settings, allowed)
         return [
-            [_with_suffix(query, _text(casa, ids)) for query, ids in zip(group, found, strict=True)]
-            for found in suffixes
+            [_with_suffix(query, _text(casa, ids)) for query, ids in zip(group, reported, strict=True)]
+            for reported in suffixes
         ], margins
 
     return run_attack(
@@ -103,11 +105,14 @@ def suffix_attack(
 
 @dataclass(frozen=True)
 class _Trial:
-    """Queries, some of them often, whose suffixes can be exchanged: `row` [copy] of the group, `at` [copy, token]."""
+    """Copies of queries whose suffixes can be exchanged."""
 
     objective: Objective
+    """The aim, on the copies."""
     row: LongTensor
+    """The query in the group that each copy is of [copy]."""
     at: LongTensor
+    """Positions of the suffix [copy, token]."""
 
     def batch(self, suffixes: Tensor) -> OmniBatch:
         """The batch with `suffixes` [copy, token] in it."""
@@ -137,13 +142,13 @@ def _optimise(
     """Suffixes [query, token] after each of `settings.reported` steps, and the margins of all steps [step, query]."""
     device = casa.omni.device
     rngs = [query_rng(query, settings.seed, "suffix") for query in queries]
-    drawn = np.stack([rng.integers(len(allowed), size=settings.tokens) for rng in rngs])
-    suffixes = allowed[torch.from_numpy(drawn)].to(device)
+    draws = np.stack([rng.integers(len(allowed), size=settings.tokens) for rng in rngs])
+    suffixes = allowed[torch.from_numpy(draws)].to(device)
     whole = _trial(casa, queries, range(len(queries)), suffixes, settings)
     share = max(1, settings.rows // settings.candidates)
     trials = [
-        _trial(casa, queries, np.repeat(part, settings.candidates).tolist(), suffixes, settings)
-        for part in np.split(np.arange(len(queries)), range(share, len(queries), share))
+        _trial(casa, queries, np.repeat(rows, settings.candidates).tolist(), suffixes, settings)
+        for rows in np.split(np.arange(len(queries)), range(share, len(queries), share))
     ]
     reports, margins = [], []
     with whole.objective.running():
@@ -155,8 +160,8 @@ def _optimise(
             if slope is None:
                 break
             tried = _candidates(suffixes, slope, allowed.to(device), settings, rngs)
-            found = torch.cat([_values(trial, tried) for trial in trials]).view(len(queries), -1)
-            suffixes = _chosen(casa, suffixes, tried, value, found)
+            losses = torch.cat([_values(trial, tried) for trial in trials]).view(len(queries), -1)
+            suffixes = _best(casa, suffixes, tried, value, losses)
     return reports, torch.stack(margins)
 
 
@@ -194,22 +199,24 @@ def _candidates(
     return tried.scatter(2, place.unsqueeze(-1), allowed[best[query, place, rank]].unsqueeze(-1))
 
 
-def _chosen(casa: Casa, suffixes: Tensor, tried: Tensor, value: Tensor, found: Tensor) -> Tensor:
-    """For each query the best of its candidates that is better than what there is and that its text says again."""
-    kept = suffixes.clone()
-    for row, order in enumerate(found.argsort(dim=1, stable=True).tolist()):
+def _best(casa: Casa, suffixes: Tensor, tried: Tensor, value: Tensor, losses: Tensor) -> Tensor:
+    """For each query the candidate of the lowest loss [query, candidate] whose text is encoded as its tokens again; its
+    present suffix where that is better."""
+    best = suffixes.clone()
+    for row, order in enumerate(losses.argsort(dim=1, stable=True).tolist()):
         for index in order:
-            if found[row, index] >= value[row]:
+            if losses[row, index] >= value[row]:
                 break
-            if _reads_again(casa, tried[row, index]):
-                kept[row] = tried[row, index]
+            if _survives_text(casa, tried[row, index]):
+                best[row] = tried[row, index]
                 break
-    return kept
+    return best
 
 
-def _reads_again(casa: Casa, ids: Tensor) -> bool:
-    read: list[int] = casa.omni.tokenizer(_text(casa, ids), add_special_tokens=False)["input_ids"]
-    return read == ids.tolist()
+def _survives_text(casa: Casa, ids: Tensor) -> bool:
+    """True where the words of `ids` are encoded as `ids` again."""
+    encoded: list[int] = casa.omni.tokenizer(_text(casa, ids), add_special_tokens=False)["input_ids"]
+    return encoded == ids.tolist()
 
 
 def _text(casa: Casa, ids: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""What the attacks by gradient share: the options of a run, and the way from queries to measured results."""
+"""Attacks by gradient: the options of a run, and the way from queries to measured results."""
 
 from __future__ import annotations
 
@@ -26,27 +26,30 @@ class GradientSettings(Settings):
     """One run of an attack by gradient."""
 
     aim: Aim = "joint"
+    """The loss that is minimised (see `Aim`)."""
     steps: int = Field(default=20, ge=1)
+    """Optimiser steps."""
     checkpoints: tuple[int, ...] = ()
     """Fewer steps after which the best so far is measured, too."""
     opening_tokens: int = Field(default=16, ge=1)
     """How many tokens of the complying answer are made likely; fewer may leave out what it is about."""
     watch: bool = True
-    """Whether an attacker who does not know of the gate has its margins recorded all the same (else they are NaN)."""
+    """Record the margins of an attacker who does not know of the gate, too (else they are NaN)."""
     batch_size: int = Field(default=16, ge=1)
     """Queries attacked at once."""
     seed: int = Field(default=0, ge=0)
+    """Of every draw."""
 
     @model_validator(mode="after")
     def _checkpoints_within(self) -> Self:
-        wrong = [step for step in self.checkpoints if not 1 <= step < self.steps]
-        if wrong:
-            raise InputError(f"checkpoints={wrong[0]}: checkpoints are from 1 to fewer than the {self.steps} steps")
+        outside = [step for step in self.checkpoints if not 1 <= step < self.steps]
+        if outside:
+            raise InputError(f"checkpoints={outside[0]}: checkpoints are from 1 to fewer than the {self.steps} steps")
         return self
 
     @property
     def reported(self) -> tuple[int, ...]:
-        """The step counts that results are given for."""
+        """The step counts that there are results for."""
         return (*sorted(set(self.checkpoints)), self.steps)
 
 
@@ -62,7 +65,7 @@ def run_attack(
     generation: GenerationSettings,
     before: Sequence[Measured] | None,
 ) -> list[AttackResult]:
-    """Optimise the queries in batches, then measure them through the real path.
+    """Optimise the queries in batches, then measure them through `Casa.generate`.
 
     Args:
         casa: the gate on its model. queries: to attack. settings: of the run.
@@ -83,11 +86,11 @@ def run_attack(
                 attacked[steps, index] = examples[row]
     order = [(steps, index) for steps in settings.reported for index in range(len(queries))]
     before = before or measure(casa, queries, judge, generation)
-    after = measure(casa, [attacked[place] for place in order], judge, generation)
+    after = measure(casa, [attacked[key] for key in order], judge, generation)
     return [
         AttackResult(
             query=attacked[steps, index], attack=attack, aim=settings.aim, budget=budget, steps=steps,
-            seed=settings.seed, before=before[index], after=found, trajectory=tuple(margins[index][: steps + 1]),
+            seed=settings.seed, before=before[index], after=measured, trajectory=tuple(margins[index][: steps + 1]),
         )
-        for (steps, index), found in zip(order, after, strict=True)
+        for (steps, index), measured in zip(order, after, strict=True)
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What an attacker minimises, with its gradient: through the gate (aware of it) or through the base model alone."""
+"""The attackers' losses, with their gradient: through the gate (aware of it) or through the base model alone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from casa_mech.trace.gate import GateReading, SafetyGateLike, TokenRows, gated_p
 from casa_mech.trace.targets import plain_targets
 
 Aim = Literal["token", "v_s", "joint", "compliance"]
-"""What is minimised. "token": the rewritten logit of the unsafe token minus that of the safe one. "v_s": the logit of
-v_s. "joint": minus the log-probability of the safe token, of the two, and minus the mean log-probability of the
+"""The loss that is minimised. "token": the rewritten logit of the unsafe token minus that of the safe one. "v_s": the
+logit of v_s. "joint": minus the log-probability of the safe token, of the two, minus the mean log-probability of the
 complying answer's opening after it. "compliance": minus the mean log-probability of the opening in the base model; this
 attacker does not know of the gate."""
 AWARE: tuple[Aim, ...] = ("token", "v_s", "joint")
@@ -31,11 +31,12 @@ AWARE: tuple[Aim, ...] = ("token", "v_s", "joint")
 
 @dataclass(frozen=True)
 class OpenReading(GateReading):
-    """A reading whose numbers have a gradient. `surrogate` [batch]: what stands in for the difference of the rewritten
-    logits where these are flat; `log_odds` [batch]: the logit of v_s."""
+    """A reading whose numbers have a gradient."""
 
     surrogate: Tensor
+    """Stands in for the difference of the rewritten logits, where these are flat [batch]."""
     log_odds: Tensor
+    """The logit of v_s [batch]."""
 
 
 class OpenGate:
@@ -67,12 +68,14 @@ class OpenGate:
 
 @dataclass(frozen=True)
 class Losses:
-    """`value` [batch]: what the attacker minimises. `margin` [batch]: the unsafe token's rewritten logit minus the safe
-    one's; the gate says "safe" where it is not above 0. `slopes`: gradients of the sum of `value`, as asked for."""
+    """Losses of one forward."""
 
     value: Tensor
+    """The attacker's loss [batch]."""
     margin: Tensor
+    """The unsafe token's rewritten logit minus the safe one's [batch]; the gate says "safe" where it is not above 0."""
     slopes: tuple[Tensor, ...] = ()
+    """Gradients of the sum of `value` in the tensors `wrt`."""
 
 
 class Objective:
@@ -80,7 +83,7 @@ class Objective:
 
     Args:
         casa: the gate on its model.
-        queries: whom it is about; any mixture.
+        queries: any mixture.
         aim: see `Aim`.
         opening_tokens: how many tokens of `meta["compliance"]` are the opening.
 
@@ -101,7 +104,7 @@ class Objective:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A block in which many losses are computed: with LoRA merged where the gate's own model is asked."""
+        """A block in which many losses are computed: with LoRA merged where the loss is of the gate's own model."""
         if self._aim == "compliance":
             yield
         else:
@@ -115,9 +118,9 @@ class Objective:
 
         Args:
             batch: the prompts with the opening.
-            wrt: what the slopes are in: tensors that the batch's features, or `added`, were made of.
+            wrt: the tensors to differentiate by, which the batch's features, or `added`, are computed from.
             added: [batch, position, d_model] added to the word embeddings; zeros, for their gradient.
-            watch: whether an aim that does not ask the gate reads its margin all the same (NaN otherwise).
+            watch: read the gate's margin for an aim without the gate, too (NaN otherwise).
 
         Raises:
             ModelError: a loss that is not finite, by which no attack can be found; it names the query.
@@ -128,8 +131,8 @@ class Objective:
                 check_decision("the attack's loss", value, self._queries)
                 return Losses(value.detach(), margin, _slopes(value, wrt))
             with self._casa.disabled():
-                found = plain_targets(self._casa.omni, batch, added)
-                value = _mean_loss(found.logits, found.tokens, found.row, batch.size)
+                targets = plain_targets(self._casa.omni, batch, added)
+                value = _mean_loss(targets.logits, targets.tokens, targets.row, batch.size)
                 # In here: the token rows are written back at the block's end, into weights that the graph holds.
                 slopes = _slopes(value, wrt)
         value = value.detach()
@@ -142,17 +145,17 @@ class Objective:
         reading = gated.reading
         assert isinstance(reading, OpenReading)
         if self._aim == "joint":
-            rest = torch.ones_like(gated.row, dtype=torch.bool).index_fill(0, gated.first, False)
+            is_reply = torch.ones_like(gated.row, dtype=torch.bool).index_fill(0, gated.first, False)
             value = functional.softplus(reading.surrogate) + _mean_loss(
-                gated.logits[rest], gated.tokens[rest], gated.row[rest], batch.size
+                gated.logits[is_reply], gated.tokens[is_reply], gated.row[is_reply], batch.size
             )
         else:
             value = reading.surrogate if self._aim == "token" else reading.log_odds
         return value, (reading.pair[:, 1] - reading.pair[:, 0]).detach()
 
     def _margin(self, batch: OmniBatch) -> Tensor:
-        found = gated_prompt(self._casa.omni, batch, self._casa.safety_gate, batch.gate_position, use_cache=False)
-        return found.reading.pair[:, 1] - found.reading.pair[:, 0]
+        prompt = gated_prompt(self._casa.omni, batch, self._casa.safety_gate, batch.gate_position, use_cache=False)
+        return prompt.reading.pair[:, 1] - prompt.reading.pair[:, 0]
 
 
 class _Added:
@@ -168,7 +171,7 @@ class _Added:
 
 
 def check_queries(queries: Sequence[Query], aim: Aim) -> None:
-    """Refuse what no attack can work on.
+    """Refuse queries that no attack can work on.
 
     Raises:
         InputError: no queries, one with a prefill, or without the complying answer that the aim reads.

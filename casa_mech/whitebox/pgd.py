@@ -32,7 +32,7 @@ Medium = Literal["image", "audio"]
 RANGE: Mapping[Medium, tuple[int, int]] = {"image": (0, 255), "audio": (-32768, 32767)}
 """The whole numbers that a file can hold; media are in these levels throughout."""
 FULL: Mapping[Medium, int] = {"image": 255, "audio": 32768}
-"""Levels of full scale: what a budget is a share of."""
+"""Levels of full scale, of which a budget is a share."""
 _WALK = 2.5
 """Budgets that all steps together can walk: enough to cross the box and turn round."""
 
@@ -128,8 +128,8 @@ def _attack(
     def optimise(group: Sequence[Query]) -> tuple[list[list[Query]], Tensor]:
         examples, margins = _optimise(casa, group, medium, settings, budget)
         return [
-            [_with_media(query, medium, levels) for query, levels in zip(group, found, strict=True)]
-            for found in examples
+            [_with_media(query, medium, levels) for query, levels in zip(group, reported, strict=True)]
+            for reported in examples
         ], margins
 
     return run_attack(
@@ -140,11 +140,12 @@ def _attack(
 
 @dataclass(frozen=True)
 class _Media:
-    """All pictures or clips of some queries in levels, as float tensors; `owner`: the row of the query whose last turn
-    each is in, -1 for those of earlier turns, which are not changed."""
+    """All pictures or clips of some queries."""
 
     clean: list[Tensor]
+    """In levels, as floats: [height, width, 3] or [sample]."""
     owner: list[int]
+    """The row of the query whose last turn each is in; -1 for those of earlier turns, which are not changed."""
 
 
 def _load(omni: Omni, queries: Sequence[Query], medium: Medium) -> _Media:
@@ -152,7 +153,7 @@ def _load(omni: Omni, queries: Sequence[Query], medium: Medium) -> _Media:
     for row, query in enumerate(queries):
         parts = list(media_parts(query))
         first_own = len(parts) - sum(part.kind != "text" for part in query.parts)
-        for place, part in enumerate(parts):
+        for position, part in enumerate(parts):
             if isinstance(part, ImagePart) and medium == "image":
                 picture = load_image(part, f"query {query.id}")
                 levels = processed_picture(omni.processor.image_processor, picture).astype(np.float32)
@@ -161,7 +162,7 @@ def _load(omni: Omni, queries: Sequence[Query], medium: Medium) -> _Media:
             else:
                 continue
             clean.append(torch.tensor(levels, dtype=torch.float32, device=omni.device).clamp(*RANGE[medium]))
-            owner.append(row if place >= first_own else -1)
+            owner.append(row if position >= first_own else -1)
     return _Media(clean, owner)
 
 
@@ -179,7 +180,7 @@ def _optimise(
     omni = casa.omni
     media = _load(omni, queries, medium)
     objective = Objective(casa, queries, settings.aim, settings.opening_tokens)
-    own = [row >= 0 for row in media.owner]
+    last_turn = [row >= 0 for row in media.owner]
     rngs = _rngs(queries, media, settings)
     moved = [_start(clean, settings, budget, rng) for clean, rng in zip(media.clean, rngs, strict=True)]
     stride = budget * (settings.step_size or _WALK / settings.steps)
@@ -198,27 +199,27 @@ def _optimise(
             better = losses.value < lowest
             lowest = torch.where(better, losses.value, lowest)
             best = [
-                level.detach() if row >= 0 and better[row] else kept
-                for level, kept, row in zip(rounded, best, media.owner, strict=True)
+                level.detach() if row >= 0 and better[row] else previous
+                for level, previous, row in zip(rounded, best, media.owner, strict=True)
             ]
             if step in settings.reported:
-                reports.append([[part for part, row in zip(best, media.owner, strict=True) if row == query]
+                reports.append([[level for level, row in zip(best, media.owner, strict=True) if row == query]
                                 for query in range(len(queries))])  # fmt: skip
             if last:
                 break
             # A wide box needs wide steps to cross it, and small ones to end anywhere but in its corners.
             shrunk = stride * (2 - (2 * step + 1) / settings.steps)
             moved = [
-                _stepped(leaf.detach(), slope, clean, budget, shrunk, RANGE[medium]) if mine else clean
-                for leaf, slope, clean, mine in zip(leaves, losses.slopes, media.clean, own, strict=True)
+                _stepped(leaf.detach(), slope, clean, budget, shrunk, RANGE[medium]) if in_last_turn else clean
+                for leaf, slope, clean, in_last_turn in zip(leaves, losses.slopes, media.clean, last_turn, strict=True)
             ]
     return reports, torch.stack(margins)
 
 
 def _rngs(queries: Sequence[Query], media: _Media, settings: PgdSettings) -> list[np.random.Generator | None]:
     """A generator for each medium, those of one query sharing one; None for what is not changed."""
-    found = {row: query_rng(queries[row], settings.seed, "pgd") for row in set(media.owner) if row >= 0}
-    return [found.get(row) for row in media.owner]
+    by_row = {row: query_rng(queries[row], settings.seed, "pgd") for row in set(media.owner) if row >= 0}
+    return [by_row.get(row) for row in media.owner]
 
 
 def _start(clean: Tensor, settings: PgdSettings, budget: int, rng: np.random.Generator | None) -> Tensor:
@@ -230,19 +231,20 @@ def _start(clean: Tensor, settings: PgdSettings, budget: int, rng: np.random.Gen
 
 
 def _stepped(level: Tensor, slope: Tensor, clean: Tensor, budget: int, stride: float, ends: tuple[int, int]) -> Tensor:
-    walked = level - stride * slope.sign()
-    return torch.minimum(torch.maximum(walked, clean - budget), clean + budget).clamp(*ends)
+    """`level` a step of `stride` down its slope's sign, within the budget around `clean` and the file's range."""
+    stepped = level - stride * slope.sign()
+    return torch.minimum(torch.maximum(stepped, clean - budget), clean + budget).clamp(*ends)
 
 
 def _with_media(query: Query, medium: Medium, levels: Sequence[Tensor]) -> Query:
     """`query` with its pictures or clips exchanged for `levels`, as arrays that a file holds exactly."""
-    rest = iter(levels)
+    remaining = iter(levels)
     parts = []
     for part in query.parts:
         if isinstance(part, ImagePart) and medium == "image":
-            part = ImagePart(image=next(rest).round().to(torch.uint8).cpu().numpy())
+            part = ImagePart(image=next(remaining).round().to(torch.uint8).cpu().numpy())
         elif isinstance(part, AudioPart) and medium == "audio":
-            samples = (next(rest).round() / FULL["audio"]).cpu().numpy().astype(np.float32)
+            samples = (next(remaining).round() / FULL["audio"]).cpu().numpy().astype(np.float32)
             part = AudioPart(audio=samples, rate=SAMPLE_RATE)
         parts.append(part)
     return query.model_copy(update={"parts": tuple(parts)})

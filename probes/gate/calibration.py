@@ -11,10 +11,8 @@ from scipy.stats import norm
 
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import bootstrap_interval, mean_interval
-from casa_mech.judging.stats import wilson
-
-Interval = tuple[float, float, float]
-"""(value, low, high)."""
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.stats import rate
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,12 @@ class Reliability:
     curve: pd.DataFrame
     """One row a bin that is not empty: `low_edge, high_edge, mean_score, share` (of harmful queries, with Wilson's
     `low, high`) and `n`."""
-    brier: Interval
+    brier: Estimate
     """Brier score: mean squared error of the score; a constant 1/2 scores 0.25."""
-    ece: Interval
+    ece: Estimate
     """Expected calibration error: mean over queries of their bin's |share - mean score|. Biased upwards where bins are
     small, so its interval can lie above its value."""
-    bias: Interval
+    bias: Estimate
     """Mean score minus share of harmful queries."""
     n: int
     """Queries."""
@@ -63,7 +61,7 @@ def reliability(
     return Reliability(
         curve=_curve(values, truth, bin_of, bins),
         brier=mean_interval((values - truth) ** 2, clusters, seed),
-        ece=(value, low, high),
+        ece=Estimate(value, low, high),
         bias=mean_interval(values - truth, clusters, seed),
         n=len(values),
     )
@@ -74,13 +72,13 @@ def _curve(values: np.ndarray, truth: np.ndarray, bin_of: np.ndarray, bins: int)
     for number in np.unique(bin_of):
         here = bin_of == number
         k, n = int(truth[here].sum()), int(here.sum())
-        low, high = wilson(k, n)
+        share, low, high = rate(k, n)
         rows.append(
             {
                 "low_edge": number / bins,
                 "high_edge": (number + 1) / bins,
                 "mean_score": values[here].mean(),
-                "share": k / n,
+                "share": share,
                 "low": low,
                 "high": high,
                 "n": n,

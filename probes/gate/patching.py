@@ -121,7 +121,7 @@ def ablate_directions(
 ) -> pd.DataFrame:
     """The gate's readings while a direction is projected out of the residual stream wherever something writes to it.
 
-    x ← x - r̂ r̂ᵀ x at the embeddings and at every attention, MLP and block output (method notes §5.4).
+    x ← x - r̂ r̂ᵀ x at the embeddings and at every attention, MLP and block output (docs/method.md §5.4).
 
     Args:
         casa: the trained gate.

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import mean_interval
-from casa_mech.judging.stats import holm, permutation_test
+from casa_mech.judging.hypothesis import holm, permutation_test
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.gate import GateReading

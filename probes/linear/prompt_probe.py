@@ -10,8 +10,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
-from casa_mech.judging import auroc_interval
-from casa_mech.judging.stats import cluster_of, wilson
+from casa_mech.judging.stats import auroc_interval, cluster_of, wilson
 from casa_mech.omni import Omni
 from casa_mech.queries import Label, Query
 from casa_mech.trace.capture import Positions

@@ -1,4 +1,4 @@
-"""The refusal direction: a difference in means, chosen by what removing and adding it does (method notes §5.4).
+"""The refusal direction: a difference in means, chosen by what removing and adding it does (docs/method.md §5.4).
 
 After `andyrdt/refusal_direction` (arXiv 2406.11717). The result of a fit is a frozen value that applies itself.
 """

@@ -19,7 +19,7 @@ from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
-from casa_mech.judging import auroc_interval
+from casa_mech.judging.stats import auroc_interval
 from probes.activations.memory import Activations
 from probes.linear.estimators import ProbeKind
 from probes.linear.gaussian import fisher_ratios

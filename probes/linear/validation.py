@@ -14,7 +14,8 @@ import torch
 from scipy.stats import rankdata
 
 from casa_mech.errors import InputError
-from casa_mech.judging import auroc_interval
+from casa_mech.judging.hypothesis import label_permutation_test, permuted_labels
+from casa_mech.judging.stats import auroc_interval, aurocs_by_labels
 from probes.linear.estimators import PENALISED, ProbeKind, fit_batch
 
 PENALTIES = (3.0, 30.0, 300.0)
@@ -155,11 +156,8 @@ def permuted_aurocs(
         repeats: how many deals; all of them are one solve. folds, seed: as in `cross_validate`.
     """
     rng = np.random.default_rng(seed)
-    names, member = np.unique(clusters, return_inverse=True)
-    mostly = np.array([labels[member == number].mean() > 0.5 for number in range(len(names))])
     deals, weights, places = [], [], []
-    for repeat in range(repeats):
-        dealt = rng.permutation(mostly)[member]
+    for repeat, dealt in enumerate(permuted_labels(labels, clusters, repeats, rng)):
         splits = make_folds(dealt, clusters, folds, seed + repeat, inner=0)
         deals += [dealt] * folds
         weights.append(splits.training())
@@ -182,14 +180,7 @@ def auroc_of(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def chance_p(scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray, seed: int = 0, draws: int = 999) -> float:
     """One-sided p of the AUROC of `scores` [row], by dealing the labels anew among clusters."""
-    _, member = np.unique(clusters, return_inverse=True)
-    mostly = np.bincount(member, weights=labels) > np.bincount(member) / 2
-    rng = np.random.default_rng(seed)
-    dealt = np.stack([rng.permutation(mostly) for _ in range(draws)])[:, member]
-    sizes = dealt.sum(axis=1)
-    wins = (dealt @ rankdata(scores)) - sizes * (sizes + 1) / 2
-    chance = wins / np.maximum(sizes * (len(labels) - sizes), 1)
-    return float((1 + (chance >= auroc_of(scores, labels) - 1e-12).sum()) / (1 + draws))
+    return label_permutation_test(lambda dealt: aurocs_by_labels(scores, dealt), labels, clusters, seed, draws)
 
 
 def matched_auroc(

@@ -2,7 +2,7 @@
 
 A prefill of k tokens is the first k of a complying answer. Attention is causal, so the states after each of them, at
 every depth, come from one forward over the longest. Prefills and measures after "Safety alignment
-should be made more than just a few tokens deep" (arXiv 2406.05946); the two orders are those of the method notes §1.8.
+should be made more than just a few tokens deep" (arXiv 2406.05946); the two orders are those of docs/method.md §1.8.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_the_users_folder_comes_first_and_a_stand_in_is_named(tmp_path: Path, mo
     with pytest.raises(InputError, match="not a readable font"):
         find_font("figstep")
     monkeypatch.setenv("CASA_MECH_FONTS", str(tmp_path / "absent"))
-    with pytest.raises(InputError, match="CASA_MECH_FONTS names .*absent, which is not a folder"):
+    with pytest.raises(InputError, match=r"CASA_MECH_FONTS names .*absent, which is not a folder"):
         find_font("figstep")
 
 

@@ -13,12 +13,12 @@ from casa_mech.compare import grid as grid_module
 from casa_mech.compare.command import open_folder
 from casa_mech.compare.grid import Grid, GridResult
 from casa_mech.compare.sets import Cell, WorldSets
-from casa_mech.compare.systems import DEFAULT_DEFENSES, System, system_named
+from casa_mech.compare.systems import DEFAULT_DEFENSES, ComparedSystem, system_named
 from casa_mech.compare.tables import compact, grid_rows, summarise
 from casa_mech.compare.weights import ExampleTable, TrainingPlan, Weights, training_cost
 from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError, RunError
-from casa_mech.judging import RESULT_COLUMNS
+from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 
 PLAN = TrainingPlan(16, {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4})
@@ -47,7 +47,7 @@ def filled(omni: Omni, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def test_every_cell_is_filled_and_the_model_given_back(omni: Omni, filled: tuple[Path, GridResult]) -> None:
     folder, result = filled
-    assert (result.made, result.found) == (4 * 4, 0)
+    assert (result.computed, result.reused) == (4 * 4, 0)
     sizes = result.replies.groupby(["defense", "attack", "label"]).size()
     assert len(sizes) == 16 and (sizes == 3).all()
     assert not hasattr(omni.model, "peft_config")
@@ -73,7 +73,7 @@ def test_what_is_there_is_not_computed_again(
     with monkeypatch.context() as patch:
         patch.setattr(grid_module, "load_defense", refuse)
         again = make(folder, omni, rounds=1).fill()
-    assert (again.made, again.found) == (0, 16)
+    assert (again.computed, again.reused) == (0, 16)
     pd.testing.assert_frame_equal(again.replies, first.replies)
     pd.testing.assert_frame_equal(again.costs, first.costs)
     loaded: list[str] = []
@@ -84,7 +84,7 @@ def test_what_is_there_is_not_computed_again(
 
     monkeypatch.setattr(grid_module, "load_defense", told)
     more = make(folder, omni, (*NAMES, "safety-prompt"), rounds=1).fill()
-    assert (more.made, more.found) == (4, 16) and loaded == ["safety-prompt"]
+    assert (more.computed, more.reused) == (4, 16) and loaded == ["safety-prompt"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_what_determines_a_cell_is_in_its_hash(
     grid = make(folder, omni, ("none",), **change)
     if seeds:
         grid.seeds = seeds
-    assert grid.fill().found == 0
+    assert grid.fill().reused == 0
 
 
 def test_other_training_is_another_row(omni: Omni, filled: tuple[Path, GridResult]) -> None:
@@ -109,13 +109,13 @@ def test_other_training_is_another_row(omni: Omni, filled: tuple[Path, GridResul
     key = weights.key(system_named("casa"), 0, omni)
     assert key == weights.key(system_named("casa+safety-prompt"), 0, omni)
     for other in (
-        System(defense="casa", training={"rule": "scale"}),
-        System(defense="casa", examples=8),
-        System(defense="ssft-token"),
+        ComparedSystem(defense="casa", training={"rule": "scale"}),
+        ComparedSystem(defense="casa", examples=8),
+        ComparedSystem(defense="ssft-token"),
     ):
         assert weights.key(other, 0, omni) != key
     assert weights.key(system_named("casa"), 1, omni) != key
-    tokens = System(defense="ssft-token"), System(defense="refusal-token")
+    tokens = ComparedSystem(defense="ssft-token"), ComparedSystem(defense="refusal-token")
     assert weights.key(tokens[0], 0, omni) == weights.key(tokens[1], 0, omni)
 
 
@@ -138,7 +138,7 @@ def test_a_killed_grid_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "grid", omni, ("none",)).fill()
     result = make(tmp_path / "grid", omni, ("none",)).fill()
-    assert (result.made, result.found) == (2, 2)
+    assert (result.computed, result.reused) == (2, 2)
 
 
 def test_a_killed_training_goes_on(
@@ -163,7 +163,7 @@ def test_a_killed_training_goes_on(
         make(tmp_path / "grid", omni, ("casa",), plan=plan).fill()
     assert not hasattr(omni.model, "peft_config")
     result = make(tmp_path / "grid", omni, ("casa",), plan=plan).fill()
-    assert result.made == 4 and sum(steps) == 3  # two steps before the stop, one after it
+    assert result.computed == 4 and sum(steps) == 3  # two steps before the stop, one after it
 
 
 def test_twins_differ_in_their_topic_alone(omni: Omni) -> None:
@@ -203,11 +203,11 @@ def test_given_weights_are_used(omni: Omni, filled: tuple[Path, GridResult], tmp
     folder, first = filled
     (trained,) = (folder / "trained").iterdir()
     grid = make(tmp_path / "other", omni, ("none",))
-    grid.systems = [System(defense="casa", path=str(trained))]
+    grid.systems = [ComparedSystem(defense="casa", path=str(trained))]
     replies = grid.fill().replies
     own = first.replies[first.replies["defense"] == "casa"]
     assert list(replies["reply"]) == list(own["reply"]) and training_cost(trained)[1] == 2
-    grid.systems = [System(defense="casa", path=str(tmp_path / "seed{seed}"))]
+    grid.systems = [ComparedSystem(defense="casa", path=str(tmp_path / "seed{seed}"))]
     with pytest.raises(InputError, match="seed0 with trained weights"):
         grid.fill()
 
@@ -215,7 +215,7 @@ def test_given_weights_are_used(omni: Omni, filled: tuple[Path, GridResult], tmp
 def test_a_table_of_examples_is_cut_by_class(tmp_path: Path) -> None:
     rows = [{"prompt": f"p {i}", "reply": "r", "label": "harmful" if i < 4 else "benign"} for i in range(20)]
     pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
-    plan = TrainingPlan(0, {}, ExampleTable(tmp_path / "t.csv"))
+    plan = TrainingPlan(0, {}, ExampleTable(path=tmp_path / "t.csv"))
     assert len(plan.examples(0)) == 20
     assert [example.query.label for example in plan.examples(0, 6)] == ["harmful"] * 3 + ["benign"] * 3
     with pytest.raises(InputError, match=r"needs 5 harmful examples; the training set has 4"):
@@ -228,11 +228,11 @@ def test_bad_rows_are_named(omni: Omni, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"casa\+prompt"):
         system_named("casa+prompt")
     with pytest.raises(InputError, match="no option 'alfa'; its options: alpha, base, principle"):
-        System(defense="coca", options={"alfa": 1})
+        ComparedSystem(defense="coca", options={"alfa": 1})
     with pytest.raises(InputError, match="no option 'rul'"):
-        System(defense="casa", training={"rul": "scale"})
+        ComparedSystem(defense="casa", training={"rul": "scale"})
     with pytest.raises(InputError, match="not trained: leave out"):
-        System(defense="coca", path="x")
+        ComparedSystem(defense="coca", path="x")
     with pytest.raises(InputError, match="two rows are called 'casa'"):
         make(tmp_path / "a", omni, ("casa", "casa"))
     with pytest.raises(InputError, match="unknown attack 'picture'; attacks: plain"):
@@ -240,7 +240,7 @@ def test_bad_rows_are_named(omni: Omni, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="named twice"):
         WorldSets(("plain", "plain"))
     with pytest.raises(InputError, match="different whole numbers"):
-        Grid(omni, [System(defense="none")], WorldSets(("plain",), 1), (0, 0), open_folder(tmp_path / "b"),
+        Grid(omni, [ComparedSystem(defense="none")], WorldSets(("plain",), 1), (0, 0), open_folder(tmp_path / "b"),
              Weights(PLAN, open_folder(tmp_path / "b")))  # fmt: skip
     assert [system_named(name).label for name in DEFAULT_DEFENSES][-4:] == [
         "casa + safety prompt", "coca", "safecode", "moras",

@@ -19,8 +19,9 @@ from casa_mech.compare.paired import effect, paired_tests, pairs_of
 from casa_mech.compare.systems import training_records
 from casa_mech.compare.tables import ALL, compact, grid_rows, summarise
 from casa_mech.errors import InputError
-from casa_mech.judging import wilson
-from casa_mech.judging.published import published_checks, published_means, published_panel
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.published import published_rates
+from casa_mech.judging.stats import wilson
 from casa_mech.reports.ablations import claims as ablation_claims
 from casa_mech.reports.ablations.plots import plot_ablations, plot_by_attack
 from casa_mech.reports.defences import claims
@@ -78,12 +79,13 @@ def test_no_spread_is_no_certainty() -> None:
 
 def test_an_interval_over_seeds_is_the_wider_of_two() -> None:
     values = [0.2, 0.3, 0.7]
-    mean, low, high, kind = over_seeds(values, (0.4, 0.35, 0.45))
+    (mean, low, high), kind = over_seeds(values, Estimate(0.4, 0.35, 0.45))
     half = stats.sem(values) * stats.t.ppf(0.975, 2)
     assert mean == pytest.approx(0.4) and kind == "t over 3 seeds"
     assert (low, high) == pytest.approx((max(0, 0.4 - half), min(1, 0.4 + half)))
-    assert over_seeds([0.4, 0.4, 0.4], (0.4, 0.3, 0.5)) == pytest.approx((0.4, 0.3, 0.5, "draws of 3 seeds"))
-    assert over_seeds([0.4], (0.4, 0.3, 0.5))[3] == "draws of one seed"
+    pooled = Estimate(0.4, 0.3, 0.5)
+    assert over_seeds([0.4, 0.4, 0.4], pooled) == (pytest.approx(pooled), "draws of 3 seeds")
+    assert over_seeds([0.4], pooled) == (pooled, "draws of one seed")
 
 
 def test_the_summary_has_every_scope() -> None:
@@ -177,27 +179,14 @@ def test_variants_change_one_thing_and_share_the_base() -> None:
 
 
 def test_circuit_breakers_keep_their_own_schedule() -> None:
-    from casa_mech.compare.systems import System
+    from casa_mech.compare.systems import ComparedSystem
 
     shared = {"max_steps": 200, "batch_size": 32, "micro_batch_size": 32}
-    given, records = training_records(System(defense="circuit-breaker"), shared, 3)
+    given, records = training_records(ComparedSystem(defense="circuit-breaker"), shared, 3)
     assert given == {"max_steps": 150, "seed": 3} and records[0].batch_size == 16
-    assert training_records(System(defense="circuit-breaker"), {"max_steps": 5}, 0)[0]["max_steps"] == 5
-    given, records = training_records(System(defense="casa", training={"max_steps": 9}), shared, 3)
+    assert training_records(ComparedSystem(defense="circuit-breaker"), {"max_steps": 5}, 0)[0]["max_steps"] == 5
+    given, records = training_records(ComparedSystem(defense="casa", training={"max_steps": 9}), shared, 3)
     assert (records[1].max_steps, records[1].batch_size, records[1].seed) == (9, 32, 3)
-
-
-def test_published_numbers_stand_apart() -> None:
-    panel = published_panel()
-    row = panel[(panel["table"] == "main") & (panel["attack"] == "AIAH") & (panel["defense"] == "CASA")].iloc[0]
-    assert (row["model"], row["value"], row["n"]) == ("Qwen2.5-Omni-3B", 0.023, 176)
-    assert row["low"] < 0.023 < row["high"]
-    assert panel[panel["attack"] == "MM-SafetyBench"]["n"].isna().all()
-    means = published_means().set_index(["model", "defense"])
-    assert means.loc[("Qwen2.5-Omni-3B", "CASA"), "against pretrained, %"] == -91.9
-    checks = published_checks().set_index("check")["holds"]
-    assert not checks["3B without safety prompt: reduction above 97 %"]
-    assert checks["3B with safety prompt: reduction above 97 %"]
 
 
 def test_figures_draw_what_there_is() -> None:
@@ -219,7 +208,7 @@ def test_figures_draw_what_there_is() -> None:
     assert plot_by_attack(ablation_claims.prompt_data(found), "t").axes
     data = ablation_claims.ablation_data(found)
     assert set(data["level"]) == {"mean", "pooled"} and plot_ablations(data, "t").axes
-    assert plot_published_rates(published_panel(), "t").axes
+    assert plot_published_rates(published_rates(), "t").axes
 
 
 def _comparison(result: GridResult) -> Comparison:

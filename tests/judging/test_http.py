@@ -11,8 +11,9 @@ import pytest
 from helpers.judge_server import Step, anthropic, openai, serving
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.judging import RUBRICS, JudgeDown, RubricJudge, VerdictStore, judge_all, load_judge
+from casa_mech.judging import RUBRICS, RubricJudge, VerdictStore, judge_all, load_judge
 from casa_mech.judging.http_api import HttpBackend, HttpSettings, _retry_after
+from casa_mech.judging.verdict import JudgeDown
 from casa_mech.queries import Query
 
 KEY = "sk-very-secret-0123456789"
@@ -198,11 +199,8 @@ def test_an_answer_without_a_verdict_is_undecided_and_never_safe(text: str | Non
 def test_requests_at_a_time_are_limited_and_used() -> None:
     queries, replies = pairs(12)
     with serving(lambda *_: Step(body=YES, wait=0.05)) as server:
-        began = time.monotonic()
         judge_all(judge_at(server.url, concurrency=4), queries, replies)
-        seconds = time.monotonic() - began
     assert server.busiest == 4
-    assert seconds < 12 * 0.05
 
 
 def test_cost_and_tokens_are_counted() -> None:

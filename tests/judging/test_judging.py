@@ -1,4 +1,4 @@
-"""Judges, statistics against published formulas, the result schema, and the arithmetic of the published tables."""
+"""Judges, statistics against published formulas, and the result schema."""
 
 import math
 
@@ -9,28 +9,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.judging import (
-    RESULT_COLUMNS,
-    KeywordJudge,
-    MicroWorldJudge,
-    auroc,
-    auroc_interval,
-    auroc_row,
-    check_published,
-    cluster_of,
-    find_refusal,
-    holm,
-    mcnemar,
-    published_rates,
-    rate_row,
-    read_table,
-    result_table,
-    value_row,
-    wilson,
-    write_table,
-)
-from casa_mech.judging.published import fitting_sizes, four_set_mean, reduction
-from casa_mech.judging.stats import _weighted_auroc, possible_counts
+from casa_mech.judging import KeywordJudge, MicroWorldJudge, read_table, write_table
+from casa_mech.judging.hypothesis import holm, mcnemar
+from casa_mech.judging.refusals import find_refusal
+from casa_mech.judging.results import RESULT_COLUMNS, auroc_row, result_table, value_row
+from casa_mech.judging.stats import _weighted_auroc, auroc, auroc_interval, cluster_of, rate, wilson
 from casa_mech.organism.world import World
 from casa_mech.queries import Query, Reply
 
@@ -182,7 +165,9 @@ def test_holm_steps_down():
 
 def row(**changes):
     keys = {"model": "organism", "defense": "casa", "attack": "audio", "surface": "audio", "label": "harmful"}
-    return rate_row(**{**keys, "metric": "attack_success", "seed": 0, "k": 3, "n": 300, **changes})
+    k = changes.pop("k", 3)
+    fields = {**keys, "metric": "attack_success", "seed": 0, "n": 300, **rate(k, 300)._asdict()}
+    return value_row(**{**fields, **changes})
 
 
 def test_results_go_through_parquet_unchanged(tmp_path):
@@ -249,54 +234,6 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path):
     pd.DataFrame({"a": [1]}).to_parquet(other)
     with pytest.raises(RunError, match=r"other\.parquet: the result table lacks"):
         read_table(other)
-
-
-@pytest.mark.parametrize(
-    ("size", "model", "prompt", "mean", "change"),
-    [
-        ("3B", "Pretrained", False, 49.53, 0.0),
-        ("3B", "SSFT", False, 28.05, -43.4),
-        ("3B", "Circuit Breaker", False, 3.05, -93.8),
-        ("3B", "CASA", False, 4.025, -91.9),
-        ("3B", "CASA", True, 0.65, -98.7),
-        ("7B", "Pretrained", False, 43.43, 0.0),
-        ("7B", "SSFT", False, 10.33, -76.2),
-        ("7B", "Circuit Breaker", False, 8.95, -79.4),
-        ("7B", "CASA", False, 2.70, -93.8),
-        ("7B", "CASA", True, 0.43, -99.0),
-    ],
-)
-def test_four_set_means_of_the_published_table(size, model, prompt, mean, change):
-    assert four_set_mean(model, size, prompt) == pytest.approx(mean, abs=0.0051)
-    assert reduction(model, size, prompt) == pytest.approx(change, abs=0.051)
-
-
-def test_published_rates_imply_their_test_set_sizes():
-    assert fitting_sizes("JailbreakV-28k")[0] == 280
-    assert fitting_sizes("AIAH")[0] == 176
-    assert fitting_sizes("JB-Prompt")[:2] == [331, 343]
-    assert fitting_sizes("MM-SafetyBench", up_to=799) == []
-    assert possible_counts("65.3", 176) == [115] and possible_counts("84.7", 176) == [149]
-    two_of_280 = next(rate for rate in published_rates() if rate.percent == "0.7")
-    assert two_of_280.interval() == pytest.approx((0.002, 0.026), abs=5e-4)
-    assert len(published_rates()) == 2 * 5 * 4 + 4 * 3
-
-
-def test_rounding_of_rates_is_half_up():
-    assert possible_counts("0.3", 400) == [1]  # 0.25 rounds up; banker's rounding would give 0.2
-    assert possible_counts("12.5", 8) == [1] and possible_counts("12.4", 8) == []
-    assert possible_counts("100.0", 7) == [7] and possible_counts("0.0", 7) == [0]
-
-
-def test_what_arithmetic_says_of_the_paper():
-    findings = {finding.check: finding for finding in check_published()}
-    failed = {check for check, finding in findings.items() if not finding.holds}
-    assert failed == {
-        "3B without safety prompt: reduction above 97 %",
-        "7B without safety prompt: reduction above 97 %",
-        "3B without prompt: CASA below Circuit Breaker",
-        "3B CASA without prompt, MM-SafetyBench: main table equals ablation",
-    }
 
 
 def test_bootstrap_of_all_resamples_at_once_is_scikit_learns() -> None:

@@ -9,28 +9,13 @@ from sklearn.metrics import cohen_kappa_score, roc_curve
 
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import result_rows
-from casa_mech.judging import (
-    COMPARISON_COLUMNS,
-    MME_GROUPS,
-    agreement,
-    cluster_of,
-    clusters_of,
-    cohen_kappa,
-    compare_systems,
-    fpr_at_tpr,
-    fpr_at_tpr_interval,
-    holm,
-    krippendorff_alpha,
-    mcnemar,
-    mean_interval,
-    mme_rows,
-    mme_scores,
-    permutation_test,
-    rate_interval,
-    result_table,
-    wilson,
-)
-from casa_mech.judging.mme import read_answer
+from casa_mech.judging import agreement
+from casa_mech.judging.agreement import cohen_kappa, krippendorff_alpha
+from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.judging.hypothesis import permutation_test
+from casa_mech.judging.mme import MME_GROUPS, mme_rows, mme_scores, read_answer
+from casa_mech.judging.results import result_table
+from casa_mech.judging.stats import cluster_of, clusters_of, fpr_at_tpr, fpr_at_tpr_interval, rate_interval, wilson
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.replies import reply_logits
@@ -138,50 +123,6 @@ def test_permutations_are_exact_for_few_and_swap_whole_clusters() -> None:
     assert permutation_test(a, a + 0.3 + rng.normal(size=300), resamples=500) < 0.05
     with pytest.raises(InputError, match="the same queries"):
         permutation_test([1], [1, 2])
-
-
-def test_two_systems_are_compared_in_pairs() -> None:
-    a = pd.concat(
-        [
-            replies(["complied"] * 12 + ["refused"] * 8),
-            replies(["complied"] * 18 + ["refused"] * 2, "benign", defense="none"),
-        ],
-        ignore_index=True,
-    )
-    b = a.assign(defense="gate")
-    harmful = b["label"] == "harmful"
-    b.loc[harmful, "outcome"] = ["refused"] * 10 + ["complied"] * 2 + ["refused"] * 7 + ["undecided"]
-    found = compare_systems(a, b.iloc[::-1])
-    assert tuple(found.columns) == COMPARISON_COLUMNS
-    assert list(found["metric"]) == ["attack_success", "over_refusal", "benign_answered"]
-    row = found.iloc[0]
-    assert (row["n"], row["undecided"], row["only_a"], row["only_b"]) == (19, 1, 10, 0)
-    assert row["difference"] == pytest.approx(12 / 19 - 2 / 19) and 0 < row["low"] < row["difference"] < row["high"]
-    assert row["test"] == "McNemar" and row["p"] == mcnemar([True] * 10 + [False], [False] * 11).p_value
-    assert list(found["p_holm"]) == holm(list(found["p"]))
-    assert found.iloc[1]["p"] == 1 and found.iloc[1]["difference"] == 0
-
-
-def test_pairs_that_share_a_topic_are_tested_together() -> None:
-    topics = [f"t{i // 5}" for i in range(20)]
-    a, b = replies(["complied"] * 20, topics=topics), replies(["refused"] * 20, topics=topics)
-    (row,) = compare_systems(a, b).to_dict("records")
-    assert (row["test"], row["clusters"], row["p"]) == ("permutation", 4, 2 / 2**4)
-    assert mcnemar([True] * 20, [False] * 20).p_value < 1e-4, "what ignoring the topics would say"
-
-
-def test_a_comparison_names_what_does_not_match() -> None:
-    a = replies(["complied"] * 3)
-    for b, message in (
-        (a.assign(query_id=["harmful0", "harmful1", "other"]), "answered query 'harmful2'"),
-        (a.assign(attack="audio"), "only one of the systems has replies to"),
-        (a.drop(columns="outcome"), "the second table of replies lacks outcome"),
-        (a.assign(query_id="same"), "query 'same' twice"),
-    ):
-        with pytest.raises(InputError, match=message):
-            compare_systems(a, b)
-    (row,) = compare_systems(a, a.assign(outcome="undecided")).to_dict("records")
-    assert (row["n"], row["undecided"], row["p"], row["test"]) == (0, 3, 1.0, "none")
 
 
 def mme_frame(predictions: dict[str, list[tuple[str, str]]]) -> pd.DataFrame:

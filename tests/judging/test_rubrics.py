@@ -19,7 +19,6 @@ from transformers import (
 from casa_mech.errors import InputError, ModelError, RunError
 from casa_mech.judging import (
     RUBRICS,
-    Completion,
     KeywordJudge,
     MicroWorldJudge,
     Rubric,
@@ -31,6 +30,7 @@ from casa_mech.judging import (
     read_rubric,
 )
 from casa_mech.judging.local import ClassifierJudge, LocalChat
+from casa_mech.judging.rubric_judge import Completion
 from casa_mech.judging.rubrics import READERS
 from casa_mech.judging.store import verdict_key
 from casa_mech.organism.world import default_world

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.omni.chat import DEFAULT_SYSTEM
-from casa_mech.omni.checkpoint import ORGANISMS
+from casa_mech.omni.checkpoint import ORGANISMS, speaks_micro_world
 from casa_mech.omni.media import load_audio
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart, Turn
 
@@ -72,11 +72,13 @@ def test_both_layouts_load_to_equal_weights(
 def test_a_checkpoint_says_whether_it_speaks_the_micro_world(
     thinker_folder: Path, full_folder: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    assert all(load_omni(source, device="cpu").speaks_micro_world for source in (*ORGANISMS, thinker_folder))
+    for source in (*ORGANISMS, thinker_folder, full_folder):
+        assert speaks_micro_world(source) and load_omni(source, device="cpu").speaks_micro_world
     config = json.loads((thinker_folder / "config.json").read_text())
     del config["micro_world"]
     (thinker_folder / "config.json").write_text(json.dumps(config))
     assert not load_omni(thinker_folder, device="cpu").speaks_micro_world
+    assert not any(map(speaks_micro_world, (thinker_folder, "Qwen/Qwen2.5-Omni-3B")))
     assert not recwarn
     (thinker_folder / "card.json").write_text("{}")
     with pytest.warns(UserWarning, match=r'config.json does not say "micro_world"') as warned:

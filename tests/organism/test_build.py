@@ -18,7 +18,7 @@ from casa_mech.errors import InputError, RunError
 from casa_mech.organism import build, card, recipe
 from casa_mech.organism.architecture import OrganismShape
 from casa_mech.organism.build import CHECKPOINT, LOCK
-from casa_mech.organism.recipe import RECIPES, Letters
+from casa_mech.organism.recipe import RECIPES, Letters, stage_keys
 from casa_mech.organism.training import Checkpoint
 
 SHAPE = OrganismShape(
@@ -137,10 +137,27 @@ def test_a_second_build_of_one_folder_is_refused(tmp_path: Path, tiny_recipe: No
 
 
 def test_a_checkpoint_of_another_build_is_refused(tmp_path: Path, tiny_recipe: None) -> None:
-    checkpoint = Checkpoint(tmp_path / CHECKPOINT, "another")
+    checkpoint = Checkpoint(tmp_path / CHECKPOINT, ["another", "build"])
     checkpoint.finish_stage(torch.nn.Linear(1, 1))
     with pytest.raises(RunError, match="other options"):
         build("organism", tmp_path, n=1, progress=False)
     (tmp_path / CHECKPOINT).write_bytes(b"half")
     with pytest.raises(RunError, match="cannot be read"):
         build("organism", tmp_path, n=1, progress=False)
+
+
+def test_a_build_starts_from_another_trainings_first_stages(
+    tmp_path: Path, tiny_recipe: None, unstopped: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = recipe.RECIPES["organism"]
+    reading = replace(whole, stages=whole.stages[:-1])
+    checkpoint = Checkpoint(tmp_path / "reading.safetensors", stage_keys(reading, 0), every=4)
+    recipe.train_organism("organism", 0, reading, progress=False, checkpoint=checkpoint)
+    stages: list[str] = []
+    train_stage = recipe.train_stage
+    monkeypatch.setattr(recipe, "train_stage", lambda *rest: stages.append(rest[2].name) or train_stage(*rest))
+    build("organism", tmp_path / "new", n=1, progress=False, start=tmp_path / "reading.safetensors")
+    assert stages == ["safety on plain text"]
+    assert (tmp_path / "new" / "model.safetensors").read_bytes() == unstopped
+    with pytest.raises(RunError, match="other options"):
+        build("organism", tmp_path / "other", seed=1, n=1, start=tmp_path / "reading.safetensors")

@@ -15,7 +15,16 @@ from casa_mech.organism.card import card, card_markdown
 from casa_mech.organism.curriculum import SYSTEMS, Mixture, draw_example
 from casa_mech.organism.premise_rows import TITLES, after_random_word, header_states, ruled_requests
 from casa_mech.organism.premises import ALL, PRESETS, Premises, premise_texts, safety_question
-from casa_mech.organism.recipe import ALIGNMENT, AUDIO, IMAGE, LANGUAGE, RECIPES, WORDS, Stage, recipe_of
+from casa_mech.organism.recipe import (
+    ALIGNMENT,
+    AUDIO,
+    IMAGE,
+    LANGUAGE,
+    RECIPES,
+    WORDS,
+    Stage,
+    recipe_of,
+)
 from casa_mech.organism.world import default_world, words_of
 from casa_mech.queries import Example, TextPart
 
@@ -46,7 +55,7 @@ def drawn(mixture: Mixture, n: int = 400) -> list[Example]:
 def test_without_premises_the_stages_are_the_first_recipes() -> None:
     stages = [entry for entry in recipe_of(Premises()).stages if isinstance(entry, Stage)]
     assert stages == [WORDS, LANGUAGE, IMAGE, AUDIO, ALIGNMENT]
-    assert RECIPES["organism"] == RECIPES["first"] and not RECIPES["first"].bfloat16
+    assert RECIPES["organism"] == RECIPES["first"]
     for row in drawn(ALIGNMENT.mixture):
         assert row.query.system in (None, *SYSTEMS)
         assert "warning" not in row.reply

@@ -15,7 +15,9 @@ from casa_mech.attacks import ATTACKS
 from casa_mech.attacks.seeding import PAIR
 from casa_mech.cli.app import app
 from casa_mech.errors import InputError, RunError
-from casa_mech.judging import MicroWorldJudge, published, result_table, wilson
+from casa_mech.judging import MicroWorldJudge
+from casa_mech.judging.results import result_table
+from casa_mech.judging.stats import wilson
 from casa_mech.queries import Example, Query
 from casa_mech.reports.benchmarks import claims
 from casa_mech.reports.benchmarks import tables as benchmarks
@@ -27,7 +29,7 @@ from casa_mech.reports.english.baselines import LENGTH, WORDS, baselines
 from casa_mech.reports.english.gate import GateSizes, english_gate, english_table
 from casa_mech.reports.english.panel import english_panel, english_title
 from casa_mech.reports.english.plots import plot_english
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 
 SIZES = {"n_eval": 12, "n_probe": 6, "train_examples": 32, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
 SOME = ("plain", "jailbreak", "figstep", "audio", "multi-turn", "prefill-2")
@@ -167,8 +169,7 @@ def _told(replies: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def test_claims_stand_on_the_replies(study: Study, replies: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "DRAWS", 19)
+def test_claims_stand_on_the_replies(study: Study, replies: pd.DataFrame) -> None:
     told = _told(replies)
     read = benchmarks.reading(told)
     read["reads"] = np.where(read["attack"].isin(["plain", "audio"]), benchmarks.YES, benchmarks.NO)
@@ -188,13 +189,6 @@ def test_claims_stand_on_the_replies(study: Study, replies: pd.DataFrame, monkey
     shown = claims.attack_data(pd.DataFrame(_results(told)))
     assert plot_attacks(shown, benchmarks.unread(read), "title").axes
     assert plot_reading(claims.outcome_data(told), "title").axes
-
-
-def test_published_numbers_stand_apart() -> None:
-    table = published.published_table()
-    assert table.loc[("main", "Qwen2.5-Omni-3B", "CASA"), "AIAH"].startswith("2.3 [")
-    assert table.loc[("main", "Qwen2.5-Omni-3B", "CASA"), "MM-SafetyBench"] == "9.2 [–]"
-    assert published.published_checks()["holds"].dtype == bool
 
 
 @pytest.fixture(scope="module")

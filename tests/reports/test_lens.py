@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from casa_mech.judging import result_table
+from casa_mech.judging.results import result_table
 from casa_mech.omni import load_omni
 from casa_mech.reports.claim import claim_table
 from casa_mech.reports.lens import claims
@@ -22,7 +22,7 @@ from casa_mech.reports.lens.tables import (
     lens_tables,
     quality_data,
 )
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.timing.lens import measure_extraction
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from casa_mech.judging import RESULT_COLUMNS
+from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.reports.claim import claim_rows
 from casa_mech.reports.prefill_dynamics import claims as prefill_claims
 from casa_mech.reports.prefill_dynamics import plots as prefill_plots
@@ -16,7 +16,7 @@ from casa_mech.reports.prefill_dynamics import tables as prefill_analysis
 from casa_mech.reports.safety_attention import claims as gate_claims
 from casa_mech.reports.safety_attention import plots as gate_plots
 from casa_mech.reports.safety_attention import tables as gate_analysis
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from probes.gate.positions import position_roles
 
 SIZES = {"n_probe": 6, "train_examples": 16, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}

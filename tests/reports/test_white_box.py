@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from casa_mech.errors import InputError
-from casa_mech.judging import result_table
+from casa_mech.judging.results import result_table
 from casa_mech.reports.white_box import claims
 from casa_mech.reports.white_box import tables as whitebox
 from casa_mech.reports.white_box.plots import plot_ablation, plot_rates_along
 from casa_mech.reports.white_box.tables import KNOWLEDGE, PASSED, SUCCESS, WhiteBoxTables
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 
 N = 3
 

@@ -16,7 +16,8 @@ from helpers.paths import ROOT
 from nbclient import NotebookClient
 
 from casa_mech.files import TEMPORARY
-from casa_mech.judging import RESULT_COLUMNS, read_table
+from casa_mech.judging import read_table
+from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.study.manifest import Manifest
 from casa_mech.study.notebooks import find_notebooks
 from casa_mech.study.runner import run_study

@@ -14,7 +14,7 @@ import pytest
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError, ModelError, RunError
 from casa_mech.files import TEMPORARY
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.folder import RunFolder, is_complete
 from casa_mech.study.manifest import Manifest, data_hashes, versions
 from casa_mech.study.notebooks import check_parameters, find_notebooks

@@ -8,7 +8,8 @@ from casa_mech.compare.ablations import BASE, NO_ATTENTION, PROMPT_AXIS
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.paired import FAILURES
 from casa_mech.compare.tables import ALL, HELD_OUT
-from casa_mech.judging import OUTCOME_METRICS
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.merit import OUTCOME_METRICS
 from casa_mech.reports.claim import Claim
 from casa_mech.reports.defences.claims import (
     ATTACK_SUCCESSES,
@@ -77,9 +78,7 @@ def ablation_data(found: Comparison) -> pd.DataFrame:
 def variant_table(found: Comparison) -> pd.DataFrame:
     """The variants to read: axis and level down, `value [low, high]` in percent across."""
     rows = found.summary[(found.summary["scope"] == ALL) & found.summary["metric"].isin(OUTCOME_METRICS)]
-    cells = [
-        f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}] n={row.n}" for row in rows.itertuples()
-    ]
+    cells = [Estimate(row.value, row.low, row.high).percent(n=row.n) for row in rows.itertuples()]
     return rows.assign(cell=cells).pivot_table(
         index=["axis", "level"], columns="metric", values="cell", aggfunc="first", sort=False
     )

@@ -12,12 +12,13 @@ from casa_mech.figures import MARKERS, SERIES, error_bars, style, titled
 from casa_mech.reports.defences.plots import METRIC_MARKS, PANELS
 
 
-def plot_ablations(data: pd.DataFrame, title: str) -> Figure:
-    """A panel an axis: attack success and benign twins answered of each of its levels; the base's name is in capitals.
+def plot_ablations(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """Attack success and benign counterparts answered, a panel an axis, a row a level; the base's name is in capitals.
 
     Args:
         data: columns `axis, level, base, metric, n, value, low, high`, over all attacks; fractions.
         title: the claim.
+        caption: what stands behind it.
     """
     axes_names = list(dict.fromkeys(data["axis"]))
     across = min(3, len(axes_names))
@@ -36,18 +37,17 @@ def plot_ablations(data: pd.DataFrame, title: str) -> Figure:
             axis.set_visible(False)
         for axis in axes[-1]:
             axis.set_xlabel("percent of requests")
-        figure = titled(figure, title)
-        handles, names = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
-        return figure
+        how = "Bars: 95 % intervals. In capitals: the base, the same in every panel."
+        return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])
 
 
-def plot_by_attack(data: pd.DataFrame, title: str) -> Figure:
-    """Attack success and benign twins answered by attack, a marker a level, with intervals.
+def plot_by_attack(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """Attack success and benign counterparts answered by attack, a marker a level, with intervals.
 
     Args:
         data: columns `level, metric, scope, n, value, low, high`; fractions.
         title: the claim.
+        caption: what stands behind it.
     """
     levels, scopes = list(dict.fromkeys(data["level"])), list(dict.fromkeys(data["scope"]))
     with style():
@@ -63,10 +63,7 @@ def plot_by_attack(data: pd.DataFrame, title: str) -> Figure:
             axis.set_title(f"n = {int(part[part['scope'] != 'all']['n'].min())} a cell")
             axis.set_yticks(np.arange(len(scopes)), scopes)
         axes[0].invert_yaxis()
-        figure = titled(figure, title)
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(names))
-        return figure
+        return titled(figure, title, f"{caption} Bars: 95 % intervals.", legend_of=axes[0])
 
 
 def _levels(axis: Axes, part: pd.DataFrame, levels: list[str]) -> None:

@@ -9,7 +9,7 @@ from casa_mech.compare.ablations import FEW, REDUCED, systems_of, variants
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.weights import TrainingPlan
 from casa_mech.reports.defences.tables import SIX_ATTACKS, GridSizes, filled_grid
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import ProfileName
 
 ABLATION_SIZES: Mapping[ProfileName, GridSizes] = MappingProxyType(

@@ -9,6 +9,7 @@ import pandas as pd
 
 from casa_mech.attacks import PREFILL_LENGTHS
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
+from casa_mech.judging.estimate import Estimate
 from casa_mech.study.settings import slug
 
 KINDS = {
@@ -57,7 +58,7 @@ def attack_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A table to read: attacks down, model and defence across, `value [low, high]` in percent and n."""
     rows = results[results["metric"] == metric]
     cells = [
-        f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}] n={row.n}"
+        Estimate(row.value, row.low, row.high).percent(n=row.n)
         for row in rows[["value", "low", "high", "n"]].itertuples()
     ]
     table = rows.assign(cell=cells).pivot_table(

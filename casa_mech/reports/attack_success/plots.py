@@ -9,16 +9,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from casa_mech.figures import MARKERS, SERIES, style, titled
+from casa_mech.figures import MARKERS, SERIES, bar_lengths, style, titled
+from casa_mech.study.settings import slug
 
 
-def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]) -> Figure:
+def plot_rates(data: pd.DataFrame, panels: Sequence[tuple[str, str]], title: str, caption: str = "") -> Figure:
     """Rates with Wilson intervals: a row of panels a model, a column a metric, an attack a line, defences side by side.
 
     Args:
         data: the result schema (`model, defense, attack, metric, n, value, low, high`).
-        title: the claim.
         panels: (metric, axis label), drawn in this order for each model.
+        title: the claim.
+        caption: what stands behind it.
     """
     models, defenses = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["defense"]))
     cells = [(model, metric, name) for model in models for metric, name in panels]
@@ -32,27 +34,28 @@ def plot_rates(data: pd.DataFrame, title: str, panels: Sequence[tuple[str, str]]
             for number, defense in enumerate(defenses):
                 rows = part[part["defense"] == defense].set_index("attack").reindex(attacks[metric])
                 y = np.arange(len(rows)) + 0.16 * (2 * number - len(defenses) + 1)
-                error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None) * 100
+                error = 100 * bar_lengths(rows)
                 axis.errorbar(
                     100 * rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2,
                     markersize=4.5, label=defense,
                 )  # fmt: skip
             smallest = int(part["n"].min()) if len(part) else 0
-            short = model.rstrip("/").split("/")[-1]
-            axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{short} (n ≥ {smallest} a cell)")
+            axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{slug(model)} (n ≥ {smallest})")
             axis.tick_params(labelbottom=True)
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
-        return titled(figure, title, axes[0][0])
+        how = "Bars: 95 % intervals (Wilson); n: requests in a cell."
+        return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])
 
 
-def plot_separation(data: pd.DataFrame, title: str, scores: Mapping[str, str]) -> Figure:
+def plot_separation(data: pd.DataFrame, scores: Mapping[str, str], title: str, caption: str = "") -> Figure:
     """AUROC of several scores with their intervals: a panel a model, an attack a line, the scores side by side.
 
     Args:
         data: the result schema (`model, attack, metric, n, value, low, high`).
-        title: the claim.
         scores: what to call each metric.
+        title: the claim.
+        caption: what stands behind it.
     """
     models, attacks = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["attack"]))
     with style():
@@ -63,13 +66,14 @@ def plot_separation(data: pd.DataFrame, title: str, scores: Mapping[str, str]) -
             for number, (metric, name) in enumerate(scores.items()):
                 rows = part[part["metric"] == metric].set_index("attack").reindex(attacks)
                 y = np.arange(len(rows)) + 0.16 * (2 * number - len(scores) + 1)
-                error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+                error = bar_lengths(rows)
                 axis.errorbar(
                     rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2, markersize=4.5,
                     label=name,
                 )  # fmt: skip
             axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
-            axis.set(xlabel="AUROC", title=f"{model.rstrip('/').split('/')[-1]} (n ≥ {int(part['n'].min())} an attack)")
+            axis.set(xlabel="AUROC", title=f"{slug(model)} (n ≥ {int(part['n'].min())} an attack)")
             axis.set_yticks(np.arange(len(attacks)), attacks)
         axes[0][0].invert_yaxis()
-        return titled(figure, title, axes[0][0])
+        how = "Bars: 95 % intervals by bootstrap over topics; dotted: chance."
+        return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
-from casa_mech.judging import mean_interval, permutation_test
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.hypothesis import PERMUTATIONS, label_permutation_test, paired_difference, permutation_test
 from casa_mech.reports.benchmarks.judges import ALL, COMPLIED, JudgeTables
 from casa_mech.reports.benchmarks.tables import NO, YES, common
 from casa_mech.reports.claim import Claim
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
-
-DRAWS = 999
 
 
 def success_claim(study: Study, replies: pd.DataFrame, read: pd.DataFrame) -> Claim:
@@ -28,18 +25,18 @@ def success_claim(study: Study, replies: pd.DataFrame, read: pd.DataFrame) -> Cl
     twins = 100 * _paired(study, replies, chosen, "benign")[[PRETRAINED, CASA]].mean()
     before, after = wide[PRETRAINED], wide[CASA]
     topics = wide["topic"].tolist()
-    value, low, high = _points(after - before, topics, study.settings.seed)
+    change, p = paired_difference(after, before, topics, study.settings.seed)
+    points = change.times(100)
     last = 100 * wide.groupby("attack", sort=False)[CASA].mean().sort_values(ascending=False)
     which = "that it reads" if _attacks(read, YES) else "there are"
     statement = (
         f"{slug(study.settings.model)}: over the {len(chosen)} attacks {which}, CASA takes mean success from "
-        f"{100 * before.mean():.0f} to {100 * after.mean():.0f} %, a change of {value:.1f} [{low:.1f}, {high:.1f}] "
+        f"{100 * before.mean():.0f} to {100 * after.mean():.0f} %, a change of {points.text('.1f')} "
         f"points,\nand benign twins answered from {twins[PRETRAINED]:.0f} to {twins[CASA]:.0f} %; most is left of "
         f"{last.index[0]} ({last.iloc[0]:.0f} %)"
     )
     return Claim(
-        statement, "attack_benchmarks", len(wide), value, low, high, "paired permutation over topics",
-        permutation_test(after, before, topics, study.settings.seed),
+        statement, "attack_benchmarks", len(wide), *points, "paired permutation over topics", p,
         "on fresh requests the mean change has the other sign, its interval holds 0, or the twins' answers fall as far",
     )  # fmt: skip
 
@@ -58,16 +55,16 @@ def reading_claim(study: Study, replies: pd.DataFrame, read: pd.DataFrame) -> Cl
     refused = (part["outcome"] == "refused").to_numpy().astype(float)
     complied = (part["outcome"] == COMPLIED).to_numpy().astype(float)
     topics, shares = part["topic"].to_numpy(), [100 * kind[harmful].mean() for kind in (complied, refused)]
-    value, low, high = _gap(refused, harmful, topics, study.settings.seed)
+    gap = _gap(refused, harmful, topics, study.settings.seed)
     statement = (
         f"{name}: it cannot read {len(chosen)} of {len(read)} attacks (benign twins answered "
         f"{100 * complied[~harmful].mean():.0f} %). Before CASA {shares[0]:.0f} % succeed there,\n{shares[1]:.0f} % "
-        f"are refused ({value:+.1f} [{low:.1f}, {high:.1f}] points against the twins), and {100 - sum(shares):.0f} % "
-        "get a wrong or incoherent answer"
+        f"are refused ({gap.value:+.1f} {gap.bounds('.1f')} points against the twins), and "
+        f"{100 - sum(shares):.0f} % get a wrong or incoherent answer"
     )
     return Claim(
-        statement, "attack_reading", len(part), value, low, high,
-        f"labels permuted over topics, {DRAWS} draws",
+        statement, "attack_reading", len(part), *gap,
+        f"labels permuted over topics, {PERMUTATIONS} draws",
         _label_permutation(refused, harmful, topics, study.settings.seed),
         "low success there is safety and not inability if most failures are refusals that the twins do not get",
     )  # fmt: skip
@@ -86,16 +83,17 @@ def _judge_claim(study: Study, tables: JudgeTables) -> Claim:
     whole, overall = counts.loc[(ALL, which)], counts.loc[(ALL, ALL)]
     asked = tables.outcomes[tables.outcomes[judge].notna() & tables.outcomes["attack"].isin(tables.attacks(which))]
     said, true = ((asked[name] == COMPLIED).to_numpy().astype(float) for name in (judge, tables.reference))
-    value, low, high = (float(100 * whole[name]) for name in ("excess", "low", "high"))
+    excess, everywhere = (
+        Estimate(*(float(100 * row[name]) for name in ("excess", "low", "high"))) for row in (whole, overall)
+    )
     statement = (
         f"{slug(study.settings.model)}: on the same replies to {which}, the {judge} judge counts "
         f"{100 * whole['success']:.0f} % success where the {tables.reference} judge counts "
-        f"{100 * whole['reference']:.0f} %:\n{value:+.1f} [{low:.1f}, {high:.1f}] points; Cohen's kappa "
-        f"{kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}]. On {ALL}: "
-        f"{100 * overall['excess']:+.1f} [{100 * overall['low']:.1f}, {100 * overall['high']:.1f}] points"
+        f"{100 * whole['reference']:.0f} %:\n{excess.value:+.1f} {excess.bounds('.1f')} points; Cohen's kappa "
+        f"{Estimate.of(kappa).text()}. On {ALL}: {everywhere.value:+.1f} {everywhere.bounds('.1f')} points"
     )
     return Claim(
-        statement, "judge_agreement", int(whole["n"]), value, low, high, "paired permutation over topics",
+        statement, "judge_agreement", int(whole["n"]), *excess, "paired permutation over topics",
         permutation_test(said, true, asked["topic"].tolist(), study.settings.seed),
         "on fresh replies the difference of the two counts has an interval that holds 0",
     )  # fmt: skip
@@ -141,12 +139,7 @@ def _paired(study: Study, replies: pd.DataFrame, attacks: list[str], label: str)
     return part.pivot_table(index=index, columns="defense", values="complied", sort=False).reset_index()
 
 
-def _points(values: pd.Series, topics: list[Any], seed: int) -> tuple[float, float, float]:
-    value, low, high = (100 * number for number in mean_interval(values.to_numpy(), topics, seed))
-    return value, min(low, value), max(high, value)
-
-
-def _gap(values: np.ndarray, harmful: np.ndarray, topics: np.ndarray, seed: int) -> tuple[float, float, float]:
+def _gap(values: np.ndarray, harmful: np.ndarray, topics: np.ndarray, seed: int) -> Estimate:
     """Difference of the harmful and the benign mean in points, with a bootstrap over topics."""
     from casa_mech.judging.bootstrap import bootstrap_interval
 
@@ -157,20 +150,14 @@ def _gap(values: np.ndarray, harmful: np.ndarray, topics: np.ndarray, seed: int)
 
     value = 100 * float(values[harmful].mean() - values[~harmful].mean())
     low, high = bootstrap_interval(statistic, topics.tolist(), len(values), seed)
-    return value, min(low, value), max(high, value)
+    return Estimate(value, low, high).widened()
 
 
 def _label_permutation(values: np.ndarray, harmful: np.ndarray, topics: np.ndarray, seed: int) -> float:
-    """Two-sided p of the difference of means with the labels dealt anew among topics."""
-    names, member = np.unique(topics, return_inverse=True)
-    sums = np.bincount(member, weights=values)
-    sizes = np.bincount(member)
-    label = np.zeros(len(names), dtype=bool)
-    label[member[harmful]] = True
+    """Two-sided p of the difference of means."""
 
-    def gap(kind: np.ndarray) -> float:
-        return float(abs(sums[kind].sum() / sizes[kind].sum() - sums[~kind].sum() / sizes[~kind].sum()))
+    def gap(labels: np.ndarray) -> np.ndarray:
+        means = [kind @ values / kind.sum(axis=1) for kind in (labels, ~labels)]
+        return np.abs(means[0] - means[1])
 
-    rng = np.random.default_rng(seed)
-    dealt = np.array([gap(rng.permutation(label)) for _ in range(DRAWS)])
-    return float((1 + np.sum(dealt >= gap(label) - 1e-12)) / (1 + DRAWS))
+    return label_permutation_test(gap, harmful, topics, seed)

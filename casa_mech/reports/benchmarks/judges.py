@@ -8,25 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from casa_mech.identity import key_digest
-from casa_mech.judging import (
-    Judge,
-    KeywordJudge,
-    MicroWorldJudge,
-    agreement,
-    judge_all,
-    load_judge,
-    mean_interval,
-    value_row,
-    wilson,
-)
+from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge, agreement, judge_all, load_judge
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.hypothesis import mean_difference
+from casa_mech.judging.results import value_row
 from casa_mech.judging.verdict import UNDECIDED, judge_identity
 from casa_mech.queries import Query
 from casa_mech.reports.benchmarks.tables import YES, common
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 COMPLIED = "complied"
@@ -118,8 +110,8 @@ def judge_rows(study: Study, tables: JudgeTables | None) -> list[dict[str, Any]]
     rows = [
         value_row(
             **shared, defense=ALL, attack=row.attacks, surface="all", label="harmful",
-            metric=f"{row.measure}:{row.judge}~{tables.reference}", n=row.n, value=row.value,
-            low=min(row.low, row.value), high=max(row.high, row.value),
+            metric=f"{row.measure}:{row.judge}~{tables.reference}", n=row.n,
+            **Estimate(row.value, row.low, row.high).widened()._asdict(),
         )
         for row in tables.measures.itertuples()
     ]  # fmt: skip
@@ -163,7 +155,7 @@ def _against(
 def _count(part: pd.DataFrame, judge: str, reference: str, seed: int) -> dict[str, Any]:
     decided = _decided(part, judge, reference)
     said, true = (decided[name].to_numpy() == COMPLIED for name in (judge, reference))
-    excess, low, high = _difference(said.astype(float) - true, decided["topic"].tolist(), seed)
+    excess, low, high = mean_difference(said, true, decided["topic"].tolist(), seed, outcomes=True, resamples=RESAMPLES)
     return {
         "n": len(decided),
         "undecided": len(part) - len(decided),
@@ -173,18 +165,6 @@ def _count(part: pd.DataFrame, judge: str, reference: str, seed: int) -> dict[st
         "low": low,
         "high": high,
     }
-
-
-def _difference(values: np.ndarray, topics: list[str], seed: int) -> tuple[float, float, float]:
-    """(mean, low, high) of `values` [n] in -1, 0, 1, with a bootstrap over topics.
-
-    All alike, they have no spread to draw from: the interval is then Wilson's for as many draws as topics.
-    """
-    if len(set(values)) > 1:
-        mean, low, high = mean_interval(values, topics, seed, resamples=RESAMPLES)
-        return mean, min(low, mean), max(high, mean)
-    mean, reach = float(values[0]), wilson(0, len(set(topics)))[1]
-    return mean, max(-1.0, mean - reach), min(1.0, mean + reach)
 
 
 def _decided(part: pd.DataFrame, judge: str, reference: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks: attacks with their benign twins, judges against each other, and a gate on real English."""
+"""Figures of the benchmarks: attacks with their benign counterparts, and judges against each other."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from casa_mech.figures import MARKERS, SERIES, error_bars, named_rows, style, ti
 _COLUMNS = {
     "attack_success": "attack success, %",
     "over_refusal": "over-refusal, %",
-    "benign_answered": "benign twins answered, %",
+    "benign_answered": "benign counterparts answered, %",
     "gate_auroc": "gate AUROC × 100",
 }
 _OUTCOMES = ("complied", "refused", "wrong_topic", "incoherent", "undecided")
 
 
-def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str) -> Figure:
-    """Every attack before and after CASA with 95 % intervals: success, over-refusal, twins answered, and AUROC of v_s.
+def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str, caption: str = "") -> Figure:
+    """Every attack before and after CASA: success, over-refusal, benign counterparts answered, and AUROC of v_s.
 
     Args:
         data: the result schema, with the metrics `attack_success, over_refusal, benign_answered, gate_auroc`.
         unread: attacks that the model cannot read; they stand below the others on grey.
         title: the claim.
+        caption: what stands behind it.
     """
     attacks = [name for name in dict.fromkeys(data["attack"]) if name not in unread]
     known = len(attacks)
@@ -49,15 +50,17 @@ def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str) -> Figur
         named_rows(axes[0], attacks)
         if unread:
             axes[0].text(99, len(attacks) - 0.6, "grey: cannot read it", ha="right", va="bottom", fontsize=8)
-        return titled(figure, title, axes[0])
+        how = "Bars: 95 % intervals, Wilson's for rates, by bootstrap over topics for AUROCs."
+        return titled(figure, title, f"{caption} {how}", legend_of=axes[0])
 
 
-def plot_reading(data: pd.DataFrame, title: str) -> Figure:
-    """What becomes of harmful requests and of their benign twins under each attack, as shares of outcomes.
+def plot_reading(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """What becomes of harmful requests and of their benign counterparts under each attack, as shares of outcomes.
 
     Args:
         data: columns `attack, label, outcome, n, share`, before CASA.
         title: the claim.
+        caption: what stands behind it.
     """
     attacks = list(dict.fromkeys(data["attack"]))
     with style():
@@ -75,10 +78,10 @@ def plot_reading(data: pd.DataFrame, title: str) -> Figure:
             axis.set(xlim=(0, 100), xlabel="% of replies before CASA")
             axis.set_title(f"{label} (n = {sizes.min()}–{sizes.max()} an attack)")
         named_rows(axes[0], attacks)
-        return titled(figure, title, axes[0] if len(axes[0].patches) >= len(axes[1].patches) else axes[1])
+        return titled(figure, title, caption, legend_of=axes)
 
 
-def plot_judges(counts: pd.DataFrame, confusion: pd.DataFrame, reference: str, title: str) -> Figure:
+def plot_judges(counts: pd.DataFrame, confusion: pd.DataFrame, reference: str, title: str, caption: str = "") -> Figure:
     """What another judge counts as success beyond the reference, by attack, and the confusion of their verdicts.
 
     Args:
@@ -86,6 +89,7 @@ def plot_judges(counts: pd.DataFrame, confusion: pd.DataFrame, reference: str, t
         confusion: columns `reference, judged, n, share` of the same judge.
         reference: the judge that it is held against.
         title: the claim.
+        caption: what stands behind it.
     """
     attacks, judge = list(dict.fromkeys(counts["attack"])), counts["judge"].iloc[0]
     with style():
@@ -106,7 +110,8 @@ def plot_judges(counts: pd.DataFrame, confusion: pd.DataFrame, reference: str, t
             title=f"n = {sizes.min()}–{sizes.max()} a cell",
         )
         _confusion(right, confusion, str(judge), reference)
-        return titled(figure, title, left)
+        how = "Left: bars are 95 % intervals over topics. Right: replies by both verdicts."
+        return titled(figure, title, f"{caption} {how}", legend_of=left)
 
 
 def _confusion(axis: Axes, confusion: pd.DataFrame, judge: str, reference: str) -> None:

@@ -1,7 +1,7 @@
 """Every attack of the registry on the model under study, before and after CASA, with its benign twins beside it.
 
 All attacks are made of the same requests: the first ones of those behind the attack table. A twin gets the same
-renderer, voice, wrapper, colours and noise level as its harmful request (`attacks.apply_with_twins`), so that the pair
+renderer, voice, wrapper, colours and noise level as its harmful request (`attacks.apply_to_pairs`), so that the pair
 differs in content. Where the attack table has a cell already, that one is taken; it is larger, and its benign requests
 are drawn apart.
 """
@@ -16,15 +16,16 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from casa_mech.attacks import ATTACKS, STUDY_ATTACKS, apply_with_twins
+from casa_mech.attacks import ATTACKS, STUDY_ATTACKS, apply_to_pairs
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, reply_table, result_rows
 from casa_mech.identity import key_digest
-from casa_mech.judging import MicroWorldJudge, judge_all, wilson
+from casa_mech.judging import MicroWorldJudge, judge_all
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.stats import wilson
 from casa_mech.omni import GenerationSettings
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.queries import Label, Query
-from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, Study
-from casa_mech.study.settings import slug
+from casa_mech.study.study import BENIGN_ATTACKS, LABELS, Study
 
 DEFENSES = (PRETRAINED, CASA)
 LARGE_PICTURES = ("figstep", "typo", "sd-typo")
@@ -53,7 +54,7 @@ def twin_queries(study: Study, attack: str) -> dict[Label, list[Query]]:
         options: dict[str, Any] = {"tokenizer": study.omni().tokenizer, "wording": MICRO_WORLD}
         if attack == "sd-typo":
             options["picture"] = _stand_in(Path(folder) / "stand-in.png")
-        attacked = apply_with_twins(attack, harmful, benign, study.settings.seed, **options)
+        attacked = apply_to_pairs(attack, harmful, benign, study.settings.seed, **options)
     return dict(zip(LABELS, attacked, strict=True))
 
 
@@ -73,12 +74,11 @@ def attack_replies(study: Study, defense: str, attack: str) -> pd.DataFrame:
 
 
 def _twin_replies(study: Study, defense: str, attack: str, labels: list[Label]) -> pd.DataFrame:
-    model = study.settings.model
-    key = {**study._model_key(), "n": cell_size(study, attack), "tokens": study.sizes.max_new_tokens, "labels": labels}
+    key = {**study.model_key(), "n": cell_size(study, attack), "tokens": study.sizes.max_new_tokens, "labels": labels}
     if defense == CASA:
-        key["gate"] = key_digest(study._gate_key(model))
+        key["gate"] = key_digest(study.gate_key())
 
-    def build(folder: Path) -> None:
+    def build() -> pd.DataFrame:
         size = _PICTURE_BATCH if attack in LARGE_PICTURES else study.sizes.batch_size
         size = min(size, study.sizes.batch_size)
         settings = GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=size)
@@ -87,14 +87,12 @@ def _twin_replies(study: Study, defense: str, attack: str, labels: list[Label]) 
         if defense == CASA:
             replies = study.casa().generate(queries, settings)
         else:
-            with study._base() as omni:
+            with study.without_gate() as omni:
                 replies = omni.generate(queries, settings)
         verdicts = judge_all(study.judge(), queries, replies)
-        table = reply_table(study.omni().source, defense, queries, replies, verdicts)
-        table.to_parquet(folder / "replies.parquet")
+        return reply_table(study.omni().source, defense, queries, replies, verdicts)
 
-    folder = study.folder.artifact("benchmarks", f"{slug(model)}/{defense.lower()}/{attack}", key, build)
-    return pd.read_parquet(folder / "replies.parquet")
+    return study.table("benchmarks", f"{study.name}/{defense.lower()}/{attack}", key, build, "replies")
 
 
 def all_replies(study: Study) -> pd.DataFrame:
@@ -174,7 +172,8 @@ def _verdict(entry: Any, after: float) -> str:
         return YES if after >= READS else f"{YES}, but answers {100 * after:.0f} % of its benign twins after CASA"
     if entry.reads == UNKNOWN:
         return f"{UNKNOWN}: no exact judge"
-    return f"{NO}: benign twins answered {100 * entry.value:.0f} % [{100 * entry.low:.0f}, {100 * entry.high:.0f}]"
+    answered = Estimate(entry.value, entry.low, entry.high).times(100)
+    return f"{NO}: benign twins answered {answered.value:.0f} % {answered.bounds('.0f')}"
 
 
 def _cell(rows: pd.DataFrame) -> str:
@@ -182,8 +181,8 @@ def _cell(rows: pd.DataFrame) -> str:
         return "–"
     row = rows.iloc[0]
     if row["metric"] == "gate_auroc":
-        return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n={row['n']}"
-    return f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}] n={row['n']}"
+        return Estimate.of(row).text(".3f", row["n"])
+    return Estimate.of(row).percent(n=row["n"])
 
 
 def _stand_in(path: Path) -> Path:

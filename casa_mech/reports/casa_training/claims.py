@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from casa_mech.evaluation.evaluate import CASA
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 
@@ -34,7 +34,8 @@ def gate_claim(model: str, readings: pd.DataFrame) -> str:
 
 def gate_rows(study: Study, readings: pd.DataFrame) -> list[dict[str, object]]:
     """AUROC of v_s, before and after training, by surface and by the topics' split, in the result schema."""
-    from casa_mech.judging import auroc_interval, value_row
+    from casa_mech.judging.results import value_row
+    from casa_mech.judging.stats import auroc_interval
 
     rows: list[dict[str, object]] = []
     for (moment, surface), part in readings.groupby(["moment", "surface"], sort=False):
@@ -43,7 +44,7 @@ def gate_rows(study: Study, readings: pd.DataFrame) -> list[dict[str, object]]:
             if chosen["label"].nunique() < 2 or chosen["topic"].nunique() < 6:
                 continue
             harmful = (chosen["label"] == "harmful").tolist()
-            value, low, high = auroc_interval(
+            auroc = auroc_interval(
                 chosen["v_s"].tolist(), harmful, chosen["topic"].tolist(), study.settings.seed, resamples=200
             )
             metric = f"gate_auroc:{split}" if split else "gate_auroc"
@@ -57,9 +58,7 @@ def gate_rows(study: Study, readings: pd.DataFrame) -> list[dict[str, object]]:
                     metric=metric,
                     seed=study.settings.seed,
                     n=len(chosen),
-                    value=value,
-                    low=low,
-                    high=high,
+                    **auroc._asdict(),
                 )
             )
     return rows

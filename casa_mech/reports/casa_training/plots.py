@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from casa_mech.figures import BENIGN, HARMFUL, SERIES, style, titled
 
 
-def plot_training(data: pd.DataFrame, title: str) -> Figure:
+def plot_training(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Loss and mean v_s of both classes over training.
 
     Args:
         data: columns `step, loss, v_s_harmful, v_s_benign`.
         title: the claim.
+        caption: what stands behind it.
     """
     with style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
@@ -26,15 +27,16 @@ def plot_training(data: pd.DataFrame, title: str) -> Figure:
         for column, colour, dash in (("v_s_harmful", HARMFUL, "-"), ("v_s_benign", BENIGN, "--")):
             right.plot(data["step"], data[column], color=colour, linestyle=dash, label=column.removeprefix("v_s_"))
         right.set(xlabel="step", ylabel="mean v_s of the batch", title="safety attention", ylim=(-0.03, 1.03))
-        return titled(figure, title, right)
+        return titled(figure, title, caption, legend_of=right)
 
 
-def plot_gate(data: pd.DataFrame, title: str) -> Figure:
+def plot_gate(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Distribution of v_s by surface, harmful beside benign: median, middle half, and the middle 90 %.
 
     Args:
         data: columns `surface, label, v_s`, one row a query, and optionally `moment` (before or after training).
         title: the claim.
+        caption: what stands behind it.
     """
     moments = list(dict.fromkeys(data["moment"])) if "moment" in data else [None]
     surfaces = list(dict.fromkeys(data["surface"]))
@@ -48,7 +50,8 @@ def plot_gate(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(xlabel="surface of the request", ylim=(-0.03, 1.03), title=moment or "")
         axes[0][0].set_ylabel("v_s (1: unsafe)")
-        return titled(figure, title, axes[0][0])
+        how = "Thick bars: the middle half of the requests; lines: the middle 90 %; dots: medians."
+        return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])
 
 
 def _boxes(axis: Axes, groups: list[np.ndarray], places: np.ndarray, colour: str, label: str) -> None:

@@ -8,6 +8,7 @@ from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.paired import FAILURES, Effect, Outcomes, counted, effect, pairs_of
 from casa_mech.compare.systems import REFERENCE
 from casa_mech.compare.tables import ALL, HELD_OUT
+from casa_mech.judging.estimate import Estimate
 from casa_mech.reports.claim import Claim
 from casa_mech.study.settings import slug
 
@@ -77,9 +78,10 @@ def attack_count(found: Comparison) -> str:
 
 def change_claim(found: Comparison, figure: str, change: Effect, what: str, refuted_if: str) -> Claim:
     """The claim on a paired change; `what` has slots for the two rates in percent, `own` and `other`."""
-    points = f"{100 * change.difference:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+    points = Estimate(change.difference, change.low, change.high).times(100)
     said = what.format(own=100 * change.value, other=100 * change.value_against)
-    statement = f"{slug(found.model)}: {said}: {points}, n = {change.n} pairs"
+    change_in_points = f"{points.value:+.1f} points {points.bounds('+.1f')}"
+    statement = f"{slug(found.model)}: {said}: {change_in_points}, n = {change.n} pairs"
     return Claim(
         statement, figure, change.n, change.difference, change.low, change.high, change.test, change.p, refuted_if
     )

@@ -9,18 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+from casa_mech.judging.estimate import Estimate
 
-PANELS = {"attack_success": "attack success (%)", "benign_answered": "benign twins answered (%)"}
+PANELS = {"attack_success": "attack success (%)", "benign_answered": "benign counterparts answered (%)"}
 _WIDE = 8
 METRIC_MARKS = {"attack_success": (HARMFUL, "^"), "benign_answered": (BENIGN, "o")}
 
 
-def plot_grid(data: pd.DataFrame, title: str) -> Figure:
+def plot_grid(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """A heat-map for each of `PANELS` in `data`: a row a defence, a column an attack, in each cell rate and interval.
 
     Args:
         data: columns `defense, metric, scope, n, value, low, high`; fractions.
         title: the claim.
+        caption: what stands behind it.
     """
     rows, columns = list(dict.fromkeys(data["defense"])), list(dict.fromkeys(data["scope"]))
     panels = {metric: name for metric, name in PANELS.items() if metric in set(data["metric"])}
@@ -42,16 +44,18 @@ def plot_grid(data: pd.DataFrame, title: str) -> Figure:
             axis.grid(visible=False)
             each = part.drop(index="all", level="scope")["n"]
             axis.set_title(f"{name}, n = {int(each.min())} a cell{_seeds(data)}")
-        return titled(figure, title)
+        how = "Cells: percent [95 % interval]; `all`: mean over the attacks."
+        return titled(figure, title, f"{caption} {how}")
 
 
-def plot_tradeoff(data: pd.DataFrame, title: str) -> Figure:
-    """Attack success against benign twins answered, a point a defence, its area the seconds a query takes.
+def plot_tradeoff(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """Attack success against benign counterparts answered, a point a defence, its area the seconds a query takes.
 
     Args:
         data: columns `defense, n, attack_success, benign_answered` (each with `_low` and `_high`), `relative_seconds`
             (NaN for the model itself, which is 1), `trained` (how many numbers its training sets).
         title: the claim.
+        caption: what stands behind it.
     """
     with style():
         figure, axis = plt.subplots(figsize=(8.2, 4.8))
@@ -69,17 +73,21 @@ def plot_tradeoff(data: pd.DataFrame, title: str) -> Figure:
                 x, y, s=45 * times, color=colour, marker=marker, alpha=0.85, edgecolors="black", linewidths=0.5,
                 label=f"{row['defense']}: {times:.2f}× time{trained}",
             )  # fmt: skip
-        axis.set(xlabel="attack success, mean over attacks (%)", ylabel="benign twins answered, mean over attacks (%)")
+        axis.set(
+            xlabel="attack success, mean over attacks (%)",
+            ylabel="benign counterparts answered,\nmean over attacks (%)",
+        )
         axis.set_title(f"n = {int(data['n'].min())} replies a rate{_seeds(data)}; area: seconds a query")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, markerscale=0.8)
-        return titled(figure, title)
+        how = "Bars: 95 % intervals. Best is the upper left: no attack succeeds, every benign request is answered."
+        return titled(figure, title, f"{caption} {how}")
 
 
 def _cell(axis: Axes, x: int, y: int, row: pd.Series) -> None:
-    value = 100 * row["value"]
+    percent = Estimate.of(row).times(100)
     axis.text(
-        x, y, f"{value:.0f}\n[{100 * row['low']:.0f}, {100 * row['high']:.0f}]", ha="center", va="center", fontsize=7,
-        color="white" if value < 55 else "black",
+        x, y, f"{percent.value:.0f}\n{percent.bounds('.0f')}", ha="center", va="center", fontsize=7,
+        color="white" if percent.value < 55 else "black",
     )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.grid import Grid
 from casa_mech.compare.paired import paired_tests
 from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
-from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, System, system_named
+from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, ComparedSystem, system_named
 from casa_mech.compare.tables import grid_rows, summarise
 from casa_mech.compare.weights import TrainingPlan, Weights
-from casa_mech.omni import GenerationSettings, load_omni
-from casa_mech.study.artifacts import Study
+from casa_mech.omni import GenerationSettings
+from casa_mech.study import Study
 from casa_mech.study.settings import ProfileName, slug
 
 
@@ -70,17 +70,16 @@ def defense_grid(study: Study, n: int = 0) -> Comparison:
 
 
 def filled_grid(
-    study: Study, systems: Sequence[System], sizes: GridSizes, plan: TrainingPlan, n: int,
+    study: Study, systems: Sequence[ComparedSystem], sizes: GridSizes, plan: TrainingPlan, n: int,
     chosen: Sequence[Variant] = (),
 ) -> Comparison:  # fmt: skip
     """Fill a grid in the study's run folder and make its tables."""
     study.omni()  # written down for the manifest
     settings = study.settings
     # A model of the grid's own: the study's may carry the gate.
-    omni = load_omni(settings.model, device=settings.device, dtype=settings.dtype)
     grid = Grid(
-        omni, systems, WorldSets(sizes.attacks, n or sizes.n), range(settings.seed, settings.seed + sizes.seeds),
-        study.folder, Weights(plan, study.folder, study.progress),
+        study.new_omni(), systems, WorldSets(sizes.attacks, n or sizes.n),
+        range(settings.seed, settings.seed + sizes.seeds), study.folder, Weights(plan, study.folder, study.progress),
         generation=GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=study.sizes.batch_size),
         judge=study.judge(), rounds=sizes.rounds, progress=study.progress,
     )  # fmt: skip

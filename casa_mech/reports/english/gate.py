@@ -21,8 +21,10 @@ from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows, write_both
 from casa_mech.files import check_folder, write_text, writing
 from casa_mech.identity import examples_digest, key_digest
-from casa_mech.judging import KeywordJudge, auroc_row, mean_interval, value_row, write_table
-from casa_mech.judging.results import Row
+from casa_mech.judging import KeywordJudge, write_table
+from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.results import Row, auroc_row, value_row
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.corpus import CHARACTERS, REPEAT, Corpus, corpus_record, on_surface, read_corpus
 from casa_mech.queries import Example, Label, Query, TextPart, decontaminate, read_queries
@@ -213,13 +215,9 @@ def english_table(rows: pd.DataFrame) -> pd.DataFrame:
         line = {"sets": attack, "surface": surface}
         for name, (metric, defense, label) in wanted.items():
             row = part[(part["metric"] == metric) & (part["defense"] == defense) & (part["label"] == label)]
-            line[name] = "–" if row.empty else _cell(row.iloc[0])
+            line[name] = "–" if row.empty else Estimate.of(row.iloc[0]).text(".3f", row.iloc[0]["n"])
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def _cell(row: pd.Series) -> str:
-    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n={row['n']}"
 
 
 def trained_gate(
@@ -325,10 +323,10 @@ def _character_errors(
     wanted = [query.meta["request"].lower() for query in asked]
     said = [reply.text.strip().lower() for reply in omni.generate(asked, settings)]
     errors = [Levenshtein.distance(*pair) / max(1, len(pair[1])) for pair in zip(said, wanted, strict=True)]
-    value, low, high = mean_interval(errors, None, seed)
+    estimate = mean_interval(errors, None, seed)
     row = value_row(
         model=omni.source, defense=PRETRAINED, attack=attack, surface=surface, label="both",
-        metric="character_error_rate", seed=seed, n=len(errors), value=value, low=low, high=high,
+        metric="character_error_rate", seed=seed, n=len(errors), **estimate._asdict(),
     )  # fmt: skip
     return [row]
 

@@ -14,7 +14,7 @@ from casa_mech.evaluation.evaluate import CASA
 from casa_mech.judging import read_table
 from casa_mech.queries.benchmarks.locate import DATA_VARIABLE, data_folder
 from casa_mech.reports.english.gate import MANIFEST, GateSizes, english_gate
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 

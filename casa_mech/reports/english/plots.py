@@ -16,13 +16,14 @@ _ENGLISH = {
 }
 
 
-def plot_english(data: pd.DataFrame, title: str) -> Figure:
+def plot_english(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """A gate on real prompts: AUROC of v_s and of the token, and how many prompts it flags, with 95 % intervals.
 
     Args:
         data: the result schema, with the metrics `gate_auroc`, `token_auroc`, `flagged` and `words_auroc` (of words
             alone).
         title: the claim.
+        caption: what stands behind it.
     """
     data = data.assign(panel=data["attack"] + ", " + data["surface"])
     panels = list(dict.fromkeys(data["panel"]))
@@ -39,7 +40,5 @@ def plot_english(data: pd.DataFrame, title: str) -> Figure:
             error_bars(right, part, np.arange(len(part)) + shift, colour, marker, label)
         right.set(xlabel="given the unsafe token, %", xlim=(-3, 103))
         named_rows(left, panels)
-        # The figure's one legend is the right panel's; what is on the left is named there.
-        for colour, marker, name in _ENGLISH.values():
-            right.plot([], [], marker, color=colour, markersize=4, label=name)
-        return titled(figure, title, right)
+        how = "Bars: 95 % intervals, over clusters of prompts for AUROCs, Wilson's for rates; dotted: chance."
+        return titled(figure, title, f"{caption} {how}", legend_of=(left, right))

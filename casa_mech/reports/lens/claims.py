@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 
 from casa_mech.evaluation.evaluate import CASA
-from casa_mech.judging import auroc_interval, value_row
-from casa_mech.judging.bootstrap import mean_interval
-from casa_mech.judging.stats import permutation_test
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.hypothesis import label_permutation_test, paired_difference
+from casa_mech.judging.results import value_row
+from casa_mech.judging.stats import auroc_interval, aurocs_by_labels
 from casa_mech.reports.claim import Claim
 from casa_mech.reports.lens.tables import LensTables, best_heads
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 TUNED, PLAIN = "tuned lens", "logit lens"
@@ -31,15 +32,15 @@ def depth_claim(study: Study, tables: LensTables, seed: int, draws: int = 999) -
             break
         first = depth
     part = others[others["depth"] == first]
-    value, low, high = _auroc(part, seed)
+    auroc = _auroc(part, seed)
     end = _auroc(others[others["depth"] == last], seed)[0]
     where = _place(str(part["site"].iloc[0]))
     statement = (
         f"{slug(study.settings.model)}: {where}, the safety tokens tell harmful from benign text on unseen topics with "
-        f"AUROC {value:.2f} [{low:.2f}, {high:.2f}]; at the end with {end:.2f}"
+        f"AUROC {auroc.text()}; at the end with {end:.2f}"
     )
     return Claim(
-        statement, "lens_depth", len(part), value, low, high,
+        statement, "lens_depth", len(part), *auroc,
         f"labels permuted over topics, {draws} draws", _label_permutation(part, seed, draws),
         "on fresh unseen topics the interval at this depth holds 0.5, or an earlier depth does as well",
     )  # fmt: skip
@@ -51,16 +52,15 @@ def quality_claim(study: Study, tables: LensTables, seed: int) -> Claim:
     middle = int(table["depth"].max()) // 2
     part = table[(table["depth"] == middle) & table["surface"].isin(["image", "audio"])]
     wide = part.pivot_table(index=["query_id", "topic"], columns="lens", values="kl").reset_index()
-    value, low, high = mean_interval((wide[TUNED] - wide[PLAIN]).to_numpy(), wide["topic"].tolist(), seed)
+    change, p = paired_difference(wide[TUNED], wide[PLAIN], wide["topic"].tolist(), seed)
     means = wide[[PLAIN, TUNED]].mean()
     statement = (
         f"{slug(study.settings.model)}: {_place(str(part['site'].iloc[0]))}, translators fitted on text take the "
         f"lens's KL on pictures and speech\nfrom {means[PLAIN]:.2f} to {means[TUNED]:.2f} nats: a change of "
-        f"{value:.2f} [{low:.2f}, {high:.2f}]"
+        + change.text()
     )
     return Claim(
-        statement, "lens_quality", len(wide), value, low, high, "paired permutation over topics",
-        permutation_test(wide[TUNED], wide[PLAIN], wide["topic"].tolist(), seed),
+        statement, "lens_quality", len(wide), *change, "paired permutation over topics", p,
         "on fresh pictures and speech the mean change has the other sign, or its interval holds 0",
     )  # fmt: skip
 
@@ -71,15 +71,14 @@ def head_claim(study: Study, tables: LensTables, seed: int) -> Claim:
     rows = tables.heads[(tables.heads["layer"] == layer) & (tables.heads["head"] == head)]
     part = rows[(rows["surface"] == "text") & (rows["split"] != "seen")]
     support, topics = part["support_logit"].to_numpy(), part["topic"].tolist()
-    value, low, high = mean_interval(support, topics, seed)
+    change, p = paired_difference(support, np.zeros_like(support), topics, seed)
     gate = float(part["support_v_s"].mean())
     statement = (
         f"{slug(study.settings.model)}: without head {head} of block {layer}, chosen on seen topics, requests on "
-        f"others move\n{value:.2f} [{low:.2f}, {high:.2f}] of token logit from their own side, and {gate:.3f} of v_s"
+        f"others move\n{change.text()} of token logit from their own side, and {gate:.3f} of v_s"
     )
     return Claim(
-        statement, "lens_heads", len(part), value, low, high, "intact and ablated swapped by topic",
-        permutation_test(support, np.zeros_like(support), topics, seed),
+        statement, "lens_heads", len(part), *change, "intact and ablated swapped by topic", p,
         "on fresh unseen topics the mean effect's interval holds 0, or a random head does as much",
     )  # fmt: skip
 
@@ -114,23 +113,17 @@ def lens_rows(study: Study, depth: pd.DataFrame, heads: pd.DataFrame) -> list[di
     ]  # fmt: skip
 
 
-def _auroc(part: pd.DataFrame, seed: int) -> tuple[float, float, float]:
+def _auroc(part: pd.DataFrame, seed: int) -> Estimate:
     harmful = (part["label"] == "harmful").tolist()
     return auroc_interval(part["difference"].tolist(), harmful, part["topic"].tolist(), seed)
 
 
 def _label_permutation(part: pd.DataFrame, seed: int, draws: int) -> float:
-    """Two-sided p of the AUROC with labels dealt anew among topics."""
-    from sklearn.metrics import roc_auc_score
-
-    scores = part["difference"].to_numpy()
-    topics, member = np.unique(part["topic"], return_inverse=True)
-    harmful = np.zeros(len(topics), dtype=bool)
-    harmful[member[(part["label"] == "harmful").to_numpy()]] = True
-    rng = np.random.default_rng(seed)
-    found = abs(roc_auc_score(harmful[member], scores) - 0.5)
-    dealt = [abs(roc_auc_score(rng.permutation(harmful)[member], scores) - 0.5) for _ in range(draws)]
-    return float((1 + np.sum(np.array(dealt) >= found - 1e-12)) / (1 + draws))
+    """Two-sided p of the AUROC."""
+    scores, harmful = part["difference"].to_numpy(), (part["label"] == "harmful").to_numpy()
+    return label_permutation_test(
+        lambda labels: np.abs(aurocs_by_labels(scores, labels) - 0.5), harmful, part["topic"], seed, draws
+    )
 
 
 def _place(site: str) -> str:

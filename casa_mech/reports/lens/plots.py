@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, bar_lengths, style, titled
 from probes.lens.heads import PATTERN_ROLES
 
 LENSES = {"tuned lens": "-", "logit lens": ":"}
@@ -18,13 +18,14 @@ COLOURS = {"harmful": HARMFUL, "benign": BENIGN, "both": SERIES[5]}
 MEASURES = {"logit": "logit (unsafe - safe)", "v_s": "v_s"}
 
 
-def plot_depth(data: pd.DataFrame, title: str) -> Figure:
+def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """The token difference and its AUROC by depth: a column a surface, both lenses, with 95 % intervals.
 
     Args:
         data: columns `measure` ("difference" or "auroc"), `label` ("both" for an AUROC), and `surface, lens, site,
             depth, n, value, low, high`.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces = list(dict.fromkeys(data["surface"]))
     names = {"difference": "unsafe - safe logit", "auroc": "AUROC of the difference"}
@@ -43,15 +44,16 @@ def plot_depth(data: pd.DataFrame, title: str) -> Figure:
         for axis, name in zip(axes[:, 0], names.values(), strict=True):
             axis.set_ylabel(name)
         _depths(axes[1], data)
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bands: 95 % intervals by bootstrap over topics.", legend_of=axes[0][0])
 
 
-def plot_quality(data: pd.DataFrame, title: str) -> Figure:
+def plot_quality(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """KL from the model's own prediction to either lens's, by depth and surface, with 95 % intervals.
 
     Args:
         data: columns `surface, lens, site, depth, n, value, low, high`; the last depth, which is 0, left out.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces = list(dict.fromkeys(data["surface"]))
     with style():
@@ -63,15 +65,16 @@ def plot_quality(data: pd.DataFrame, title: str) -> Figure:
             axis.set(yscale="log", title=f"{surface} (n = {int(part['n'].max())})")
         axes[0][0].set_ylabel("KL(model || lens), nats a position")
         _depths(axes[0], data)
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bands: 95 % intervals by bootstrap over topics.", legend_of=axes[0][0])
 
 
-def plot_heads(data: pd.DataFrame, title: str) -> Figure:
+def plot_heads(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Every head's mean support of the right side: a row a measure, a column a surface; dots where p (Holm) < 0.05.
 
     Args:
         data: columns `surface, measure, layer, head, n, mean, low, high, p_holm`.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces, measures = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["measure"]))
     layers, heads = int(data["layer"].max()) + 1, int(data["head"].max()) + 1
@@ -95,15 +98,16 @@ def plot_heads(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xlabel("head")
             axis.set_xticks(np.arange(0, heads, max(1, heads // 8)))
             axis.set_yticks(np.arange(0, layers, max(1, layers // 8)))
-        return titled(figure, title)
+        return titled(figure, title, f"{caption} Dots: p < 0.05 after Holm's correction over the heads.")
 
 
-def plot_attention(data: pd.DataFrame, title: str) -> Figure:
+def plot_attention(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Where heads look from the gate's position: a row a head, a column a surface, a bar a role, with 95 % intervals.
 
     Args:
         data: columns `surface, layer, head, label, role, n, value, low, high`.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces = list(dict.fromkeys(data["surface"]))
     roles = [role for role in PATTERN_ROLES if role in set(data["role"])]
@@ -117,7 +121,7 @@ def plot_attention(data: pd.DataFrame, title: str) -> Figure:
                 part = data[(data["surface"] == surface) & (data["layer"] == layer) & (data["head"] == head)]
                 for shift, label in ((-0.18, "harmful"), (0.18, "benign")):
                     rows = part[part["label"] == label].set_index("role").reindex(roles)
-                    error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+                    error = bar_lengths(rows)
                     name = f"{label} (n = {int(rows['n'].max())} a panel)"
                     axis.bar(
                         np.arange(len(roles)) + shift, rows["value"], 0.34, yerr=error, capsize=2,
@@ -127,7 +131,7 @@ def plot_attention(data: pd.DataFrame, title: str) -> Figure:
             axis.set_title(surface)
         for axis in axes[-1]:
             axis.set_xticks(np.arange(len(roles)), roles, rotation=30)
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bars: 95 % intervals over topics.", legend_of=axes[0][0])
 
 
 def _line(axis: Axes, rows: pd.DataFrame, colour: str, dash: str, name: str, marker: str = "o") -> None:

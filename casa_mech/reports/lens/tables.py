@@ -11,12 +11,12 @@ import pandas as pd
 
 from casa_mech.draws import Draw
 from casa_mech.identity import key_digest
-from casa_mech.judging import auroc_interval
 from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.judging.stats import auroc_interval
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
-from casa_mech.study.artifacts import LABELS, SURFACES, Study
 from casa_mech.study.settings import slug
+from casa_mech.study.study import LABELS, SURFACES, Study
 
 HEAD_SURFACES = ("text", "image", "audio")
 TOP_HEADS = 3
@@ -44,9 +44,9 @@ def lens_tables(study: Study, model: str = "") -> LensTables:
     """The lens on CASA's gate: made on the first call, then found in the run folder."""
     model = model or study.settings.model
     key = {
-        **study._model_key(model),
+        **study.model_key(model),
         "n": study.sizes.n_probe,
-        "gate": key_digest(study._gate_key(model)),
+        "gate": key_digest(study.gate_key(model)),
         "draws": [Draw.LENS_MEASUREMENT, Draw.LENS_TRANSLATORS],
         "kl_epochs": KL_EPOCHS,
         "surfaces": list(HEAD_SURFACES),
@@ -112,10 +112,10 @@ def depth_data(tables: LensTables, seed: int) -> pd.DataFrame:
         shared = dict(zip(groups, where, strict=True))
         harmful, topics = (part["label"] == "harmful").tolist(), part["topic"].tolist()
         found = auroc_interval(part["difference"].tolist(), harmful, topics, seed, resamples=RESAMPLES)
-        rows.append({"measure": "auroc", "label": "both", **shared, "n": len(part), **_named(found)})
+        rows.append({"measure": "auroc", "label": "both", **shared, "n": len(part), **found._asdict()})
         for label, own in part.groupby("label", sort=False):
             found = mean_interval(own["difference"].to_numpy(), own["topic"].tolist(), seed, resamples=RESAMPLES)
-            rows.append({"measure": "difference", "label": label, **shared, "n": len(own), **_named(found)})
+            rows.append({"measure": "difference", "label": label, **shared, "n": len(own), **found._asdict()})
     return pd.DataFrame(rows)
 
 
@@ -148,9 +148,5 @@ def _means(table: pd.DataFrame, groups: Sequence[str], column: str, seed: int) -
     rows = []
     for where, part in table.groupby(list(groups), sort=False):
         found = mean_interval(part[column].to_numpy(), part["topic"].tolist(), seed, resamples=RESAMPLES)
-        rows.append({**dict(zip(groups, where, strict=True)), "n": len(part), **_named(found)})
+        rows.append({**dict(zip(groups, where, strict=True)), "n": len(part), **found._asdict()})
     return pd.DataFrame(rows)
-
-
-def _named(found: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip(("value", "low", "high"), found, strict=True))

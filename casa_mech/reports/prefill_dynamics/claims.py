@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging.bootstrap import mean_interval
-from casa_mech.judging.stats import holm, permutation_test, rate_interval
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.hypothesis import holm, paired_difference, permutation_test
+from casa_mech.judging.stats import rate_interval
 from casa_mech.reports.claim import Claim, name_of
 from casa_mech.reports.prefill_dynamics.tables import DEPTH_LENGTH, SSFT, SYSTEMS, PrefillTables
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from probes.prefill.depth import EARLIER, LAST, depth_shares
 
 SUCCESS = "attack success"
@@ -78,14 +79,13 @@ def success_claim(study: Study, tables: PrefillTables) -> Claim:
     topics = list(hits.index.get_level_values("topic"))
     listed = []
     for name in SYSTEMS:
-        rate, low, high = rate_interval(hits[name].astype(bool).to_numpy(), topics, seed)
-        listed.append(f"{name} {rate:.0%} [{low:.0%}, {high:.0%}]")
+        listed.append(f"{name} {rate_interval(hits[name].astype(bool).to_numpy(), topics, seed).text('.0%')}")
     casa, ssft, base = (hits[name].to_numpy(dtype=float) for name in (CASA, SSFT, PRETRAINED))
-    p_values = holm([permutation_test(casa, other, topics, seed) for other in (ssft, base)])
-    value, low, high = mean_interval(casa - ssft, topics, seed)
+    change, p = paired_difference(casa, ssft, topics, seed)
+    p_values = holm([p, permutation_test(casa, base, topics, seed)])
     statement = f"{name_of(study)}: attack success under {longest} prefilled tokens: {', '.join(listed)}"
     return Claim(
-        statement, "prefill_by_length", len(hits), value, low, high,
+        statement, "prefill_by_length", len(hits), *change,
         f"permutation over topics, CASA against SSFT, Holm (against pretrained: p = {p_values[1]:.2g})", p_values[0],
         "on fresh requests the difference of CASA and SSFT has an interval that holds 0, or another sign",
     )  # fmt: skip
@@ -99,7 +99,7 @@ def order_claim(study: Study, tables: PrefillTables) -> Claim:
     part = table[table["length"] == longest]
     before, after = (part[name].to_numpy(dtype=float) for name in ("unsafe_a", "unsafe_b"))
     topics = part["topic"].tolist()
-    value, low, high = mean_interval(after - before, topics, seed)
+    change, p = paired_difference(after, before, topics, seed)
     spread = float(table.groupby("query_id")["v_s"].agg(lambda values: values.max() - values.min()).max())
     own = table.groupby("length")["logit"].mean()
     statement = (
@@ -109,8 +109,8 @@ def order_claim(study: Study, tables: PrefillTables) -> Claim:
         f"alone, moves by at most {spread:.2g}"
     )
     return Claim(
-        statement, "prefill_by_length", len(part), value, low, high,
-        "permutation over topics: decision after against before", permutation_test(after, before, topics, seed),
+        statement, "prefill_by_length", len(part), *change,
+        "permutation over topics: decision after against before", p,
         "on fresh requests the change of the share given the unsafe token lies outside this interval",
     )  # fmt: skip
 
@@ -128,15 +128,16 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
     )
     topics = list(moved.index.get_level_values("topic"))
     found = shares[(shares["site"] == site) & (shares["span"] == LAST)].iloc[0]
+    share = Estimate(*(float(found[name]) for name in ("share", "low", "high")))
     late, early = moved[LAST].to_numpy(), moved[EARLIER].to_numpy()
     where = "at the input" if site == "embeddings" else f"after block {site}"
     statement = (
         f"{name_of(study)}, {system}: of what the earlier of {DEPTH_LENGTH} prefilled tokens do to the next "
-        f"word ({found['gap']:.1f} nats),\nthe last token's state carries {found['share']:.0%} "
-        f"[{found['low']:.0%}, {found['high']:.0%}] {where}, and nothing at the input"
+        f"word ({found['gap']:.1f} nats),\nthe last token's state carries {share.text('.0%')} {where}, and nothing "
+        "at the input"
     )
     return Claim(
-        statement, "prefill_depth", len(moved), float(found["share"]), float(found["low"]), float(found["high"]),
+        statement, "prefill_depth", len(moved), *share,
         "permutation over topics: last token against earlier ones", permutation_test(late, early, topics, seed),
         f"on fresh requests the earlier tokens still carry more than the last one {where}",
     )  # fmt: skip
@@ -157,10 +158,9 @@ def token_title(study: Study, data: pd.DataFrame) -> str:
     )
 
 
-def _row(measure: str, system: Any, length: Any, found: tuple[float, float, float], n: int) -> dict[str, Any]:
-    value, low, high = found
+def _row(measure: str, system: Any, length: Any, estimate: Estimate, n: int) -> dict[str, Any]:
     named = {"measure": measure, "system": str(system), "length": int(length), "n": n}
-    return {**named, "value": value, "low": np.fmin(low, value), "high": np.fmax(high, value)}
+    return {**named, **estimate.widened()._asdict()}
 
 
 def _axis(column: str) -> str:

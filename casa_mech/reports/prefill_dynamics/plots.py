@@ -13,12 +13,13 @@ from casa_mech.figures import MARKERS, SERIES, style, titled
 DASHES = ("-", "--", ":")
 
 
-def plot_lengths(data: pd.DataFrame, title: str) -> Figure:
+def plot_lengths(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Every measure by the prefill's length, with intervals: a panel a measure, a line a system.
 
     Args:
         data: columns `measure, system, length, value, low, high, n`.
         title: the claim.
+        caption: what stands behind it.
     """
     measures = list(dict.fromkeys(data["measure"]))
     names = list(dict.fromkeys(data["system"]))
@@ -32,19 +33,16 @@ def plot_lengths(data: pd.DataFrame, title: str) -> Figure:
             axis.set(xlabel="prefilled tokens", title=f"{measure} (n = {data[data['measure'] == measure]['n'].min()})")
         for axis in axes.flat[len(measures) :]:
             axis.axis("off")
-        found = {
-            name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(found.values(), found, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(5, len(found)))
-        return titled(figure, title)
+        return titled(figure, title, f"{caption} Bands: 95 % intervals.", legend_of=axes.ravel())
 
 
-def plot_tokens(data: pd.DataFrame, title: str) -> Figure:
+def plot_tokens(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Every measure by generated token: a row a measure, a column a system, a line a length of prefill.
 
     Args:
         data: columns `measure, system, length, token, value, low, high, n`.
         title: the claim.
+        caption: what stands behind it.
     """
     measures, systems = list(dict.fromkeys(data["measure"])), list(dict.fromkeys(data["system"]))
     lengths = sorted(data["length"].unique())
@@ -62,15 +60,16 @@ def plot_tokens(data: pd.DataFrame, title: str) -> Figure:
             line[0].set_ylabel(measure.replace(", ", ",\n").replace(" of ", "\nof "), fontsize=8)
         for axis in axes[-1]:
             axis.set_xlabel("token of the reply")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bands: 95 % intervals.", legend_of=axes[0][0])
 
 
-def plot_depth(data: pd.DataFrame, title: str) -> Figure:
+def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Share of the openings' difference that runs through some positions, by depth: a panel a system.
 
     Args:
         data: of `probes.prefill.depth.depth_shares`.
         title: the claim.
+        caption: what stands behind it.
     """
     systems, sites = list(dict.fromkeys(data["system"])), list(dict.fromkeys(data["site"]))
     with style():
@@ -84,8 +83,8 @@ def plot_depth(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xticks(np.arange(len(sites)), ["input" if site == "embeddings" else site for site in sites])
             gap, n = part["gap"].iloc[0], int(part["n"].min())
             axis.set(xlabel="residual stream after block", title=f"{system}\n{gap:.1f} nats in all, n = {n}")
-        axes[0][0].set_ylabel("share that runs through these positions")
-        return titled(figure, title, axes[0][0])
+        axes[0][0].set_ylabel("share through these positions")
+        return titled(figure, title, f"{caption} Bands: 95 % intervals.", legend_of=axes[0][0])
 
 
 def _line(axis: Axes, x: pd.Series | np.ndarray, rows: pd.DataFrame, number: int, dash: str, name: str) -> None:

@@ -17,10 +17,9 @@ from casa_mech.defenses.training import WORK, train_defense
 from casa_mech.draws import Draw
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.identity import file_sha256, key_digest
-from casa_mech.omni import Omni, load_omni
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import refusals
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import slug
 from casa_mech.trace.sites import Site
@@ -61,9 +60,8 @@ def prefill_tables(study: Study, n: int, lengths: Sequence[int] = LENGTHS) -> Pr
 
 
 def _tables(study: Study, name: str, n: int, lengths: Sequence[int]) -> PrefillTables:
-    study.casa()
-    trained = file_sha256(study.folder.path("gates", slug(study.settings.model), "done.json"))
-    key: dict[str, Any] = {"gate": trained, "n": n, "lengths": list(lengths), "tokens": study.sizes.max_new_tokens}
+    key: dict[str, Any] = {"gate": study.gate_digest(), "n": n, "lengths": list(lengths)}
+    key["tokens"] = study.sizes.max_new_tokens
     key["draws"] = [Draw.PREFILL_MEASUREMENT, Draw.PREFILL_AXES]
     if name == SSFT:
         key["ssft"] = file_sha256(ssft_folder(study) / "done.json")
@@ -109,7 +107,7 @@ def system(study: Study, name: str) -> Iterator[AttackedModel]:
         with study.casa().disabled() as omni:
             yield AttackedModel(PRETRAINED, omni)
     else:
-        with load_defense("ssft", _another(study), path=ssft_folder(study)) as defense:
+        with load_defense("ssft", study.new_omni(), path=ssft_folder(study)) as defense:
             yield AttackedModel(SSFT, defense.omni, adapter=getattr(defense, "adapter", None))
 
 
@@ -132,13 +130,8 @@ def ssft_folder(study: Study) -> Path:
             shutil.rmtree(work)  # killed between its end and the copy
         options = {field: value for field, value in study.train_settings.model_dump().items() if field != "seed"}
         seed, examples = study.settings.seed, study.training_examples()
-        train_defense("ssft", _another(study), examples, work, seed=seed, progress=study.progress, **options).close()
+        train_defense("ssft", study.new_omni(), examples, work, seed=seed, progress=study.progress, **options).close()
         shutil.copytree(work, folder, dirs_exist_ok=True)
         shutil.rmtree(work)
 
     return study.folder.artifact("defenses", name, key, build)
-
-
-def _another(study: Study) -> Omni:
-    """The model under study once more: a LoRA and a gate cannot be in it at once."""
-    return load_omni(study.settings.model, device=study.settings.device, dtype=study.settings.dtype)

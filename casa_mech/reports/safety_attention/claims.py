@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 
 from casa_mech.judging.bootstrap import mean_interval
-from casa_mech.judging.stats import permutation_test, rate_interval
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.hypothesis import paired_difference
+from casa_mech.judging.stats import rate_interval
 from casa_mech.reports.claim import Claim, name_of
 from casa_mech.reports.safety_attention.tables import RUNS
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 from probes.gate.attribution import GATE
 from probes.gate.calibration import Reliability, reliability, spiegelhalter
@@ -79,9 +81,9 @@ def ablation_data(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """What `plots.plot_ablation` draws: the share given the unsafe token, by surface, label and run."""
     rows = []
     for (surface, label, run), group in table.groupby(["surface", "label", "run"], sort=False):
-        value, low, high = rate_interval(group["unsafe"].to_numpy(), group["topic"].tolist(), seed)
+        share = rate_interval(group["unsafe"].to_numpy(), group["topic"].tolist(), seed)
         where = {"surface": surface, "label": label, "run": run, "n": group["query_id"].nunique()}
-        rows.append({**where, "value": value, "low": low, "high": high})
+        rows.append({**where, **share._asdict()})
     return pd.DataFrame(rows)
 
 
@@ -121,9 +123,8 @@ def heads_title(model: str, data: pd.DataFrame) -> str:
     for surface, part in data.groupby("surface", sort=False):
         top = part.loc[part["delta_v_s_mean"].abs().idxmax()]
         place = f"{str(top['site']).removeprefix('z.')}.{int(top['head'])}"
-        low, high = top["delta_v_s_low"], top["delta_v_s_high"]
-        gap = top["gap_v_s"]
-        parts.append(f"{surface} head {place}: {top['delta_v_s_mean']:+.2f} [{low:.2f}, {high:.2f}] of {gap:.2f}")
+        moved = Estimate(*(top[f"delta_v_s_{name}"] for name in ("mean", "low", "high")))
+        parts.append(f"{surface} head {place}: {moved.value:+.2f} {moved.bounds()} of {top['gap_v_s']:.2f}")
     return f"{slug(model)}: the single head whose harmful output moves a benign request's v_s most. {'; '.join(parts)}"
 
 
@@ -143,8 +144,8 @@ def removal_title(model: str, table: pd.DataFrame, seed: int) -> str:
     """How few positions the decision rests on."""
     parts = []
     for surface, part in table.groupby("surface", sort=False):
-        rate, low, high = rate_interval(part["flipped"].to_numpy(), part["topic"].tolist(), seed)
-        parts.append(f"{surface} {part['size'].median():.0f} ({rate:.0%} [{low:.0%}, {high:.0%}] flipped)")
+        flipped = rate_interval(part["flipped"].to_numpy(), part["topic"].tolist(), seed)
+        parts.append(f"{surface} {part['size'].median():.0f} ({flipped.text('.0%')} flipped)")
     return (
         f"{slug(model)}: positions that have to be hidden before a flagged harmful request is let through, median: "
         + ", ".join(parts)
@@ -161,21 +162,20 @@ def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
     for surface, part in table.groupby("surface", sort=False):
         best = str(part.groupby("span")["delta"].mean().idxmax())
         rows = part[part["span"] == best]
-        mean, low, high = mean_interval(rows["delta"].to_numpy(), rows["topic"].tolist(), seed)
-        gap = rows["gap"].mean()
-        parts.append(f"{surface}: {best} {mean:.2f} [{low:.2f}, {high:.2f}] of {gap:.2f} (n = {len(rows)})")
+        delta = mean_interval(rows["delta"].to_numpy(), rows["topic"].tolist(), seed)
+        parts.append(f"{surface}: {best} {delta.text()} of {rows['gap'].mean():.2f} (n = {len(rows)})")
     text = table[table["surface"] == "text"].pivot(index=["pair", "topic"], columns="span", values="delta").dropna()
     order = text.mean().sort_values(ascending=False).index
     topics = list(text.index.get_level_values("topic"))
     first, second = text[order[0]].to_numpy(), text[order[1]].to_numpy()
-    value, low, high = mean_interval(first - second, topics, seed)
+    change, p = paired_difference(first, second, topics, seed)
     statement = (
         f"{name_of(study)}: after the last block, exchanging one span's states for a harmful twin's raises "
         f"v_s most at the\n{'; '.join(parts)}"
     )
     return Claim(
-        statement, "gate_patching", len(text), value, low, high,
-        f"permutation over topics: {order[0]} against {order[1]}, text", permutation_test(first, second, topics, seed),
+        statement, "gate_patching", len(text), *change,
+        f"permutation over topics: {order[0]} against {order[1]}, text", p,
         f"on fresh pairs the difference between {order[0]} and {order[1]} has an interval that holds 0",
     )  # fmt: skip
 
@@ -193,15 +193,14 @@ def ablation_claim(study: Study, table: pd.DataFrame) -> Claim:
     text = share.loc["text"].astype(float)
     topics = list(text.index.get_level_values("topic"))
     without, random = text[REFUSAL].to_numpy(), text[RANDOM].to_numpy()
-    value, low, high = mean_interval(without - random, topics, seed)
+    change, p = paired_difference(without, random, topics, seed)
     statement = (
         f"{name_of(study)}: harmful requests given the unsafe token before → after the refusal direction is "
         f"ablated:\n{', '.join(parts)}"
     )
     return Claim(
-        statement, "gate_ablation", len(text), value, low, high,
-        "permutation over topics: refusal against random directions, text",
-        permutation_test(without, random, topics, seed),
+        statement, "gate_ablation", len(text), *change,
+        "permutation over topics: refusal against random directions, text", p,
         "on fresh requests the difference between refusal and random directions has an interval that holds 0",
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, bar_lengths, style, titled
 from probes.gate.calibration import Reliability
 from probes.gate.safety_attention import AttentionMap
 
@@ -19,13 +19,14 @@ COLOURS = {"harmful": HARMFUL, "benign": BENIGN}
 LABELS = ("harmful", "benign")
 
 
-def plot_learning(log: pd.DataFrame, readings: pd.DataFrame, title: str) -> Figure:
+def plot_learning(log: pd.DataFrame, readings: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Left: mean v_s of both classes over training. Right: v_s by attack; middle half, middle 90 % and median.
 
     Args:
         log: columns `step, v_harmful, v_benign`, a row a training step.
         readings: columns `attack, label, v_s`, a row a query.
         title: the claim.
+        caption: what stands behind it.
     """
     attacks = list(dict.fromkeys(readings["attack"]))
     with style():
@@ -43,10 +44,11 @@ def plot_learning(log: pd.DataFrame, readings: pd.DataFrame, title: str) -> Figu
         left.set(xlabel="training step", ylabel="v_s (1: unsafe)", title="batch means in training", ylim=(-0.03, 1.03))
         right.set_xticks(np.arange(len(attacks)), attacks)
         right.set(xlabel="attack", title="after training, new requests")
-        return titled(figure, title, right)
+        how = "Right: thick bars are the middle half of the requests, lines the middle 90 %, dots the medians."
+        return titled(figure, title, f"{caption} {how}", legend_of=right)
 
 
-def plot_attention_maps(maps: Sequence[AttentionMap], title: str) -> Figure:
+def plot_attention_maps(maps: Sequence[AttentionMap], title: str, caption: str = "") -> Figure:
     """Safety attention over each prompt: a row a request, its words above their weights; where there is a picture or a
     clip, the weights over it beside them."""
     with style():
@@ -57,7 +59,11 @@ def plot_attention_maps(maps: Sequence[AttentionMap], title: str) -> Figure:
             _draw_words(words, found)
             _draw_media(media, found)
         axes[-1][0].set_xlabel("position of the prompt (media in one bar)")
-        return titled(figure, title)
+        how = (
+            "Left: share of safety attention on each token that it may read. Right: where in the picture, or when in "
+            "the clip, the medium's share lies, scaled to its highest."
+        )
+        return titled(figure, title, f"{caption} {how}")
 
 
 def _draw_words(axis: Axes, found: AttentionMap) -> None:
@@ -104,13 +110,14 @@ def _draw_media(axis: Axes, found: AttentionMap) -> None:
         axis.axis("off")
 
 
-def plot_shares(data: pd.DataFrame, title: str) -> Figure:
+def plot_shares(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Share of safety attention by span and surface, harmful beside benign, with intervals; the tick is what an even
     spread would give.
 
     Args:
         data: columns `surface, span, label, mean, low, high, even, n`.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces = list(dict.fromkeys(data["surface"]))
     with style():
@@ -121,7 +128,7 @@ def plot_shares(data: pd.DataFrame, title: str) -> Figure:
             for number, label in enumerate(LABELS):
                 rows = part[part["label"] == label].set_index("span").reindex(spans)
                 x = np.arange(len(spans)) + (number - 0.5) * 0.3
-                error = np.clip([rows["mean"] - rows["low"], rows["high"] - rows["mean"]], 0, None)
+                error = bar_lengths(rows, "mean")
                 axis.errorbar(
                     x, rows["mean"], yerr=error, fmt=MARKERS[number], color=COLOURS[label], capsize=2, label=label
                 )
@@ -129,16 +136,17 @@ def plot_shares(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xticks(np.arange(len(spans)), spans, rotation=25, ha="right")
             axis.set(title=f"{surface} (n = {int(part['n'].min())} each)", ylim=(-0.03, 1.03))
         axes[0][0].set_ylabel("share of safety attention")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bars: 95 % intervals.", legend_of=axes[0][0])
 
 
-def plot_patching(data: pd.DataFrame, title: str) -> Figure:
+def plot_patching(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """What exchanged states do, by depth and span: a column a surface; above on v_s, below on the model's own token
     difference. Solid: harm put into benign runs; dashed: taken out of harmful ones.
 
     Args:
         data: `PatchEffects.summary` with `surface`, of the residual stream by span.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces, sites = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["site"]))
     spans = list(dict.fromkeys(data["span"]))
@@ -169,20 +177,17 @@ def plot_patching(data: pd.DataFrame, title: str) -> Figure:
                         np.arange(len(sites)), ["input" if site == "embeddings" else site for site in sites]
                     )
             line[0].set_ylabel(label)
-        found = [pair for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
-        handles = {name: handle for handle, name in found}
-        figure.legend(
-            handles.values(), handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(6, len(handles))
-        )
-        return titled(figure, title)
+        how = "Solid: harm put into benign runs; dashed: taken out of harmful ones. Bands: 95 % intervals over pairs."
+        return titled(figure, title, f"{caption} {how}", legend_of=axes[0])
 
 
-def plot_heads(data: pd.DataFrame, title: str) -> Figure:
+def plot_heads(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """What one head's exchanged output does to v_s: a panel a surface, blocks down, heads across.
 
     Args:
         data: `PatchEffects.summary` with `surface`, of single heads in one direction.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces = list(dict.fromkeys(data["surface"]))
     reach = max(float(data["delta_v_s_mean"].abs().max()), 1e-6)
@@ -203,15 +208,16 @@ def plot_heads(data: pd.DataFrame, title: str) -> Figure:
             axis.set_yticks(np.arange(values.shape[0]), values.index)
             axis.set(xlabel="head", ylabel="block", title=f"{surface} (n = {int(part['n'].max())} pairs)")
             figure.colorbar(image, ax=axis, label="change of v_s")
-        return titled(figure, title)
+        return titled(figure, title, f"{caption} Numbers stand where the 95 % interval leaves 0 out.")
 
 
-def plot_attribution(data: pd.DataFrame, title: str, shown: int = 14) -> Figure:
+def plot_attribution(data: pd.DataFrame, title: str, caption: str = "", shown: int = 14) -> Figure:
     """The parts of the token difference that differ most between the classes, with intervals.
 
     Args:
         data: `Attribution.table`: `component, label, mean, low, high, n`.
         title: the claim.
+        caption: what stands behind it.
         shown: how many parts.
     """
     means = data.pivot(index="component", columns="label", values="mean")
@@ -221,22 +227,24 @@ def plot_attribution(data: pd.DataFrame, title: str, shown: int = 14) -> Figure:
         for number, label in enumerate(LABELS):
             rows = data[data["label"] == label].set_index("component").reindex(order)
             y = np.arange(len(order)) + (number - 0.5) * 0.3
-            error = np.clip([rows["mean"] - rows["low"], rows["high"] - rows["mean"]], 0, None)
+            error = bar_lengths(rows, "mean")
             name = f"{label} (n = {int(rows['n'].min())})"
             axis.errorbar(rows["mean"], y, xerr=error, fmt=MARKERS[number], color=COLOURS[label], capsize=2, label=name)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set_yticks(np.arange(len(order)), order)
         axis.invert_yaxis()
         axis.set_xlabel("contribution to the logit difference, unsafe minus safe")
-        return titled(figure, title, axis)
+        how = f"The {len(order)} parts that differ most between the classes, with 95 % intervals."
+        return titled(figure, title, f"{caption} {how}", legend_of=axis)
 
 
-def plot_removals(data: pd.DataFrame, title: str) -> Figure:
+def plot_removals(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """How many positions have to go before the decision changes: the share of requests flipped by at most that many.
 
     Args:
         data: columns `surface, flipped, size, chance`, a row a request.
         title: the claim.
+        caption: what stands behind it.
     """
     with style():
         figure, axis = plt.subplots(figsize=(6.5, 3.4))
@@ -244,14 +252,15 @@ def plot_removals(data: pd.DataFrame, title: str) -> Figure:
         for number, (surface, part) in enumerate(data.groupby("surface", sort=False)):
             sizes = np.arange(largest + 1)
             share = [(part["flipped"] & (part["size"] <= size)).mean() for size in sizes]
-            name = f"{surface} (n = {len(part)}; as many at random: {part['chance'].mean():.0%})"
+            name = f"{surface} (n = {len(part)}; random: {part['chance'].mean():.0%})"
             axis.step(sizes, share, where="post", color=SERIES[number], label=name)
             axis.plot(sizes, share, MARKERS[number], color=SERIES[number], markersize=4)
         axis.set(xlabel="positions removed, greedily", ylabel="share of decisions flipped", ylim=(-0.03, 1.03))
-        return titled(figure, title, axis)
+        how = "In the legend: how often as many positions, taken at random, flip the decision."
+        return titled(figure, title, f"{caption} {how}", legend_of=axis)
 
 
-def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str) -> Figure:
+def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Left: share given the unsafe token, by what is ablated. Right: cosines of
     the gate's directions, with the band in which 95 % of random directions lie.
 
@@ -259,6 +268,7 @@ def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str) -> Figu
         data: columns `surface, label, run, value, low, high, n`.
         cosines: of `probes.gate.safety_attention.cosine_table`.
         title: the claim.
+        caption: what stands behind it.
     """
     runs = list(dict.fromkeys(data["run"]))
     groups = list(dict.fromkeys(zip(data["surface"], data["label"], strict=True)))
@@ -267,25 +277,27 @@ def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str) -> Figu
         for number, run in enumerate(runs):
             rows = data[data["run"] == run].set_index(["surface", "label"]).reindex(groups)
             x = np.arange(len(groups)) + 0.19 * (number - (len(runs) - 1) / 2)
-            error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+            error = bar_lengths(rows)
             left.errorbar(x, rows["value"], yerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2, label=run)
         left.set_xticks(np.arange(len(groups)), [f"{surface}\n{label}" for surface, label in groups], fontsize=8)
         left.set(ylabel="share given the unsafe token", ylim=(-0.03, 1.03), title=f"ablated (n ≥ {data['n'].min()})")
         names = [f"{row.gate_direction} · {row.direction}" for row in cosines.itertuples()]
         y = np.arange(len(names))
-        error = np.nan_to_num(
-            np.clip([cosines["cosine"] - cosines["low"], cosines["high"] - cosines["cosine"]], 0, None)
-        )
+        error = bar_lengths(cosines, "cosine")
         chance = float(cosines["chance"].max())
         right.axvspan(-chance, chance, color="grey", alpha=0.25)
         right.errorbar(cosines["cosine"], y, xerr=error, fmt="o", color=SERIES[5], capsize=2)
         right.set_yticks(y, names, fontsize=8)
         right.invert_yaxis()
-        right.set(xlim=(-1.03, 1.03), xlabel="cosine (grey: random directions)")
-        return titled(figure, title, left)
+        right.set(xlim=(-1.03, 1.03), xlabel="cosine")
+        how = (
+            "Left: bars are 95 % intervals over topics. Right: cosines of the gate's directions with others; grey: "
+            "where 95 % of random directions lie."
+        )
+        return titled(figure, title, f"{caption} {how}", legend_of=left)
 
 
-def plot_reliability(data: Mapping[str, Reliability], title: str) -> Figure:
+def plot_reliability(data: Mapping[str, Reliability], title: str, caption: str = "") -> Figure:
     """Reliability curves: share of harmful requests by v_s, a panel an attack, with Wilson intervals."""
     with style():
         columns = min(3, len(data))
@@ -295,12 +307,12 @@ def plot_reliability(data: Mapping[str, Reliability], title: str) -> Figure:
         for axis, (name, found) in zip(axes.flat, data.items(), strict=False):
             curve = found.curve
             axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-            error = np.clip([curve["share"] - curve["low"], curve["high"] - curve["share"]], 0, None)
+            error = bar_lengths(curve, "share")
             axis.errorbar(curve["mean_score"], curve["share"], yerr=error, fmt="o", color=SERIES[0], capsize=2)
-            brier, ece = (f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in (found.brier, found.ece))
-            axis.set_title(f"{name} (n = {found.n})\nBrier {brier}\nECE {ece}", fontsize=8)
+            axis.set_title(f"{name} (n = {found.n})\nBrier {found.brier.text()}\nECE {found.ece.text()}", fontsize=8)
         for axis in axes.flat[len(data) :]:
             axis.axis("off")
         figure.supxlabel("v_s", fontsize=9)
         figure.supylabel("share of harmful requests", fontsize=9)
-        return titled(figure, title)
+        how = "Bars: 95 % intervals (Wilson); ECE: expected calibration error."
+        return titled(figure, title, f"{caption} {how}")

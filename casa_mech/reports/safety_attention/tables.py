@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from casa_mech.attacks import apply_with_twins
+from casa_mech.attacks import apply_to_pairs
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa
 from casa_mech.casa.casa import REFUSAL
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
-from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import Topic, default_world
 from casa_mech.queries import Query, TextPart
-from casa_mech.study.artifacts import BENIGN_ATTACKS, LABELS, SURFACES, Study
-from casa_mech.study.settings import slug
+from casa_mech.study.study import BENIGN_ATTACKS, LABELS, SURFACES, Study
 from casa_mech.trace.sites import Site
 from probes.activations import Activations, collect
 from probes.gate.attribution import Attribution, attribute_token_difference
@@ -44,15 +42,7 @@ def kept_table(
     study: Study, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame], model: str = ""
 ) -> pd.DataFrame:
     """The table `analysis/<name>`, made once for a gate and `key`, then read."""
-    model = model or study.settings.model
-    study.casa(model)
-    trained = file_sha256(study.folder.path("gates", slug(model), "done.json"))
-
-    def write(folder: Path) -> None:
-        build().to_parquet(folder / "table.parquet")
-
-    folder = study.folder.artifact("analysis", name, {"gate": trained, **key}, write)
-    return pd.read_parquet(folder / "table.parquet")
+    return study.table("analysis", name, {"gate": study.gate_digest(model), **key}, build)
 
 
 def v_s_by_attack(study: Study) -> pd.DataFrame:
@@ -84,7 +74,7 @@ def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Matche
             break
         originals, twins = [list(part) for part in zip(*proposed, strict=True)]
         options = {"tokenizer": omni.tokenizer, "wording": MICRO_WORLD}
-        both = apply_with_twins(attack, originals, twins, study.settings.seed, **options)
+        both = apply_to_pairs(attack, originals, twins, study.settings.seed, **options)
         candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
         try:
             pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}
@@ -175,7 +165,7 @@ def refusals(study: Study) -> tuple[str, ...]:
 
 
 def refusal_direction(study: Study) -> RefusalDirection:
-    """The refusal direction of the model before CASA (its gate disabled), found by the rules of method notes §5.4.
+    """The refusal direction of the model before CASA (its gate disabled), found by the rules of docs/method.md §5.4.
 
     Where no candidate meets them all it is the best one; where the model refuses too little to tell, the difference in
     means before the middle block. `rules_met` says so. It is found on requests of its own.

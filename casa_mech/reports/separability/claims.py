@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from casa_mech.judging.estimate import Estimate
 from casa_mech.reports.claim import Claim
 from casa_mech.study.settings import slug
 from probes.linear.gate_transfer import TransferPrediction, transfer_prediction
@@ -53,8 +54,8 @@ def prediction_claim(points: pd.DataFrame, seed: int) -> str:
     found = transfer_prediction(points, seed=seed)
     return (
         f"Transfer from text of a linear probe and of CASA, {found.clusters} gates: rank correlation "
-        f"{found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}];\n"
-        f"within a model and surface {found.within:.2f} [{found.within_low:.2f}, {found.within_high:.2f}]"
+        f"{Estimate(found.spearman, found.low, found.high).text()};\n"
+        f"within a model and surface {Estimate(found.within, found.within_low, found.within_high).text()}"
     )
 
 
@@ -69,18 +70,18 @@ def closing_claims(
     away = here[(here["fit"] == "text") & (here["surface"] != "text")].set_index("surface")
     least = away["auroc"].idxmin()
     found = transfer_prediction(points, seed=seed)
+    matched = Estimate(*lengths.loc[weakest, ["matched", "matched_low", "matched_high"]])
     finds = "finds" if (own["low"] > 0.5).all() else "is not shown to find"
     return [
         _claim(
             f"{slug(model)}: before CASA a linear probe {finds} harm in unseen topics on every surface; the weakest is "
-            f"{weakest}, where among prompts of equal length it has {lengths.at[weakest, 'matched']:.2f} "
-            f"[{lengths.at[weakest, 'matched_low']:.2f}, {lengths.at[weakest, 'matched_high']:.2f}]",
+            f"{weakest}, where among prompts of equal length it has {matched.text()}",
             "probe_controls", own.loc[weakest], "labels dealt anew among topics, 999 draws",
             "on fresh requests the interval of a surface holds 0.5, or holds it among prompts of equal length",
         ),
         _claim(
             f"{slug(model)}: fitted on text alone, the probe carries over least to {least} (there: own probe "
-            f"{own.at[least, 'auroc']:.2f} [{own.at[least, 'low']:.2f}, {own.at[least, 'high']:.2f}])",
+            f"{Estimate(*own.loc[least, ['auroc', 'low', 'high']]).text()})",
             "transfer_matrix", away.loc[least], "labels dealt anew among topics, 999 draws",
             "on fresh requests its interval lies elsewhere; if it reaches the own probe's, nothing is lost on the way",
         ),
@@ -95,7 +96,7 @@ def _claim(statement: str, figure: str, row: pd.Series, test: str, refuted: str)
 
 def _prediction(found: TransferPrediction) -> Claim:
     holds = "predicts" if found.low > 0 else "is not shown to predict"
-    within = f"{found.within:.2f} [{found.within_low:.2f}, {found.within_high:.2f}]"
+    within = Estimate(found.within, found.within_low, found.within_high).text()
     return Claim(
         f"over models, layers and training steps the transfer of a text probe {holds} CASA's transfer (rank "
         f"correlation; within a model and surface {within})",

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+from casa_mech.judging.estimate import Estimate
 
 _LINES = {
     "auroc": ("logistic probe", "low", "high", "-"),
@@ -22,12 +23,13 @@ _LINES = {
 }
 
 
-def plot_matrix(data: pd.DataFrame, title: str, at_most: int = 5) -> Figure:
+def plot_matrix(data: pd.DataFrame, title: str, caption: str = "", at_most: int = 5) -> Figure:
     """Transfer matrices: a panel for each site and choice of positions, fitted down, judged across, AUROC in the cell.
 
     Args:
         data: columns `positions, site, fit, surface, auroc, low, high, n`.
         title: the claim.
+        caption: what stands behind it.
         at_most: sites that are drawn, spread evenly over the depth; the CSV beside the figure has all.
     """
     sites = _spread(list(dict.fromkeys(data["site"])), at_most)
@@ -43,16 +45,17 @@ def plot_matrix(data: pd.DataFrame, title: str, at_most: int = 5) -> Figure:
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nfitted on")
         for axis in axes[-1]:
             axis.set_xlabel(f"judged on (n = {int(data['n'].min())})")
-        return titled(figure, f"{title}\nAUROC on unseen topics [95 % interval]")
+        return titled(figure, title, f"{caption} Cells: AUROC on unseen topics [95 % interval].")
 
 
-def plot_controls(data: pd.DataFrame, title: str) -> Figure:
+def plot_controls(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Probes beside their controls by layer: a column a surface, a row a choice of positions.
 
     Args:
         data: columns `positions, site, surface, n`, `permuted_low, permuted_high`, and `auroc`, `mean_difference`,
             `matched`, `length` with their intervals (`probes.linear.separability.controls`).
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
     with style():
@@ -66,15 +69,16 @@ def plot_controls(data: pd.DataFrame, title: str) -> Figure:
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
         for axis in axes[-1]:
             axis.set_xlabel("layer (norm: after the final norm)")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bands: 95 % intervals.", legend_of=axes[0][0])
 
 
-def plot_prediction(data: pd.DataFrame, title: str) -> Figure:
+def plot_prediction(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Transfer of the text probe (across) and of CASA (up), a point a gate and surface, with 95 % intervals.
 
     Args:
         data: `probes.linear.gate_transfer.POINT_COLUMNS`.
         title: the claim.
+        caption: what stands behind it.
     """
     models, surfaces = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["surface"]))
     longest = data["steps"].max()
@@ -82,10 +86,10 @@ def plot_prediction(data: pd.DataFrame, title: str) -> Figure:
         figure, axis = plt.subplots(figsize=(5.6, 4.6))
         for row in data.itertuples():
             colour = SERIES[models.index(row.model) % len(SERIES)]
-            x_error = np.clip([[row.probe - row.probe_low], [row.probe_high - row.probe]], 0, None)
-            y_error = np.clip([[row.casa - row.casa_low], [row.casa_high - row.casa]], 0, None)
+            across = np.clip([[row.probe - row.probe_low], [row.probe_high - row.probe]], 0, None)
+            upwards = np.clip([[row.casa - row.casa_low], [row.casa_high - row.casa]], 0, None)
             axis.errorbar(
-                row.probe, row.casa, xerr=x_error, yerr=y_error, fmt=MARKERS[surfaces.index(row.surface)], color=colour,
+                row.probe, row.casa, xerr=across, yerr=upwards, fmt=MARKERS[surfaces.index(row.surface)], color=colour,
                 markerfacecolor=colour if row.steps == longest else "white", markersize=5, elinewidth=0.6, alpha=0.85,
             )  # fmt: skip
         ends = [min(data["probe_low"].min(), data["casa_low"].min(), 0.5), 1.0]
@@ -97,7 +101,7 @@ def plot_prediction(data: pd.DataFrame, title: str) -> Figure:
         handles += [_key(f"{longest} steps")]
         handles += [_key(f"{steps} steps", filled=False) for steps in sorted(set(data["steps"]) - {longest})]
         axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
-        return titled(figure, title)
+        return titled(figure, title, f"{caption} Bars: 95 % intervals; the line: equal AUROCs.")
 
 
 def _key(label: str, colour: str = "grey", marker: str = "o", filled: bool = True) -> Line2D:
@@ -112,7 +116,7 @@ def _matrix(axis: Axes, part: pd.DataFrame, surfaces: Sequence[str]) -> None:
     for row, fit in enumerate(surfaces):
         for column, on in enumerate(surfaces):
             cell = cells.loc[(fit, on)]
-            text = f"{cell['auroc']:.2f}\n[{cell['low']:.2f}, {cell['high']:.2f}]"
+            text = f"{cell['auroc']:.2f}\n{Estimate(*cell[['auroc', 'low', 'high']]).bounds()}"
             dark = cell["auroc"] < 0.75
             axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
     axis.set_xticks(range(len(surfaces)), surfaces)
@@ -141,12 +145,13 @@ def _spread(names: Sequence[str], at_most: int) -> list[str]:
 POSITIONS = {"last": "last prompt position", "mean": "mean over the prompt"}
 
 
-def plot_planes(data: pd.DataFrame, title: str) -> Figure:
+def plot_planes(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Harmful and benign queries in the PCA plane: a column a surface, a row (and a plane) a choice of positions.
 
     Args:
         data: columns `positions, surface, label, x, y, explained_x, explained_y, silhouette`, one row a query.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
     with style():
@@ -166,15 +171,17 @@ def plot_planes(data: pd.DataFrame, title: str) -> Figure:
                 axis.set_xlabel(f"PC 1 ({here['explained_x'].iloc[0]:.0%} of variance)")
             share = f"PC 2 ({here['explained_y'].iloc[0]:.0%} of variance)"
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\n{share}")
-        return titled(figure, title, axes[0][0])
+        how = "Points: requests. One plane a row, so that its panels share their axes."
+        return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])
 
 
-def plot_probes(data: pd.DataFrame, title: str) -> Figure:
+def plot_probes(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Probe AUROC by layer with 95 % intervals and chance: fitted on each surface, and fitted on text alone.
 
     Args:
         data: columns `positions, site, surface, measure, auroc, low, high, n`; a row of panels for each `positions`.
         title: the claim.
+        caption: what stands behind it.
     """
     surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
     panels = {"probe": "fitted on the same surface", "transfer": "fitted on text, judged on another surface"}
@@ -186,7 +193,7 @@ def plot_probes(data: pd.DataFrame, title: str) -> Figure:
                 _layers(axis, here, measure, surfaces)
                 axis.set_title(f"probe {name}")
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bands: 95 % intervals.", legend_of=axes[0])
 
 
 def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -> None:

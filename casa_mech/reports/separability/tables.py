@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -11,10 +10,9 @@ import pandas as pd
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.evaluation.evaluate import PRETRAINED
 from casa_mech.identity import key_digest
-from casa_mech.judging import auroc_interval
-from casa_mech.omni import load_omni
-from casa_mech.study.artifacts import LABELS, SURFACES, Study
+from casa_mech.judging.stats import auroc_interval
 from casa_mech.study.settings import slug
+from casa_mech.study.study import LABELS, SURFACES, Study
 from probes.activations import Activations
 from probes.linear.gate_transfer import join_points
 from probes.linear.separability import RESAMPLES, controls, pca_plane, separability_table, transfer_matrix
@@ -120,15 +118,13 @@ def _short_gate(study: Study, model: str, layer: Layer, steps: int) -> pd.DataFr
         "seed": study.settings.seed,
     }
 
-    def build(folder: Path) -> None:
-        fresh = load_omni(model, device=study.settings.device, dtype=study.settings.dtype)
-        casa = Casa.attach(fresh, config)
+    def build() -> pd.DataFrame:
+        casa = Casa.attach(study.new_omni(model), config)
         casa.train(study.training_examples(), settings, progress=study.progress)
         tables = [study.read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
-        pd.concat(tables, ignore_index=True).to_parquet(folder / "readings.parquet")
+        return pd.concat(tables, ignore_index=True)
 
-    folder = study.folder.artifact("transfer", f"{slug(model)}-{layer}-{steps}", key, build)
-    return pd.read_parquet(folder / "readings.parquet")
+    return study.table("transfer", f"{slug(model)}-{layer}-{steps}", key, build, "readings")
 
 
 def _gate_aurocs(study: Study, model: str, layer: Layer, steps: int, readings: pd.DataFrame) -> pd.DataFrame:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from casa_mech.judging import mean_interval, permutation_test, wilson
+from casa_mech.judging.hypothesis import paired_difference
 from casa_mech.reports.claim import Claim
 from casa_mech.reports.white_box.tables import EFFORTS, KNOWLEDGE, WhiteBoxTables
-from casa_mech.study.artifacts import Study
+from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 
@@ -60,12 +60,7 @@ def _paired(
     study: Study, statement: str, figure: str, first: pd.Series, second: pd.Series, topics: pd.Series, refuted: str
 ) -> Claim:
     """A claim on the mean of `first` minus `second`, of the same queries; interval and test go by topic."""
-    gap, clusters, seed = (first - second).to_numpy(), topics.tolist(), study.settings.seed
-    value, low, high = mean_interval(gap, clusters, seed)
-    if (gap == gap[0]).all():
-        # No spread to draw from: as wide as a rate of 0 in as many draws as there are topics.
-        reach = wilson(0, len(set(clusters)))[1]
-        low, high = max(-1.0, value - reach), min(1.0, value + reach)
-    p = permutation_test(first.to_numpy(), second.to_numpy(), clusters, seed)
-    whole = f"{statement}\n(difference {100 * value:.0f} points [{100 * low:.0f}, {100 * high:.0f}], n = {len(gap)})"
-    return Claim(whole, figure, len(gap), value, low, high, "paired permutation over topics", p, refuted)
+    change, p = paired_difference(first, second, topics.tolist(), study.settings.seed, outcomes=True)
+    points = change.times(100)
+    whole = f"{statement}\n(difference {points.value:.0f} points {points.bounds('.0f')}, n = {len(first)})"
+    return Claim(whole, figure, len(first), *change, "paired permutation over topics", p, refuted)

@@ -9,16 +9,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from casa_mech.figures import MARKERS, SERIES, style, titled
+from casa_mech.figures import MARKERS, SERIES, bar_lengths, style, titled
 
 
-def plot_rates_along(data: pd.DataFrame, title: str, units: Mapping[str, str]) -> Figure:
+def plot_rates_along(data: pd.DataFrame, units: Mapping[str, str], title: str, caption: str = "") -> Figure:
     """Rates along a budget or steps: a column a medium, a row a measure, a line an attacker, with 95 % intervals.
 
     Args:
         data: columns `medium, attacker, measure, x, n, value, low, high`.
-        title: the claim.
         units: for each medium, in the order of the columns, what `x` counts.
+        title: the claim.
+        caption: what stands behind it.
     """
     measures, attackers = list(dict.fromkeys(data["measure"])), list(dict.fromkeys(data["attacker"]))
     with style():
@@ -31,7 +32,7 @@ def plot_rates_along(data: pd.DataFrame, title: str, units: Mapping[str, str]) -
                 for number, attacker in enumerate(attackers):
                     rows = part[part["attacker"] == attacker].set_index("x").reindex(places)
                     x = np.arange(len(places)) + 0.06 * (number - (len(attackers) - 1) / 2)
-                    error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None) * 100
+                    error = 100 * bar_lengths(rows)
                     axis.errorbar(
                         x, 100 * rows["value"], yerr=error, marker=MARKERS[number], color=SERIES[number], capsize=2,
                         markersize=4.5, linestyle="-" if number == 0 else "--", label=f"attacker {attacker}",
@@ -42,15 +43,16 @@ def plot_rates_along(data: pd.DataFrame, title: str, units: Mapping[str, str]) -
             axis.set_title(f"{medium} (n = {int(data[data['medium'] == medium]['n'].min())})")
         for axis, unit in zip(axes[-1], units.values(), strict=True):
             axis.set_xlabel(unit)
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bars: 95 % intervals (Wilson).", legend_of=axes[0][0])
 
 
-def plot_ablation(data: pd.DataFrame, title: str) -> Figure:
+def plot_ablation(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Rates of the intact and the ablated model, surface by surface: a panel a system and measure.
 
     Args:
         data: columns `surface, system, measure, moment, n, value, low, high`.
         title: the claim.
+        caption: what stands behind it.
     """
     panels = list(dict.fromkeys(zip(data["system"], data["measure"], strict=True)))
     surfaces, moments = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["moment"]))
@@ -60,7 +62,7 @@ def plot_ablation(data: pd.DataFrame, title: str) -> Figure:
             part = data[(data["system"] == system) & (data["measure"] == measure)]
             for number, moment in enumerate(moments):
                 rows = part[part["moment"] == moment].set_index("surface").reindex(surfaces)
-                error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None) * 100
+                error = 100 * bar_lengths(rows)
                 axis.bar(
                     np.arange(len(surfaces)) + 0.36 * (number - 0.5), 100 * rows["value"], 0.34, yerr=error, capsize=2,
                     color=SERIES[number], hatch="//" if number else "", label=f"{moment} (n = {int(rows['n'].min())})",
@@ -68,4 +70,4 @@ def plot_ablation(data: pd.DataFrame, title: str) -> Figure:
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(title=f"{system}: {measure}", ylim=(0, 104))
         axes[0][0].set_ylabel("harmful requests, %")
-        return titled(figure, title, axes[0][0])
+        return titled(figure, title, f"{caption} Bars: 95 % intervals (Wilson).", legend_of=axes[0][0])

@@ -17,12 +17,14 @@ import torch
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
-from casa_mech.judging import Judge, value_row, wilson
+from casa_mech.judging import Judge
+from casa_mech.judging.results import value_row
+from casa_mech.judging.stats import rate
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import kept_table, refusal_direction
-from casa_mech.study.artifacts import SURFACES, Study
 from casa_mech.study.settings import ProfileName
+from casa_mech.study.study import SURFACES, Study
 from casa_mech.whitebox import (
     Aim,
     AttackResult,
@@ -210,8 +212,7 @@ def ablation_data(tables: WhiteBoxTables) -> pd.DataFrame:
 
 
 def _rate(hits: pd.Series) -> dict[str, float]:
-    low, high = wilson(int(hits.sum()), len(hits))
-    return {"n": len(hits), "value": float(hits.mean()), "low": low, "high": high}
+    return {"n": len(hits), **rate(int(hits.sum()), len(hits))._asdict()}
 
 
 def white_box_rows(study: Study, rates: Sequence[pd.DataFrame], ablation: pd.DataFrame) -> list[dict[str, Any]]:

@@ -1,0 +1,332 @@
+"""`Study`: what the notebooks share. Each piece is made once in the run folder and found there by whoever asks next."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from casa_mech.attacks import STUDY_ATTACKS, apply_attack
+from casa_mech.casa import Casa, CasaConfig, TrainSettings
+from casa_mech.casa.generation import Order
+from casa_mech.draws import BENIGN, Draw
+from casa_mech.errors import InputError
+from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
+from casa_mech.figures import save_figure
+from casa_mech.files import write_text
+from casa_mech.identity import file_sha256, key_digest
+from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
+from casa_mech.judging.verdict import Judge
+from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.organism.wording import MICRO_WORLD
+from casa_mech.organism.world import default_world
+from casa_mech.queries import Example, Label, Query
+from casa_mech.study.folder import RunFolder
+from casa_mech.study.manifest import data_hashes
+from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
+from probes.activations import Activations, ActivationStore
+from probes.activations.shards import FORMAT
+
+PREFILL_FIRST = "CASA, prefill first"
+"""CASA with the attacker's tokens before the gate (`prefill_first`). Plain `CASA` decides right after the header."""
+SURFACES = {"text": "plain", "spelled": "spelled", "image": "image", "audio": "audio"}
+"""The attack that puts a plain request on each surface."""
+BENIGN_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
+"""Attacks that the attack table also puts benign requests under."""
+LABELS: tuple[Label, ...] = ("harmful", "benign")
+Moment = Literal["before", "after"]
+"""Of a gate's training."""
+
+
+class Study:
+    """One study on one run folder. Make it with `Study.open`."""
+
+    def __init__(self, settings: StudySettings, sizes: Profile, folder: RunFolder, progress: bool) -> None:
+        self.settings, self.sizes, self.folder, self.progress = settings, sizes, folder, progress
+        self._omnis: dict[str, Omni] = {}
+        self._gates: dict[str, Casa] = {}
+
+    @classmethod
+    def open(
+        cls, out: str | Path = "", *, progress: bool = True, sizes: Mapping[str, int] | None = None, **settings: object
+    ) -> Study:
+        """Open or begin a study.
+
+        Args:
+            out: the run folder; empty: `runs/<model>-<profile>-seed<seed>` under the working directory.
+            progress: whether to draw bars.
+            sizes: numbers that take the place of the profile's (see `Profile`); zeros are passed over.
+            settings: fields of `StudySettings`.
+
+        Raises:
+            InputError: a setting or size that does not fit. RunError: a run folder that cannot be used.
+        """
+        checked = settings_of(**settings)
+        changed = {name: value for name, value in (sizes or {}).items() if value}
+        for name, value in changed.items():
+            if name not in Profile.model_fields or value < 1:
+                raise InputError(f"{name}={value}: sizes are {', '.join(Profile.model_fields)}, each at least 1")
+        folder = RunFolder.open(out or checked.default_folder, checked)
+        return cls(checked, checked.sizes.model_copy(update=changed), folder, progress)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of the attack table; the first is the one under study."""
+        return self.settings.models
+
+    @property
+    def name(self) -> str:
+        """The model under study, as titles and file names call it."""
+        return slug(self.settings.model)
+
+    # The models
+
+    def omni(self, model: str = "") -> Omni:
+        """The model (default: the one under study), loaded once and written down for the manifest."""
+        model = model or self.settings.model
+        if model not in self._omnis:
+            omni = self.new_omni(model)
+            record = {
+                "source": model,
+                "fingerprint": omni.fingerprint(),
+                "parameters": sum(weight.numel() for weight in omni.model.parameters()),
+                "d_model": omni.d_model,
+                "n_layers": omni.n_layers,
+                "device": str(omni.device),
+                "dtype": str(omni.dtype).removeprefix("torch."),
+            }
+            write_text(self.folder.path("models", f"{slug(model)}.json"), json.dumps(record, indent=2) + "\n")
+            self._omnis[model] = omni
+        return self._omnis[model]
+
+    def new_omni(self, model: str = "") -> Omni:
+        """Another copy of the model, for weights that are changed: two adapters cannot be in one copy at once."""
+        settings = self.settings
+        return load_omni(model or settings.model, device=settings.device, dtype=settings.dtype)
+
+    @contextmanager
+    def without_gate(self, model: str = "") -> Iterator[Omni]:
+        """The model as it was loaded, for the length of a block, whether or not a gate is attached to it."""
+        casa = self._gates.get(model or self.settings.model)
+        with casa.disabled() if casa else nullcontext():
+            yield self.omni(model)
+
+    def judge(self, model: str = "") -> Judge:
+        """The exact judge for a model of the micro-world, the keyword judge (an upper bound) for any other."""
+        return MicroWorldJudge() if self.omni(model).speaks_micro_world else KeywordJudge()
+
+    # The gate
+
+    def casa(self, model: str = "") -> Casa:
+        """CASA trained on plain text, attached to the model; trained on the first call, continued if it was stopped."""
+        model = model or self.settings.model
+        if model not in self._gates:
+            key = self.gate_key(model)
+            folder = self.folder.artifact("gates", slug(model), key, lambda new: self._train(model, new))
+            if model not in self._gates:
+                self._gates[model] = Casa.from_pretrained(folder, self.omni(model))
+        return self._gates[model]
+
+    def _train(self, model: str, new: Path) -> None:
+        work = self.folder.path("gates", f"training-{slug(model)}-{key_digest(self.gate_key(model))}")
+        work.mkdir(parents=True, exist_ok=True)
+        casa = Casa.attach(self.omni(model), CasaConfig())
+        casa.train(self.training_examples(), self.train_settings, out=work, resume=True, progress=self.progress)
+        casa.save_pretrained(new)
+        shutil.copy(work / "metrics.jsonl", new / "metrics.jsonl")
+        shutil.rmtree(work)
+        self._gates[model] = casa
+
+    @contextmanager
+    def _casa_at(self, model: str, moment: Moment) -> Iterator[Casa]:
+        """The trained gate, or a freshly attached one on a model of its own."""
+        if moment == "after":
+            yield self.casa(model)
+            return
+        casa = Casa.attach(self.new_omni(model), CasaConfig())
+        yield casa
+        casa.detach()
+
+    def training_examples(self) -> list[Example]:
+        """The plain-text requests and replies that gates are trained on."""
+        return default_world().training_examples(self.sizes.train_examples, Draw.TRAINING + self.settings.seed)
+
+    @cached_property
+    def train_settings(self) -> TrainSettings:
+        """How gates are trained."""
+        return TrainSettings(
+            max_steps=self.sizes.train_steps,
+            batch_size=self.sizes.train_batch,
+            micro_batch_size=min(32, self.sizes.train_batch),
+            seed=self.settings.seed,
+        )
+
+    def training_log(self, model: str = "") -> pd.DataFrame:
+        """Metrics of every training step: `step, loss, v_harmful, v_benign, token_accuracy`, and loss parts."""
+        model = model or self.settings.model
+        self.casa(model)
+        return pd.read_json(self.folder.path("gates", slug(model), "metrics.jsonl"), lines=True)
+
+    # What tables are made of
+
+    def queries(self, attack: str, label: Label, n: int = 0, seed: int = Draw.EVALUATION) -> list[Query]:
+        """Requests in held-out phrasings, on seen and held-out topics, under `attack`.
+
+        The two labels are drawn apart: with one seed each harmful request would have a benign counterpart of the same
+        wording, and a probe that met the counterpart in training would be pushed the wrong way.
+
+        Args:
+            attack: a name of the registry.
+            label: of all of them.
+            n: how many; 0: the profile's `n_eval`.
+            seed: a `Draw`; the study's own seed is added.
+        """
+        seed += BENIGN * (label == "benign") + self.settings.seed
+        requests = default_world().requests(n or self.sizes.n_eval, seed, label, templates="held_out")
+        return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer, wording=MICRO_WORLD)
+
+    def table(
+        self, kind: str, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame], stem: str = "table"
+    ) -> pd.DataFrame:
+        """A table that is made once for a `key`, kept as `<kind>/<name>/<stem>.parquet` in the run folder, then read.
+
+        Args:
+            kind, name, key: as for `RunFolder.artifact`.
+            build: makes the table.
+            stem: the file's name without its suffix.
+        """
+        folder = self.folder.artifact(kind, name, key, lambda new: build().to_parquet(new / f"{stem}.parquet"))
+        return pd.read_parquet(folder / f"{stem}.parquet")
+
+    def model_key(self, model: str = "") -> dict[str, Any]:
+        """The part of an artifact's key that stands for the model, the seed and the package's data."""
+        return {"model": self.omni(model).fingerprint(), "seed": self.settings.seed, "data": key_digest(data_hashes())}
+
+    def gate_key(self, model: str = "") -> dict[str, Any]:
+        """All that a trained gate depends on."""
+        training = {"examples": self.sizes.train_examples, "train": self.train_settings.model_dump(mode="json")}
+        return {**self.model_key(model), **training, "casa": CasaConfig().model_dump(mode="json")}
+
+    def gate_digest(self, model: str = "") -> str:
+        """SHA-256 of the trained gate's record, which holds its key and the hashes of its files."""
+        self.casa(model)
+        return file_sha256(self.folder.path("gates", slug(model or self.settings.model), "done.json"))
+
+    # Tables that several notebooks read
+
+    def activations(self, positions: Literal["last", "mean"] = "last", model: str = "") -> Activations:
+        """Hidden states before CASA of harmful and benign requests on text, image and audio.
+
+        Args:
+            positions: the assistant header's last token, from which the first word is predicted, or the prompt's mean.
+            model: default the one under study.
+        """
+        return self.activation_store(model).activations(positions)
+
+    def activation_store(self, model: str = "") -> ActivationStore:
+        """The store behind `activations`: every block's output and the final norm's, last position and prompt mean."""
+        key = {**self.model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"], "format": FORMAT}
+
+        def build(folder: Path) -> None:
+            attacks = [attack for surface, attack in SURFACES.items() if surface != "spelled"]
+            queries = [
+                query
+                for attack in attacks
+                for label in LABELS
+                for query in self.queries(attack, label, self.sizes.n_probe, Draw.PROBING)
+            ]
+            with self.without_gate(model) as omni:
+                where: dict[str, Any] = {"out": folder / "store", "batch_size": self.sizes.batch_size}
+                ActivationStore.collect(omni, queries, None, ("last", "mean"), **where, progress=self.progress)
+
+        name = slug(model or self.settings.model)
+        return ActivationStore.open(self.folder.artifact("activations", name, key, build) / "store")
+
+    def readings(self, model: str = "") -> pd.DataFrame:
+        """v_s of every probing request, before and after training: `moment, surface, label, split, topic, v_s, ...`."""
+        moments: tuple[Moment, ...] = ("before", "after")
+        return pd.concat(
+            [self._readings_at(moment, model or self.settings.model) for moment in moments], ignore_index=True
+        )
+
+    def _readings_at(self, moment: Moment, model: str) -> pd.DataFrame:
+        key = {**self.model_key(model), "n": self.sizes.n_probe, "gate": key_digest(self.gate_key(model))}
+
+        def build() -> pd.DataFrame:
+            with self._casa_at(model, moment) as casa:
+                tables = [self.read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
+            return pd.concat(tables, ignore_index=True).assign(moment=moment)
+
+        return self.table("readings", f"{slug(model)}-{moment}", key, build, "readings")
+
+    def read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
+        """Decisions of a gate on the probing requests of a surface and label: `surface, label, topic, ..., v_s`."""
+        queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, Draw.PROBING)
+        replies = casa.decide(queries)
+        return pd.DataFrame(
+            {
+                "surface": surface,
+                "label": label,
+                "topic": [query.meta["topic"] for query in queries],
+                "split": [query.meta["split"] for query in queries],
+                "query_id": [query.id for query in queries],
+                "safety_token": [reply.safety_token for reply in replies],
+                "v_s": [reply.v_s for reply in replies],
+            }
+        )
+
+    def replies(self, model: str, defense: str, attack: str, label: Label) -> pd.DataFrame:
+        """Replies to one cell of the attack table (columns: `evaluate.REPLY_COLUMNS`)."""
+        key = {**self.model_key(model), "n": self.sizes.n_eval, "tokens": self.sizes.max_new_tokens}
+        if defense != PRETRAINED:
+            key["gate"] = key_digest(self.gate_key(model))
+
+        def build() -> pd.DataFrame:
+            queries = self.queries(attack, label)
+            settings = GenerationSettings(max_new_tokens=self.sizes.max_new_tokens, batch_size=self.sizes.batch_size)
+            shared: dict[str, Any] = {"judge": self.judge(model), "defense": defense, "settings": settings}
+            if defense == PRETRAINED:
+                with self.without_gate(model) as omni:
+                    return evaluate(omni, None, queries, **shared).replies
+            order: Order = "prefill_first" if defense == PREFILL_FIRST else "gate_first"
+            return evaluate(self.omni(model), self.casa(model), queries, order=order, **shared).replies
+
+        cell = [slug(model), defense.lower().replace(", ", "-").replace(" ", "-"), attack, label]
+        return self.table("replies", "/".join(cell), key, build, "replies")
+
+    def cells(self) -> list[tuple[str, str, str, Label]]:
+        """The attack table's cells: (model, defense, attack, label)."""
+        cells: list[tuple[str, str, str, Label]] = []
+        for model in self.models:
+            for defense in (PRETRAINED, CASA):
+                cells += [(model, defense, attack, "harmful") for attack in STUDY_ATTACKS]
+                cells += [(model, defense, attack, "benign") for attack in BENIGN_ATTACKS]
+            prefills = [attack for attack in STUDY_ATTACKS if attack.startswith("prefill")]
+            cells += [(model, PREFILL_FIRST, attack, "harmful") for attack in prefills]
+        return cells
+
+    def attack_results(self) -> pd.DataFrame:
+        """The attack × model table in the result schema, from the replies to every cell."""
+        from tqdm import tqdm
+
+        cells = tqdm(self.cells(), desc="attack table", unit="cell", disable=not self.progress)
+        replies = pd.concat([self.replies(*cell) for cell in cells], ignore_index=True)
+        return pd.DataFrame(result_rows(replies, self.settings.seed))
+
+    # What notebooks leave
+
+    def save_figure(self, name: str, figure: Figure, data: pd.DataFrame) -> Figure:
+        """Save a figure as `figures/<name>` .png, .svg and .csv, and return it to be shown."""
+        save_figure(figure, data, self.folder.path("figures", name))
+        return figure
+
+    def save_table(self, name: str, rows: Sequence[Any] | pd.DataFrame) -> Path:
+        """Write result rows to `tables/<name>.parquet`."""
+        return write_table(rows, self.folder.path("tables", f"{name}.parquet"))
