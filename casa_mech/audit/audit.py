@@ -22,12 +22,13 @@ import pandas as pd
 from casa_mech.casa import Casa
 from casa_mech.defenses.base import Defense
 from casa_mech.errors import InputError
-from casa_mech.evaluation.evaluate import check_media, judge_for, reply_table, write_both
+from casa_mech.evaluation.evaluate import judge_for, reply_table, write_both
 from casa_mech.files import check_folder, writing
 from casa_mech.judging import Judge, judge_all
 from casa_mech.judging.bootstrap import bootstrap_interval
 from casa_mech.judging.stats import clusters_of, rate_interval
 from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni.media import check_media
 from casa_mech.queries import Query, Reply, SafetyToken
 
 if TYPE_CHECKING:

@@ -39,9 +39,11 @@ class BenignOptions:
 
     title: ClassVar[str] = "Benign counterparts"
 
-    twins: Annotated[str, typer.Option(help="Benign queries, as --queries: one for each, with the same draws.")] = ""
-    twins_column: Annotated[str | None, typer.Option(help="--column of --twins.")] = None
-    twins_meta: Annotated[list[str] | None, typer.Option(help="--meta of --twins.")] = None
+    benign: Annotated[
+        str, typer.Option(help="Benign queries, as --queries: one for each of them, rendered with the same draws.")
+    ] = ""
+    benign_column: Annotated[str | None, typer.Option(help="--column of --benign.")] = None
+    benign_meta: Annotated[list[str] | None, typer.Option(help="--meta of --benign.")] = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class RenderingOptions:
 
 @command(
     app,
-    example="casa-mech attack figstep --queries safebench-tiny --data sets --twins figstep-benign --out fs   "
+    example="casa-mech attack figstep --queries safebench-tiny --data sets --benign figstep-benign --out fs   "
     "(then: casa-mech evaluate --queries fs --gate gate)",
 )
 def attack(
@@ -75,12 +77,12 @@ def attack(
     seed: Seed = 0,
     as_json: Json = False,
     queries: AttackedOptions = AttackedOptions(),
-    benign: BenignOptions = BenignOptions(),
+    counterparts: BenignOptions = BenignOptions(),
     rendering: RenderingOptions = RenderingOptions(),
 ) -> None:
     """Render queries under an attack: PNG and WAV files and an index that evaluate reads. A stopped call continues.
 
-    With --twins, a benign counterpart of each query is rendered the same way (same voice, wrapper, layout). --model is
+    With --benign, a benign counterpart of each query is rendered the same way (same voice, wrapper, layout). --model is
     whose tokens a prefill counts (prefill-K for any K).
     """
     from casa_mech.attacks import Speech
@@ -96,18 +98,15 @@ def attack(
     from casa_mech.evaluation.attack_files import AttackChoice, QueryChoice, write_attacked
     from casa_mech.queries import Label
 
-    meta, benign_meta = _columns_of(queries.meta), _columns_of(benign.twins_meta)
+    meta, benign_meta = _columns_of(queries.meta), _columns_of(counterparts.benign_meta)
     # With counterparts the micro-world's requests are the harmful ones.
-    label = queries.label or ("harmful" if queries.queries == "world" and benign.twins else None)
+    label = queries.label or ("harmful" if queries.queries == "world" and counterparts.benign else None)
     attacked = QueryChoice(queries.queries, queries.n, cast("Label | None", label), queries.column, meta, queries.data)
-    counterparts = (
-        QueryChoice(benign.twins, None, "benign", benign.twins_column, benign_meta, queries.data)
-        if benign.twins
-        else None
-    )
+    benign = QueryChoice(counterparts.benign, None, "benign", counterparts.benign_column, benign_meta, queries.data)
     speech = Speech(name=rendering.voice, speed=rendering.speed, pitch=rendering.pitch, snr_db=_levels(rendering.snr))
     choice = AttackChoice(name, seed, rendering.wrappers, speech, rendering.picture, rendering.model, skip_unfit)
-    show(write_attacked(choice, attacked, out, counterparts, note, progress=True), as_json)
+    summary = write_attacked(choice, attacked, out, benign if counterparts.benign else None, note, progress=True)
+    show(summary, as_json)
 
 
 @command(app, example="casa-mech figstep figstep-data --out figures/figstep_comparison")

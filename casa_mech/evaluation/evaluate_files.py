@@ -17,7 +17,6 @@ from casa_mech.evaluation.evaluate import (
     PRETRAINED,
     VERDICTS,
     Evaluation,
-    check_media,
     evaluate,
     save_evaluation,
 )
@@ -26,6 +25,7 @@ from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.http_api import requests_of
 from casa_mech.omni import GenerationSettings, load_omni
+from casa_mech.omni.media import check_media
 from casa_mech.queries import LoadedQueries, Query
 
 if TYPE_CHECKING:
