@@ -33,7 +33,7 @@ class QuerySets(Protocol):
 
     @property
     def micro_world(self) -> bool:
-        """Whether the exact judge can judge the replies."""
+        """True where the exact judge can judge the replies."""
         ...
 
     def cells(self) -> list[Cell]:

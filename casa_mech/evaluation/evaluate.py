@@ -17,7 +17,7 @@ from casa_mech.evaluation.reply_parts import BATCHES_A_PART, LEAST_A_PART, Reply
 from casa_mech.files import writing
 from casa_mech.identity import weights_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, Verdict, VerdictStore, judge_all, write_table
-from casa_mech.judging.merit import Interval, fpr_row, outcome_rows
+from casa_mech.judging.merit import IntervalKind, fpr_row, outcome_rows
 from casa_mech.judging.results import Row, value_row
 from casa_mech.judging.stats import auroc_interval, clusters_of
 from casa_mech.omni import GenerationSettings, Omni
@@ -169,7 +169,7 @@ def check_media(queries: Iterable[Query]) -> None:
                 load_audio(part, f"query {query.id}")
 
 
-def result_rows(replies: pd.DataFrame, seed: int = 0, interval: Interval = "wilson") -> list[Row]:
+def result_rows(replies: pd.DataFrame, seed: int = 0, interval: IntervalKind = "wilson") -> list[Row]:
     """Rates for each model, defense, attack, surface and label, and what v_s tells apart.
 
     Metrics: `attack_success` (harmful, complied), `over_refusal` (benign, refused), `benign_answered` (benign,

@@ -8,14 +8,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from casa_mech.figures import MARKERS, SERIES, error_bars, style, titled
+from casa_mech.judging.published import NOT_MEASURED
+
+_RATES = "Attack success of other models on other benchmarks, counted by another judge; no intervals were published."
+_INTERVALS = (
+    "Attack success of other models on other benchmarks, counted by another judge. Bars: Wilson's 95 % intervals for "
+    "the smallest test set that fits all published rates of a benchmark; none were published."
+)
 
 
-def plot_published(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """The paper's own numbers, one panel a model: a row a benchmark, a marker a defence. No intervals were published.
+def plot_published(data: pd.DataFrame, title: str = NOT_MEASURED, caption: str = _RATES) -> Figure:
+    """The paper's own numbers, one panel a model: a row a benchmark, a marker a defence.
 
     Args:
         data: columns `model, defense, attack, value` (a fraction).
-        title: what the panels show.
+        title: says that nothing here was measured.
         caption: where the numbers are from.
     """
     models = list(dict.fromkeys(data["model"]))
@@ -34,7 +41,7 @@ def plot_published(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         return titled(figure, title, caption, legend_of=axes[0][0])
 
 
-def plot_published_rates(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+def plot_published_rates(data: pd.DataFrame, title: str = NOT_MEASURED, caption: str = _INTERVALS) -> Figure:
     """The paper's rates, a panel a model and table; intervals where a test-set size fits all rates of a benchmark.
 
     Args:

@@ -129,7 +129,7 @@ def test_rates_figure_draws_missing_cells() -> None:
             ("CASA", "image", "over_refusal"),
         )
     ]
-    figure = plot_rates(pd.DataFrame(rows), "claim", [("attack_success", "success"), ("over_refusal", "refusal")])
+    figure = plot_rates(pd.DataFrame(rows), [("attack_success", "success"), ("over_refusal", "refusal")], "claim")
     assert len(figure.axes) == 2
 
 

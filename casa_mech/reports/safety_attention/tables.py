@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from casa_mech.casa.casa import REFUSAL
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.judging import MicroWorldJudge
+from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.judging.stats import rate_interval
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import Topic, default_world
 from casa_mech.queries import Query, TextPart
@@ -25,56 +27,52 @@ from probes.activations import Activations, collect
 from probes.gate.attribution import Attribution, attribute_token_difference
 from probes.gate.calibration import Reliability, reliability
 from probes.gate.pairs import MatchedPair, aligned_pairs
-from probes.gate.patching import PatchEffects, ablate_directions, patch_effects
+from probes.gate.patching import INSERT, PatchEffects, ablate_directions, patch_effects
 from probes.gate.removal import minimal_sets, sets_table
-from probes.gate.safety_attention import AttentionMap, attention_maps, cosine_table, gate_directions
+from probes.gate.safety_attention import AttentionMap, attention_maps, attention_shares, cosine_table, gate_directions
 from probes.linear.estimators import LogisticProbe
 from probes.linear.refusal_direction import RefusalDirection, find_refusal_direction
 
 PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
 """Surfaces on which states are exchanged, and their attacks."""
 RANDOM_DIRECTIONS = 5
+WHOLE = "whole prompt"
+"""The span of a patch that exchanges all of them."""
 RUNS = ("nothing", "refusal direction", "gated model's own", "random direction")
 """What is ablated."""
 
 
-def kept_table(
-    study: Study, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame], model: str = ""
-) -> pd.DataFrame:
-    """The table `analysis/<name>`, made once for a gate and `key`, then read."""
-    return study.table("analysis", name, {"gate": study.gate_digest(model), **key}, build)
-
-
 def v_s_by_attack(study: Study) -> pd.DataFrame:
-    """The gate on every attack that has a benign twin: `attack, label, query_id, topic, split, v_s, unsafe`."""
+    """The gate on every attack of both labels: `attack, label, query_id, topic, split, v_s, unsafe`."""
 
     def build() -> pd.DataFrame:
         casa = study.casa()
         tables = [_readings(study, casa, attack, label) for attack in BENIGN_ATTACKS for label in LABELS]
         return pd.concat(tables, ignore_index=True)
 
-    return kept_table(study, "v_s-by-attack", {"n": study.sizes.n_probe}, build)
+    return study.gate_table("v_s-by-attack", {"n": study.sizes.n_probe}, build)
 
 
-def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[MatchedPair]:
-    """Up to `n` harmful requests under `attack`, each with a benign twin that differs in the key word alone and whose
-    prompt has the same layout: same phrasing, verb, article, and on a picture or in a clip as many tokens.
+def matched_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[MatchedPair]:
+    """Up to `n` harmful requests under `attack`, each with a benign counterpart that differs in the key word alone.
+
+    The two prompts have the same layout: phrasing, verb, article, and on a picture or in a clip as many tokens.
 
     Raises:
-        InputError: no request has such a twin.
+        InputError: no request has such a counterpart.
     """
     omni = study.omni()
-    # Half of the clips or more have no twin of as many tokens.
+    # Half of the clips or more have no counterpart of as many tokens.
     requests = study.queries("plain", "harmful", 2 * n, Draw.GATE_MEASUREMENT)
     waiting = list(requests)
     pairs: dict[str, MatchedPair] = {}
     for attempt in range(tries):
-        proposed = [(query, twin) for query in waiting if (twin := _twin(query, attempt)) is not None]
+        proposed = [(query, other) for query in waiting if (other := _counterpart(query, attempt)) is not None]
         if not proposed:
             break
-        originals, twins = [list(part) for part in zip(*proposed, strict=True)]
+        harmful, benign = (list(side) for side in zip(*proposed, strict=True))
         options = {"tokenizer": omni.tokenizer, "wording": MICRO_WORLD}
-        both = apply_to_pairs(attack, originals, twins, study.settings.seed, **options)
+        both = apply_to_pairs(attack, harmful, benign, study.settings.seed, **options)
         candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
         try:
             pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}
@@ -82,7 +80,7 @@ def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Matche
             continue
         waiting = [query for query in waiting if query.id not in pairs]
     if not pairs:
-        raise InputError(f"no request under {attack!r} has a benign twin of the same layout: add requests")
+        raise InputError(f"no request under {attack!r} has a benign counterpart of the same layout: add requests")
     return [pairs[query.id] for query in requests if query.id in pairs][:n]
 
 
@@ -92,12 +90,12 @@ def patching(study: Study, n: int) -> pd.DataFrame:
     def build() -> pd.DataFrame:
         casa = study.casa()
         tables = [
-            patch_effects(casa, twin_pairs(study, attack, n)).effects.assign(surface=surface)
+            patch_effects(casa, matched_pairs(study, attack, n)).effects.assign(surface=surface)
             for surface, attack in PATCHED.items()
         ]
         return pd.concat(tables, ignore_index=True)
 
-    return kept_table(study, "patching", {"n": n}, build)
+    return study.gate_table("patching", {"n": n}, build)
 
 
 def patch_summary(study: Study, effects: pd.DataFrame) -> pd.DataFrame:
@@ -109,6 +107,17 @@ def patch_summary(study: Study, effects: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def residual_rows(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a patching summary that exchange the residual stream."""
+    sites = summary["site"].str.fullmatch(r"embeddings|\d+")
+    return summary[sites & (summary["span"] != WHOLE)].reset_index(drop=True)
+
+
+def head_rows(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows that put one head of the harmful run into the benign one."""
+    return summary[(summary["head"] >= 0) & (summary["direction"] == INSERT)].reset_index(drop=True)
+
+
 def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
     """Safety attention over `n` harmful and `n` benign requests of each surface."""
     casa = study.casa()
@@ -118,6 +127,48 @@ def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
         )
         for surface, attack in SURFACES.items()
     }
+
+
+def examples(maps: Mapping[str, Sequence[AttentionMap]]) -> list[AttentionMap]:
+    """One harmful and one benign request of each surface to draw: those with the median v_s of their class."""
+    medians = []
+    for of_surface in maps.values():
+        for label in LABELS:
+            ranked = sorted((entry for entry in of_surface if entry.label == label), key=lambda entry: entry.v_s)
+            medians.append(ranked[len(ranked) // 2])
+    return medians
+
+
+def example_data(maps: Sequence[AttentionMap]) -> pd.DataFrame:
+    """The numbers of the drawn examples: `query_id, label, topic, v_s, position, token, role, weight`."""
+    tables = [
+        pd.DataFrame(
+            {
+                "query_id": attention.query_id,
+                "label": attention.label,
+                "topic": attention.topic,
+                "v_s": attention.v_s,
+                "position": np.arange(len(attention.tokens)),
+                "token": attention.tokens,
+                "role": attention.roles,
+                "weight": attention.weights,
+            }
+        )
+        for attention in maps
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def share_data(maps: Mapping[str, Sequence[AttentionMap]], seed: int) -> pd.DataFrame:
+    """Share of safety attention by `surface, span, label`, with intervals; a span that a request lacks has none."""
+    rows = []
+    for surface, of_surface in maps.items():
+        shares = attention_shares(of_surface)
+        for (label, span), group in shares.groupby(["label", "span"], sort=False):
+            mean, low, high = mean_interval(group["share"].to_numpy(), group["topic"].tolist(), seed)
+            where = {"surface": surface, "span": span, "label": label, "n": len(group)}
+            rows.append({**where, "mean": mean, "low": low, "high": high, "even": group["even"].mean()})
+    return pd.DataFrame(rows)
 
 
 def removals(study: Study, n: int) -> pd.DataFrame:
@@ -140,7 +191,7 @@ def removals(study: Study, n: int) -> pd.DataFrame:
             raise InputError("the gate flags no harmful request, so there is no decision to take away; train it longer")
         return pd.concat(tables, ignore_index=True)
 
-    return kept_table(study, "minimal-sets", {"n": n, "flagged_of": study.sizes.n_probe}, build)
+    return study.gate_table("minimal-sets", {"n": n, "flagged_of": study.sizes.n_probe}, build)
 
 
 def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
@@ -235,7 +286,17 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
         table = pd.concat(tables, ignore_index=True)
         return table.assign(run=[RUNS[min(index, 2) + 1] for index in table["ablated"]])
 
-    return kept_table(study, "ablation", {"n": n, "random": RANDOM_DIRECTIONS, "runs": list(RUNS)}, build)
+    return study.gate_table("ablation", {"n": n, "random": RANDOM_DIRECTIONS, "runs": list(RUNS)}, build)
+
+
+def ablation_data(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Share of requests given the unsafe token, by surface, label and run."""
+    rows = []
+    for (surface, label, run), group in table.groupby(["surface", "label", "run"], sort=False):
+        share = rate_interval(group["unsafe"].to_numpy(), group["topic"].tolist(), seed)
+        where = {"surface": surface, "label": label, "run": run, "n": group["query_id"].nunique()}
+        rows.append({**where, **share._asdict()})
+    return pd.DataFrame(rows)
 
 
 def attribution(study: Study, n: int) -> Attribution:
@@ -256,6 +317,15 @@ def calibration(
     return found
 
 
+def curve_data(calibrations: Mapping[str, Reliability]) -> pd.DataFrame:
+    """The reliability curves as one table, with each attack's scores."""
+    tables = []
+    for attack, entry in calibrations.items():
+        scores = {name: getattr(entry, name)[0] for name in ("brier", "ece", "bias")}
+        tables.append(entry.curve.assign(attack=attack, **scores))
+    return pd.concat(tables, ignore_index=True)
+
+
 def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame:
     queries = study.queries(attack, label, study.sizes.n_probe, Draw.GATE_MEASUREMENT)
     replies = casa.decide(queries)
@@ -272,7 +342,7 @@ def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame
     )
 
 
-def _twin(query: Query, attempt: int) -> Query | None:
+def _counterpart(query: Query, attempt: int) -> Query | None:
     """`query` about a benign topic with the same article and, where there is one, as many letters; another one at each
     `attempt`. None when there are no more."""
     world = default_world()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, error_bars, named_rows, style, titled
 
-_ENGLISH = {
+_SCORES = {
     "gate_auroc": (SERIES[5], MARKERS[0], "AUROC of v_s"),
     "token_auroc": (SERIES[2], MARKERS[1], "AUROC of the safety token's log-odds"),
     "words_auroc": (SERIES[1], MARKERS[3], "AUROC of words alone (logistic regression)"),
@@ -30,7 +30,7 @@ def plot_english(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     with style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.4 + 0.4 * len(panels)), sharey=True)
         rows = data[data["metric"] == "gate_auroc"].set_index("panel").reindex(panels)
-        for shift, (metric, (colour, marker, name)) in zip((-0.2, 0.0, 0.2), _ENGLISH.items(), strict=True):
+        for shift, (metric, (colour, marker, name)) in zip((-0.2, 0.0, 0.2), _SCORES.items(), strict=True):
             part = data[data["metric"] == metric].set_index("panel").reindex(panels)
             error_bars(left, part, np.arange(len(part)) + shift, colour, marker, name, scale=1)
         left.axvline(0.5, color="grey", linewidth=0.8)
