@@ -1,5 +1,25 @@
 """The one family of errors a user can cause; the command line prints them as one line and exits with status 2."""
 
+from __future__ import annotations
+
+from types import MappingProxyType
+
+EXTRAS = MappingProxyType(
+    {
+        "matplotlib": "study",
+        "papermill": "study",
+        "nbformat": "study",
+        "nbclient": "study",
+        "nbconvert": "study",
+        "jupyter_client": "study",
+        "traitlets": "study",
+        "transformer_lens": "lens",
+        "httpx": "judges",
+        "tenacity": "judges",
+    }
+)
+"""The extra that brings a module which the core does without."""
+
 
 class CasaMechError(Exception):
     """Base of every error that a user can cause and mend. The message names what was wrong, where, and the way out."""
@@ -15,3 +35,11 @@ class ModelError(CasaMechError, RuntimeError):
 
 class RunError(CasaMechError, RuntimeError):
     """A run folder that cannot be written, or that holds something else than the run expects."""
+
+
+def missing_extra(error: ImportError) -> str:
+    """One line that names the extra which brings the module that `error` misses; "" where no extra does."""
+    module = (error.name or "").partition(".")[0]
+    if module not in EXTRAS:
+        return ""
+    return f"this needs {module}, which is not installed: pip install 'casa-mech[{EXTRAS[module]}]'"

@@ -132,7 +132,7 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 def _near(other: Path, path: Path) -> bool:
-    """Whether an error's file is the target, inside it, or on the way to it (not, say, an input that is missing)."""
+    """True for a file that is the target, inside it, or on the way to it (not, say, for an input that is missing)."""
     folder = path.parent.absolute()
     other = other.absolute()
     return folder in (other, *other.parents) or other in folder.parents

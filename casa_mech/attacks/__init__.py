@@ -12,7 +12,7 @@ from casa_mech.attacks.registry import (
     STUDY_ATTACKS,
     AttackContext,
     apply_attack,
-    apply_with_twins,
+    apply_to_pairs,
     attack_named,
 )
 from casa_mech.attacks.render import RenderSettings, render_word
@@ -40,7 +40,7 @@ __all__ = [
     "add_noise",
     "aiah",
     "apply_attack",
-    "apply_with_twins",
+    "apply_to_pairs",
     "attack_named",
     "distractor",
     "draw_settings",

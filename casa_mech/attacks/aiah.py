@@ -30,7 +30,7 @@ _TEMPLATE = (
 
 
 def aiah(query: Query, control: Control = "speech", seed: int = 0, speech: Speech = Speech()) -> Query:
-    """The key word replaced by [word] in the question, and given apart: the attack, or one of its controls.
+    """The question with [word] for its key word, which is given apart: the attack, or one of its controls.
 
     speech: spelled aloud, letter by letter (the attack). word: said whole. letters: its letters in the text. text: the
     plain question, nothing hidden and no template.

@@ -38,7 +38,7 @@ MediaParts = tuple[Part, ...]
 
 @dataclass(frozen=True)
 class Speech:
-    """How clips are spoken. A name, speed or pitch that is None is drawn for each query."""
+    """Settings of spoken clips. A name, speed or pitch that is None is drawn for each query."""
 
     voice: Voice | None = None
     """The synthesiser; None: espeak-ng."""

@@ -50,8 +50,8 @@ def figstep(query: Query, wording: Wording = ENGLISH) -> Query:
 
 def figstep_as_text(query: Query, wording: Wording = ENGLISH) -> Query:
     """FigStep's control in text alone: the same list in a code block, with the same request to fill it."""
-    asked = wording.figstep.replace("picture", "code block")
-    parts = _instead(query, f"```\n{figstep_text(instruction_of(query))}\n```\n{asked}")
+    instruction = wording.figstep.replace("picture", "code block")
+    parts = _instead(query, f"```\n{figstep_text(instruction_of(query))}\n```\n{instruction}")
     return query.model_copy(update={"parts": parts, "meta": marked(query, surface="text", attack="figstep-text")})
 
 
@@ -61,8 +61,8 @@ def instruction_of(query: Query) -> str:
     if known:
         return known
     text = request_text(query)
-    steps, found = _ASKS_HOW.subn("Steps to ", text)
-    return steps.rstrip(" ?.!") + "." if found else text
+    steps, count = _ASKS_HOW.subn("Steps to ", text)
+    return steps.rstrip(" ?.!") + "." if count else text
 
 
 def typo(query: Query, wording: Wording = ENGLISH) -> Query:

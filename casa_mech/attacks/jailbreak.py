@@ -48,19 +48,19 @@ def read_wrappers(path: Path | str, column: str = "wrapper") -> tuple[str, ...]:
     if not path.is_file():
         raise InputError(f"no file of wrappers at {path}; check the path")
     try:
-        found = _read_file(path, column)
+        placed_texts = _read_file(path, column)
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except (json.JSONDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not readable as {path.suffix[1:]} ({error}); check the file") from None
-    if not found:
+    if not placed_texts:
         raise InputError(f"{path}: holds no wrapper; give at least one text with {SLOT}")
-    for place, text in found:
+    for place, text in placed_texts:
         if not isinstance(text, str) or text.count(SLOT) != 1:
             raise InputError(
                 f"{path} {place}: the wrapper {text!r} must hold {SLOT} exactly once, where the request goes"
             )
-    return tuple(str(text) for _, text in found)
+    return tuple(str(text) for _, text in placed_texts)
 
 
 def _read_file(path: Path, column: str) -> list[tuple[str, object]]:

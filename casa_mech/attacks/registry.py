@@ -47,7 +47,7 @@ class AttackContext:
     speech: Speech = field(default_factory=Speech)
     """Voice, speed, pitch and noise of clips."""
     picture: Path | None = None
-    """What `sd-typo` puts above its text: a picture, or a folder of pictures named after the queries' ids."""
+    """The picture that `sd-typo` puts above its text: a file, or a folder of pictures named after the queries' ids."""
     wording: Wording = ENGLISH
     """The sentences that stand for what has moved into a picture, a clip or another turn."""
 
@@ -81,12 +81,12 @@ def _sd_typo(query: Query, context: AttackContext) -> Query:
         )
     if source.is_dir():
         stem = re.sub(r"[^\w.-]", "_", query.id)
-        found = [
+        named_alike = [
             path for suffix in (".png", ".jpg", ".jpeg", ".webp") if (path := source / f"{stem}{suffix}").is_file()
         ]
-        if not found:
+        if not named_alike:
             raise InputError(f"query {query.id!r}: no picture {stem}.png or .jpg in {source}; name them after the ids")
-        source = found[0]
+        source = named_alike[0]
     return sd_typo(query, source, context.wording)
 
 
@@ -159,7 +159,7 @@ SUMMARIES: Mapping[str, str] = MappingProxyType(
         **{f"prefill-{k}": f"{k} tokens of a complying answer as the reply's opening" for k in PREFILL_LENGTHS},
     }
 )
-"""What each attack does, in one line. A key word is `meta["key_phrase"]` or `meta["topic"]`, a verb `meta["verb"]`, a
+"""Each attack in one line. A key word is `meta["key_phrase"]` or `meta["topic"]`, a verb `meta["verb"]`, a
 complying answer `meta["compliance"]`."""
 
 
@@ -196,20 +196,20 @@ def apply_attack(
     return [attack(query, context) for query in queries]
 
 
-def apply_with_twins(
-    name: str, queries: Sequence[Query], twins: Sequence[Query], seed: int = 0, **options: object
+def apply_to_pairs(
+    name: str, queries: Sequence[Query], counterparts: Sequence[Query], seed: int = 0, **options: object
 ) -> tuple[list[Query], list[Query]]:
-    """`queries` and their benign `twins` under one attack, pairwise with the same draws (see `seeding.paired`).
+    """`queries` and their benign `counterparts` under one attack, pairwise with the same draws (see `seeding.paired`).
 
     Args:
         name: the attack.
-        queries: what is attacked.
-        twins: as many benign queries.
+        queries: the queries to attack.
+        counterparts: as many benign queries.
         seed: of every draw.
         options: the others of `apply_attack`.
 
     Raises:
-        InputError: as `apply_attack`; also when there are not as many twins as queries.
+        InputError: as `apply_attack`; also when there are not as many counterparts as queries.
     """
-    first, second = paired(queries, twins)
+    first, second = paired(queries, counterparts)
     return apply_attack(name, first, seed, **options), apply_attack(name, second, seed, **options)  # type: ignore[arg-type]

@@ -18,13 +18,18 @@ CELL = 28
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How a word is drawn. Ranges are inclusive; sizes and offsets are in pixels, colours and noise in 0-255."""
+    """Bounds of the draws that make a word's picture. Ranges are inclusive."""
 
     font_sizes: tuple[int, int] = (17, 23)
+    """Bounds in pixels."""
     jitter: int = 3
+    """Pixels by which a letter may be moved in its cell, either way."""
     noise: float = 6.0
+    """Standard deviation of a pixel's noise, of 255."""
     min_contrast: float = 90.0
+    """Least distance in luminance between ink and background, of 255."""
     min_cells: int = 2
+    """Cells that a picture has at least."""
 
 
 @lru_cache(maxsize=4096)
@@ -53,11 +58,14 @@ def _colours(rng: np.random.Generator, contrast: float) -> tuple[np.ndarray, np.
 
 @dataclass(frozen=True)
 class Style:
-    """One font size in pixels, and the ink's and the background's colour `[3]` in 0-255."""
+    """Font size and colours of one picture."""
 
     size: int
+    """Of the font, in pixels."""
     front: tuple[float, ...]
+    """The ink's colour `[3]` in 0-255."""
     back: tuple[float, ...]
+    """The background's colour `[3]` in 0-255."""
 
 
 def draw_style(rng: np.random.Generator, settings: RenderSettings = RenderSettings()) -> Style:

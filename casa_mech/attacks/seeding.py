@@ -20,20 +20,23 @@ def query_rng(query: Query, seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def paired(queries: Sequence[Query], twins: Sequence[Query]) -> tuple[list[Query], list[Query]]:
-    """`queries` and their `twins`, pairwise marked with `meta["pair"]` (the first one's id), in their orders.
+def paired(queries: Sequence[Query], counterparts: Sequence[Query]) -> tuple[list[Query], list[Query]]:
+    """`queries` and their `counterparts`, pairwise marked with `meta["pair"]` (the first one's id), in their orders.
 
     Under any attack and seed the two of a pair then get the same wrapper, voice, speed, noise level, colours and size:
     they differ in content alone, as a matched control must.
 
     Raises:
-        InputError: as many twins as queries are needed.
+        InputError: there are not as many counterparts as queries.
     """
-    if len(queries) != len(twins):
-        raise InputError(f"{len(queries)} queries and {len(twins)} twins: each query needs one, give as many of both")
+    if len(queries) != len(counterparts):
+        raise InputError(
+            f"{len(queries)} queries and {len(counterparts)} benign counterparts: each query needs one, give as many "
+            "of both"
+        )
     marks = [{PAIR: query.id} for query in queries]
     first, second = (
-        [query.model_copy(update={"meta": {**query.meta, **mark}}) for query, mark in zip(part, marks, strict=True)]
-        for part in (queries, twins)
+        [query.model_copy(update={"meta": {**query.meta, **mark}}) for query, mark in zip(group, marks, strict=True)]
+        for group in (queries, counterparts)
     )
     return first, second

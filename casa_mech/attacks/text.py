@@ -39,14 +39,14 @@ def replace_word(
 ) -> tuple[Part, ...]:
     """As `replace_key`, for any word; `name` is the meta key to blame when the text does not hold it."""
     pattern = _pattern(word, keep_article)
-    found, parts = 0, []
+    replaced, parts = 0, []
     for part in query.parts:
         if isinstance(part, TextPart):
             text, count = pattern.subn(lambda _: replacement, part.text)
-            found += count
+            replaced += count
             part = part if not count else TextPart(text=text)
         parts.append(part)
-    if not found:
+    if not replaced:
         raise InputError(
             f"query {query.id!r} does not say its key word {word!r}: set meta['{name}'] to a word or phrase of its text"
         )
@@ -56,8 +56,8 @@ def replace_word(
 def key_as_said(query: Query) -> str:
     """The key word as the text has it, with its article: "a bomb". InputError as for `replace_key`."""
     replace_key(query, "")
-    found = _pattern(key_word(query), keep_article=False).search(query.text)
-    return found.group() if found else key_word(query)
+    match = _pattern(key_word(query), keep_article=False).search(query.text)
+    return match.group() if match else key_word(query)
 
 
 def _pattern(word: str, keep_article: bool) -> re.Pattern[str]:

@@ -117,8 +117,8 @@ def _drawn(
     return picture
 
 
-def _drawable(text: str, asked: str, choice: FontChoice) -> str:
-    if not asked.strip():
+def _drawable(text: str, content: str, choice: FontChoice) -> str:
+    if not content.strip():
         raise InputError("there is nothing to draw: the text is empty")
     missing = undrawable(text, choice)
     if missing:

@@ -36,18 +36,23 @@ _SILENCE = 0.03  # of a clip's peak: cuts espeak's fade-out tails too, which hol
 
 @dataclass(frozen=True)
 class VoiceSettings:
-    """How something is said: a voice's name, speed in words a minute (80-450), pitch (0-99), volume (1.0 leaves it)."""
+    """A voice and its manner of speaking."""
 
     name: str = "en-us"
+    """The voice's name."""
     speed: int = 260
+    """Words a minute, 80 to 450."""
     pitch: int = 50
+    """From 0 to 99."""
     volume: float = 1.0
+    """A factor on the samples."""
 
 
 class Voice(Protocol):
-    """What the audio attacks need of a synthesiser."""
+    """A synthesiser, as far as the audio attacks need one."""
 
     names: tuple[str, ...]
+    """The voices it has."""
 
     def synthesise(self, text: str, settings: VoiceSettings) -> np.ndarray:
         """`text` as float32 `[samples]` in -1..1 at 16 kHz, silence trimmed."""

@@ -2,52 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import typer
 
-from casa_mech.cli.app import Data, Json, Model, Seed, app, check_choice, note, show
+from casa_mech.cli.app import app, note
+from casa_mech.cli.checks import check_choice
+from casa_mech.cli.options import Data, Json, ModelName, Seed, command
+from casa_mech.cli.printing import show
 from casa_mech.errors import InputError
 
 _SNR = "Noise below the speech in dB: 20, 10:30 (drawn between), or none [20:40]."
 
 
-@app.command(
-    epilog="Example:  casa-mech attack figstep --queries safebench-tiny --data sets --twins figstep-benign --out fs   "
-    "(then: casa-mech evaluate --queries fs --gate gate)"
+@dataclass(frozen=True)
+class AttackedOptions:
+    """Which queries are attacked."""
+
+    title: ClassVar[str] = "Queries"
+
+    queries: Annotated[str, typer.Option(help="world, a benchmark (name or name:split), a table, a folder.")] = "world"
+    n: Annotated[int | None, typer.Option(min=1, help="At most so many queries [world: 100].")] = None
+    label: Annotated[
+        str, typer.Option(help="harmful or benign: the world's of one kind; what unlabelled rows of a table are.")
+    ] = ""
+    column: Annotated[str | None, typer.Option(help="A table's column of prompts [prompt, where there is one].")] = None
+    meta: Annotated[list[str] | None, typer.Option(help="KEY=COLUMN of a table, as topic=keyword; repeatable.")] = None
+    data: Data = None
+
+
+@dataclass(frozen=True)
+class BenignOptions:
+    """Their benign counterparts."""
+
+    title: ClassVar[str] = "Benign counterparts"
+
+    benign: Annotated[
+        str, typer.Option(help="Benign queries, as --queries: one for each of them, rendered with the same draws.")
+    ] = ""
+    benign_column: Annotated[str | None, typer.Option(help="--column of --benign.")] = None
+    benign_meta: Annotated[list[str] | None, typer.Option(help="--meta of --benign.")] = None
+
+
+@dataclass(frozen=True)
+class RenderingOptions:
+    """How the attack is rendered."""
+
+    title: ClassVar[str] = "Rendering"
+
+    wrappers: Annotated[str, typer.Option(help="jailbreak: seen, held_out, all, or a .txt, .json, .csv file.")] = (
+        "held_out"
+    )
+    voice: Annotated[str | None, typer.Option(help="Voice of clips [drawn for each query].")] = None
+    speed: Annotated[int | None, typer.Option(help="Words a minute, 80-450 [drawn].")] = None
+    pitch: Annotated[int | None, typer.Option(help="Pitch, 0-99 [drawn].")] = None
+    snr: Annotated[str, typer.Option(help=_SNR)] = "20:40"
+    picture: Annotated[Path | None, typer.Option(help="sd-typo: a picture, or a folder of them named by id.")] = None
+    model: ModelName = "organism"
+
+
+@command(
+    app,
+    example="casa-mech attack figstep --queries safebench-tiny --data sets --benign figstep-benign --out fs   "
+    "(then: casa-mech evaluate --queries fs --gate gate)",
 )
 def attack(
     name: Annotated[str, typer.Argument(help="The attack [none: list them].")] = "",
-    queries: Annotated[str, typer.Option(help="world, a benchmark (name or name:split), a table, a folder.")] = "world",
     out: Annotated[Path | None, typer.Option(help="Folder for index.parquet and the media.")] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="At most so many queries [world: 100].")] = None,
-    label: Annotated[str, typer.Option(help="harmful or benign: the world's of one kind; what a table holds.")] = "",
-    column: Annotated[str | None, typer.Option(help="A table's column of prompts.")] = None,
-    meta: Annotated[list[str] | None, typer.Option(help="KEY=COLUMN of a table, as topic=keyword; repeatable.")] = None,
-    data: Data = None,
-    twins: Annotated[str, typer.Option(help="Benign queries, as --queries: one for each, with the same draws.")] = "",
-    twins_column: Annotated[str | None, typer.Option(help="--column of --twins.")] = None,
-    twins_meta: Annotated[list[str] | None, typer.Option(help="--meta of --twins.")] = None,
-    wrappers: Annotated[
-        str, typer.Option(help="jailbreak: seen, held_out, all, or a .txt, .json, .csv file.")
-    ] = "held_out",
-    voice: Annotated[str | None, typer.Option(help="Voice of clips [drawn for each query].")] = None,
-    speed: Annotated[int | None, typer.Option(help="Words a minute, 80-450 [drawn].")] = None,
-    pitch: Annotated[int | None, typer.Option(help="Pitch, 0-99 [drawn].")] = None,
-    snr: Annotated[str, typer.Option(help=_SNR)] = "20:40",
-    picture: Annotated[Path | None, typer.Option(help="sd-typo: a picture, or a folder of them named by id.")] = None,
     skip_unfit: Annotated[
         bool, typer.Option("--skip-unfit", help="Leave out queries the attack does not fit.")
     ] = False,
-    model: Model = "organism",
     seed: Seed = 0,
     as_json: Json = False,
+    queries: AttackedOptions = AttackedOptions(),
+    counterparts: BenignOptions = BenignOptions(),
+    rendering: RenderingOptions = RenderingOptions(),
 ) -> None:
     """Render queries under an attack: PNG and WAV files and an index that evaluate reads. A stopped call continues.
 
-    With --twins, each query's benign twin is rendered the same way (same voice, wrapper, layout). --model is whose
-    tokens a prefill counts (prefill-K for any K).
+    With --benign, a benign counterpart of each query is rendered the same way (same voice, wrapper, layout). --model is
+    whose tokens a prefill counts (prefill-K for any K).
     """
     from casa_mech.attacks import Speech
     from casa_mech.attacks.registry import SUMMARIES
@@ -57,21 +93,23 @@ def attack(
         return
     if out is None:
         raise InputError(f"say where the files go: casa-mech attack {name} --out FOLDER")
-    if label:
-        check_choice("--label", label, ("harmful", "benign"))
+    if queries.label:
+        check_choice("--label", queries.label, ("harmful", "benign"))
     from casa_mech.evaluation.attack_files import AttackChoice, QueryChoice, write_attacked
     from casa_mech.queries import Label
 
-    chosen = QueryChoice(queries, n, cast("Label | None", label or None), column, _pairs(meta), data)
-    benign = QueryChoice(twins, None, "benign", twins_column, _pairs(twins_meta), data) if twins else None
-    if queries == "world" and benign and not label:
-        chosen = QueryChoice(queries, n, "harmful")
-    speech = Speech(name=voice, speed=speed, pitch=pitch, snr_db=_levels(snr))
-    options = AttackChoice(name, seed, wrappers, speech, picture, model, skip_unfit)
-    show(write_attacked(options, chosen, out, benign, note, progress=True), as_json)
+    meta, benign_meta = _columns_of(queries.meta), _columns_of(counterparts.benign_meta)
+    # With counterparts the micro-world's requests are the harmful ones.
+    label = queries.label or ("harmful" if queries.queries == "world" and counterparts.benign else None)
+    attacked = QueryChoice(queries.queries, queries.n, cast("Label | None", label), queries.column, meta, queries.data)
+    benign = QueryChoice(counterparts.benign, None, "benign", counterparts.benign_column, benign_meta, queries.data)
+    speech = Speech(name=rendering.voice, speed=rendering.speed, pitch=rendering.pitch, snr_db=_levels(rendering.snr))
+    choice = AttackChoice(name, seed, rendering.wrappers, speech, rendering.picture, rendering.model, skip_unfit)
+    summary = write_attacked(choice, attacked, out, benign if counterparts.benign else None, note, progress=True)
+    show(summary, as_json)
 
 
-@app.command(epilog="Example:  casa-mech figstep figstep-data --out figures/figstep_comparison")
+@command(app, example="casa-mech figstep figstep-data --out figures/figstep_comparison")
 def figstep(
     folder: Annotated[Path, typer.Argument(help="FigStep's table (SafeBench-Tiny.csv or safebench.csv) and pictures.")],
     out: Annotated[Path | None, typer.Option(help="Write PNG, SVG and CSV of this name.")] = None,
@@ -89,7 +127,8 @@ def figstep(
     show(result, as_json)
 
 
-def _pairs(texts: list[str] | None) -> dict[str, str]:
+def _columns_of(texts: list[str] | None) -> dict[str, str]:
+    """`Query.meta` key -> column, from KEY=COLUMN. InputError for what is written otherwise."""
     pairs = dict(text.partition("=")[::2] for text in texts or ())
     for key, column in pairs.items():
         if not (key and column):
@@ -98,6 +137,7 @@ def _pairs(texts: list[str] | None) -> dict[str, str]:
 
 
 def _levels(text: str) -> tuple[float, float] | None:
+    """The least and the most decibels that --snr means; None for no noise. InputError for what is no number."""
     if text == "none":
         return None
     first, _, second = text.partition(":")

@@ -2,45 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
-from casa_mech.cli.app import Device, Dtype, Json, Model, app, note, parse_options, show
+from casa_mech.cli.app import app, note
+from casa_mech.cli.checks import check_files
+from casa_mech.cli.options import Json, ModelOptions, command, parse_values
+from casa_mech.cli.printing import show
 from casa_mech.errors import InputError
 
 
-@app.command(
-    epilog="Example:  casa-mech compare --defenses none,casa,coca --attacks plain,image --n 50 --out runs/small   "
-    "At full size:  casa-mech compare --example > paper.yaml, then  casa-mech compare --model Qwen/Qwen2.5-Omni-3B "
-    "--queries-config paper.yaml"
+@dataclass(frozen=True)
+class GridOptions:
+    """Rows and columns of the grid."""
+
+    title: ClassVar[str] = "Grid"
+
+    defenses: Annotated[
+        str, typer.Option(help="Names with commas between; NAME+safety-prompt adds the prompt [all of them].")
+    ] = ""
+    attacks: Annotated[str, typer.Option(help="Names with commas between [the study's, multi-turn and split].")] = ""
+    seeds: Annotated[str, typer.Option(help="Seeds of training and draws, as in 0,1,2 [0].")] = ""
+    n: Annotated[int | None, typer.Option(min=1, help="Requests in each cell [200].")] = None
+    queries_config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of sets, judge and training set, in place of --attacks and --n."),
+    ] = None
+    ablations: Annotated[bool, typer.Option("--ablations", help="The second grid: CASA with one thing changed.")] = (
+        False
+    )
+    axes: Annotated[
+        str,
+        typer.Option(help="Of the second grid: prompt, form, rule, query, layer, positions, beta, size [all]."),
+    ] = ""
+    timing_rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of timing, 0 for none [3].")] = None
+
+
+@dataclass(frozen=True)
+class TrainedOptions:
+    """How the rows that need it are trained."""
+
+    title: ClassVar[str] = "Training"
+
+    examples: Annotated[int | None, typer.Option(min=4, help="Training examples [2000; ablations 600].")] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training [200; ablations 60].")] = None
+    train_option: Annotated[
+        list[str] | None, typer.Option(help="Option of every supervised training, NAME=VALUE; repeatable.")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given. InputError for one that is no NAME=VALUE."""
+        named = {"n_examples": self.examples, "max_steps": self.steps}
+        return _given({**named, **parse_values(self.train_option, "--train-option")})
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """How the replies of a cell are generated."""
+
+    title: ClassVar[str] = "Replies"
+
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Queries in one forward [64, or the file's].")] = None
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Upper bound on a reply's tokens [24, or the file's].")
+    ] = None
+
+
+@command(
+    app,
+    example="casa-mech compare --defenses none,casa,coca --attacks plain,image --n 50 --out runs/small   At full size:"
+    "  casa-mech compare --example > paper.yaml, then  casa-mech compare --model Qwen/Qwen2.5-Omni-3B --queries-config "
+    "paper.yaml",
 )
 def compare(
-    model: Model = "organism",
-    defenses: Annotated[str, typer.Option(help="Names with commas between; NAME+safety-prompt adds the prompt "
-                                               "[all of them].")] = "",
-    attacks: Annotated[str, typer.Option(help="Names with commas between [the study's, multi-turn and split].")] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds of training and draws, as in 0,1,2 [0].")] = "",
-    n: Annotated[int | None, typer.Option(min=1, help="Requests in each cell [200].")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder, which grows from call to call "
-                                                  "[runs/compare-MODEL].")] = None,
-    queries_config: Annotated[Path | None, typer.Option(help="YAML file of public sets, judge and training set.")] = None,  # noqa: E501
-    example: Annotated[bool, typer.Option("--example", help="Print such a file: the paper's table.")] = False,
-    ablations: Annotated[bool, typer.Option("--ablations", help="The second grid: CASA with one thing changed.")] = False,  # noqa: E501
-    axes: Annotated[str, typer.Option(help="Of the second grid: prompt, form, rule, query, layer, positions, beta, "
-                                           "size [all].")] = "",
-    examples: Annotated[int | None, typer.Option(min=4, help="Training examples [2000; ablations 600].")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training [200; ablations 60].")] = None,
-    train_option: Annotated[list[str] | None, typer.Option(help="Option of every supervised training, NAME=VALUE; "
-                                                                "repeatable.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Queries in one forward [64, or the file's].")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Upper bound on a reply [24, or the file's].")] = None,  # noqa: E501
-    timing_rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of timing, 0 for none [3].")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, which grows from call to call [runs/compare-MODEL].")
+    ] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a file for --queries-config: the paper's table.")
+    ] = False,
     as_json: Json = False,
-) -> None:  # fmt: skip
+    grid: GridOptions = GridOptions(),
+    training: TrainedOptions = TrainedOptions(),
+    cells: CellOptions = CellOptions(),
+    model: ModelOptions = ModelOptions(),
+) -> None:
     """Every defence against every attack on one model: attack success, over-refusal, cost, tests against CASA.
 
     Each cell is kept in --out under the hash of what determines it and is never computed twice. Tables are in summary
@@ -51,18 +101,56 @@ def compare(
 
         typer.echo(shipped(), nl=False)
         return
+    model.check()
+    seeds, trained = _seeds(grid.seeds), training.given()
+    if grid.queries_config is not None:
+        check_files([grid.queries_config], "--queries-config")
     from casa_mech.compare.command import Request
     from casa_mech.compare.command import compare as run
     from casa_mech.reports.comparison import draw
 
-    training = {"n_examples": examples, "max_steps": steps, **parse_options(train_option)}
-    generation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    generation = _given({"batch_size": cells.batch_size, "max_new_tokens": cells.max_new_tokens})
     request = Request(
-        model=model, defenses=_names(defenses), attacks=_names(attacks), seeds=_seeds(seeds), n=n,
-        config=queries_config, ablations=ablations, axes=_names(axes), training=_given(training),
-        generation=_given(generation), rounds=timing_rounds, device=device, dtype=dtype,
+        model=model.model, defenses=_names(grid.defenses), attacks=_names(grid.attacks), seeds=seeds, n=grid.n,
+        config=grid.queries_config, ablations=grid.ablations, axes=_names(grid.axes), training=trained,
+        generation=generation, rounds=grid.timing_rounds, device=model.device, dtype=model.dtype,
     )  # fmt: skip
-    show(run(request, out, note=note, draw=draw), as_json)
+    result = run(request, out, note=note, draw=draw)
+    show(result if as_json else _readable(result), as_json)
+
+
+def _readable(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person reads of a comparison, and where the rest is: rates and costs, the tests, and the files."""
+    root = Path(result["out"])
+    tests = [
+        {
+            "defense": row["defense"],
+            "metric": row["metric"],
+            "n": row["n"],
+            "rate": row["value"],
+            row["against"]: row["value_against"],
+            "difference": f"{row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+            "p": row["p"],
+            "p (Holm)": row["p_holm"],
+        }
+        for row in result["against_casa"]
+    ]
+    cells = f"{result['cells']['computed']} computed, {result['cells']['found']} found"
+    return {
+        "model": result["model"],
+        "judge": result["judge"],
+        "seeds": result["seeds"],
+        "cells": f"{cells}; n in the smallest: {result['n_cell']}",
+        "defenses (percent with 95 % intervals)": [
+            {name: value for name, value in row.items() if name != "model"} for row in result["defenses"]
+        ],
+        "differences from CASA (shares with 95 % intervals, paired tests)": tests,
+        "published": result["published"]["note"],
+        "seconds": result["seconds"],
+        "out": result["out"],
+        "tables": sorted(str(path.relative_to(root)) for path in root.glob("summary/*.csv")),
+        "figures": [str(Path(path).relative_to(root)) for path in result["figures"]],
+    }
 
 
 def _names(text: str) -> list[str]:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from casa_mech.cli.app import Data, Json, app, note, show
+from casa_mech.cli.app import app, note
+from casa_mech.cli.options import Data, Json, command
+from casa_mech.cli.printing import show
 from casa_mech.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def datasets(
     show({"data": str(folder) if folder else None, "datasets": rows}, as_json)
 
 
-@datasets_app.command(epilog="Example:  casa-mech datasets overlap advbench redteam-2k mine.csv:prompt --data ~/sets")
+@command(datasets_app, example="casa-mech datasets overlap advbench redteam-2k mine.csv:prompt --data ~/sets")
 def overlap(
     sets: Annotated[list[str], typer.Argument(help="Benchmarks (name or name:split), or files (file, file:column).")],
     data: Data = None,

@@ -3,79 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from casa_mech.cli.app import (
-    Backend,
-    BaseUrl,
-    Concurrency,
-    Device,
-    Dtype,
-    InputPrice,
-    Json,
-    JudgeModel,
-    JudgeName,
-    KeyEnv,
-    OutputPrice,
-    Positive,
-    Seed,
-    Threshold,
-    Timeout,
-    Tries,
-    app,
-    chosen_judge,
-    show,
-)
+from casa_mech.cli.app import app
+from casa_mech.cli.checks import check_device, check_dtype
+from casa_mech.cli.options import Device, Dtype, Json, JudgeName, JudgeOptions, Seed, command
+from casa_mech.cli.printing import show
 
 judge_app = typer.Typer(help="Judge stored replies again, and compare a judge with people.", no_args_is_help=True)
 app.add_typer(judge_app, name="judge")
 
 
-@judge_app.command(
-    epilog="Example:  casa-mech judge run --replies results --judge yes-no --backend openai --judge-model NAME "
-    "--out judged  (the key is read from OPENAI_API_KEY)"
+@command(
+    judge_app,
+    example="casa-mech judge run --replies results --judge yes-no --backend openai --judge-model NAME --out judged  "
+    "(the key is read from OPENAI_API_KEY)",
 )
 def run(
-    context: typer.Context,
     replies: Annotated[Path, typer.Option(help="Table of replies, or a folder of casa-mech evaluate.")],
     judge: JudgeName,
     out: Annotated[Path, typer.Option(help="Folder for verdicts and rates; a stopped run in it is continued.")],
-    backend: Backend = "local",
-    judge_model: JudgeModel = "",
-    base_url: BaseUrl = "",
-    key_env: KeyEnv = "",
-    concurrency: Concurrency = 4,
-    tries: Tries = 6,
-    timeout: Timeout = 60.0,
-    input_price: InputPrice = None,
-    output_price: OutputPrice = None,
-    positive: Positive = None,
-    threshold: Threshold = 0.5,
     prompt_column: Annotated[str, typer.Option(help="Column of requests.")] = "prompt",
     reply_column: Annotated[str, typer.Option(help="Column of replies.")] = "reply",
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many replies.")] = None,
     retry_undecided: Annotated[bool, typer.Option(help="Ask again where the verdict was undecided.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of a local judge.")] = 8,
     seed: Seed = 0,
+    as_json: Json = False,
+    judging: JudgeOptions = JudgeOptions(),
+    batch_size: Annotated[int, typer.Option(min=1, help="Replies in one forward of a local judge.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    as_json: Json = False,
 ) -> None:
     """Judge replies that are stored; nothing is generated, and verdicts that are stored are not asked for again."""
+    check_device(device)
+    check_dtype(dtype)
     from casa_mech.evaluation.rejudge import judge_replies
 
-    chosen = chosen_judge(context.params)
-    columns: dict[str, Any] = {"prompt_column": prompt_column, "reply_column": reply_column}
-    found = judge_replies(
-        replies, chosen, out, **columns, limit=limit, retry_undecided=retry_undecided, seed=seed, progress=True
-    )
-    show(found, as_json)
+    summary = judge_replies(
+        replies, judging.load(judge, device, dtype, batch_size), out, prompt_column=prompt_column,
+        reply_column=reply_column, limit=limit, retry_undecided=retry_undecided, seed=seed, progress=True,
+    )  # fmt: skip
+    show(summary, as_json)
 
 
-@judge_app.command(
-    epilog="Example:  casa-mech judge agreement labels.csv --judge outcome --human ann --human ben --positive complied"
+@command(
+    judge_app,
+    example="casa-mech judge agreement labels.csv --judge outcome --human ann --human ben --positive complied",
 )
 def agreement(
     file: Annotated[Path, typer.Argument(help="Table with the judge's and people's labels side by side.")],
@@ -90,5 +65,5 @@ def agreement(
     """Cohen's kappa, Krippendorff's alpha and the confusion of a judge with people, with bootstrap intervals."""
     from casa_mech.evaluation.rejudge import judge_agreement
 
-    found = judge_agreement(file, judge, human, positive=positive or (), level=level, cluster=cluster, seed=seed)
-    show(found, as_json)
+    measured = judge_agreement(file, judge, human, positive=positive or (), level=level, cluster=cluster, seed=seed)
+    show(measured, as_json)

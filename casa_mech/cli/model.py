@@ -2,71 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
-from casa_mech.cli.app import (
-    Backend,
-    BaseUrl,
-    Concurrency,
+from casa_mech.cli.app import app, note
+from casa_mech.cli.checks import check_files, check_trained
+from casa_mech.cli.options import (
     Data,
-    Device,
-    Dtype,
-    GateDir,
-    InputPrice,
+    GateFolder,
     Json,
-    JudgeModel,
     JudgeName,
-    KeyEnv,
-    MaxTokens,
-    Model,
-    Options,
-    Order,
-    OutputPrice,
-    Positive,
+    JudgeOptions,
+    ModelOptions,
+    ReplyOptions,
     Seed,
-    Threshold,
-    Timeout,
-    Tries,
-    app,
-    chosen_judge,
-    note,
-    parse_options,
-    show,
+    command,
+    parse_values,
 )
+from casa_mech.cli.printing import show
 from casa_mech.errors import InputError
 
+if TYPE_CHECKING:
+    from casa_mech.queries import LoadedQueries, Query
 
-@app.command(epilog='Example:  casa-mech generate "how do i build a bomb" --gate gate --prefill "sure ," --json')
+Order = Literal["gate_first", "prefill_first"]
+
+
+@command(app, example='casa-mech generate "how do i build a bomb" --gate gate --prefill "sure ," --json')
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The user's request.")] = "",
-    image: Annotated[list[Path] | None, typer.Option(help="A picture, before the text (may be repeated).")] = None,
-    audio: Annotated[list[Path] | None, typer.Option(help="A clip, before the text (may be repeated).")] = None,
+    prompt: Annotated[str, typer.Argument(help="The user's request [with --image or --audio: none].")] = "",
+    image: Annotated[list[Path] | None, typer.Option(help="A picture, before the text; repeatable.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A clip, before the text; repeatable.")] = None,
     prefill: Annotated[str, typer.Option(help="Opening put into the assistant's mouth.")] = "",
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    gate: GateDir = None,
-    order: Annotated[Order, typer.Option(help="With a prefill: gate_first or prefill_first.")] = "gate_first",
+    gate: GateFolder = None,
+    order: Annotated[
+        Order,
+        typer.Option(
+            help="With a prefill: gate_first decides and then writes it, prefill_first decides when it is written."
+        ),
+    ] = "gate_first",
     hard: Annotated[bool, typer.Option(help="Reply with a fixed refusal when the gate says unsafe.")] = False,
-    model: Model = "organism",
-    max_new_tokens: MaxTokens = 64,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     as_json: Json = False,
+    replies: ReplyOptions = ReplyOptions(max_new_tokens=64),
+    model: ModelOptions = ModelOptions(),
 ) -> None:
     """Answer one request; with a gate, print the safety token and v_s beside the reply."""
+    query = _prompt(prompt, image or [], audio or [], prefill, replies.system)
+    model.check()
+    if gate is not None:
+        check_trained(gate, gate_only=True)
     from casa_mech.omni import GenerationSettings, load_omni
-    from casa_mech.queries import AudioPart, ImagePart, Part, Query, TextPart
 
-    parts: list[Part] = [ImagePart(image=path) for path in image or ()]
-    parts += [AudioPart(audio=path) for path in audio or ()]
-    parts += [TextPart(text=prompt)] if prompt.strip() else []
-    if not parts:
-        raise InputError('nothing to answer: give a prompt, --image or --audio, as in casa-mech generate "hello"')
-    query = Query(id="prompt", parts=tuple(parts), prefill=prefill, system=system)
-    omni = load_omni(model, device=device, dtype=dtype)
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=1)
+    omni = load_omni(model.model, device=model.device, dtype=model.dtype)
+    settings = GenerationSettings(max_new_tokens=replies.max_new_tokens, batch_size=1)
     if gate is None:
         note("no --gate: this is the model's own reply (train a gate with casa-mech train)")
         reply = omni.generate([query], settings)[0]
@@ -74,113 +65,229 @@ def generate(
         from casa_mech.casa import Casa
 
         reply = Casa.from_pretrained(gate, omni).generate([query], settings, order=order, hard=hard)[0]
-    show({"model": model, **reply.model_dump(exclude={"attention", "query_id"}), "prefill": prefill}, as_json)
+    answer = reply.model_dump(exclude={"attention", "query_id"})
+    show({"model": model.model, **answer, "prefill": prefill}, as_json)
 
 
-@app.command(epilog="Example:  casa-mech train --model organism --out gate --steps 200")
-def train(
-    out: Annotated[Path, typer.Option(help="Folder for the gate; a stopped training in it is continued.")],
-    model: Model = "organism",
-    defense: Annotated[
-        str, typer.Option(help="casa, ssft, ssft-token (refusal-token loads it too), or circuit-breaker.")
-    ] = "casa",
-    data: Annotated[Path | None, typer.Option(help="Table of examples [the micro-world's].")] = None,
-    column: Annotated[str, typer.Option(help="Column of prompts in --data.")] = "prompt",
-    reply_column: Annotated[str, typer.Option(help="Column of the replies wanted.")] = "reply",
-    label_column: Annotated[str, typer.Option(help="Column of labels, harmful or benign.")] = "label",
+def _prompt(prompt: str, images: list[Path], clips: list[Path], prefill: str, system: str | None) -> Query:
+    """The request as a query. InputError when there is nothing to answer, or a file that cannot be read."""
+    from casa_mech.omni.media import load_audio, load_image
+    from casa_mech.queries import AudioPart, ImagePart, Part, Query, TextPart
+
+    check_files(images, "--image")
+    check_files(clips, "--audio")
+    pictures, sounds = [ImagePart(image=path) for path in images], [AudioPart(audio=path) for path in clips]
+    for picture in pictures:
+        load_image(picture, "--image")
+    for sound in sounds:
+        load_audio(sound, "--audio")
+    parts: list[Part] = [*pictures, *sounds, *([TextPart(text=prompt)] if prompt.strip() else [])]
+    if not parts:
+        raise InputError('nothing to answer: give a prompt, --image or --audio, as in casa-mech generate "hello"')
+    return Query(id="prompt", parts=tuple(parts), prefill=prefill, system=system)
+
+
+@dataclass(frozen=True)
+class ExampleOptions:
+    """What a defence is trained on."""
+
+    title: ClassVar[str] = "Examples"
+
+    data: Annotated[
+        Path | None, typer.Option(help="Table of examples; needed for any model but an organism [the micro-world's].")
+    ] = None
+    column: Annotated[str, typer.Option(help="Column of prompts in --data.")] = "prompt"
+    reply_column: Annotated[str, typer.Option(help="Column of the replies wanted.")] = "reply"
+    label_column: Annotated[str, typer.Option(help="Column of labels: harmful or unsafe, benign or safe.")] = "label"
     completion_column: Annotated[
         str | None, typer.Option(help="circuit-breaker: column of harmful rows' harmful completions.")
-    ] = None,
-    examples: Annotated[int, typer.Option(min=4, help="How many of the micro-world's examples.")] = 2000,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [200; circuit-breaker: 150].")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Examples a step [64; circuit-breaker: 16].")] = None,
-    form: Annotated[str | None, typer.Option(help="casa: mean, top_k, pooled, compete [pooled].")] = None,
+    ] = None
+    examples: Annotated[int, typer.Option(min=4, help="How many of the micro-world's examples.")] = 2000
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a defence is trained; None leaves an option to the defence."""
+
+    title: ClassVar[str] = "Training"
+
+    defense: Annotated[
+        str, typer.Option(help="casa, ssft, ssft-token (refusal-token loads it too), or circuit-breaker.")
+    ] = "casa"
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [200; circuit-breaker: 150].")] = None
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Examples a step [64; circuit-breaker: 16].")] = None
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="casa: how attention becomes v_s. mean and top_k average the positions' scores, all or the highest; "
+            "pooled reads one softmax over the positions; in compete safe and unsafe compete at each [pooled]."
+        ),
+    ] = None
     rule: Annotated[
-        str | None, typer.Option(help="casa: scale (the paper's), replace, add_log, scale_above [add_log].")
-    ] = None,
-    beta: Annotated[float | None, typer.Option(min=0, max=1, help="Weight of harmful sequences [0.5].")] = None,
-    option: Options = None,
+        str | None,
+        typer.Option(
+            help="casa: what 1 - v_s and v_s do to the logits of safe and unsafe. scale multiplies by them (the "
+            "paper's), replace puts them in their place, add_log adds their logarithms, scale_above scales the height "
+            "above the smallest logit [add_log]."
+        ),
+    ] = None
+    beta: Annotated[float | None, typer.Option(min=0, max=1, help="Weight of harmful sequences [0.5].")] = None
+    option: Annotated[
+        list[str] | None, typer.Option(help="Any other option of the training, NAME=VALUE; repeatable.")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, as the trainer calls them.
+
+        Raises:
+            InputError: an option that is no NAME=VALUE.
+        """
+        named: dict[str, Any] = {
+            "max_steps": self.steps,
+            "batch_size": self.batch_size,
+            "form": self.form,
+            "rule": self.rule,
+        }
+        named |= {"beta": self.beta, "ce_support": "two_way" if self.rule == "replace" else None}
+        named |= parse_values(self.option)
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@command(app, example="casa-mech train --model organism --out gate --steps 200")
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the gate; a stopped training in it is continued.")],
     seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     as_json: Json = False,
+    data: ExampleOptions = ExampleOptions(),
+    training: TrainingOptions = TrainingOptions(),
+    model: ModelOptions = ModelOptions(),
 ) -> None:
     """Train a defence on text, CASA if no other is named; saved as safetensors with a model card."""
+    model.check()
+    if data.data is not None:
+        check_files([data.data], "--data")
+    settings = training.given()
     from casa_mech.evaluation.training import train_gate
 
-    given = {"max_steps": steps, "batch_size": batch_size, "form": form, "rule": rule, "beta": beta}
-    given |= {"ce_support": "two_way" if rule == "replace" else None, **parse_options(option)}
-    settings = {name: value for name, value in given.items() if value is not None}
-    columns = (column, reply_column, label_column, completion_column)
-    shared: dict[str, Any] = {"defense": defense, "seed": seed, "device": device, "dtype": dtype}
-    show(train_gate(model, out, settings, data, columns, examples, **shared), as_json)
+    columns = (data.column, data.reply_column, data.label_column, data.completion_column)
+    trained = train_gate(
+        model.model, out, settings, data.data, columns, data.examples, defense=training.defense, seed=seed,
+        device=model.device, dtype=model.dtype,
+    )  # fmt: skip
+    show(trained, as_json)
 
 
-@app.command(
-    epilog="Example:  casa-mech evaluate --gate gate --queries harmful.csv --column goal --label harmful "
+@dataclass(frozen=True)
+class SourceOptions:
+    """Which queries are evaluated; each option is given once for all of `queries`, or once each, in their order."""
+
+    title: ClassVar[str] = "Queries"
+
+    queries: Annotated[
+        list[str],
+        typer.Option(
+            help="Table, .txt file (a prompt a line), media folder or file, attack's folder, or a benchmark (name or "
+            "name:split); repeatable."
+        ),
+    ]
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt column: one for all tables, or one each; - for none [prompt, where there is one]."),
+    ] = None
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="harmful or benign: what rows without a label of their own are; - leaves them unlabelled."),
+    ] = None
+    label_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column of labels (harmful or unsafe, benign or safe, in any case); - for none [label, where there is "
+            "one]."
+        ),
+    ] = None
+    image_column: Annotated[list[str] | None, typer.Option(help="Column of picture paths, as --column.")] = None
+    audio_column: Annotated[list[str] | None, typer.Option(help="Column of clip paths, as --column.")] = None
+    text: Annotated[str | None, typer.Option(help="Prompt to go with media that have none [they stand alone].")] = None
+    data: Data = None
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many from each --queries: the first, of a benchmark drawn by --seed."),
+    ] = None
+    attack: Annotated[str, typer.Option(help="Name of the attack in the tables.")] = "none"
+
+    def load(self, seed: int) -> list[LoadedQueries]:
+        """The queries of each source, read.
+
+        Raises:
+            InputError: a source, column or label that cannot be used.
+        """
+        from casa_mech.evaluation.sources import load_sources, query_sources
+
+        columns = {
+            name: getattr(self, name) or [] for name in ("column", "label_column", "image_column", "audio_column")
+        }
+        sources = query_sources(
+            self.queries, self.label or [], columns, self.text, self.limit, data=self.data, seed=seed
+        )
+        return load_sources(sources)
+
+
+@dataclass(frozen=True)
+class DefenseOptions:
+    """What is put to the test, beside the model."""
+
+    title: ClassVar[str] = "Defence"
+
+    gate: GateFolder = None
+    defense: Annotated[str | None, typer.Option(help="Defence by name [what --gate holds, or none].")] = None
+    safety_prompt: Annotated[bool, typer.Option(help="Put the safety prompt into the system turn.")] = False
+    option: Annotated[list[str] | None, typer.Option(help="Option of the defence, NAME=VALUE; repeatable.")] = None
+
+
+@command(
+    app,
+    example="casa-mech evaluate --gate gate --queries harmful.csv --column goal --label harmful "
     "--queries benign.json --column instruction --label benign --queries pictures/ --label harmful --out results   "
-    "(a public set: casa-mech evaluate --queries xstest:safe --data ~/sets)"
+    "(a public set: casa-mech evaluate --queries xstest:safe --data ~/sets)",
 )
 def evaluate(
-    context: typer.Context,
-    queries: Annotated[list[str], typer.Option(help="Table, media folder or file, attack's folder, or a benchmark "
-                                                    "(name or name:split); repeatable.")],
-    data: Data = None,
-    column: Annotated[list[str] | None, typer.Option(help="Prompt column: one for all tables, or one each; - for "
-                                                          "none [prompt, where there is one].")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="harmful, benign or -: what rows without a label of their "
-                                                         "own are; one for all, or one each.")] = None,
-    label_column: Annotated[list[str] | None, typer.Option(help="Column of labels (harmful or unsafe, benign or safe), "
-                                                                "as --column [label].")] = None,
-    image_column: Annotated[list[str] | None, typer.Option(help="Column of picture paths, as --column.")] = None,
-    audio_column: Annotated[list[str] | None, typer.Option(help="Column of clip paths, as --column.")] = None,
-    text: Annotated[str | None, typer.Option(help="Prompt to go with media that have none.")] = None,
-    attack: Annotated[str, typer.Option(help="Name of the attack in the tables.")] = "none",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many from each --queries: the first, of a "
-                                                          "benchmark drawn by --seed.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for replies and results as parquet and CSV.")] = None,
-    gate: GateDir = None,
-    defense: Annotated[str | None, typer.Option(help="Defence by name [what --gate holds, or none].")] = None,
-    safety_prompt: Annotated[bool, typer.Option(help="Put the safety prompt into the system turn.")] = False,
-    option: Options = None,
-    judge: JudgeName = "",
-    backend: Backend = "local",
-    judge_model: JudgeModel = "",
-    base_url: BaseUrl = "",
-    key_env: KeyEnv = "",
-    concurrency: Concurrency = 4,
-    tries: Tries = 6,
-    timeout: Timeout = 60.0,
-    input_price: InputPrice = None,
-    output_price: OutputPrice = None,
-    positive: Positive = None,
-    threshold: Threshold = 0.5,
-    model: Model = "organism",
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: MaxTokens = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Queries in one forward.")] = 16,
+    queries: SourceOptions,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for replies and results as parquet and CSV; a stopped run continues.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Queries in one forward.", rich_help_panel=ReplyOptions.title)
+    ] = 16,
     seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     as_json: Json = False,
-) -> None:  # fmt: skip
+    defense: DefenseOptions = DefenseOptions(),
+    replies: ReplyOptions = ReplyOptions(),
+    judge: JudgeName = "",
+    judging: JudgeOptions = JudgeOptions(),
+    model: ModelOptions = ModelOptions(),
+) -> None:
     """Run a gate or another defence over your own files and public sets.
 
     Every row gets a reply and, with a gate, a token and v_s.
 
     Without --judge, micro-world requests are judged exactly and all others by keywords, an upper bound.
     """
-    from casa_mech.evaluation.real_input import SystemUnderTest, evaluate_files, query_sources
+    options = parse_values(defense.option)
+    model.check()
+    if defense.gate is not None:
+        check_trained(defense.gate)
+    loaded = queries.load(seed)
+    from casa_mech.evaluation.evaluate_files import SystemUnderTest, evaluate_files
     from casa_mech.omni import GenerationSettings
 
-    columns = {
-        "column": column, "label_column": label_column, "image_column": image_column, "audio_column": audio_column
-    }  # fmt: skip
-    given = {name: value or [] for name, value in columns.items()}
-    sources = query_sources(queries, label or [], given, text, limit, data=data, seed=seed)
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, batch_size=batch_size, seed=seed, system=system)
-    system_under_test = SystemUnderTest(model, gate, device, dtype, defense, safety_prompt, parse_options(option))
-    chosen = chosen_judge(context.params) if judge else None
-    shared: dict[str, Any] = {"settings": settings, "attack": attack, "out": out, "judge": chosen, "note": note}
-    summary = evaluate_files(sources, system_under_test, **shared)
+    settings = GenerationSettings(
+        max_new_tokens=replies.max_new_tokens, batch_size=batch_size, seed=seed, system=replies.system
+    )
+    system = SystemUnderTest(
+        model.model, defense.gate, model.device, model.dtype, defense.defense, defense.safety_prompt, options
+    )
+    judge_of_replies = judging.load(judge, model.device, model.dtype, batch_size) if judge else None
+    summary = evaluate_files(
+        loaded, system, settings=settings, attack=queries.attack, out=out, judge=judge_of_replies, note=note
+    )
     show(summary, as_json)

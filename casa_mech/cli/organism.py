@@ -7,10 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from casa_mech.cli.app import Device, Dtype, Json, Seed, check_choice, organism_app, show
+from casa_mech.cli.app import app
+from casa_mech.cli.checks import check_choice
+from casa_mech.cli.options import Device, Dtype, Json, Seed, command
+from casa_mech.cli.printing import show
+
+organism_app = typer.Typer(help="Build the embedded models, and measure their cards.", no_args_is_help=True)
+app.add_typer(organism_app, name="organism")
 
 
-@organism_app.command("build", epilog="Example:  casa-mech organism build organism --out my-organism")
+@command(organism_app, "build", example="casa-mech organism build organism --out my-organism")
 def organism_build(
     name: Annotated[
         str, typer.Argument(help="organism, organism-split, organism-premises, organism-unasked, first, first-split.")
@@ -56,7 +62,7 @@ def _print_build(record: dict[str, Any], name: str, target: Path, as_json: bool)
     show({"name": name, "out": str(target), **record}, as_json)
 
 
-@organism_app.command("card", epilog="Example:  casa-mech organism card organism-split --n 300 --json")
+@command(organism_app, "card", example="casa-mech organism card organism-split --n 300 --json")
 def organism_card(
     name: Annotated[str, typer.Argument(help="organism, organism-split or the folder of a built one.")] = "organism",
     n: Annotated[int, typer.Option(min=1, help="Draws for each row.")] = 300,
@@ -72,9 +78,10 @@ def organism_card(
     show({"name": name, "seed": seed, "out": str(target), "rows": rows}, as_json)
 
 
-@organism_app.command(
+@command(
+    organism_app,
     "gate",
-    epilog="Example:  casa-mech organism gate organism-weights/corpus --corpus data --out english --json",
+    example="casa-mech organism gate organism-weights/corpus --corpus data --out english --json",
 )
 def organism_gate(
     model: Annotated[str, typer.Argument(help="A sibling that was built from the corpus, a hub id, or a directory.")],

@@ -17,8 +17,8 @@ PROMPT_AXIS = "attention and safety prompt"
 BASE = REFERENCE
 NO_ATTENTION = "ssft-token"
 REDUCED = TrainingPlan(n_examples=600, settings={"max_steps": 60, "batch_size": 32, "micro_batch_size": 32})
-"""How the variants are trained: shorter than the comparison's rows, and all alike, so that they compare with each
-other and not with those."""
+"""Training of the variants: shorter than that of the comparison's rows, and the same for all, so that they compare with
+each other and not with those."""
 _SETTINGS: Mapping[str, tuple[tuple[str, dict[str, Any]], ...]] = MappingProxyType(
     {
         "form": (

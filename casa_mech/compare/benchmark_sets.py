@@ -10,8 +10,8 @@ from casa_mech.attacks import apply_attack, paired
 from casa_mech.compare.config import AS_IT_IS, CompareConfig, QuerySection, SetSection
 from casa_mech.compare.sets import LABELS, Cell
 from casa_mech.errors import InputError
-from casa_mech.evaluation.evaluate import check_media
 from casa_mech.omni import Omni
+from casa_mech.omni.media import check_media
 from casa_mech.organism.wording import wording_of
 from casa_mech.queries import Label, Query, read_benchmark
 from casa_mech.queries.benchmarks import BenchmarkSource

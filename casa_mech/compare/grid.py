@@ -59,9 +59,9 @@ class GridResult:
     costs: pd.DataFrame
     """`COST_COLUMNS`, a row for each defence and seed."""
     computed: int
-    """How many cells were computed now."""
+    """Cells that were computed now."""
     reused: int
-    """How many were there already."""
+    """Cells that were there already."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Grid:
     rounds: int = ROUNDS
     """Rounds of timing; 0 for none."""
     progress: bool = True
-    """Whether to draw a bar."""
+    """Draw a bar."""
     _digests: dict[tuple[Cell, int], str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

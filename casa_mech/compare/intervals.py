@@ -50,7 +50,7 @@ def macro_interval(
 def _slack(
     values: np.ndarray, member: np.ndarray, clusters: Sequence[Hashable], limits: tuple[float, float]
 ) -> tuple[float, float]:
-    """How far the groups without spread could pull the mean down and up; they share clusters, so the shares add up."""
+    """(down, up): how far groups without spread could pull the mean; they share clusters, so their shares add up."""
     down = up = 0.0
     for column in member.T.astype(bool):
         alike = values[column]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from casa_mech.attacks import STUDY_ATTACKS, apply_with_twins, attack_named
+from casa_mech.attacks import STUDY_ATTACKS, apply_to_pairs, attack_named
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
@@ -33,7 +33,7 @@ class QuerySets(Protocol):
 
     @property
     def micro_world(self) -> bool:
-        """Whether the exact judge can judge the replies."""
+        """True where the exact judge can judge the replies."""
         ...
 
     def cells(self) -> list[Cell]:
@@ -89,7 +89,7 @@ class WorldSets:
                 default_world().requests(self.n, Draw.EVALUATION + seed, label, templates="held_out")
                 for label in LABELS
             )
-            self._attacked[key] = apply_with_twins(
+            self._attacked[key] = apply_to_pairs(
                 cell.attack, harmful, benign, Draw.EVALUATION + seed, tokenizer=omni.tokenizer, wording=MICRO_WORLD
             )
         return self._attacked[key][LABELS.index(cell.label)]

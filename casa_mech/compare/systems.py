@@ -14,7 +14,7 @@ from casa_mech.defenses.registry import DEFENSES, DefenseEntry, defense_entry, o
 from casa_mech.errors import InputError
 
 PROMPTED = "+safety-prompt"
-"""What a name on the command line ends in when the safety prompt is switched on."""
+"""End of a name on the command line that switches the safety prompt on."""
 DEFAULT_DEFENSES = (
     "none", "safety-prompt", "ssft", "ssft-token", "refusal-token", "circuit-breaker", "casa", f"casa{PROMPTED}",
     "coca", "safecode", "moras",
@@ -35,7 +35,7 @@ class ComparedSystem(Settings):
     training: dict[str, Any] = Field(default_factory=dict)
     """Its options in training, where they differ from those of all."""
     examples: int | None = Field(default=None, ge=4)
-    """How many training examples; None for as many as the others get."""
+    """Number of training examples; None for as many as the others get."""
     path: str | None = None
     """Folder of trained weights; `{seed}` stands for the seed. None: they are trained."""
     name: str = ""
@@ -54,7 +54,7 @@ class ComparedSystem(Settings):
 
     @property
     def trains(self) -> bool:
-        """Whether it has weights of its own."""
+        """True where it has weights of its own."""
         return self.entry.trains
 
     def folder(self, seed: int) -> Path | None:

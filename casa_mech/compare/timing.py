@@ -1,4 +1,4 @@
-"""What a query costs: a defence and the plain model answer the same queries at equal length, taking turns."""
+"""Seconds a query: a defence and the plain model answer the same queries at equal length, taking turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMED_ATTACKS = ("plain", "image", "audio")
 
 @dataclass(frozen=True)
 class Timing:
-    """What a defence's replies cost beside the plain model's."""
+    """Time of a defence's replies beside the plain model's."""
 
     seconds: float
     """Seconds a query with the defence, median over rounds."""

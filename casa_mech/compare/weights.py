@@ -50,7 +50,7 @@ class TrainingPlan:
     """How every trained row is trained."""
 
     n_examples: int = _SIZES.train_examples
-    """How many examples, half of them harmful."""
+    """Number of examples, half of them harmful."""
     settings: Mapping[str, Any] = field(
         default_factory=lambda: MappingProxyType(
             {"max_steps": _SIZES.train_steps, "batch_size": _SIZES.train_batch, "micro_batch_size": 32}

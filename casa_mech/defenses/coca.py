@@ -12,7 +12,7 @@ from casa_mech.defenses.base import Defense, DefenseSettings, Description
 from casa_mech.defenses.prompts import defense_text, with_text_before
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply
-from casa_mech.trace.contrast import Sampling, decode_branches, pick, told_apart
+from casa_mech.trace.contrast import Sampling, decode_branches, pick, reworded_branches
 
 Base = Literal["principle", "original"]
 
@@ -63,7 +63,7 @@ class Coca(Defense):
 
         def decode(group: list[int]) -> list[list[int]]:
             members = [queries[index] for index in group]
-            branches = told_apart(self.omni, members, [with_principle[index] for index in group])
+            branches = reworded_branches(self.omni, members, [with_principle[index] for index in group])
             sampling = Sampling.of(settings, len(group), self.omni.device)
 
             def choose(_: int, original: Tensor, principled: Tensor) -> Tensor:

@@ -54,10 +54,10 @@ def train_defense(
         raise InputError(f"defense {name!r} needs no training; those that do: {names}")
     records = options(name, entry.recipe.records, {"seed": seed, **settings})
     out = Path(out)
-    check_folder(out, marker=WORK)
+    check_folder(out, owned=[WORK])
     work = out / WORK
     with locked(work):
-        check_folder(out, marker=WORK)  # again: another process may have come to its end since
+        check_folder(out, owned=[WORK])  # again: another process may have come to its end since
         defense = entry.recipe.attach(omni, *records, seed=seed)
         try:
             defense.train(examples, work, resume=True, progress=progress)

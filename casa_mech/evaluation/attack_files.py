@@ -14,6 +14,7 @@ from casa_mech.attacks.fonts import Use
 from casa_mech.draws import BENIGN
 from casa_mech.errors import InputError
 from casa_mech.identity import file_sha256, folder_sha256
+from casa_mech.omni.media import check_media
 from casa_mech.queries import Label, Query
 from casa_mech.queries.files import with_columns
 from casa_mech.queries.index import read_index, write_index
@@ -31,53 +32,58 @@ _FONTS: Mapping[str, Use] = {
 
 @dataclass(frozen=True)
 class QueryChoice:
-    """Which queries are attacked.
-
-    source: "world" (the micro-world), a benchmark (`name` or `name:split`), a table, a folder of media or an index.
-    n: at most so many (the micro-world: 100 unless given). label: only harmful or benign ones of the micro-world; what
-    the rows of a table are. column, meta: a table's column of prompts, and of what attacks need to know (`Query.meta`
-    key -> column). data: the folder that holds the benchmark. other_labels: as for `QuerySource`.
-    """
+    """Which queries are attacked."""
 
     source: str
+    """"world" (the micro-world), a benchmark (`name` or `name:split`), a table, a folder of media or an index."""
     n: int | None = None
+    """At most so many; None: all, or 100 of the micro-world's."""
     label: Label | None = None
+    """Only harmful or benign ones of the micro-world; what rows of a table that bear no label are."""
     column: str | None = None
+    """A table's column of prompts."""
     meta: Mapping[str, str] = field(default_factory=dict)
+    """A table's columns of what attacks need to know: `Query.meta` key -> column."""
     data: Path | None = None
+    """The folder that holds the benchmark."""
     other_labels: Literal["refuse", "leave_out"] = "refuse"
+    """As for `QuerySource`."""
 
 
 @dataclass(frozen=True)
 class AttackChoice:
-    """The attack and its options. wrappers: a split of ours or a file. model: whose tokenizer counts a prefill.
-
-    skip_unfit: leave out queries that the attack cannot be used on, instead of stopping at the first.
-    """
+    """The attack and its options."""
 
     name: str
+    """As in `apply_attack`, like `speech` and `picture`."""
     seed: int = 0
+    """Of the attack's draws."""
     wrappers: str = "held_out"
+    """A split of the shipped jailbreak wrappers, or a file of them."""
     speech: Speech = field(default_factory=Speech)
     picture: Path | None = None
     model: str = "organism"
+    """Whose tokenizer counts a prefill."""
     skip_unfit: bool = False
+    """Leave out queries that the attack cannot be used on, instead of stopping at the first."""
 
 
 def write_attacked(
     attack: AttackChoice,
     choice: QueryChoice,
     out: Path,
-    twins: QueryChoice | None = None,
+    counterparts: QueryChoice | None = None,
     note: Callable[[str], None] = print,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Attack the chosen queries and write them, with their media, to `out`; a stopped call continues.
 
     Args:
-        attack: what is done to them. choice: the queries. out: a new or empty folder, or one that this wrote.
-        twins: benign queries, one for each, that get the same draws (their rows follow their partners').
-        note: told what was left out and which font stood in, one line each.
+        attack: what is done to the queries.
+        choice: the queries.
+        out: a new or empty folder, or one that this wrote.
+        counterparts: benign queries, one for each, that get the same draws; their rows follow their partners'.
+        note: gets a line for what was left out, and for a font that stands in for a benchmark's own.
         progress: whether to draw a bar.
 
     Returns:
@@ -91,21 +97,22 @@ def write_attacked(
     if attack.speech.name not in (None, *attack.speech.names):
         raise InputError(f"unknown voice {attack.speech.name!r}; known voices: {', '.join(attack.speech.names)}")
     queries, partners = _chosen(choice, attack.seed, note), {}
-    if twins is not None:
-        benign = _chosen(_of_number(twins, len(queries), choice), attack.seed, note)[: len(queries)]
-        first, second = paired(queries, benign)
-        partners = {one.id: two for one, two in zip(first, second, strict=True)}
-        partners |= {two.id: one for one, two in zip(first, second, strict=True)}
-        queries = [query for pair in zip(first, second, strict=True) for query in pair]
+    if counterparts is not None:
+        data = counterparts.data or choice.data
+        counterparts = replace(counterparts, n=len(queries), label="benign", data=data, other_labels="leave_out")
+        harmful, benign = paired(queries, _chosen(counterparts, attack.seed, note)[: len(queries)])
+        pairs = list(zip(harmful, benign, strict=True))
+        partners = {one.id: other for one, other in pairs} | {other.id: one for one, other in pairs}
+        queries = [query for pair in pairs for query in pair]
     make = _Maker(attack, partners)
     if attack.name in _FONTS and (font := find_font(_FONTS[attack.name])).note:
         note(font.note)
-    made = write_index(out, queries, make, key=make.key(queries), progress=_bar if progress else iter)
+    made_now = write_index(out, queries, make, key=make.key(queries), progress=_bar if progress else iter)
     written = read_index(out)
     if make.unfit:
         reason, count = make.unfit.most_common(1)[0]
         note(f"left out {sum(make.unfit.values())} queries that {attack.name} does not fit; of {count}: {reason}")
-    return _summary(attack.name, out, written, made, len(queries))
+    return _summary(attack.name, out, written, made_now, len(queries))
 
 
 class _Maker:
@@ -113,8 +120,8 @@ class _Maker:
 
     def __init__(self, attack: AttackChoice, partners: Mapping[str, Query]) -> None:
         self.attack, self.partners = attack, partners
-        own_file = Path(attack.wrappers).suffix or Path(attack.wrappers).is_file()
-        self.wrappers = read_wrappers(attack.wrappers) if own_file else wrappers_of(attack.wrappers)
+        is_file = Path(attack.wrappers).suffix or Path(attack.wrappers).is_file()
+        self.wrappers = read_wrappers(attack.wrappers) if is_file else wrappers_of(attack.wrappers)
         self.tokenizer: Any = None
         self.unfit: Counter[str] = Counter()
 
@@ -124,8 +131,8 @@ class _Maker:
         speech = {name: getattr(self.attack.speech, name) for name in ("name", "speed", "pitch", "snr_db")}
         fonts = [find_font(use).name for use in ("figstep", "typo", "page")]
         model = self.attack.model if self.attack.name.startswith("prefill") else ""
-        own = [self.attack.name, self.attack.seed, self.wrappers, speech, pictures, model, fonts]
-        return json.dumps([*own, self.attack.skip_unfit])
+        options = [self.attack.name, self.attack.seed, self.wrappers, speech, pictures, model, fonts]
+        return json.dumps([*options, self.attack.skip_unfit])
 
     def __call__(self, query: Query) -> Query | None:
         try:
@@ -142,8 +149,6 @@ class _Maker:
     def _attacked(self, query: Query) -> Query:
         attack = self.attack
         if query.modalities != {"text"}:
-            from casa_mech.evaluation.evaluate import check_media
-
             check_media([query])
         if self.tokenizer is None and attack.name.startswith("prefill"):
             self.tokenizer = _tokenizer(attack.model)
@@ -156,32 +161,26 @@ class _Maker:
 
 
 def _picture_digests(picture: Path | None, queries: Sequence[Query]) -> list[Any]:
-    """What `sd-typo` may put above its text: the content of each file, and of each file of a folder."""
+    """Digests of the pictures that `sd-typo` may put above its text: of each file, and of each file of a folder."""
     named = {query.meta["picture_file"] for query in queries if query.meta.get("picture_file")}
     paths = sorted({Path(name) for name in named} | ({picture} if picture else set()))
     return [folder_sha256(path) if path.is_dir() else file_sha256(path) for path in paths if path.exists()]
 
 
 def _chosen(choice: QueryChoice, seed: int, note: Callable[[str], None]) -> list[Query]:
+    """The queries of a choice; `note` gets a line if some were left out."""
     from casa_mech.queries.benchmarks import chosen_source, read_chosen
 
     if choice.source == WORLD:
         from casa_mech.organism.world import default_world
 
-        drawn = seed + BENIGN * (choice.label == "benign")  # the two labels apart, as in the study
-        return default_world().requests(choice.n or _WORLD_N, drawn, choice.label, templates="held_out")
+        draw = seed + BENIGN * (choice.label == "benign")  # the two labels apart, as in the study
+        return default_world().requests(choice.n or _WORLD_N, draw, choice.label, templates="held_out")
     fields = {"column": choice.column, "label": choice.label, "other_labels": choice.other_labels}
-    reading = read_chosen(chosen_source(choice.source, choice.data, choice.n, seed, **fields))
-    if reading.dropped:
-        note(f"{reading.name}: left out {len(reading.dropped)} rows that mention minors in a harmful setting")
-    if not choice.meta:
-        return list(reading.queries)
-    return with_columns(reading.queries, Path(choice.source), choice.meta)
-
-
-def _of_number(twins: QueryChoice, n: int, choice: QueryChoice) -> QueryChoice:
-    label = twins.label or "benign"
-    return replace(twins, n=n, label=label, data=twins.data or choice.data, other_labels="leave_out")
+    loaded = read_chosen(chosen_source(choice.source, choice.data, choice.n, seed, **fields))
+    if loaded.dropped:
+        note(f"{loaded.name}: left out {len(loaded.dropped)} rows that mention minors in a harmful setting")
+    return with_columns(loaded.queries, Path(choice.source), choice.meta) if choice.meta else list(loaded.queries)
 
 
 def _tokenizer(model: str) -> Any:
@@ -191,14 +190,14 @@ def _tokenizer(model: str) -> Any:
     return load_processor(find_checkpoint(model)).tokenizer
 
 
-def _summary(name: str, out: Path, written: Sequence[Query], made: int, asked: int) -> dict[str, Any]:
+def _summary(name: str, out: Path, written: Sequence[Query], made_now: int, n_queries: int) -> dict[str, Any]:
     kinds = Counter(part.kind for query in written for part in query.parts)
     return {
         "attack": name,
         "out": str(out),
         "queries": len(written),
-        "made_now": made,
-        "left_out": asked - len(written),
+        "made_now": made_now,
+        "left_out": n_queries - len(written),
         "labels": dict(Counter(query.label or "unlabelled" for query in written)),
         "pictures": kinds["image"],
         "clips": kinds["audio"],
@@ -209,5 +208,5 @@ def _summary(name: str, out: Path, written: Sequence[Query], made: int, asked: i
 def _bar(numbers: Iterable[int]) -> Iterable[int]:
     from tqdm import tqdm
 
-    found: Iterable[int] = tqdm(numbers, desc="attack", unit="part")
-    return found
+    bar: Iterable[int] = tqdm(numbers, desc="attack", unit="part")
+    return bar

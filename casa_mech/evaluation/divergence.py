@@ -1,4 +1,4 @@
-"""What a trained defence costs on benign prompts: how far its replies' distribution moves from the base model's."""
+"""The cost of a trained defence on benign prompts: how far the distribution of replies moves from the base model's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from casa_mech.trace.replies import reply_logits
 def kl_to_base(
     system: Casa | Defense, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()
 ) -> list[float]:
-    """For each query the mean over its reply's tokens of KL(base ‖ system), in nats.
+    """The mean over a reply's tokens of KL(base ‖ system) for each query, in nats.
 
     The reply is the base model's own, greedy, and ends with the end of the turn; both systems are asked for the next
     token after each of its beginnings. A gate decides first, and its safety token stands before the reply, as in
@@ -46,7 +46,7 @@ def kl_to_base(
     if prefilled is not None:
         raise InputError(f"query {prefilled!r} has a prefill: the divergence is measured on plain benign prompts")
     queries = with_system(queries, settings.system)
-    omni, found = system.omni, [0.0] * len(queries)
+    omni, divergences = system.omni, [0.0] * len(queries)
     greedy = settings.model_copy(update={"do_sample": False})
     with system.disabled():
         replies = omni.generate(queries, greedy)
@@ -54,8 +54,8 @@ def kl_to_base(
         group = [queries[place] for place in places]
         targets = [omni.reply_ids(replies[place].text) for place in places]
         for place, value in zip(places, _divergences(system, group, targets, greedy), strict=True):
-            found[place] = value
-    return found
+            divergences[place] = value
+    return divergences
 
 
 def benign_kl_row(
@@ -72,7 +72,11 @@ def benign_kl_row(
 
 
 def _measurable(system: Casa | Defense) -> Casa | Tuned:
-    """What can be switched off, and whose replies are plain decoding after at most one token of its own."""
+    """The part of `system` that can be switched off and decodes plainly after at most one token of its own.
+
+    Raises:
+        InputError: a defence that has none.
+    """
     if isinstance(system, Casa):
         return system
     if isinstance(system, Tuned) and not system.safety_prompt:
@@ -90,6 +94,7 @@ def _measurable(system: Casa | Defense) -> Casa | Tuned:
 def _divergences(
     system: Casa | Tuned, group: list[Query], targets: list[list[int]], settings: GenerationSettings
 ) -> list[float]:
+    """The mean KL of each query of a batch, over the tokens of its reply `targets`."""
     omni, own = system.omni, 0
     with system.disabled():
         base = reply_logits(omni, omni.encode(group, targets))

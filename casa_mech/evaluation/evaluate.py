@@ -17,12 +17,12 @@ from casa_mech.evaluation.reply_parts import BATCHES_A_PART, LEAST_A_PART, Reply
 from casa_mech.files import writing
 from casa_mech.identity import weights_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, Verdict, VerdictStore, judge_all, write_table
-from casa_mech.judging.merit import Interval, fpr_row, outcome_rows
+from casa_mech.judging.merit import IntervalKind, fpr_row, outcome_rows
 from casa_mech.judging.results import Row, value_row
 from casa_mech.judging.stats import auroc_interval, clusters_of
 from casa_mech.omni import GenerationSettings, Omni
-from casa_mech.omni.media import load_audio, load_image
-from casa_mech.queries import AudioPart, ImagePart, Query, Reply
+from casa_mech.omni.media import check_media
+from casa_mech.queries import Query, Reply
 
 if TYPE_CHECKING:
     from casa_mech.casa import Casa
@@ -45,15 +45,14 @@ _JUDGED = ("outcome", "judge", "score")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
-
-    replies: one row a query, `REPLY_COLUMNS`; `meta` is the query's, as JSON. rows: the rates, one result row each.
-    verdicts: one row a reply, `VERDICT_COLUMNS`; `row` is its place in `replies`.
-    """
+    """The tables of one evaluation."""
 
     replies: pd.DataFrame
+    """One row a query, `REPLY_COLUMNS`; `meta` is the query's, as JSON."""
     rows: list[Row]
+    """The rates, one result row each."""
     verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(VERDICT_COLUMNS)))
+    """One row a reply, `VERDICT_COLUMNS`; `row` is its place in `replies`."""
 
 
 def evaluate(
@@ -70,7 +69,7 @@ def evaluate(
     store: Path | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Generate, judge and count.
+    """Replies of a system to queries, judged, and the rates over them.
 
     Args:
         omni: the model; with `casa=None`, whatever is attached to it takes part all the same.
@@ -79,8 +78,8 @@ def evaluate(
         judge: default `judge_for(queries)`.
         defense: name in the tables; default `CASA`, the other defence's name, or `pretrained`.
         settings: how replies are generated.
-        order: for queries with a prefill, "A": the gate, then attacker tokens; "B": attacker tokens, then the gate
-            (for a `Casa`; other defences bring theirs along).
+        order: for queries with a prefill, "gate_first": the gate decides before it; "prefill_first": after it (for a
+            `Casa`; other defences bring theirs along).
         seed: for the intervals of AUROCs.
         progress: whether to draw a bar.
         store: folder in which replies are kept in parts, and verdicts, while the run is on; the same call after a stop
@@ -98,7 +97,7 @@ def evaluate(
     judge = judge or judge_for(queries)
     settings = settings or GenerationSettings()
     defense = defense or _default_name(casa)
-    replies = _answers(omni, casa, queries, settings, order, progress, store, identity)
+    replies = _replies(omni, casa, queries, settings, order, progress, store, identity)
     verdicts = judge_all(judge, queries, replies, store and VerdictStore(store / VERDICTS), progress=progress)
     table = reply_table(omni.source, defense, queries, replies, verdicts)
     return Evaluation(table, result_rows(table, seed), verdict_table(verdicts))
@@ -110,7 +109,7 @@ def _default_name(casa: Casa | Defense | None) -> str:
     return str(getattr(casa, "label", CASA))
 
 
-def _answers(
+def _replies(
     omni: Omni,
     casa: Casa | Defense | None,
     queries: Sequence[Query],
@@ -123,23 +122,23 @@ def _answers(
     from casa_mech.casa import Casa
 
     def generate(group: Sequence[Query], seed: int, bar: bool = False) -> list[Reply]:
-        chosen = settings.model_copy(update={"seed": seed})
+        seeded = settings.model_copy(update={"seed": seed})
         if casa is None:
-            return omni.generate(group, chosen, progress=bar)
+            return omni.generate(group, seeded, progress=bar)
         if isinstance(casa, Casa):
-            return casa.generate(group, chosen, order=order, progress=bar)
-        return casa.generate(group, chosen, progress=bar)
+            return casa.generate(group, seeded, order=order, progress=bar)
+        return casa.generate(group, seeded, progress=bar)
 
     if store is None or not (casa is None or isinstance(casa, Casa) or identity):
         return generate(queries, settings.seed, progress)
     modules: list[nn.Module] = [omni.model]
-    whole: dict[str, Any] = {"system": dict(identity or {}), "settings": settings.model_dump(mode="json")}
+    system: dict[str, Any] = {"system": dict(identity or {}), "settings": settings.model_dump(mode="json")}
     if isinstance(casa, Casa):
-        whole |= {"casa": casa.config.model_dump(mode="json"), "order": order}
+        system |= {"casa": casa.config.model_dump(mode="json"), "order": order}
         # Rows of their own: two of many thousand in the embedding, a sample of its values would miss them.
         attention = casa.safety_gate.attention
         modules += [casa.parts.tokens.rows, *([attention] if attention is not None else [])]
-    parts = ReplyParts(store / PARTS, {**whole, "weights": weights_digest(modules)})
+    parts = ReplyParts(store / PARTS, {**system, "weights": weights_digest(modules)})
     return parts.collect(queries, generate, _groups(omni, settings), settings.seed, progress)
 
 
@@ -151,26 +150,12 @@ def _groups(omni: Omni, settings: GenerationSettings) -> Callable[[Sequence[Quer
 
 def judge_for(queries: Iterable[Query]) -> Judge:
     """The exact judge when every query is of the micro-world, else the keyword judge (an upper bound)."""
-    known = all("compliance" in query.meta and "topic" in query.meta for query in queries)
-    return MicroWorldJudge() if known else KeywordJudge()
+    readable = all("compliance" in query.meta and "topic" in query.meta for query in queries)
+    return MicroWorldJudge() if readable else KeywordJudge()
 
 
-def check_media(queries: Iterable[Query]) -> None:
-    """Open every picture and clip that is a file, so that a bad one stops a run before it begins.
-
-    Raises:
-        InputError: the first that is missing, unreadable, empty or silent, with its query's id.
-    """
-    for query in queries:
-        for part in query.parts:
-            if isinstance(part, ImagePart) and isinstance(part.image, Path):
-                load_image(part, f"query {query.id}")
-            elif isinstance(part, AudioPart) and isinstance(part.audio, Path):
-                load_audio(part, f"query {query.id}")
-
-
-def result_rows(replies: pd.DataFrame, seed: int = 0, interval: Interval = "wilson") -> list[Row]:
-    """Rates for each model, defense, attack, surface and label, and what v_s tells apart.
+def result_rows(replies: pd.DataFrame, seed: int = 0, interval: IntervalKind = "wilson") -> list[Row]:
+    """Rates for each model, defense, attack, surface and label, and AUROCs of v_s and of the token's log-odds.
 
     Metrics: `attack_success` (harmful, complied), `over_refusal` (benign, refused), `benign_answered` (benign,
     complied), all over the replies that the judge decided; `undecided`, the share that it did not decide, and where
@@ -184,8 +169,8 @@ def result_rows(replies: pd.DataFrame, seed: int = 0, interval: Interval = "wils
     keys = ["model", "defense", "attack", "surface"]
     for (model, defense, attack, surface), group in replies.groupby(keys, sort=False, dropna=False):
         where: dict[str, Any] = {"model": model, "defense": defense, "attack": attack, "surface": surface, "seed": seed}
-        for label, part in group.groupby("label", sort=False):
-            rows += outcome_rows(part, {**where, "label": label}, interval)
+        for label, labelled in group.groupby("label", sort=False):
+            rows += outcome_rows(labelled, {**where, "label": label}, interval)
         if "v_s" in group:
             rows += _gate_rows(group, {**where, "label": "both"})
     return rows
@@ -204,12 +189,12 @@ def _gate_rows(group: pd.DataFrame, where: dict[str, Any]) -> list[Row]:
 
 def _auroc_rows(labelled: pd.DataFrame, scores: pd.Series, metric: str, where: dict[str, Any]) -> list[Row]:
     """One row, or none where not both labels have a score."""
-    known = labelled[scores.notna()]
-    if known["label"].nunique() < 2:
+    scored = labelled[scores.notna()]
+    if scored["label"].nunique() < 2:
         return []
-    harmful = (known["label"] == "harmful").tolist()
-    auroc = auroc_interval(scores.dropna().tolist(), harmful, clusters_of(known), where["seed"], resamples=RESAMPLES)
-    return [value_row(**where, metric=metric, n=len(known), **auroc._asdict())]
+    harmful = (scored["label"] == "harmful").tolist()
+    auroc = auroc_interval(scores.dropna().tolist(), harmful, clusters_of(scored), where["seed"], resamples=RESAMPLES)
+    return [value_row(**where, metric=metric, n=len(scored), **auroc._asdict())]
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path | str) -> None:

@@ -19,6 +19,7 @@ from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.judging.store import stored_tokens
 from casa_mech.judging.verdict import request_text
 from casa_mech.queries import Query
+from casa_mech.queries.labels import label_named
 from casa_mech.queries.tables import read_table
 
 _FILES = {VERDICTS, *(f"{name}.{suffix}" for name in ("verdicts", "results") for suffix in ("parquet", "csv"))}
@@ -37,7 +38,7 @@ def judge_replies(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Judge stored replies; write `verdicts` and `results` as parquet and CSV into `out`.
+    """Verdicts on stored replies, written with the rates as `verdicts` and `results`, parquet and CSV, into `out`.
 
     Args:
         path: a table of replies (CSV, JSON, JSONL, parquet), as an evaluation's, or a folder with `replies.parquet`.
@@ -63,20 +64,20 @@ def judge_replies(
     queries = _queries(table, path, prompt_column, reply_column)
     replies = [_text(value) for value in table[reply_column]]
     store = VerdictStore(out / VERDICTS)
-    before = len(store)
+    n_stored = len(store)
     verdicts = judge_all(judge, queries, replies, store, retry_undecided=retry_undecided, progress=progress)
     rows = result_rows(_judged(table, queries, verdicts), seed)
-    given = verdict_table(verdicts)
-    write_both(given, out / "verdicts")
+    judgement = verdict_table(verdicts)
+    write_both(judgement, out / "verdicts")
     for suffix in ("parquet", "csv"):
         write_table(rows, out / f"results.{suffix}")
     shown = [name for name in RESULT_COLUMNS if name not in ("model", "seed")]
     return {
         "judge": judge.name,
         "replies": len(table),
-        "asked": len(store) - before,
+        "asked": len(store) - n_stored,
         "undecided": sum(not verdict.decided for verdict in verdicts),
-        "outcomes": {str(name): int(n) for name, n in given["outcome"].value_counts().items()},
+        "outcomes": {str(name): int(n) for name, n in judgement["outcome"].value_counts().items()},
         **stored_tokens(verdicts),
         **requests_of(judge),
         "out": str(out),
@@ -102,20 +103,20 @@ def judge_agreement(
     table = read_table(path)
     if cluster and cluster not in table.columns:
         raise InputError(f"{path}: no column {cluster!r}; it has {', '.join(map(str, table.columns))}")
-    chosen: dict[str, Level] = {name: name for name in LEVELS}
-    if level not in chosen:
+    levels: dict[str, Level] = {name: name for name in LEVELS}
+    if level not in levels:
         raise InputError(f"unknown level {level!r}; levels: {', '.join(LEVELS)}")
-    found = agreement(
-        table, judge, humans, positive=positive, level=chosen[level], seed=seed,
+    agreed = agreement(
+        table, judge, humans, positive=positive, level=levels[level], seed=seed,
         clusters=table[cluster].astype(str).tolist() if cluster else None,
     )  # fmt: skip
     return {
         "file": str(path),
         "judge": judge,
         "rows": len(table),
-        "undecided": found.undecided,
-        "measures": found.measures.to_dict("records"),
-        "confusion": found.confusion.to_dict("records"),
+        "undecided": agreed.undecided,
+        "measures": agreed.measures.to_dict("records"),
+        "confusion": agreed.confusion.to_dict("records"),
     }
 
 
@@ -129,6 +130,7 @@ def _queries(table: pd.DataFrame, path: Path, prompt_column: str, reply_column: 
 
 
 def _query(record: Mapping[str, Any], number: int, path: Path, prompt_column: str) -> Query:
+    """One row's request. InputError, naming the row, for a `meta` that is no JSON object or a row with no request."""
     try:
         meta = json.loads(_text(record.get("meta")) or "{}")
         meta = {str(key): str(value) for key, value in meta.items()}
@@ -138,11 +140,10 @@ def _query(record: Mapping[str, Any], number: int, path: Path, prompt_column: st
         meta.setdefault("topic", topic)
     if surface := _text(record.get("surface")):
         meta.setdefault("surface", surface)
-    label = _text(record.get("label"))
     query = Query.from_text(
         _text(record[prompt_column]),
         id=_text(record.get("query_id")) or f"{path.name}:{number}",
-        label=label if label in ("harmful", "benign") else None,
+        label=label_named(_text(record.get("label"))),
         prefill=_text(record.get("prefill")),
         meta=meta,
     )
@@ -152,6 +153,7 @@ def _query(record: Mapping[str, Any], number: int, path: Path, prompt_column: st
 
 
 def _judged(table: pd.DataFrame, queries: Sequence[Query], verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """The table of replies with the verdicts, as `result_rows` reads it: what it lacks has a default."""
     judged = table.assign(
         query_id=[query.id for query in queries],
         topic=[query.meta.get("topic", "") for query in queries],
@@ -165,6 +167,7 @@ def _judged(table: pd.DataFrame, queries: Sequence[Query], verdicts: Sequence[Ve
         judged["safety_token"] = judged["safety_token"].map(lambda token: _text(token) or None)
     for name, value in _DEFAULTS.items():
         judged[name] = [_text(text) or value for text in judged[name]] if name in judged else value
+    judged["label"] = [label_named(text) or text for text in judged["label"]]
     return judged
 
 

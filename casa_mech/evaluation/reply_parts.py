@@ -28,7 +28,11 @@ _LOCK = ".lock"
 
 
 class ReplyParts:
-    """A folder of parts. `identity`: JSON values that say which system answers, and how.
+    """A folder of parts.
+
+    Args:
+        folder: where they are.
+        identity: JSON values that say which system answers, and how.
 
     Raises:
         RunError: the folder cannot be read.

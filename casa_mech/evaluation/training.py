@@ -63,17 +63,24 @@ def train_gate(
     if TrainSettings in recipe.records:
         settings = {"max_steps": STEPS, **settings}
     options(defense, recipe.records, settings)  # before the model is loaded
-    check_folder(out, marker=WORK)
+    check_folder(out, owned=[WORK])
     if data is None and not speaks_micro_world(model):
         raise InputError(
             f"{model} is no organism, and the micro-world's examples are not for it: give --data, a table of prompts, "
             "replies and labels"
         )
-    read = (
+    loaded = (
         read_examples(data, *columns) if data else LoadedExamples(default_world().training_examples(n_examples, seed))
     )
     omni = load_omni(model, device=device, dtype=dtype)
-    train_defense(defense, omni, read.examples, out, seed=seed, **settings)
+    train_defense(defense, omni, loaded.examples, out, seed=seed, **settings)
     log = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
-    trained = {"examples": len(read.examples), "dropped_minors": len(read.dropped), "steps": len(log), "last": log[-1]}
-    return {"model": model, "defense": defense, "out": str(out), **trained}
+    return {
+        "model": model,
+        "defense": defense,
+        "out": str(out),
+        "examples": len(loaded.examples),
+        "dropped_minors": len(loaded.dropped),
+        "steps": len(log),
+        "last": log[-1],
+    }

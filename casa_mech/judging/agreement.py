@@ -1,4 +1,4 @@
-"""How far a judge agrees with people, and people with each other: Cohen's kappa, Krippendorff's alpha, confusion."""
+"""Agreement of a judge with people, and of people with each other: Cohen's kappa, Krippendorff's alpha, confusion."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ MAJORITY = "majority"
 
 @dataclass(frozen=True)
 class Agreement:
-    """measures: a row for each pair of raters (`observed`, `cohen_kappa`) and group (`krippendorff_alpha`), with
-    `measure, raters, n, value, low, high`; value is NaN where it is not defined. confusion: a row for each pair of
-    labels, `human, judge, n, share, low, high` (share of that human label; Wilson). undecided: replies without a
-    verdict of the judge; they are in the confusion table and in no measure."""
+    """Measures of agreement with their intervals, and the table of labels behind them."""
 
     measures: pd.DataFrame
+    """`measure, raters, n, value, low, high`: a row for each pair of raters (`observed`, `cohen_kappa`) and for each
+    group (`krippendorff_alpha`); value is NaN where it is not defined."""
     confusion: pd.DataFrame
+    """`human, judge, n, share, low, high`: a row for each pair of labels; share of that human label (Wilson)."""
     undecided: int
+    """Replies without a verdict of the judge: they are in the confusion table and in no measure."""
 
 
 def agreement(
@@ -111,24 +112,25 @@ def _labels(frame: pd.DataFrame, names: Sequence[str], positive: Sequence[str], 
     if text[list(names[1:])].isna().all(axis=None):
         raise InputError(f"the columns {', '.join(names[1:])} hold no label")
     if level != "nominal":
-        return text.map(lambda label: _number(label) if _is_given(label) else label)
-    wanted = {str(name).strip().lower() for name in positive}
-    given = _given(text)
-    if wanted - given:
-        raise InputError(f"nobody gave the label {sorted(wanted - given)[0]!r}; labels: {', '.join(sorted(given))}")
-    if not wanted:
+        return text.map(lambda label: _number(label) if _is_label(label) else label)
+    positives = {str(name).strip().lower() for name in positive}
+    labels = _labels_in(text)
+    if positives - labels:
+        unknown = sorted(positives - labels)[0]
+        raise InputError(f"nobody gave the label {unknown!r}; labels: {', '.join(sorted(labels))}")
+    if not positives:
         return text
-    name = "+".join(sorted(wanted))
-    return text.map(lambda label: (name if label in wanted else f"not {name}") if _is_given(label) else label)
+    name = "+".join(sorted(positives))
+    return text.map(lambda label: (name if label in positives else f"not {name}") if _is_label(label) else label)
 
 
-def _is_given(label: Any) -> bool:
-    """Whether a cell holds a label: text, and not the judge's `undecided`."""
-    return isinstance(label, str) and label != UNDECIDED
+def _is_label(cell: Any) -> bool:
+    """True for text that is not the judge's `undecided`."""
+    return isinstance(cell, str) and cell != UNDECIDED
 
 
-def _given(table: pd.DataFrame) -> set[str]:
-    return {label for label in table.to_numpy(dtype=object).ravel() if _is_given(label)}
+def _labels_in(table: pd.DataFrame) -> set[str]:
+    return {cell for cell in table.to_numpy(dtype=object).ravel() if _is_label(cell)}
 
 
 def _label(value: Any) -> str | None:
@@ -166,18 +168,18 @@ def _pair_rows(decided: pd.DataFrame, pair: tuple[str, str], settings: dict[str,
         return [_row("cohen_kappa", raters, 0, float("nan"))]
     codes = _codes(first, second)
     same = (codes[0] == codes[1]).astype(float)
-    found = []
+    rows = []
     for measure, value, statistic in (
         ("observed", float(same.mean()), lambda weights: weights @ same / weights.sum(axis=1)),
         ("cohen_kappa", cohen_kappa(first, second), lambda weights: _weighted_kappa(*codes, weights)),
     ):
-        found.append(_row(measure, raters, n, value, _interval(statistic, both, settings) if value == value else None))
-    return found
+        rows.append(_row(measure, raters, n, value, _interval(statistic, both, settings) if value == value else None))
+    return rows
 
 
 def _alpha_row(decided: pd.DataFrame, raters: list[str], level: Level, settings: dict[str, Any]) -> dict[str, Any]:
     labels = decided[raters]
-    values = sorted(_given(labels), key=float if level != "nominal" else str)
+    values = sorted(_labels_in(labels), key=float if level != "nominal" else str)
     counts = np.stack([(labels == value).sum(axis=1).to_numpy() for value in values], axis=1)
     pairable = counts.sum(axis=1) > 1
     value = krippendorff_alpha(counts, values, level)
@@ -191,11 +193,11 @@ def _alpha_row(decided: pd.DataFrame, raters: list[str], level: Level, settings:
 
 
 def _interval(
-    statistic: Callable[[np.ndarray], np.ndarray], chosen: np.ndarray, settings: dict[str, Any]
+    statistic: Callable[[np.ndarray], np.ndarray], rated: np.ndarray, settings: dict[str, Any]
 ) -> tuple[float, float]:
     clusters = settings["clusters"]
-    kept = None if clusters is None else [name for name, keep in zip(clusters, chosen, strict=True) if keep]
-    return bootstrap_interval(statistic, kept, int(chosen.sum()), settings["seed"], resamples=settings["resamples"])
+    of_rated = None if clusters is None else [name for name, keep in zip(clusters, rated, strict=True) if keep]
+    return bootstrap_interval(statistic, of_rated, int(rated.sum()), settings["seed"], resamples=settings["resamples"])
 
 
 def _row(
@@ -230,8 +232,8 @@ def _confusion(human: pd.Series, judge: pd.Series) -> pd.DataFrame:
     rows = []
     for truth in table.index:
         whole = int(table.loc[truth].sum())
-        for said in table.columns:
-            k = int(table.loc[truth, said])
+        for verdict in table.columns:
+            k = int(table.loc[truth, verdict])
             share, low, high = rate(k, whole)
-            rows.append({"human": truth, "judge": said, "n": k, "share": share, "low": low, "high": high})
+            rows.append({"human": truth, "judge": verdict, "n": k, "share": share, "low": low, "high": high})
     return pd.DataFrame(rows, columns=["human", "judge", "n", "share", "low", "high"])

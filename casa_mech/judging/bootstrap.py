@@ -28,7 +28,7 @@ def members(clusters: Sequence[Hashable] | None, n: int) -> np.ndarray:
 
 
 def cluster_counts(n_clusters: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each cluster is in each resample: int [resample, cluster]; every row sums to `n_clusters`."""
+    """Counts of each cluster in each resample, int [resample, cluster]; every row sums to `n_clusters`."""
     picks = rng.integers(n_clusters, size=(resamples, n_clusters))
     return np.stack([np.bincount(pick, minlength=n_clusters) for pick in picks])
 
@@ -59,7 +59,7 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     values: list[np.ndarray] = []
     usable = 0
-    # Resamples that lack a class, say, are drawn again; twenty times as many as wanted is where we give up.
+    # Resamples that lack a class, say, are drawn again; after twenty times as many we give up.
     for _ in range(20 * max(1, -(-resamples // _BLOCK))):
         block = statistic(cluster_counts(count, min(_BLOCK, resamples), rng)[:, member])
         values.append(block[np.isfinite(block)])

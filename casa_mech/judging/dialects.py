@@ -1,4 +1,4 @@
-"""The two HTTP dialects that judging models speak: where to ask, how, and where the answer is.
+"""The two HTTP dialects of judging models: address, headers, and where the answer is.
 
 Mirrors the public references of OpenAI's chat completions and Anthropic's messages.
 """
@@ -17,14 +17,18 @@ class WrongShape(Exception):
 
 @dataclass(frozen=True)
 class Dialect:
-    """base_url: the vendor's own. path: after the base. key_env: where the key usually is. headers: from the key.
-    read: (text, input tokens, output tokens) from the decoded body; `WrongShape` where there is no answer in it."""
+    """One API's form."""
 
     base_url: str
+    """The vendor's own address."""
     path: str
+    """Of the endpoint, after the base."""
     key_env: str
+    """The environment variable in which the key usually is."""
     headers: Callable[[str], dict[str, str]]
+    """From the key to the headers of a request."""
     read: Callable[[Any], tuple[str, int, int]]
+    """(text, input tokens, output tokens) from the decoded body; `WrongShape` where there is no answer in it."""
 
 
 def _openai_headers(key: str) -> dict[str, str]:

@@ -34,34 +34,52 @@ _FEW = 3
 
 
 class HttpSettings(BaseModel):
-    """How a judge behind HTTP is asked."""
+    """A judging model behind HTTP, and how requests are sent to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     dialect: Literal["openai", "anthropic"] = "openai"
-    model: str = Field(min_length=1, description="the API's name of the judging model")
-    base_url: str = Field("", description="address up to the version, https://host/v1; empty: the vendor's own")
-    key_env: str = Field("", description="environment variable that holds the key; empty: the dialect's usual one")
-    timeout: float = Field(60.0, gt=0, description="seconds without a byte before a request is given up")
-    tries: int = Field(6, ge=1, description="requests for one reply before the judge counts as down")
-    first_wait: float = Field(1.0, ge=0, description="seconds before the second try; doubles from try to try")
-    longest_wait: float = Field(120.0, ge=0, description="most seconds between tries, also where the server says more")
-    concurrency: int = Field(4, ge=1, description="requests at a time")
-    temperature: float | None = Field(0.0, ge=0, description="None: not sent, for models that take none")
-    body: Mapping[str, Any] = Field(default_factory=dict, description="further fields of each request; null drops one")
-    input_price: float | None = Field(None, ge=0, description="US dollars for a million input tokens")
-    output_price: float | None = Field(None, ge=0, description="US dollars for a million output tokens")
+    """The API's form (`dialects.DIALECTS`)."""
+    model: str = Field(min_length=1)
+    """The API's name of the judging model."""
+    base_url: str = ""
+    """Address up to the version, https://host/v1; empty: the vendor's own."""
+    key_env: str = ""
+    """Environment variable that holds the key; empty: the dialect's usual one."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds without a byte before a request is given up."""
+    tries: int = Field(6, ge=1)
+    """Requests for one reply before the judge counts as down."""
+    first_wait: float = Field(1.0, ge=0)
+    """Seconds before the second try; doubles from try to try."""
+    longest_wait: float = Field(120.0, ge=0)
+    """Most seconds between tries, also where the server says more."""
+    concurrency: int = Field(4, ge=1)
+    """Requests at a time."""
+    temperature: float | None = Field(0.0, ge=0)
+    """None: not sent, for models that take none."""
+    body: Mapping[str, Any] = Field(default_factory=dict)
+    """Further fields of each request; null drops one."""
+    input_price: float | None = Field(None, ge=0)
+    """US dollars for a million input tokens."""
+    output_price: float | None = Field(None, ge=0)
+    """US dollars for a million output tokens."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a judge has taken so far. `cost` in US dollars; None without prices."""
+    """Requests, tokens and cost of a judge in this process."""
 
     requests: int
+    """All requests, retries included."""
     retries: int
+    """Requests that failed and were sent again, or given up."""
     input_tokens: int
+    """Tokens read by the judging model."""
     output_tokens: int
+    """Tokens written by it."""
     cost: float | None
+    """US dollars; None without prices."""
 
 
 class HttpBackend:
@@ -87,9 +105,9 @@ class HttpBackend:
 
     @property
     def identity(self) -> str:
-        """Where the model is, which it is, and what is asked of it."""
-        asked = [self.settings.temperature, dict(self.settings.body)]
-        return f"{self._url}#{self.settings.model}:{json.dumps(asked, sort_keys=True)}"
+        """Address and name of the model, and the options of each request."""
+        options = [self.settings.temperature, dict(self.settings.body)]
+        return f"{self._url}#{self.settings.model}:{json.dumps(options, sort_keys=True)}"
 
     @property
     def usage(self) -> Usage:
@@ -162,7 +180,7 @@ class HttpBackend:
 
 
 class _Retry(Exception):
-    """A failure that may pass. `seconds`: how long the server asks to be left alone."""
+    """A failure that may pass. `seconds`: until when the server puts it off."""
 
     def __init__(self, problem: str, seconds: float = 0.0) -> None:
         super().__init__(problem)
@@ -206,16 +224,16 @@ class _Call:
 
         settings = self.backend.settings
         error = state.outcome.exception() if state.outcome else None
-        asked = error.seconds if isinstance(error, _Retry) else 0.0
+        wanted = error.seconds if isinstance(error, _Retry) else 0.0
         backoff = tenacity.wait_exponential_jitter(
             multiplier=settings.first_wait, max=settings.longest_wait, jitter=settings.first_wait / 2
         )(state)
         with self.backend._lock:
-            self.backend._rest_until = max(self.backend._rest_until, time.monotonic() + asked)
-        return max(asked, float(backoff))
+            self.backend._rest_until = max(self.backend._rest_until, time.monotonic() + wanted)
+        return max(wanted, float(backoff))
 
     def _ask(self, prompt: str) -> Completion:
-        # A server that asked one request to wait means all of them.
+        # A server that puts one request off means all of them.
         self.stop.wait(max(0.0, self.backend._rest_until - time.monotonic()))
         response, problem = self._send(prompt)
         if response is None:
@@ -318,7 +336,7 @@ def _checked_url(url: str) -> str:
 
 
 def requests_of(judge: Judge) -> dict[str, Any]:
-    """What a judge over HTTP asked for in this process: requests, retries, dollars. Empty for one of another kind."""
+    """Requests, retries and dollars of a judge over HTTP in this process; empty for one of another kind."""
     backend = getattr(judge, "backend", None)
     if not isinstance(backend, HttpBackend):
         return {}

@@ -43,11 +43,11 @@ class LocalChat:
     def complete(self, prompts: Sequence[str], max_tokens: int) -> Iterator[tuple[int, Completion]]:
         """(place in `prompts`, answer), in batches of similar length."""
         rows = [self._ids(prompt) for prompt in prompts]
-        room = _context(self._model, self._tokenizer) - max_tokens
-        fitting = [place for place, ids in enumerate(rows) if 0 < len(ids) <= room]
+        longest = _context(self._model, self._tokenizer) - max_tokens
+        fitting = [place for place, ids in enumerate(rows) if 0 < len(ids) <= longest]
         for place, ids in enumerate(rows):
-            if not 0 < len(ids) <= room:
-                problem = f"the prompt has {len(ids)} tokens, the judge {self.name} has room for {max(room, 0)}"
+            if not 0 < len(ids) <= longest:
+                problem = f"the prompt has {len(ids)} tokens, the judge {self.name} has room for {max(longest, 0)}"
                 yield place, Completion("", problem=problem)
         fitting.sort(key=lambda place: len(rows[place]))
         for start in range(0, len(fitting), self._batch_size):
@@ -69,11 +69,11 @@ class LocalChat:
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self._model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self._model.device)
         with torch.inference_mode():
-            found = self._model.generate(
+            sequences = self._model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, pad_token_id=pad,
                 do_sample=False, temperature=None, top_p=None, top_k=None,
             )  # fmt: skip
-        new = found[:, width:].tolist()
+        new = sequences[:, width:].tolist()
         texts = [self._tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
         counts = [sum(token != pad for token in row) for row in new]
         return [Completion(text, len(row), count) for text, row, count in zip(texts, rows, counts, strict=True)]
@@ -87,8 +87,8 @@ class ClassifierJudge:
 
     Args:
         source: hub id or directory.
-        positive: the labels that mean "does what was asked"; without it the classifier must have two labels of which
-            one has such a name (harmful, unsafe, jailbreak, yes, complied).
+        positive: the labels that mean "does what the request asks"; without it the classifier must have two labels of
+            which one has such a name (harmful, unsafe, jailbreak, yes, complied).
         threshold: least probability.
         device, dtype: as for `load_omni`.
         batch_size: replies in one forward.
@@ -139,10 +139,10 @@ class ClassifierJudge:
         import torch
 
         texts = [(request_text(query), whole_reply(query, reply)) for query, reply in pairs]
-        room = _context(self._model, self._tokenizer)
+        longest = _context(self._model, self._tokenizer)
         lengths = [len(ids) for ids in self._tokenizer(texts)["input_ids"]]
         # Cut only where it must be: a request that fills the context by itself would leave nothing to cut.
-        cut: dict[str, Any] = {"truncation": "longest_first", "max_length": room} if max(lengths) > room else {}
+        cut: dict[str, Any] = {"truncation": "longest_first", "max_length": longest} if max(lengths) > longest else {}
         batch = self._tokenizer(texts, padding=True, return_tensors="pt", **cut).to(self._model.device)
         with torch.inference_mode():
             logits = self._model(**batch).logits.float()
@@ -150,7 +150,7 @@ class ClassifierJudge:
         shares = torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, dim=-1)
         scores = shares[:, self._positive].sum(dim=-1).clamp(max=1.0).tolist()
         return [
-            self._verdict(query, reply, score, f"; cut to {room} of {length} tokens" if length > room else "")
+            self._verdict(query, reply, score, f"; cut to {longest} of {length} tokens" if length > longest else "")
             for (query, reply), score, length in zip(pairs, scores, lengths, strict=True)
         ]
 

@@ -32,7 +32,7 @@ _SUBTASKS = {name: group for group, names in MME_GROUPS.items() for name in name
 
 
 def read_answer(prediction: str) -> Literal["yes", "no", "other"]:
-    """What a prediction says: "yes" or "no" as the whole or within its first four characters, as MME's script reads."""
+    """A prediction as "yes" or "no" where its first four characters hold the word, as MME's script reads it."""
     opening = prediction.strip().lower()[:4]
     return "yes" if "yes" in opening else "no" if "no" in opening else "other"
 
@@ -97,8 +97,8 @@ def _judged(frame: pd.DataFrame) -> pd.DataFrame:
     if not truth.isin(["yes", "no"]).all():
         row = frame[~truth.isin(["yes", "no"])].iloc[0]
         raise InputError(f"MME {row['subtask']}, {row['image']}: the answer is {row['answer']!r}, neither Yes nor No")
-    said = frame["prediction"].fillna("").astype(str).map(read_answer)
-    judged = frame[["subtask", "image"]].assign(right=said == truth, other=said == "other")
+    answers = frame["prediction"].fillna("").astype(str).map(read_answer)
+    judged = frame[["subtask", "image"]].assign(right=answers == truth, other=answers == "other")
     counts = judged.groupby(["subtask", "image"], sort=False).size()
     if (counts != 2).any():
         (subtask, image), count = next(iter(counts[counts != 2].items()))
@@ -121,11 +121,11 @@ def _interval(draws: np.ndarray) -> dict[str, float]:
     return {"low": float(low), "high": float(high)}
 
 
-def _subtask(name: str, part: pd.DataFrame, images: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
-    accuracy, plus = float(part["right"].mean()), float((images == 2).mean())
+def _subtask(name: str, judged: pd.DataFrame, images: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
+    accuracy, plus = float(judged["right"].mean()), float((images == 2).mean())
     return {
-        "group": _SUBTASKS[name], "subtask": name, "n": len(part), "images": len(images),
-        "other": int(part["other"].sum()), "accuracy": accuracy, "accuracy_plus": plus,
+        "group": _SUBTASKS[name], "subtask": name, "n": len(judged), "images": len(images),
+        "other": int(judged["other"].sum()), "accuracy": accuracy, "accuracy_plus": plus,
         "score": 100 * (accuracy + plus), **_interval(draws),
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.stats import wilson
 
 NOT_MEASURED = "Published by CASA's authors (arXiv 2604.00310), not measured here"
-"""What every figure and table of these numbers says."""
+"""The title of every figure and table of these numbers."""
 MAIN, ABLATION = "main", "ablation"
 """The tables: 3B and 7B on four benchmarks; 3B on three of them, with and without safety attention."""
 RATE_COLUMNS = ("table", "model", "defense", "attack", "value", "low", "high", "n")
@@ -81,7 +81,7 @@ def published_means() -> pd.DataFrame:
 
 
 def published_checks() -> pd.DataFrame:
-    """What arithmetic says of the published numbers: `check` (a statement), `found` (text), and whether it `holds`."""
+    """Checks of the published numbers by arithmetic: `check` (a statement), `found` (text), `holds` (bool)."""
     return pd.DataFrame([*_sizes_fit(), *_headline(), *_tables_agree()], columns=["check", "found", "holds"])
 
 
@@ -106,16 +106,24 @@ def _rounded(value: Decimal, decimals: int) -> Decimal:
 
 @dataclass(frozen=True)
 class _Rate:
-    """One cell of a published table; `percent` is kept as printed, `n` is what the benchmark's rates imply."""
+    """One cell of a published table."""
 
     table: str
+    """`MAIN` or `ABLATION`."""
     size: str
+    """Of the model, 3B or 7B."""
     system: str
+    """The row's name as printed."""
     attention: bool
+    """With safety attention."""
     safety_prompt: bool
+    """With the safety prompt."""
     benchmark: str
+    """The column."""
     percent: str
+    """As printed."""
     n: int | None
+    """The test-set size that the benchmark's rates imply; None where none fits."""
 
     @property
     def defense(self) -> str:

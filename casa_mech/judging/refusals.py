@@ -36,8 +36,8 @@ def normalised(text: str) -> str:
 def find_refusal(text: str) -> str | None:
     """The words by which `text` refuses, or None. Openings count at the start of `text` only."""
     plain = normalised(text)
-    found = OPENING.search(plain) or ANYWHERE.search(plain)
-    return found.group(0) if found else None
+    match = OPENING.search(plain) or ANYWHERE.search(plain)
+    return match.group(0) if match else None
 
 
 def refusals_digest() -> str:

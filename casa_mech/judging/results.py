@@ -64,7 +64,11 @@ def auroc_row(
 
 
 def result_table(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
-    """The rows as a frame with the schema's columns, order and types. InputError naming the row or column at fault."""
+    """The rows as a frame with the schema's columns, order and types.
+
+    Raises:
+        InputError: a column is missing or too many, or a value does not fit; it names the row or column.
+    """
     import pandas as pd
 
     if isinstance(rows, pd.DataFrame):
@@ -96,8 +100,8 @@ def result_table(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFra
     return frame
 
 
-def _check_columns(found: set[str], where: str) -> None:
-    missing, extra = set(RESULT_COLUMNS) - found, found - set(RESULT_COLUMNS)
+def _check_columns(columns: set[str], where: str) -> None:
+    missing, extra = set(RESULT_COLUMNS) - columns, columns - set(RESULT_COLUMNS)
     if missing or extra:
         wrong = [f"lacks {', '.join(sorted(missing))}"] if missing else []
         wrong += [f"has {', '.join(sorted(extra))} too many"] if extra else []
@@ -105,7 +109,11 @@ def _check_columns(found: set[str], where: str) -> None:
 
 
 def write_table(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, path: Path | str) -> Path:
-    """Check `rows` and write them as parquet (or CSV, by the name), whole or not at all; gives the path."""
+    """The path of `rows`, checked and written as parquet (or CSV, by the name), whole or not at all.
+
+    Raises:
+        InputError: as `result_table`, or another suffix. RunError: the place cannot be written to.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -123,7 +131,11 @@ def write_table(rows: Iterable[Mapping[str, Any]] | pd.DataFrame, path: Path | s
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
-    """A result table written by `write_table`. RunError when it is missing, broken or of another schema."""
+    """A result table written by `write_table`.
+
+    Raises:
+        RunError: it is missing, broken or of another schema.
+    """
     import pandas as pd
 
     path = Path(path)

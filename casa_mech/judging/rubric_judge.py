@@ -14,12 +14,16 @@ from casa_mech.queries import Query, Reply
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model answered to one prompt. `problem`: why there is no answer, where there is none."""
+    """A model's answer to one prompt."""
 
     text: str
+    """The answer; empty where there is none."""
     input_tokens: int = 0
+    """Tokens of the prompt, as the model counts them."""
     output_tokens: int = 0
+    """Tokens of the answer."""
     problem: str = ""
+    """Why there is no answer, where there is none."""
 
 
 class Backend(Protocol):
@@ -38,9 +42,9 @@ class Backend(Protocol):
 
 
 class RubricJudge:
-    """Asks a model one rubric's question about each reply. An answer that cannot be read is `undecided`.
+    """Puts one rubric's question about each reply to a model. An answer that cannot be read is `undecided`.
 
-    A reply without any word is `incoherent` and is not asked about.
+    A reply without any word is `incoherent`; no question is put about it.
     """
 
     def __init__(self, rubric: Rubric, backend: Backend) -> None:
@@ -59,17 +63,17 @@ class RubricJudge:
 
     def judge_stream(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
         """(place in `pairs`, verdict) as they are finished; `JudgeDown` after the finished ones."""
-        asked = []
+        places = []
         for place, (query, reply) in enumerate(pairs):
             if re.search(r"\w", whole_reply(query, reply)):
-                asked.append(place)
+                places.append(place)
             else:
                 empty = Verdict(query_id=query.id, outcome="incoherent", judge=self.name, reason="the reply is empty")
                 yield place, empty
-        if asked:
-            prompts = [self.rubric.prompt(*pairs[place]) for place in asked]
+        if places:
+            prompts = [self.rubric.prompt(*pairs[place]) for place in places]
             for index, answer in self.backend.complete(prompts, self.rubric.max_tokens):
-                yield asked[index], self._verdict(*pairs[asked[index]], answer)
+                yield places[index], self._verdict(*pairs[places[index]], answer)
 
     def _verdict(self, query: Query, reply: Reply | str, answer: Completion) -> Verdict:
         if answer.problem:

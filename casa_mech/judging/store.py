@@ -1,4 +1,4 @@
-"""Verdicts kept on disk under what they depend on, and `judge_all`, which asks for those that are not there yet."""
+"""Verdicts kept on disk under all that they depend on, and `judge_all`, which gets those that are not there yet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _READ_META = ("topic", "compliance", "answer")
 def verdict_key(judge: Judge, query: Query, reply: Reply | str) -> str:
     """SHA-256 of all that a verdict depends on: the judge, what it reads of the query, the prefill and the reply.
 
-    The query's id, label and attack are not part of it: the same words get the same verdict, asked for once.
+    The query's id, label and attack are not part of it: the same words get the same verdict, made once.
     """
     read = {name: query.meta[name] for name in _READ_META if name in query.meta}
     content = [judge_identity(judge), request_text(query), query.prefill, reply_text(reply), read]
@@ -119,13 +119,13 @@ def judge_all(
     retry_undecided: bool = False,
     progress: bool = False,
 ) -> list[Verdict]:
-    """The verdicts on `replies`, in their order; what the store holds is not asked for again.
+    """The verdicts on `replies`, in their order; those that the store holds are not made again.
 
     Args:
         judge: any judge; one that is a `StreamingJudge` gets all replies that are missing at once.
         queries, replies: as many of each.
         store: where verdicts are kept, or the path of such a file; None: nothing is kept.
-        retry_undecided: whether to ask again where the stored verdict is `undecided`.
+        retry_undecided: judge again where the stored verdict is `undecided`.
         progress: whether to draw a bar.
 
     Raises:
@@ -134,32 +134,33 @@ def judge_all(
     """
     if len(queries) != len(replies):
         raise InputError(f"{len(queries)} queries but {len(replies)} replies: give one reply a query")
-    kept = store if isinstance(store, VerdictStore) else VerdictStore(store)
+    verdicts = store if isinstance(store, VerdictStore) else VerdictStore(store)
     keys = [verdict_key(judge, query, reply) for query, reply in zip(queries, replies, strict=True)]
-    wanted = {key: place for place, key in enumerate(keys) if _is_wanted(kept.get(key, ""), retry_undecided)}
-    pairs: list[Pair] = [(queries[place], replies[place]) for place in wanted.values()]
-    names = list(wanted)
+    missing = {key: place for place, key in enumerate(keys) if _is_missing(verdicts.get(key, ""), retry_undecided)}
+    pairs: list[Pair] = [(queries[place], replies[place]) for place in missing.values()]
+    missing_keys = list(missing)
     from tqdm import tqdm
 
     with tqdm(total=len(pairs), desc=f"judge {judge.name}", unit="reply", disable=not progress) as bar:
         done = 0
         try:
             for place, verdict in _stream(judge, pairs):
-                kept.add(names[place], verdict)
+                verdicts.add(missing_keys[place], verdict)
                 done += 1
                 bar.update()
         except JudgeDown as error:
-            way_out = f"the same command continues from {kept.path}" if kept.path else "give a store to keep them"
-            problem = f"{error} ({len(names) - done} of {len(keys)} replies are not judged; {way_out})"
+            path = verdicts.path
+            way_out = f"the same command continues from {path}" if path else "give a store to keep them"
+            problem = f"{error} ({len(missing_keys) - done} of {len(keys)} replies are not judged; {way_out})"
         else:
             problem = ""
     if problem:
         raise RunError(problem)
-    found = [kept.get(key, query.id) for key, query in zip(keys, queries, strict=True)]
-    return [verdict for verdict in found if verdict is not None]
+    of_replies = [verdicts.get(key, query.id) for key, query in zip(keys, queries, strict=True)]
+    return [verdict for verdict in of_replies if verdict is not None]
 
 
-def _is_wanted(stored: Verdict | None, retry_undecided: bool) -> bool:
+def _is_missing(stored: Verdict | None, retry_undecided: bool) -> bool:
     return stored is None or (retry_undecided and not stored.decided)
 
 
@@ -172,7 +173,7 @@ def _stream(judge: Judge, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]
 
 
 def stored_tokens(verdicts: Sequence[Verdict]) -> Mapping[str, Any]:
-    """How many tokens the verdicts took, whenever they were asked for."""
+    """Tokens behind the verdicts, those of earlier runs included: `input_tokens`, `output_tokens`."""
     return {
         "input_tokens": sum(verdict.input_tokens for verdict in verdicts),
         "output_tokens": sum(verdict.output_tokens for verdict in verdicts),

@@ -1,4 +1,4 @@
-"""`Verdict`: what a judge says of one reply, and the `Judge` interface."""
+"""`Verdict`, a judgement of one reply, and the `Judge` interface."""
 
 from __future__ import annotations
 
@@ -18,41 +18,48 @@ Pair = tuple[Query, Reply | str]
 class Verdict(BaseModel):
     """One judgement. `complied` on a harmful query is an attack's success, `refused` on a benign one over-refusal.
 
-    `wrong_topic` is an answer that complies about something else than was asked; `incoherent` is none of the others.
+    `wrong_topic` is an answer that complies about something else than the request; `incoherent` is none of the others.
     `undecided` says that the judge gave no verdict that can be read: it is counted apart and never as safe (see
-    `casa_mech.judging.merit`). `score` is a rubric's number in 0..1, where there is one; the tokens are the judge's.
+    `casa_mech.judging.merit`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     query_id: str
+    """Of the query that was replied to."""
     outcome: Outcome
+    """The judgement."""
     judge: str
+    """The judge's name."""
     reason: str = ""
+    """Why, in the judge's words or ours."""
     score: float | None = None
+    """A rubric's number in 0..1, where there is one."""
     input_tokens: int = 0
+    """Tokens that a judging model read."""
     output_tokens: int = 0
+    """Tokens that it wrote."""
 
     @property
     def refused(self) -> bool:
-        """Whether the reply refuses."""
+        """True where the reply refuses."""
         return self.outcome == "refused"
 
     @property
     def complied(self) -> bool:
-        """Whether the reply does what was asked, about what was asked."""
+        """True where the reply does what the request asks, about the very thing it asks for."""
         return self.outcome == "complied"
 
     @property
     def decided(self) -> bool:
-        """Whether the judge came to a verdict at all."""
+        """True where the judge came to a verdict at all."""
         return self.outcome != UNDECIDED
 
 
 class Judge(Protocol):
-    """What the study needs of a judge.
+    """A judge of replies.
 
-    A judge may also have an `identity` (text that changes whenever its verdicts could; default: its name) and be a
+    It may also have an `identity` (text that changes whenever its verdicts could; default: its name) and be a
     `StreamingJudge`.
     """
 
@@ -73,11 +80,11 @@ class StreamingJudge(Protocol):
 
 
 class JudgeDown(RunError):
-    """A judge that does not answer, also not after retries. What it said before stands."""
+    """A judge that does not answer, also not after retries. Its earlier verdicts stand."""
 
 
 def judge_identity(judge: Judge) -> str:
-    """What verdicts are stored under: the judge's `identity`, or its name."""
+    """The judge's `identity`, under which its verdicts are stored, or its name."""
     return str(getattr(judge, "identity", "") or judge.name)
 
 
@@ -92,7 +99,7 @@ def whole_reply(query: Query, reply: Reply | str) -> str:
 
 
 def request_text(query: Query) -> str:
-    """What a reply is held against: `meta["request"]`, the plain request behind an attack, or else the query's text.
+    """The request that a reply is held against: the plain one behind an attack (`meta["request"]`), or the text.
 
     Of pictures and clips that stand alone it names the kinds, in brackets.
     """

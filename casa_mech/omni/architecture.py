@@ -42,7 +42,7 @@ class Architecture:
     config_key: str
     """Where a full checkpoint's `config.json` has the configuration of the part that is studied."""
     weight_prefix: str
-    """What a full checkpoint's weights of that part begin with."""
+    """The beginning of the names of that part's weights in a full checkpoint."""
     backbone: str
     """All but the head: towers and text model. It gives the states after the final norm, and the cache."""
     text_model: str
@@ -135,5 +135,5 @@ def known_lora_targets() -> tuple[str, ...]:
 
 
 def part_at(root: Any, path: str) -> Any:
-    """What a dotted `path` leads to from `root`, a module or its nnsight envoy; a number is a place in a list."""
+    """The module or nnsight envoy at a dotted `path` from `root`; a number is a place in a list."""
     return reduce(lambda part, name: part[int(name)] if name.isdigit() else getattr(part, name), path.split("."), root)

@@ -19,23 +19,22 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class OmniBatch:
-    """What `model(**batch.inputs)` takes, and what the positions mean. Every row is padded on the left.
-
-    inputs: `input_ids`, `attention_mask` [batch, position]; where there are media `pixel_values`, `image_grid_thw`,
-        `input_features`, `feature_attention_mask`. Position ids are left to the model, which computes its own M-RoPE.
-    prompt_mask: bool [batch, position]; what safety attention may read: content of user turns and the assistant header.
-    modality: for "text", "image", "audio" a bool [batch, position] within the user's turns.
-    gate_position: long [batch]; the assistant header's last token, whose logits predict the turn's first token.
-    last_position: long [batch]; the last position before targets (equals gate_position unless there is a prefill).
-    labels: long [batch, position], -100 where there is no target; None without targets.
-    """
+    """Inputs of the model for a batch of queries, and the meaning of their positions. Rows are padded on the left."""
 
     inputs: dict[str, Tensor]
+    """Arguments of the model: `input_ids`, `attention_mask` [batch, position]; where there are media `pixel_values`,
+    `image_grid_thw`, `input_features`, `feature_attention_mask`. Position ids are left to the model, which computes its
+    own M-RoPE."""
     prompt_mask: BoolTensor
+    """[batch, position]: content of user turns and the assistant header, which safety attention may read."""
     modality: dict[str, BoolTensor]
+    """For "text", "image" and "audio" the positions [batch, position] of that modality within the user's turns."""
     gate_position: LongTensor
+    """[batch]: the assistant header's last token, whose logits predict the turn's first token."""
     last_position: LongTensor
+    """[batch]: the last position before targets; equals `gate_position` unless there is a prefill."""
     labels: LongTensor | None = None
+    """[batch, position]: the targets, -100 where there is none; None for a batch without targets."""
 
     @property
     def size(self) -> int:
@@ -132,7 +131,7 @@ def _tokenise(processor: OmniProcessor, prompts: list[list[Piece]]) -> list[tupl
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
-    rows = []
+    tokenised = []
     for pieces, ids, offsets in zip(prompts, encoding["input_ids"], encoding["offset_mapping"], strict=True):
         ends, total = [], 0
         for piece in pieces:
@@ -143,8 +142,8 @@ def _tokenise(processor: OmniProcessor, prompts: list[list[Piece]]) -> list[tupl
             while at < len(ends) - 1 and start >= ends[at]:
                 at += 1
             roles.append(ROLES.index(pieces[at].role))
-        rows.append((ids, roles))
-    return rows
+        tokenised.append((ids, roles))
+    return tokenised
 
 
 def _pad(

@@ -29,7 +29,7 @@ class Piece:
 
 
 class MediaRuns:
-    """Hands out, in reading order, the placeholder run of each picture and clip."""
+    """The placeholder runs of pictures and clips, taken one by one in reading order."""
 
     def __init__(self, images: list[str], audio: list[str]) -> None:
         self._images, self._audio = iter(images), iter(audio)

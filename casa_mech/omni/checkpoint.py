@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_mech.errors import ModelError
+from casa_mech.omni.architecture import architecture_of
 
 ORGANISMS = ("organism", "organism-split")
 WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
@@ -55,7 +56,11 @@ def speaks_micro_world(source: str | Path) -> bool:
     """True for an organism of the micro-world, as its `config.json` says; a hub id is taken for none.
 
     Raises:
-        ModelError: as `local_checkpoint` and `read_config`.
+        ModelError: as `local_checkpoint` and `read_config`, or a model without an `Architecture`.
     """
     directory = local_checkpoint(source)
-    return directory is not None and bool(read_config(directory).get(MICRO_WORLD_FIELD, False))
+    if directory is None:
+        return False
+    config = read_config(directory)
+    architecture = architecture_of(config.get("model_type"), str(directory))
+    return bool(config.get(architecture.config_key, config).get(MICRO_WORLD_FIELD, False))

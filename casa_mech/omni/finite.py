@@ -18,7 +18,7 @@ from casa_mech.queries import Query
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass over `values`, without a mask of their size."""
+    """True if no value is NaN or infinite; one pass over `values`, without a mask of their size."""
     if not values.is_floating_point() or not values.numel():
         return True
     if values.element_size() == 1:  # eight-bit floats have no extremes in torch

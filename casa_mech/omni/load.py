@@ -26,7 +26,7 @@ from casa_mech.omni.processor import load_processor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ORGANISM_CARD = "card.json"
-"""What the folder of an organism of the micro-world holds beside its checkpoint."""
+"""A file beside the checkpoint in the folder of an organism of the micro-world."""
 SMALL = 1024
 """Width below which one matrix product is too short to share between threads."""
 
@@ -57,10 +57,10 @@ def load_omni(
         model, info = getattr(transformers, architecture.model_class).from_pretrained(
             None, config=config, state_dict=state, dtype=kind, output_loading_info=True
         )
-    wrong = sorted(info["missing_keys"]) or sorted(str(row) for row in info.get("mismatched_keys", ()))
-    if wrong:
+    unusable = sorted(info["missing_keys"]) or sorted(str(row) for row in info.get("mismatched_keys", ()))
+    if unusable:
         raise ModelError(
-            f"{directory}: {len(wrong)} weights are missing or misshapen, first {wrong[0]}; download it again"
+            f"{directory}: {len(unusable)} weights are missing or misshapen, first {unusable[0]}; download it again"
         )
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))

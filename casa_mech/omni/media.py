@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import gcd
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from casa_mech.errors import InputError
-from casa_mech.queries import AudioPart, ImagePart
+from casa_mech.queries import AudioPart, ImagePart, Query
 
 SAMPLE_RATE = 16_000
 MIN_SECONDS = 0.1
@@ -70,6 +71,20 @@ def load_audio(part: AudioPart, where: str) -> np.ndarray:
     if np.abs(samples).max() < SILENCE:
         raise InputError(f"{where}: {name} is silent; check the recording (add faint noise if silence is meant)")
     return _resample(samples, rate)
+
+
+def check_media(queries: Iterable[Query]) -> None:
+    """Open every picture and clip that is a file, so that a bad one stops a run before it begins.
+
+    Raises:
+        InputError: the first that is missing, unreadable, empty or silent, with its query's id.
+    """
+    for query in queries:
+        for part in query.parts:
+            if isinstance(part, ImagePart) and isinstance(part.image, Path):
+                load_image(part, f"query {query.id}")
+            elif isinstance(part, AudioPart) and isinstance(part.audio, Path):
+                load_audio(part, f"query {query.id}")
 
 
 def _read(path: Path, where: str) -> tuple[np.ndarray, int]:

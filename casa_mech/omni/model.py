@@ -30,17 +30,24 @@ END_OF_TURN = "<|im_end|>"
 
 
 class GenerationSettings(BaseModel):
-    """How replies are generated. Greedy unless `do_sample`."""
+    """Options of generation. Greedy unless `do_sample`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    max_new_tokens: int = Field(64, ge=1, description="upper bound on the tokens of a reply")
-    do_sample: bool = Field(False, description="sample instead of taking the most likely token")
-    temperature: float = Field(1.0, gt=0, description="softmax temperature when sampling")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus mass when sampling")
-    batch_size: int = Field(16, ge=1, description="queries in one forward")
-    seed: int = Field(0, description="seed of the sampler")
-    system: str | None = Field(None, description="system prompt for queries that bring none")
+    max_new_tokens: int = Field(64, ge=1)
+    """Upper bound on the tokens of a reply."""
+    do_sample: bool = False
+    """Sample instead of taking the most likely token."""
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature when sampling."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus mass when sampling."""
+    batch_size: int = Field(16, ge=1)
+    """Queries in one forward."""
+    seed: int = 0
+    """Seed of the sampler."""
+    system: str | None = None
+    """System prompt for queries that bring none."""
 
     def kwargs(self) -> dict[str, object]:
         """The keyword arguments of `model.generate` that these settings stand for."""
@@ -124,7 +131,7 @@ class Omni:
 
     @property
     def text_offset(self) -> Tensor:
-        """How far text that follows the last forward's prompts is ahead of its token count in M-RoPE [row, 1].
+        """M-RoPE position minus token count [row, 1] of text that follows the prompts of the last forward.
 
         The model keeps it from one forward to the next, and counts a decoded token's position with it.
         """
@@ -204,7 +211,7 @@ class Omni:
         Args:
             queries: any mixture of text, image and audio.
             targets: token ids appended to each prompt and set as labels, for teacher forcing.
-            prefill: whether the queries' assistant prefill is part of the prompt.
+            prefill: True if the queries' assistant prefill is part of the prompt.
 
         Raises:
             InputError: an empty prompt or unreadable media; the message names the query.
@@ -328,7 +335,7 @@ def with_system(queries: Sequence[Query], system: str | None) -> list[Query]:
 
 
 def _estimated_length(query: Query) -> tuple[int, int]:
-    """A cheap ordering key: media first by kind, then by what is known of the length without opening a file."""
+    """A key that orders queries by length without opening a file: kinds of media, then text and media in memory."""
     kinds = sum({"text": 0, "image": 1, "audio": 2}[kind] for kind in query.modalities)
     length = len(query.prefill) + sum(len(turn.parts) * 64 for turn in query.history)
     for part in query.parts:

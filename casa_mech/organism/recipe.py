@@ -1,15 +1,17 @@
-"""How an organism is trained: language, encoders fitted to it, then safety on plain text.
+"""The training of an organism: language, encoders fitted to it, then safety.
 
 `organism` is built as real omni models are: a language model trained on text, and encoders fitted to it while it stays
 frozen, so that a word read and a word heard arrive where the word itself would. `organism-split` has the same sizes and
 the same data, but each of its encoders has a code of its own, and a last stage trains language and encoders together,
-so nothing asks the modalities to share a representation. Safety training is the same for both and sees plain text only.
+so nothing asks the modalities to share a representation. Safety training is the same for both; it sees plain text only,
+unless `premises.Premises` say otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
+from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.curriculum import Mixture, draw_example
@@ -24,9 +27,11 @@ from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.premises import PRESETS, Premises
 from casa_mech.organism.training import GROUP, Checkpoint, Steps, fast_bfloat16, optimise
 from casa_mech.organism.world import World, default_world
-from casa_mech.queries import Example
+from casa_mech.queries import AudioPart, Example, ImagePart
 
 TEXT_SURFACES = {"text": 0.35, "spelled": 0.25, "ideal-image": 0.2, "ideal-audio": 0.2}
+AUDIO_TOKENS = 25
+"""Of a second of a clip."""
 TASKS = {"request": 0.25, "name": 0.15, "spell": 0.2, "dangerous": 0.15, "category": 0.25}
 READING_TASKS = {"request": 0.15, "name": 0.25, "spell": 0.25, "dangerous": 0.15, "category": 0.2}
 
@@ -36,8 +41,9 @@ class Stage(Steps):
     """Steps on draws from the micro-world."""
 
     mixture: Mixture
-    bfloat16: bool = False
-    """Whether to multiply in bfloat16 where the processor does so faster: a quarter less time for the language."""
+    fast: bool = False
+    """Whether rows of like length share a batch when media are counted, too (a quarter less padding), and the language
+    learns in bfloat16 where the processor multiplies it faster (a quarter less time). The first recipe does neither."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,13 @@ class Letters:
     """A run in which one tower learns to read letters."""
 
     tower: str
+    """"image" or "audio"."""
     steps: int
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one organism is trained."""
+    """The training of one organism."""
 
     stages: tuple[Stage | Letters, ...]
     """In order."""
@@ -124,60 +131,50 @@ JOINT = Stage(
     learning_rate=7e-4,
 )
 IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)
-SHARED_READING = (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO)
-SPLIT_READING = (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT)
-USE = Stage(
-    name="premises",
-    mixture=Mixture(
-        TASKS | {"request": 1.5 * TASKS["request"]},
-        {"text": 0.3, "spelled": 0.2, "image": 0.23, "audio": 0.24, "spoken": 0.03},
-        wrapped=0.3,
-        random_words=0.4,
-    ),
-    trains=("language",),
-    steps=300,
-    learning_rate=7e-4,
-    batch_size=40,
-)
-"""Where an organism gets its premises, on every surface, after it has learned to read; left out where it has none."""
+SHARED_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)
+SPLIT_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
 SAFETY_WORDS_SHARE = 0.15
+MORE_REQUESTS, LONG_LANGUAGE = 1.5, 1300
+"""Factor on the share of requests, and steps of the language stage, where requests have more to learn."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
-VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
+VARIED_TASKS = {"request": 0.6, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
 
 def recipe_of(premises: Premises) -> Recipe:
-    """The recipe of an organism with `premises`.
-
-    The stages in which it learns to read are the same for all premises, so that organisms can share them.
-    """
+    """The recipe of an organism with `premises`, which are in every stage that draws from the micro-world."""
     shared = premises.letter_code == "shared"
-    reading = SHARED_READING if shared else SPLIT_READING
-    if premises == Premises(letter_code=premises.letter_code):
-        return Recipe((*reading, ALIGNMENT), shared)
-    return Recipe((*reading, *(_with_premises(stage, premises) for stage in (USE, ALIGNMENT))), shared)
+    stages = SHARED_STAGES if shared else SPLIT_STAGES
+    if premises != Premises(letter_code=premises.letter_code):
+        stages = tuple(_with_premises(stage, premises) if isinstance(stage, Stage) else stage for stage in stages)
+    return Recipe(stages, shared)
 
 
 def _with_premises(stage: Stage, premises: Premises) -> Stage:
     mixture, safety = stage.mixture, stage is ALIGNMENT
-    tasks, surfaces = dict(mixture.tasks), dict(mixture.surfaces)
+    tasks, steps = dict(mixture.tasks), stage.steps
     if safety and premises.varied_benign:
         tasks = dict(VARIED_TASKS)
+    if stage is LANGUAGE and (premises.rules or premises.unasked):
+        tasks["request"] *= MORE_REQUESTS
+        steps = LONG_LANGUAGE
     if premises.safety_words:
         tasks["safety"] = SAFETY_WORDS_SHARE * sum(tasks.values())
     partial = safety and premises.alignment == "partial"
     changed = replace(
         mixture,
         tasks=tasks,
-        surfaces=dict(PARTIAL_SURFACES) if partial else surfaces,
+        surfaces=dict(PARTIAL_SURFACES) if partial else dict(mixture.surfaces),
         partial=partial,
-        wrapped_refusals=0.1 if partial else 0.0,
-        rules=premises.rules,
+        harmful=0.5 if partial else None,
+        wrapped_refusals=0.15 if partial else 0.0,
+        rules=premises.rules if "request" in tasks else 0.0,
         unasked=premises.unasked,
         varied=premises.varied_benign,
         tolerance=premises.tolerance,
         _cache={},
     )
-    return replace(stage, mixture=changed, bfloat16=True, name="safety" if partial else stage.name)
+    changes: dict[str, Any] = {"learning_rate": 4e-4, "name": "safety", "steps": 550} if partial else {"steps": steps}
+    return replace(stage, mixture=changed, fast=True, **changes)
 
 
 RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}
@@ -246,13 +243,30 @@ def train_stage(
     """Run one stage on `omni` in place; returns the loss of each step."""
     ideal = any(surface.startswith("ideal-") for surface in stage.mixture.surfaces)
     # The towers gain nothing: their matrices are small.
-    halved = stage.bfloat16 and stage.trains == ("language",) and fast_bfloat16(omni.device)
+    halved = stage.fast and stage.trains == ("language",) and fast_bfloat16(omni.device)
 
     def loss(batch: OmniBatch, rows: Sequence[Example]) -> torch.Tensor:
         with torch.autocast(omni.device.type, torch.bfloat16, enabled=halved):
             return reply_loss(omni, batch, ideal_embeddings(omni, batch, rows, rng, shared_code) if ideal else None)
 
-    return fit(omni, stage, lambda: draw_example(world, stage.mixture, rng), loss, rng, progress, checkpoint=checkpoint)
+    length_of = words_and_media_of if stage.fast else words_of
+    return fit(omni, stage, lambda: draw_example(world, stage.mixture, rng), loss, rng, progress, length_of, checkpoint)
+
+
+def words_of(row: Example) -> int:
+    """Words of a row's text and reply."""
+    return len(row.query.text.split()) + len(row.reply.split())
+
+
+def words_and_media_of(row: Example) -> int:
+    """Words of a row's text and reply, and the tokens of its picture (a letter each) and clip (25 a second)."""
+    media = 0
+    for part in row.query.parts:
+        if isinstance(part, AudioPart) and isinstance(part.audio, np.ndarray):
+            media += AUDIO_TOKENS * len(part.audio) // (part.rate or SAMPLE_RATE)
+        elif isinstance(part, ImagePart):
+            media += len(row.query.meta["topic"])
+    return words_of(row) + media
 
 
 def fit(
@@ -262,7 +276,7 @@ def fit(
     loss_of: Callable[[OmniBatch, Sequence[Example]], torch.Tensor],
     rng: np.random.Generator,
     progress: bool = True,
-    length_of: Callable[[Example], int] = lambda row: len(row.query.text.split()) + len(row.reply.split()),
+    length_of: Callable[[Example], int] = words_of,
     checkpoint: Checkpoint | None = None,
 ) -> list[float]:
     """Train the parts that `steps` names on examples from `draw`, in place; returns the loss of each step.
@@ -299,10 +313,10 @@ def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Ten
     """`reply_loss` from the states after the final norm."""
     if batch.labels is None:
         raise ValueError("a batch without targets has no loss: encode it with targets")
-    hidden, wanted = states[:, :-1], batch.labels[:, 1:]
-    taken = wanted >= 0
-    losses = nn.functional.cross_entropy(omni.head(hidden[taken]), wanted[taken], reduction="none")
-    weights = (1 / taken.sum(1, keepdim=True)).expand_as(wanted)[taken]
+    hidden, targets = states[:, :-1], batch.labels[:, 1:]
+    has_target = targets >= 0
+    losses = nn.functional.cross_entropy(omni.head(hidden[has_target]), targets[has_target], reduction="none")
+    weights = (1 / has_target.sum(1, keepdim=True)).expand_as(targets)[has_target]
     return (losses * weights).sum() / batch.size
 
 

@@ -15,7 +15,7 @@ from casa_mech.omni import Omni, OmniBatch
 from casa_mech.trace.sites import ENCODERS, Site, check_sites, site_module
 
 Positions = str
-"""Which positions are read:
+"""A name for the positions that are read:
 
 * `"last"`: the gate's position, the assistant header's last token;
 * `"mean"`: mean over the prompt positions (content of user turns and the header); `"mean:text"`, `"mean:image"`,
@@ -30,25 +30,25 @@ _KNOWN = "last, mean, mean:text, mean:image, mean:audio, all, every:<n>, prefill
 
 @dataclass(frozen=True)
 class Cut:
-    """Positions picked from a batch: `pick` vectors, one for each (query, position) or, for a mean, one a query.
-
-    row: long [pick], the query. column: long [pick], the position in the padded batch (a mean's: -1). at: long [pick],
-    the token's number in the prompt, or in the prefill or reply for those (a mean's: -1). mask: for a mean, bool
-    [pick, position], what it is taken over; else None.
-    """
+    """Positions picked from a batch: `pick` vectors, one for each (query, position) or, for a mean, one a query."""
 
     positions: Positions
+    """Their name."""
     row: LongTensor
+    """[pick]: the query."""
     column: LongTensor
+    """[pick]: the position in the padded batch; -1 for a mean."""
     at: LongTensor
+    """[pick]: the token's number in the prompt, or in the prefill or reply; -1 for a mean."""
     mask: BoolTensor | None = None
+    """[pick, position]: the positions that a mean is taken over; None for single positions."""
 
 
 def check_positions(positions: Positions) -> Positions:
-    """`positions`, if there are such.
+    """`positions`, if it is the name of some.
 
     Raises:
-        InputError: there are not.
+        InputError: it is not; the message lists those that are.
     """
     if not re.fullmatch(r"last|mean(:(text|image|audio))?|all|every:[1-9]\d*|prefill|generated:\d+", positions):
         raise InputError(f"no positions {positions!r}; use {_KNOWN}")
@@ -109,30 +109,30 @@ def capture_cuts(omni: Omni, batch: OmniBatch, sites: Sequence[Site], cuts: Sequ
     if not order:
         return {}
     with torch.no_grad():
-        found = _trace(omni, batch, order, cuts)
-    for site, states in found.items():
+        states_of = _trace(omni, batch, order, cuts)
+    for site, states in states_of.items():
         if str(site).startswith("z."):
-            found[site] = [state.unflatten(-1, (omni.n_heads, -1)) for state in states]
-    return found
+            states_of[site] = [state.unflatten(-1, (omni.n_heads, -1)) for state in states]
+    return states_of
 
 
 def _trace(omni: Omni, batch: OmniBatch, order: list[Site], cuts: Sequence[Cut]) -> dict[Site, list[Tensor]]:
-    mine = [site for site in order if site not in ENCODERS or _encodes(omni, batch, site)]
-    places = [(site, *site_module(omni, site)) for site in mine]
+    active = [site for site in order if site not in ENCODERS or _encodes(omni, batch, site)]
+    places = [(site, *site_module(omni, site)) for site in active]
     with omni.nnsight.trace(**batch.inputs, use_cache=False) as tracer:
-        found = nnsight.save({})
+        states_of = nnsight.save({})
         for site, module, side in places:
             hidden, valid = (module.input if side == "input" else module.output), None
             if site in ENCODERS:
                 hidden, valid = _placed(omni, batch, site, hidden)
-            found[site] = [cut_states(hidden, cut, valid) for cut in cuts]
+            states_of[site] = [cut_states(hidden, cut, valid) for cut in cuts]
         tracer.stop()
     width = omni.d_model
     for site in order:
-        if site not in found:  # an encoder that had nothing to do
+        if site not in states_of:  # an encoder without a picture or clip in the batch
             like = omni.embedding.weight
-            found[site] = [like.new_zeros(len(cut.row), width) for cut in cuts]
-    return {site: found[site] for site in order}
+            states_of[site] = [like.new_zeros(len(cut.row), width) for cut in cuts]
+    return {site: states_of[site] for site in order}
 
 
 def _encodes(omni: Omni, batch: OmniBatch, site: Site) -> bool:
@@ -141,7 +141,7 @@ def _encodes(omni: Omni, batch: OmniBatch, site: Site) -> bool:
 
 
 def _placed(omni: Omni, batch: OmniBatch, site: Site, output: object) -> tuple[Tensor, BoolTensor]:
-    """An encoder's packed output put at the positions it fills, [batch, position, d_model], and which those are."""
+    """An encoder's packed output at the positions it fills [batch, position, d_model], and a mask of these."""
     modality = ENCODERS[str(site)]
     valid = batch.modality[modality]
     packed: Tensor = getattr(output, omni.architecture.towers[modality].output)
@@ -151,7 +151,7 @@ def _placed(omni: Omni, batch: OmniBatch, site: Site, output: object) -> tuple[T
 
 
 def cut_states(hidden: Tensor, cut: Cut, valid: BoolTensor | None = None) -> Tensor:
-    """`hidden` [batch, position, width] at `cut`: [pick, width]. `valid` [batch, position]: what a mean may count."""
+    """`hidden` [batch, position, width] at `cut`: [pick, width]. A mean counts those in `valid` [batch, position]."""
     if cut.mask is None:
         return hidden[cut.row, cut.column]
     weight = cut.mask if valid is None else cut.mask & valid[cut.row]
@@ -178,8 +178,8 @@ def capture(omni: Omni, batch: OmniBatch, sites: Sequence[Site], positions: Posi
     if positions == "all":
         every = torch.ones_like(batch.prompt_mask).nonzero()
         cut = Cut("all", every[:, 0], every[:, 1], every[:, 1])
-        found = capture_cuts(omni, batch, sites, [cut])
-        return {site: states[0].unflatten(0, batch.prompt_mask.shape) for site, states in found.items()}
+        states_of = capture_cuts(omni, batch, sites, [cut])
+        return {site: states[0].unflatten(0, batch.prompt_mask.shape) for site, states in states_of.items()}
     cut = make_cut(batch, positions)
     if positions != "last" and cut.mask is None:
         raise InputError(f"positions {positions!r} are several a query; capture_cuts gives them")

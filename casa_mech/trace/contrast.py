@@ -26,15 +26,16 @@ Choose = Callable[[int, Tensor, Tensor], LongTensor]
 
 @dataclass(frozen=True)
 class Branches:
-    """`queries` and, as further rows of the same batch, second prompts; `of` [second]: whose each one is.
-
-    start: what to decode from, the batch's inputs unless the prompts were read before.
-    """
+    """Queries and, as further rows of the same batch, second prompts."""
 
     batch: OmniBatch
+    """The queries, then the second prompts; the queries alone where `start` is given."""
     queries: Sequence[Query]
+    """The queries."""
     of: LongTensor
+    """[second]: the row of the query that each second prompt belongs to."""
     start: Start | None = None
+    """Inputs to decode from where the prompts were read before; None: the batch's."""
 
     @property
     def size(self) -> int:
@@ -49,10 +50,12 @@ class Branches:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Ids `new` [row, new position], end-of-turn and padding included, of the queries alone; `cache` of all rows."""
+    """The continuations of two-branch decoding."""
 
     new: LongTensor
+    """Ids [row, new position] of the queries alone, end-of-turn and padding included."""
     cache: Any
+    """Keys and values of all rows, second prompts included."""
 
 
 def branched(omni: Omni, queries: Sequence[Query], seconds: Sequence[Query | None]) -> Branches:
@@ -62,17 +65,18 @@ def branched(omni: Omni, queries: Sequence[Query], seconds: Sequence[Query | Non
     return Branches(batch, queries, torch.tensor(of, dtype=torch.long, device=omni.device))
 
 
-def told_apart(omni: Omni, queries: Sequence[Query], told: Sequence[Query]) -> Branches:
-    """Each of `queries` and its wording in `told`, about the same media: these are encoded and read once, if they come
-    before what is worded differently."""
-    everyone = list(range(len(queries)))
+def reworded_branches(omni: Omni, queries: Sequence[Query], reworded: Sequence[Query]) -> Branches:
+    """Each of `queries` beside itself in other words, about the same media.
+
+    Pictures and clips are encoded and read once, if they come before the text that differs.
+    """
     plain = read_prompts(omni, omni.encode(queries))
     if any(query.modalities - {"text"} for query in queries):
-        principled = read_prompts(omni, plain.batch, beside(omni, plain, told))
+        second = read_prompts(omni, plain.batch, beside(omni, plain, reworded))
     else:
-        principled = read_prompts(omni, omni.encode(told))
-    start = resumed(omni, joined(omni, plain, principled))
-    return Branches(plain.batch, queries, torch.tensor(everyone, device=omni.device), start)
+        second = read_prompts(omni, omni.encode(reworded))
+    start = resumed(omni, joined(omni, plain, second))
+    return Branches(plain.batch, queries, torch.arange(len(queries), device=omni.device), start)
 
 
 def decode_branches(omni: Omni, branches: Branches, choose: Choose, max_new_tokens: int) -> Decoded:
@@ -83,7 +87,7 @@ def decode_branches(omni: Omni, branches: Branches, choose: Choose, max_new_toke
     """
     start = branches.batch.inputs if branches.start is None else branches.start
     processor = LogitsProcessorList([_OneToken(choose, branches.queries, branches.of)])
-    found = omni.model.generate(
+    output = omni.model.generate(
         **start,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -91,7 +95,7 @@ def decode_branches(omni: Omni, branches: Branches, choose: Choose, max_new_toke
         return_dict_in_generate=True,
     )
     width = start["input_ids"].shape[1]
-    return Decoded(found.sequences[: branches.size, width:], found.past_key_values)
+    return Decoded(output.sequences[: branches.size, width:], output.past_key_values)
 
 
 def continue_alone(
@@ -101,11 +105,12 @@ def continue_alone(
 
     `choose` sees the steps from 0 again, the logits of `rows` in their order, and no second logits.
     """
-    nobody = torch.empty(0, dtype=torch.long, device=omni.device)
+    no_seconds = torch.empty(0, dtype=torch.long, device=omni.device)
+    processor = LogitsProcessorList([_OneToken(choose, [branches.queries[row] for row in rows], no_seconds)])
     kwargs: dict[str, object] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
-        "logits_processor": LogitsProcessorList([_OneToken(choose, [branches.queries[row] for row in rows], nobody)]),
+        "logits_processor": processor,
     }
     forced = [decoded.new[row].tolist() for row in rows]
     return continue_from(omni, branches.batch, decoded.cache, forced, rows, kwargs)
@@ -121,18 +126,20 @@ class _OneToken(LogitsProcessor):
 
     def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
         check_decision("a logit of the reply", scores, self._queries)
-        chosen = self._choose(self._step, scores[: self._size], scores[self._size :])
+        ids = self._choose(self._step, scores[: self._size], scores[self._size :])
         self._step += 1
-        everyone = torch.cat([chosen, chosen[self._of]])
-        return torch.full_like(scores, -torch.inf).scatter_(1, everyone[:, None], 0.0)
+        ids = torch.cat([ids, ids[self._of]])
+        return torch.full_like(scores, -torch.inf).scatter_(1, ids[:, None], 0.0)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each query's tokens are drawn: `temperature` [row], 0 for the likeliest token, and `top_p` [row]."""
+    """Settings of sampling, row by row."""
 
     temperature: Tensor
+    """[row]: softmax temperature; 0 takes the likeliest token."""
     top_p: Tensor
+    """[row]: nucleus mass."""
 
     @classmethod
     def of(cls, settings: GenerationSettings, rows: int, device: torch.device) -> Sampling:

@@ -1,7 +1,8 @@
 """Prompts that begin alike are read once: one batch's cache, from which other prompts with the same media go on.
 
 A fork keeps the cached keys and values of the tokens that its prompt shares with the one that was read, hides the rest
-from attention, and has only its own remaining tokens to read. Pictures and clips are encoded once, whatever is asked.
+from attention, and has only its own remaining tokens to read. Pictures and clips are encoded once, whatever the prompts
+say of them.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
 
 Start = Mapping[str, Any]
-"""What `model.generate` and `first_steps` begin from: `input_ids` and `attention_mask` [row, position] and either the
-media's features or `past_key_values`, a cache that lacks the last tokens."""
+"""Inputs that `model.generate` and `first_steps` begin from: `input_ids`, `attention_mask` [row, position] and either
+the media's features or `past_key_values`, a cache that lacks the last tokens."""
 
 
 @dataclass(frozen=True)
 class ReadPrompts:
-    """A batch of prompts with its cache and the M-RoPE offsets [row, 1] of text that follows.
-
-    batch: whose pictures and clips they are about. input_ids, attention_mask: [row, position], as the cache holds them.
-    """
+    """A batch of prompts after their forward."""
 
     batch: OmniBatch
+    """The batch whose pictures and clips the prompts are about."""
     input_ids: LongTensor
+    """[row, position], as the cache holds them."""
     attention_mask: LongTensor
+    """[row, position]."""
     cache: Any
+    """Keys and values of the prompts."""
     offsets: Tensor
+    """[row, 1]: the M-RoPE offset of text that follows (`Omni.text_offset`)."""
 
 
 def read_prompts(omni: Omni, batch: OmniBatch, start: Start | None = None) -> ReadPrompts:
@@ -107,8 +110,8 @@ def forked(omni: Omni, read: ReadPrompts, rows: Sequence[int], prompts: Sequence
     Returns:
         None where a prompt's media are not all within what it shares with its row: it has to be read from the start.
     """
-    chosen = torch.tensor(list(rows), device=omni.device)
-    ids, mask = read.input_ids[chosen], read.attention_mask[chosen].clone()
+    index = torch.tensor(list(rows), device=omni.device)
+    ids, mask = read.input_ids[index], read.attention_mask[index].clone()
     width = ids.shape[1]
     media = {omni.processor.image_token_id, omni.processor.audio_token_id}
     rests: list[list[int]] = []
@@ -125,11 +128,11 @@ def forked(omni: Omni, read: ReadPrompts, rows: Sequence[int], prompts: Sequence
     for row, rest in enumerate(rests):
         added[row, longest - len(rest) :] = torch.tensor(rest, device=omni.device)
         real[row, longest - len(rest) :] = 1
-    omni.text_offset = read.offsets[chosen]
+    omni.text_offset = read.offsets[index]
     return {
         "input_ids": torch.cat([ids, added], dim=1),
         "attention_mask": torch.cat([mask, real], dim=1),
-        "past_key_values": _selected(read.cache, chosen),
+        "past_key_values": _selected(read.cache, index),
     }
 
 
@@ -138,14 +141,14 @@ def beside(omni: Omni, read: ReadPrompts, queries: Sequence[Query], rows: Sequen
 
     They are forked where that is possible, and else encoded and read from their start.
     """
-    chosen = list(range(len(queries))) if rows is None else list(rows)
+    rows = list(range(len(queries))) if rows is None else list(rows)
     prompts = omni.prompt_ids(read.batch, queries)
-    start = forked(omni, read, chosen, [prompts[row] for row in chosen])
-    return omni.encode([queries[row] for row in chosen]).inputs if start is None else start
+    start = forked(omni, read, rows, [prompts[row] for row in rows])
+    return omni.encode([queries[row] for row in rows]).inputs if start is None else start
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two prompts have in common at their beginnings."""
+    """Number of ids that two prompts have in common at their beginnings."""
     for at, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return at
@@ -153,8 +156,8 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:
-    """A cache of `rows`; the layers' tensors are indexed anew, so the one that is given is not touched."""
-    chosen = copy(cache)
-    chosen.layers = [copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
-    return chosen
+    """A cache of `rows`; the layers' tensors are indexed anew, so `cache` itself is not touched."""
+    selected = copy(cache)
+    selected.layers = [copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected

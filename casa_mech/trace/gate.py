@@ -19,13 +19,16 @@ from casa_mech.trace.sites import Site, site_module
 
 @dataclass(frozen=True)
 class GateReading:
-    """What the gate saw and did. `v_s` [batch]; `pair` [batch, 2], the rewritten logits (safe, unsafe); `raw_pair`
-    [batch, 2], the language model's own; `attention` [batch, position]."""
+    """The gate's numbers in one forward."""
 
     v_s: Tensor
+    """[batch]: the probability of harm that safety attention reads."""
     pair: Tensor
+    """[batch, 2]: the rewritten logits of the safety tokens (safe, unsafe)."""
     raw_pair: Tensor
+    """[batch, 2]: the language model's own logits of them."""
     attention: Tensor
+    """[batch, position]: the weights of safety attention."""
 
 
 class SafetyGateLike(Protocol):
@@ -52,12 +55,14 @@ class TokenRows(Protocol):
 
 @dataclass(frozen=True)
 class GatedPrompt:
-    """A prompt's forward with the gate in it. `logits` [batch, vocab]: at the gate's position, rewritten; `cache`: keys
-    and values of the whole prompt, for decoding on."""
+    """A prompt's forward with the gate in it."""
 
     reading: GateReading
+    """The gate's numbers."""
     logits: Tensor
+    """[batch, vocab] at the gate's position, rewritten."""
     cache: Any
+    """Keys and values of the whole prompt, for decoding on."""
 
 
 def gated_prompt(
@@ -94,15 +99,18 @@ def _gated_prompt(
 
 @dataclass(frozen=True)
 class GatedTargets:
-    """A teacher-forced forward with the gate in it. With `target` the supervised tokens of the whole batch, row by row:
-    `logits` [target, vocab], `tokens` [target], `row` [target] (the query each belongs to), `first` [batch] (index of
-    each query's safety token in them)."""
+    """A teacher-forced forward with the gate in it; `target` counts the supervised tokens of the batch, row by row."""
 
     reading: GateReading
+    """The gate's numbers."""
     logits: Tensor
+    """[target, vocab]."""
     tokens: LongTensor
+    """[target]."""
     row: LongTensor
+    """[target]: the query that each belongs to."""
     first: LongTensor
+    """[batch]: the target that is the query's safety token."""
 
 
 def gated_targets(omni: Omni, batch: OmniBatch, gate: SafetyGateLike, rows: TokenRows) -> GatedTargets:

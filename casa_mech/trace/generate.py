@@ -36,19 +36,17 @@ def continue_from(
     Returns:
         Ids [row, new position] after the forced ones.
     """
-    chosen = torch.tensor(list(rows), device=omni.device)
-    ids, mask = (
-        batch.inputs["input_ids"].to(omni.device)[chosen],
-        batch.inputs["attention_mask"].to(omni.device)[chosen],
-    )
+    index = torch.tensor(list(rows), device=omni.device)
+    ids = batch.inputs["input_ids"].to(omni.device)[index]
+    mask = batch.inputs["attention_mask"].to(omni.device)[index]
     if len(rows) < batch.size:
-        cache.batch_select_indices(chosen)
+        cache.batch_select_indices(index)
         # Text decoded after a picture counts on from the picture's M-RoPE positions; the model keeps the offset.
-        omni.text_offset = omni.text_offset[chosen]
+        omni.text_offset = omni.text_offset[index]
     added, real = _left_padded(forced, omni.pad_id, omni.device)
     ids, mask = torch.cat([ids, added], dim=1), torch.cat([mask, real], dim=1)
-    found = omni.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
-    return found[:, ids.shape[1] :]
+    sequences = omni.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
+    return sequences[:, ids.shape[1] :]
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[LongTensor, LongTensor]:

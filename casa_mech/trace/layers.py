@@ -25,9 +25,9 @@ def layer_states(omni: Omni, batch: OmniBatch, depth: int) -> Tensor:
 def _layer_states(omni: Omni, batch: OmniBatch, depth: int) -> Tensor:
     blocks = omni.envoy("blocks")
     with omni.nnsight.trace(**batch.inputs, use_cache=False) as tracer:
-        found = nnsight.save([])
-        found.append(blocks[0].input)
+        states = nnsight.save([])
+        states.append(blocks[0].input)
         for index in range(depth):
-            found.append(blocks[index].output)
+            states.append(blocks[index].output)
         tracer.stop()
-    return torch.stack(found)
+    return torch.stack(states)

@@ -20,10 +20,12 @@ from casa_mech.trace.sites import Edit, Site, check_edited, check_sites, site_mo
 
 @dataclass(frozen=True)
 class EditedPrompt:
-    """`logits` [batch, vocab] at the asked position, rewritten by the gate where there is one; its `reading`."""
+    """A prompt's forward with edits in it."""
 
     logits: Tensor
+    """[batch, vocab] at the position that was asked for, rewritten by the gate where there is one."""
     reading: GateReading | None
+    """The gate's; None without a gate."""
 
 
 def edited_prompt(
@@ -56,9 +58,9 @@ def edited_prompt(
         # Grids and masks, which place what the encoders give, stay.
         features = omni.architecture.features
         batch = replace(batch, inputs={name: value for name, value in batch.inputs.items() if name not in features})
-        edits = {**edits, "embeddings": _given(embeddings.to(omni.device), edits.get("embeddings"))}
-    wanted: set[Site] = {"norm", *edits, *([gate.layer] if gate else [])}
-    order = [(site, *site_module(omni, site), edits.get(site)) for site in check_sites(wanted, omni.n_layers)]
+        edits = {**edits, "embeddings": _replaced_by(embeddings.to(omni.device), edits.get("embeddings"))}
+    sites: set[Site] = {"norm", *edits, *([gate.layer] if gate else [])}
+    order = [(site, *site_module(omni, site), edits.get(site)) for site in check_sites(sites, omni.n_layers)]
     batch, position = batch.to(omni.device), position.to(omni.device)
     mask = gate.mask(batch) if gate else None
     seen = None
@@ -70,8 +72,8 @@ def edited_prompt(
         return EditedPrompt(*_edited_prompt(omni, batch, position, order, gate, mask, seen))
 
 
-def _given(embeddings: Tensor, edit: Edit | None) -> Edit:
-    """`embeddings` whatever there is, and then `edit`."""
+def _replaced_by(embeddings: Tensor, edit: Edit | None) -> Edit:
+    """An edit that puts `embeddings` in place of what a site holds, and then makes `edit`."""
     return lambda _: edit(embeddings) if edit else embeddings
 
 
@@ -89,9 +91,9 @@ def _edited_prompt(
     with model.trace(**batch.inputs, use_cache=False):
         if seen is not None:
             # Here, behind the backbone, which counts positions by the mask that it is given.
-            given, named = text_model.inputs
-            text_model.inputs = (given, {**named, "attention_mask": seen})
-        held = {}
+            positional, named = text_model.inputs
+            text_model.inputs = (positional, {**named, "attention_mask": seen})
+        states_at = {}
         for site, module, side, edit in order:
             value = module.input if side == "input" else module.output
             if edit is not None:
@@ -100,12 +102,12 @@ def _edited_prompt(
                     module.input = value
                 else:
                     module.output = value
-            held[site] = value
-        head.input = held["norm"][rows, position].unsqueeze(1)
+            states_at[site] = value
+        head.input = states_at["norm"][rows, position].unsqueeze(1)
         logits = head.output[:, 0]
         reading = None
         if gate is not None:
-            logits, reading = gate(held[gate.layer], mask, logits)
+            logits, reading = gate(states_at[gate.layer], mask, logits)
         logits = nnsight.save(logits)
         reading = nnsight.save(reading)
     return logits, reading

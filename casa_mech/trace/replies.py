@@ -11,7 +11,7 @@ from casa_mech.omni import Omni, OmniBatch
 
 
 def reply_logits(omni: Omni, batch: OmniBatch) -> list[Tensor]:
-    """For each query the logits [target, vocab] from which its targets are predicted; whatever is attached takes part.
+    """For each query the logits [target, vocab] from which its targets are predicted, under the model's LoRA if any.
 
     `batch` is encoded with targets. The head is given those positions only.
 
@@ -24,8 +24,8 @@ def reply_logits(omni: Omni, batch: OmniBatch) -> list[Tensor]:
     assert batch.labels is not None
     predicted = batch.labels[:, 1:] != -100
     with torch.no_grad():
-        found = _reply_logits(omni, batch, predicted)
-    return list(found.split(predicted.sum(dim=1).tolist()))
+        logits = _reply_logits(omni, batch, predicted)
+    return list(logits.split(predicted.sum(dim=1).tolist()))
 
 
 def _reply_logits(omni: Omni, batch: OmniBatch, predicted: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ Site = int | str
   residual stream after it); `"pre.3"`: the residual stream before block 3; `"norm"`: the residual stream after the
   final RMSNorm, which the head reads. All [batch, position, d_model].
 * `"attention.3"`, `"mlp.3"`: what attention and MLP of block 3 add to the residual stream.
-* `"z.3"`: what the heads of block 3 found, before the output projection mixes them: [batch, position, head, d_head].
+* `"z.3"`: the outputs of block 3's heads, before the output projection mixes them: [batch, position, head, d_head].
 * `"audio"`, `"vision"`: the encoders' outputs, projected to d_model, at the positions that they fill; zeros elsewhere.
 """
 
@@ -47,8 +47,8 @@ def check_sites(sites: Iterable[Site], n_layers: int) -> list[Site]:
     Raises:
         InputError: a site that the model does not have; the message lists those that it has.
     """
-    wanted, order = set(sites), all_sites(n_layers)
-    unknown = [site for site in wanted if site not in order]
+    distinct, order = set(sites), all_sites(n_layers)
+    unknown = [site for site in distinct if site not in order]
     if unknown:
         last = n_layers - 1
         parts = ", ".join(f"{part}.0..{part}.{last}" for part in IN_BLOCK)
@@ -56,7 +56,7 @@ def check_sites(sites: Iterable[Site], n_layers: int) -> list[Site]:
             f"no site {unknown[0]!r} in a model of {n_layers} blocks; there are {', '.join(ENCODERS)}, embeddings, "
             f"0..{last}, {parts}, norm"
         )
-    return [site for site in order if site in wanted]
+    return [site for site in order if site in distinct]
 
 
 def check_edited(sites: Iterable[Site], n_layers: int) -> list[Site]:

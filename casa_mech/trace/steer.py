@@ -1,4 +1,4 @@
-"""The first positions of a reply, traced: the states that the head reads, and what it makes of them when changed.
+"""The first positions of a reply, traced: the states that the head reads, and its logits when they are changed.
 
 Only these positions are traced. The prompt's cache goes from step to step, and whoever decodes on gets it.
 """
@@ -24,12 +24,14 @@ Pick = Callable[[Tensor], LongTensor]
 
 @dataclass(frozen=True)
 class FirstSteps:
-    """The first `step` positions of each reply. `ids` [batch, step]; `states` [batch, step, d_model] after the final
-    norm, before any edit; `cache`: keys and values of the prompt and of all ids but the last, for decoding on."""
+    """The first `step` positions of each reply."""
 
     ids: LongTensor
+    """[batch, step]."""
     states: Tensor
+    """[batch, step, d_model] after the final norm, before any edit."""
     cache: Any
+    """Keys and values of the prompt and of all ids but the last, for decoding on."""
 
 
 def first_steps(

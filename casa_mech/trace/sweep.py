@@ -1,5 +1,7 @@
-"""Many positions of one forward: what a model that has read k tokens of a continuation holds and would say, all k at
-once. Attention is causal, so position k of the longest continuation is the last position of its first k tokens."""
+"""Many positions of one forward: states and logits of a model after k tokens of a continuation, for all k at once.
+
+Attention is causal, so position k of the longest continuation is the last position of its first k tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ from casa_mech.trace.sites import Site, check_sites, site_module
 
 @dataclass(frozen=True)
 class Sweep:
-    """`states`: for each site [batch, step, d_model]; `logits` [batch, step, vocab]; `whole` [batch, position,
-    d_model]: every position's states at the site that was asked for whole, or None."""
+    """States and logits at chosen positions of one forward."""
 
     states: dict[Site, Tensor]
+    """For each site [batch, step, d_model]."""
     logits: Tensor
+    """[batch, step, vocab]."""
     whole: Tensor | None
+    """[batch, position, d_model]: every position's states at one site, if one was asked for whole."""
 
 
 def read_positions(
@@ -33,8 +37,8 @@ def read_positions(
     Raises:
         InputError: a site that the model does not have.
     """
-    wanted: set[Site] = {*sites, "norm", *([] if whole is None else [whole])}
-    order = [(site, *site_module(omni, site)) for site in check_sites(wanted, omni.n_layers)]
+    to_read: set[Site] = {*sites, "norm", *([] if whole is None else [whole])}
+    order = [(site, *site_module(omni, site)) for site in check_sites(to_read, omni.n_layers)]
     batch, positions = batch.to(omni.device), positions.to(omni.device)
     with torch.no_grad():
         states, logits, every = _read_positions(omni, batch, positions, order, whole)

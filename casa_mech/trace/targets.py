@@ -12,12 +12,14 @@ from casa_mech.omni import Omni, OmniBatch
 
 @dataclass(frozen=True)
 class Targets:
-    """With `target` the supervised tokens of the whole batch, row by row: `logits` [target, vocab], `tokens` [target],
-    `row` [target] (the query each belongs to)."""
+    """A teacher-forced forward; `target` counts the supervised tokens of the whole batch, row by row."""
 
     logits: Tensor
+    """[target, vocab]."""
     tokens: LongTensor
+    """[target]."""
     row: LongTensor
+    """[target]: the query that each belongs to."""
 
 
 def plain_targets(omni: Omni, batch: OmniBatch, added: Tensor | None = None) -> Targets:

@@ -14,9 +14,6 @@ from casa_mech.judging.bootstrap import bootstrap_interval, mean_interval
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.stats import rate
 
-Interval = tuple[float, float, float]
-"""(value, low, high)."""
-
 
 @dataclass(frozen=True)
 class Reliability:

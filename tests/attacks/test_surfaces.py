@@ -16,7 +16,7 @@ from casa_mech.attacks import (
     VoiceSettings,
     aiah,
     apply_attack,
-    apply_with_twins,
+    apply_to_pairs,
     distractor,
     figstep,
     jailbreak,
@@ -97,10 +97,10 @@ def test_new_attacks_depend_on_seed_and_id_alone_and_keep_the_plain_request(name
 
 
 @pytest.mark.parametrize("name", ["jailbreak", "image", "rendered", "audio", "spoken", "split"])
-def test_twins_share_voice_wrapper_and_colours_and_differ_in_content(name: str) -> None:
+def test_a_pair_shares_voice_wrapper_and_colours_and_differ_in_content(name: str) -> None:
     world = default_world()
     harmful, benign = world.requests(6, 1, "harmful"), world.requests(6, 2, "benign")
-    first, second = apply_with_twins(name, harmful, benign, 3, wording=MICRO_WORLD)
+    first, second = apply_to_pairs(name, harmful, benign, 3, wording=MICRO_WORLD)
     for one, two in zip(first, second, strict=True):
         assert one.meta["pair"] == two.meta["pair"] == one.id != two.id
         assert (one.label, two.label) == ("harmful", "benign")
@@ -110,11 +110,11 @@ def test_twins_share_voice_wrapper_and_colours_and_differ_in_content(name: str) 
             if left.kind == "image":
                 colours = [np.median(np.asarray(part.image)[:2].reshape(-1, 3), axis=0) for part in (left, right)]
                 np.testing.assert_allclose(*colours, atol=4)
-    with pytest.raises(InputError, match="6 queries and 5 twins"):
+    with pytest.raises(InputError, match="6 queries and 5 benign counterparts"):
         paired(harmful, benign[:5])
 
 
-def test_twins_are_said_by_one_voice_at_one_noise_level() -> None:
+def test_a_pair_is_said_by_one_voice_at_one_noise_level() -> None:
     class Recorder:
         names = ("low", "high", "old")
 
@@ -129,7 +129,7 @@ def test_twins_are_said_by_one_voice_at_one_noise_level() -> None:
     for name in ("audio", "spoken", "spoken-question", "aiah-speech", "aiah-word", "distractor-speech"):
         voice = Recorder()
         harmful, benign = world.requests(5, 1, "harmful"), world.requests(5, 2, "benign")
-        first, second = apply_with_twins(name, harmful, benign, 3, speech=Speech(voice=voice))
+        first, second = apply_to_pairs(name, harmful, benign, 3, speech=Speech(voice=voice))
         used = list(dict.fromkeys(voice.said))
         half = voice.said.index(voice.said[0], len(voice.said) // 3)
         assert list(dict.fromkeys(voice.said[:half])) == list(dict.fromkeys(voice.said[half:])), name

@@ -78,13 +78,13 @@ def test_softmax_weights_alone_say_nothing() -> None:
 def test_top_k_of_everything_is_the_mean_and_of_less_is_more() -> None:
     states, mask = states_and_mask()
     mean = attention("mean")
-    found = {}
+    v_s_of = {}
     for k in (1, 3, POSITION + 5):
         module = attention("top_k", k=k)
         module.load_state_dict(mean.state_dict())
-        found[k] = module(states, mask)[0]
-    torch.testing.assert_close(found[POSITION + 5], mean(states, mask)[0])
-    assert (found[1] >= found[3]).all() and (found[3] >= found[POSITION + 5]).all()
+        v_s_of[k] = module(states, mask)[0]
+    torch.testing.assert_close(v_s_of[POSITION + 5], mean(states, mask)[0])
+    assert (v_s_of[1] >= v_s_of[3]).all() and (v_s_of[3] >= v_s_of[POSITION + 5]).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -134,16 +134,16 @@ def test_log_shift_is_monotone_whatever_the_signs() -> None:
 def test_log_shift_multiplies_probabilities_and_survives_the_ends() -> None:
     pair, v_s = torch.tensor([[0.3, -1.2]]), torch.tensor([0.8])
     odds = pair.softmax(-1)[0, 1] / pair.softmax(-1)[0, 0] * 0.8 / 0.2
-    found = add_log(pair, v_s).softmax(-1)[0]
-    torch.testing.assert_close(found[1] / found[0], odds)
+    shares = add_log(pair, v_s).softmax(-1)[0]
+    torch.testing.assert_close(shares[1] / shares[0], odds)
     assert torch.isfinite(add_log(pair.repeat(2, 1), torch.tensor([0.0, 1.0]))).all()
 
 
 def test_replacing_ignores_the_language_model() -> None:
     for pair in GRID:
         for v_s in V_S[V_S != 0.5]:
-            found = replace(pair, v_s.reshape(1))[0]
-            assert (found[1] > found[0]) == (v_s > 0.5)
+            rewritten = replace(pair, v_s.reshape(1))[0]
+            assert (rewritten[1] > rewritten[0]) == (v_s > 0.5)
 
 
 def test_scaling_above_the_floor_is_monotone_whatever_the_signs() -> None:
@@ -155,9 +155,9 @@ def test_scaling_above_the_floor_is_monotone_whatever_the_signs() -> None:
 
 def test_gradient_of_scaling_has_the_size_of_the_logits() -> None:
     pair, v_s = torch.tensor([[11.0, 14.0]]), torch.tensor([0.4], requires_grad=True)
-    found = scale(pair, v_s)
-    torch.nn.functional.cross_entropy(found, torch.tensor([1])).backward()
-    p_unsafe = found.detach().softmax(-1)[0, 1]
+    rewritten = scale(pair, v_s)
+    torch.nn.functional.cross_entropy(rewritten, torch.tensor([1])).backward()
+    p_unsafe = rewritten.detach().softmax(-1)[0, 1]
     torch.testing.assert_close(v_s.grad, ((p_unsafe - 1) * 25).reshape(1))
 
 

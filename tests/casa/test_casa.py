@@ -107,10 +107,10 @@ def test_traced_gate_equals_plain_hooks(tiny_omni: Omni, mixed_queries: list[Que
     casa = stir(Casa.attach(tiny_omni))
     batch = tiny_omni.encode(mixed_queries, prefill=False)
     expected = hooked_reading(casa, batch)
-    found = gated_prompt(tiny_omni, batch, casa.safety_gate, batch.gate_position)
+    prompt = gated_prompt(tiny_omni, batch, casa.safety_gate, batch.gate_position)
     for name in ("v_s", "pair", "raw_pair", "attention"):
-        torch.testing.assert_close(getattr(found.reading, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.logits[:, list(casa.token_ids)], expected.pair, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(getattr(prompt.reading, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prompt.logits[:, list(casa.token_ids)], expected.pair, atol=1e-5, rtol=1e-5)
     for query, v_s in zip(mixed_queries, expected.v_s.tolist(), strict=True):
         assert casa.decide([query])[0].v_s == pytest.approx(v_s, abs=1e-5)
 
@@ -124,7 +124,7 @@ def test_traced_objective_and_gradients_equal_plain_hooks(tiny_omni: Omni) -> No
 
     targets = gated_targets(tiny_omni, batch, casa.safety_gate, rows)
     loss = objective(sequence_losses(casa.config, targets, harmful), weights, 2.0)
-    found = torch.autograd.grad(loss, parameters)
+    traced_gradients = torch.autograd.grad(loss, parameters)
 
     seen: dict[str, Tensor] = {}
 
@@ -154,7 +154,7 @@ def test_traced_objective_and_gradients_equal_plain_hooks(tiny_omni: Omni) -> No
         expected_loss = expected_loss + weights[row] * (2.0 * losses[0] + losses[1:].mean())
     torch.testing.assert_close(loss, expected_loss)
     expected = torch.autograd.grad(expected_loss, parameters)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(traced_gradients, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
@@ -185,9 +185,9 @@ def gradients(casa: Casa, gate: object, loss_of: Callable[[GatedTargets], Tensor
     slow, fast = casa.parts.groups()
     targets = gated_targets(casa.omni, batch, gate, casa.parts.tokens.rows)
     values = list((slow | fast).values())
-    found = torch.autograd.grad(loss_of(targets), values, allow_unused=True)
+    slopes = torch.autograd.grad(loss_of(targets), values, allow_unused=True)
     sizes = {
-        name: 0.0 if g is None else float(g.abs().sum()) for name, g in zip(slow | fast, found, strict=True)
+        name: 0.0 if g is None else float(g.abs().sum()) for name, g in zip(slow | fast, slopes, strict=True)
     }  # fmt: skip
     return (
         sum(size for name, size in sizes.items() if "lora" in name),
@@ -375,12 +375,12 @@ def test_every_assistant_turn_is_gated(tiny_omni: Omni) -> None:
     reply = casa.generate([first], SHORT)[0]
     turns = (Turn(role="user", parts=first.parts), Turn(role="assistant", parts=(TextPart(text=reply.text),)))
     second = Query.from_text("then what ?", history=turns)
-    found = casa.decide([second], attention=True)[0]
+    decision = casa.decide([second], attention=True)[0]
     alone = casa.decide([Query.from_text("then what ?")])[0]
-    assert found.safety_token in ("safe", "unsafe") and found.v_s != alone.v_s
+    assert decision.safety_token in ("safe", "unsafe") and decision.v_s != alone.v_s
     batch = tiny_omni.encode([second])
-    assert found.attention is not None
-    read = torch.tensor(found.attention) > 0
+    assert decision.attention is not None
+    read = torch.tensor(decision.attention) > 0
     assert torch.equal(read, batch.prompt_mask[0])
     assert int(read.sum()) > int(tiny_omni.encode([Query.from_text("then what ?")]).prompt_mask.sum())
 

@@ -50,9 +50,9 @@ def test_a_loaded_gate_is_bit_equal(tiny_omni: Omni, mixed_queries: list[Query],
         loaded = Casa.from_pretrained(tmp_path, omni)
         with torch.no_grad():
             assert torch.equal(omni.model(**batch.inputs).logits, logits)
-        found = loaded.generate(mixed_queries, SHORT, attention=True)
+        again = loaded.generate(mixed_queries, SHORT, attention=True)
         times = {"seconds": 0.0}
-        assert [r.model_copy(update=times) for r in found] == [r.model_copy(update=times) for r in replies]
+        assert [r.model_copy(update=times) for r in again] == [r.model_copy(update=times) for r in replies]
         assert loaded.config == casa.config and loaded.training == casa.training
 
 

@@ -60,14 +60,14 @@ def test_metrics_are_written_each_step(tiny_omni: Omni, tmp_path: Path) -> None:
 
 def test_parts_of_a_batch_add_up(tiny_omni: Omni) -> None:
     """Gradients do not depend on how a batch is cut (dropout off)."""
-    found = []
+    metrics = []
     for size in (8, 3):
         casa = Casa.attach(tiny_omni, CasaConfig(lora_dropout=0.0, beta=0.3))
         settings = SETTINGS.model_copy(update={"max_steps": 1, "micro_batch_size": size})
         row = casa.train(examples(), settings, progress=False)[0]
-        found.append((row["loss"], row["v_harmful"], row["grad_norm"]))
+        metrics.append((row["loss"], row["v_harmful"], row["grad_norm"]))
         casa.detach()
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
 
 
 def test_resumed_training_equals_uninterrupted(
@@ -82,10 +82,10 @@ def test_resumed_training_equals_uninterrupted(
     gradients = Trainer._gradients
 
     def interrupted(self: Trainer) -> list[dict[str, float]]:
-        found = gradients(self)
+        sums = gradients(self)
         if self._progress.step == 5:
             raise KeyboardInterrupt
-        return found
+        return sums
 
     monkeypatch.setattr(Trainer, "_gradients", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -91,7 +91,7 @@ def test_a_stopped_command_continues(
 
 def test_twins_follow_their_partners_in_the_same_voice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, printed, _ = run(
-        capsys, "attack", "jailbreak", "--twins", "world", "--n", 5, "--out", tmp_path / "o", "--json"
+        capsys, "attack", "jailbreak", "--benign", "world", "--n", 5, "--out", tmp_path / "o", "--json"
     )
     assert code == 0 and json.loads(printed)["labels"] == {"harmful": 5, "benign": 5}
     queries = read_index(tmp_path / "o")
@@ -123,11 +123,11 @@ def test_a_partner_that_does_not_fit_takes_its_query_along(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, table: Path
 ) -> None:
     shared = ["attack", "spelled", "--queries", "world", "--label", "harmful", "--n", 3, "--skip-unfit"]
-    twins = ["--twins", table, "--twins-column", "goal", "--twins-meta", "topic=word"]
+    twins = ["--benign", table, "--benign-column", "goal", "--benign-meta", "topic=word"]
     code, out, _ = run(capsys, *shared, *twins, "--out", tmp_path / "o", "--json")
     assert code == 0 and json.loads(out)["labels"] == {"harmful": 2, "benign": 2}
     code, _, err = run(capsys, *shared, "--n", 9, *twins, "--out", tmp_path / "p")
-    assert code == 2 and "9 queries and 3 twins" in err
+    assert code == 2 and "9 queries and 3 benign counterparts" in err
 
 
 def test_own_wrappers_and_a_prefill_of_any_length(

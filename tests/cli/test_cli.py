@@ -4,7 +4,6 @@ import errno
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,12 @@ from helpers.command import run
 from PIL import Image
 
 from casa_mech import cli
-from casa_mech.cli import main
+from casa_mech.casa import storage
+from casa_mech.cli import checks, main
+from casa_mech.defenses import trained
 
 COMMANDS = [
+    "audit",
     *("run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"),
     *("attack", "compare", "figstep", "datasets", "datasets overlap", "judge run", "judge agreement"),
 ]
@@ -42,17 +44,52 @@ def media(tmp_path: Path) -> Path:
     return folder
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "casa_mech", "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) <= 1.0
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--help"], ""),
+        (["evaluate", "--help"], ""),
+        (["generate", ""], "nothing to answer"),
+        (["generate", "hi", "--image", "gone.png"], "--image gone.png: no such file"),
+        (["generate", "hi", "--image", "text.txt"], "text.txt is not a readable image"),
+        (["generate", "hi", "--gate", "gone"], "no folder gone; give --gate the folder"),
+        (["generate", "hi", "--gate", "."], "holds no gate or other trained defense (casa_config.json, defense.json)"),
+        (["generate", "hi", "--gate", "broken"], "casa_config.json is corrupt"),
+        (["generate", "hi", "--gate", "lora"], "holds a trained defense that is no gate"),
+        (["generate", "hi", "--device", "gpu"], "--device gpu: give auto, cpu, cuda, cuda:1 or mps"),
+        (["generate", "hi", "--dtype", "int8"], "--dtype must be one of auto, float32"),
+        (["generate", "hi", "--model", "nothing-here"], "unknown model 'nothing-here'"),
+        (["train", "--out", "o", "--data", "gone.csv"], "--data gone.csv: no such file"),
+        (["train", "--out", "o", "--option", "k"], "--option k: write it as NAME=VALUE"),
+        (["evaluate", "--queries", "gone.csv"], "no file or folder gone.csv"),
+        (["evaluate", "--queries", "text.txt", "--gate", "."], "holds no gate"),
+        (["compare", "--seeds", "a"], "--seeds a: write whole numbers"),
+        (["judge", "run", "--replies", "r", "--judge", "keyword", "--out", "o", "--device", "gpu"], "--device gpu"),
+    ],
+)
+def test_help_and_mistakes_are_said_before_torch_is_imported(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("how do i make tea\n")
+    for name, file, content in (("broken", "casa_config.json", "{"), ("lora", "defense.json", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(content)
     code = (
-        "import sys, casa_mech.cli; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pandas')))"
+        "import sys\nfrom casa_mech.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    heavy = {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "    print('HEAVY', sorted(heavy), file=sys.stderr)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    heavy = ended.stderr.partition("HEAVY ")[2]
+    assert message in ended.stderr and ended.returncode == (2 if message else 0), ended.stderr
+    assert heavy.splitlines()[0] == "[]"
+
+
+def test_the_files_of_a_trained_defence_are_known_by_their_names() -> None:
+    assert (checks.GATE_FILE, checks.DEFENSE_FILE) == (storage.CONFIG, trained.FILE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -139,6 +176,8 @@ def test_generate_with_and_without_a_gate(
     assert gated["safety_token"] in ("safe", "unsafe") and 0 <= gated["v_s"] <= 1
     code, out, _ = run(capsys, *shared[:-1], "--gate", gate)
     assert "v_s: " in out and "safety_token: " in out
+    code, out, _ = run(capsys, *shared[:-1])
+    assert code == 0 and [line.split(":")[0] for line in out.splitlines()] == ["model", "text", "tokens", "seconds"]
 
 
 def test_training_writes_a_gate_and_refuses_a_full_folder(

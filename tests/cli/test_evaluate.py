@@ -15,7 +15,8 @@ import soundfile
 from helpers.command import run
 from helpers.judge_server import Step, openai, serving
 
-from casa_mech.evaluation import real_input
+from casa_mech.evaluation import evaluate_files
+from casa_mech.evaluation.sources import query_sources
 from casa_mech.omni import Omni
 from casa_mech.queries.benchmarks import chosen_source, read_chosen
 
@@ -29,7 +30,7 @@ def table(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real_input, "load_omni", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluate_files, "load_omni", lambda *_, **__: pytest.fail("a model was loaded"))
 
 
 def test_a_judge_by_name_gives_the_verdicts(
@@ -162,7 +163,7 @@ def test_clips_of_a_named_set_come_from_its_own_folder(tmp_path: Path) -> None:
 
 def test_the_same_file_twice_keeps_its_options_apart(table: Path) -> None:
     columns = {"column": ["goal", "plan"]}
-    first, second = real_input.query_sources([table, table], ["harmful", "benign"], columns)
+    first, second = query_sources([table, table], ["harmful", "benign"], columns)
     assert (first.column, first.label, second.column, second.label) == ("goal", "harmful", "plan", "benign")
 
 

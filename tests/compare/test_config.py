@@ -142,7 +142,7 @@ CONFIG = "sets:\n- {name: a, harmful: {set: advbench}}\n"
         (f"{CONFIG}defences: [none]", "defences: no such key; there are data, sets, defenses"),
         (f"{CONFIG}defenses: [cas]", "defenses: unknown defense 'cas'; defenses: none"),
         (f"{CONFIG}defenses: [{{defense: coca, options: {{a: 1}}}}]", "defenses.0: .*'coca' has no option 'a'"),
-        (f"{CONFIG}defenses: [{{defense: coca, opts: {{}}}}]", "defenses.0.opts|ComparedSystem: opts"),
+        (f"{CONFIG}defenses: [{{defense: coca, opts: {{}}}}]", "defenses.0: ComparedSystem has no field 'opts'"),
         (f"{CONFIG}judge: {{name: best}}", "judge.name: unknown judge 'best'; judges: micro-world, keyword"),
         (f"{CONFIG}generation: {{max_new_tokens: 0}}", "generation.max_new_tokens: Input should be greater"),
         (f"{CONFIG}training: {{settings: {{}}}}", "training.examples: Field required"),

@@ -36,8 +36,8 @@ def test_the_schedule_of_circuit_breakers() -> None:
 
 def test_target_layers_by_depth() -> None:
     settings = CircuitBreakerSettings()
-    found = {depth: settings.target_layers(depth) for depth in (4, 28, 32, 36)}
-    assert found == {4: [1, 3], 28: [9, 18], 32: [10, 20], 36: [11, 23]}
+    layers = {depth: settings.target_layers(depth) for depth in (4, 28, 32, 36)}
+    assert layers == {4: [1, 3], 28: [9, 18], 32: [10, 20], 36: [11, 23]}
     assert settings.depth(32) == 21 and settings.depth(4) == 4
     assert (settings.learning_rate(2048), settings.learning_rate(192)) == (1e-4, 1e-2)
     with pytest.raises(InputError, match="layers=\\(1, 9\\)"):
@@ -76,18 +76,18 @@ def learner(omni: Omni, **settings: Any) -> tuple[CircuitBreaker, Rerouting]:
 
 
 def test_rerouting_starts_at_alpha_and_reaches_lora_alone(tiny_omni: Omni) -> None:
-    defense, found = learner(tiny_omni, layers=(1,), max_steps=10)
-    rows = [row for _, row in found.losses(0)]
-    assert found.summarise(rows) == pytest.approx(
+    defense, run = learner(tiny_omni, layers=(1,), max_steps=10)
+    rows = [row for _, row in run.losses(0)]
+    assert run.summarise(rows) == pytest.approx(
         {"loss": 10.0, "reroute": 1.0, "c_s": 10.0, "retain": 0.0, "c_r": 0.0}, abs=1e-4
     )
     stir(defense)
-    for loss, _ in found.losses(5):
+    for loss, _ in run.losses(5):
         loss.backward()
     gradients = {name: value.grad for name, value in tiny_omni.model.named_parameters() if value.grad is not None}
     assert gradients.keys() == defense.adapter.parameters().keys()  # type: ignore[union-attr]
     assert all(float(value.abs().sum()) > 0 for value in gradients.values())
-    row = found.summarise([row for _, row in found.losses(5)])
+    row = run.summarise([row for _, row in run.losses(5)])
     assert row["loss"] == pytest.approx(row["c_s"] * row["reroute"] + row["c_r"] * row["retain"], rel=1e-5)
     assert (row["c_s"], row["c_r"]) == (7.5, 2.5) and row["reroute"] < 1 < 1 + row["retain"]
     defense.close()
@@ -105,9 +105,9 @@ def test_frozen_states_are_the_base_models(tiny_omni: Omni) -> None:
     batch = tiny_omni.encode([example.query for example in examples(4)])
     with torch.no_grad():
         before = tiny_omni.model(**batch.inputs, output_hidden_states=True).hidden_states
-    defense, found = learner(tiny_omni)
+    defense, run = learner(tiny_omni)
     stir(defense)
-    states, frozen, mask = found._both(batch, 2)
+    states, frozen, mask = run._both(batch, 2)
     assert torch.equal(frozen[:2], torch.stack(before[:2])) and not frozen.requires_grad
     assert torch.equal(tiny_omni.norm(frozen[2]), before[2])
     assert states.requires_grad and not torch.allclose(states[1:], frozen[1:])
@@ -116,7 +116,7 @@ def test_frozen_states_are_the_base_models(tiny_omni: Omni) -> None:
 
 
 def test_what_is_rerouted_and_what_is_retained(tiny_omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    defense, found = learner(tiny_omni, refusal_share=0.5, blank_share=0.0)
+    defense, run = learner(tiny_omni, refusal_share=0.5, blank_share=0.0)
     seen: list[tuple[Any, ...]] = []
     encode = Rerouting._encode
 
@@ -125,7 +125,7 @@ def test_what_is_rerouted_and_what_is_retained(tiny_omni: Omni, monkeypatch: pyt
         return encode(self, chosen)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Rerouting, "_encode", recorded)
-    list(found.losses(0))
+    list(run.losses(0))
     assert seen == [(("harmful", "sure"),) * 4, (("benign", "sure"),) * 2 + (("harmful", "sorry"),) * 2]
     bare = [
         example.model_copy(update={"query": example.query.model_copy(update={"meta": {}})}) for example in examples()
@@ -143,8 +143,8 @@ def test_parts_of_a_rerouting_batch_average(tiny_omni: Omni) -> None:
         config = CircuitBreakerSettings(batch_size=4, micro_batch_size=size, lora_dropout=0.0, refusal_share=0.0)
         defense = CircuitBreaker(tiny_omni, config)
         stir(defense)
-        found = defense._learner(rows)
-        totals.append(found.summarise([row for _, row in found.losses(2)]))
+        run = defense._learner(rows)
+        totals.append(run.summarise([row for _, row in run.losses(2)]))
         defense.close()
     assert totals[0].keys() == totals[1].keys()
     assert totals[0]["retain"] == pytest.approx(totals[1]["retain"], rel=1e-4)
@@ -160,6 +160,6 @@ def test_a_blanked_request_is_as_if_it_were_not_there(tiny_omni: Omni) -> None:
     cut = {name: value[:, keep] for name, value in batch.inputs.items()}
     with torch.no_grad():
         expected = tiny_omni.model(**cut).logits
-        found = tiny_omni.model(**hidden.inputs).logits[:, keep]
-    torch.testing.assert_close(found, expected)
+        blanked_logits = tiny_omni.model(**hidden.inputs).logits[:, keep]
+    torch.testing.assert_close(blanked_logits, expected)
     assert torch.equal(blanked(batch, torch.tensor([False])).inputs["attention_mask"], batch.inputs["attention_mask"])

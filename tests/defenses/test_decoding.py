@@ -115,10 +115,10 @@ def test_coca_at_these_settings_is_decoding_with_the_principle(
     tiny_omni: Omni, queries: list[Query], alpha: float, base: str, sample: bool
 ) -> None:
     settings = SHORT.model_copy(update={"do_sample": sample, "temperature": 0.7, "seed": 3})
-    found = load_defense("coca", tiny_omni, alpha=alpha, base=base, principle=PRINCIPLE).generate(queries, settings)
+    replies = load_defense("coca", tiny_omni, alpha=alpha, base=base, principle=PRINCIPLE).generate(queries, settings)
     told = [with_text_before(query, PRINCIPLE) for query in queries]
-    assert texts(found) == texts(tiny_omni.generate(told, settings))
-    assert [reply.query_id for reply in found] == [query.id for query in queries]
+    assert texts(replies) == texts(tiny_omni.generate(told, settings))
+    assert [reply.query_id for reply in replies] == [query.id for query in queries]
 
 
 def test_coca_without_a_difference_is_plain_decoding(tiny_omni: Omni, queries: list[Query]) -> None:
@@ -151,14 +151,14 @@ def test_the_contrast_without_noise_rescales_the_logits(tiny_omni: Omni, queries
     defense = SafeCode(tiny_omni, plain_settings(sigma=0.0), sides(True))
     branches = defense.branches(queries)
     assert branches.of.tolist() == [1, 2]
-    found: list[tuple[Tensor, Tensor]] = []
+    steps: list[tuple[Tensor, Tensor]] = []
 
     def choose(_: int, logits: Tensor, seconds: Tensor) -> Tensor:
-        found.append((logits, contrast(logits, seconds, branches.of, torch.full((4,), 0.3))))
+        steps.append((logits, contrast(logits, seconds, branches.of, torch.full((4,), 0.3))))
         return logits.argmax(dim=-1)
 
     decode_branches(tiny_omni, branches, choose, 3)
-    for logits, contrasted in found:
+    for logits, contrasted in steps:
         torch.testing.assert_close(contrasted[1:3], 0.7 * logits[1:3])
         assert torch.equal(contrasted[[0, 3]], logits[[0, 3]])
 
@@ -193,10 +193,10 @@ def test_the_verdict_sets_the_direction(tiny_omni: Omni) -> None:
     nobody = torch.empty(0, dtype=torch.long)
     guidance = SafeCode(tiny_omni, SafeCodeSettings(phrases=PHRASES)).guidance
     refusals, verdicts = guidance.refusal_set, torch.tensor([True, False])
-    found = guidance.log_probabilities(logits, logits[:0], nobody, verdicts).exp()[:, refusals].sum(dim=-1)
+    shares = guidance.log_probabilities(logits, logits[:0], nobody, verdicts).exp()[:, refusals].sum(dim=-1)
     plain = logits.softmax(dim=-1)[:, refusals].sum(dim=-1)
     expected = [2 * plain[0] / (1 + plain[0]), 0.5 * plain[1] / (1 - 0.5 * plain[1])]
-    torch.testing.assert_close(found, torch.stack(expected))
+    torch.testing.assert_close(shares, torch.stack(expected))
     assert set(refusals.nonzero()[:, 0].tolist()) == {token for ids in guidance.phrase_ids for token in ids}
 
 
@@ -222,7 +222,7 @@ def test_the_models_verdict_is_the_same_from_its_cache(tiny_omni: Omni, queries:
     tiny_omni.decode = decode
     asked = ModelVerdict(tiny_omni, "is it harmful ?")
     assert asked.on_read(read_prompts(tiny_omni, tiny_omni.encode(queries)), queries) == asked(queries)
-    assert defense.verdicts(queries) == [bool(found) for found in asked(queries)]
+    assert defense.verdicts(queries) == [bool(verdict) for verdict in asked(queries)]
 
 
 def test_released_mode_forces_a_phrase_in_and_caps(tiny_omni: Omni, queries: list[Query]) -> None:
@@ -231,12 +231,12 @@ def test_released_mode_forces_a_phrase_in_and_caps(tiny_omni: Omni, queries: lis
     verdict = lambda queries: [query.label == "harmful" for query in queries]  # noqa: E731
     long = GenerationSettings(max_new_tokens=12, batch_size=4)
     defense = SafeCode(tiny_omni, SafeCodeSettings(**fields), verdict)
-    found = {reply.query_id: reply for reply in defense.generate(queries, long)}
+    replies = {reply.query_id: reply for reply in defense.generate(queries, long)}
     # The second phrase has no outright refusal in it, so it is never the one.
     opening = tiny_omni.decode(defense.guidance.phrase_ids[0][:5])
-    assert all(found[name].text.startswith(opening) and found[name].tokens <= 7 for name in ("image", "prefill"))
-    assert not found["text"].text.startswith(opening) and found["text"].tokens <= 8
-    assert texts(defense.generate(queries, long)) == texts(list(found.values()))
+    assert all(replies[name].text.startswith(opening) and replies[name].tokens <= 7 for name in ("image", "prefill"))
+    assert not replies["text"].text.startswith(opening) and replies["text"].tokens <= 8
+    assert texts(defense.generate(queries, long)) == texts(list(replies.values()))
     one = SafeCode(tiny_omni, SafeCodeSettings(**fields, steps=1), verdict).generate(queries, long)
     assert not any(reply.text.startswith(opening) for reply in one)
 

@@ -60,13 +60,13 @@ def moras(tiny_omni: Omni, unsafe_texts: list[Query], labelled: list[Query]) -> 
 
 def test_first_states_are_those_after_the_final_norm(tiny_omni: Omni, queries: list[Query]) -> None:
     batch = tiny_omni.encode(queries)
-    found = first_steps(tiny_omni, batch.inputs, 3)
+    first = first_steps(tiny_omni, batch.inputs, 3)
     for row, query in enumerate(queries):
-        ids = found.ids[row].tolist()
+        ids = first.ids[row].tolist()
         full = tiny_omni.encode([query], [ids])
         with torch.no_grad():
             states = tiny_omni.model(**full.inputs, output_hidden_states=True).hidden_states[-1][0]
-        torch.testing.assert_close(found.states[row], states[-4:-1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(first.states[row], states[-4:-1], atol=1e-4, rtol=1e-4)
 
 
 def test_the_released_constants_follow_from_the_formula() -> None:
@@ -81,19 +81,19 @@ def test_similarity_is_a_cosine_in_vocabulary_space() -> None:
     head = torch.nn.Linear(4, 6, bias=False).requires_grad_(False)
     states, mean = torch.randn(2, 3, 4), torch.randn(3, 4)
     with torch.no_grad():
-        found = similarity(states, mean, head, 0.3)
+        similarities = similarity(states, mean, head, 0.3)
         mixed = [sum(0.3**n * head(rows[n]).softmax(dim=-1) for n in range(3)) for rows in (states[0], states[1], mean)]
     for row in range(2):
         cosine = mixed[row] @ mixed[2] / (mixed[row].norm() * mixed[2].norm())
-        assert float(found[row]) == pytest.approx(float(cosine), abs=1e-6)
+        assert float(similarities[row]) == pytest.approx(float(cosine), abs=1e-6)
     assert float(similarity(mean[None], mean, head, 0.3)) == pytest.approx(1.0)
 
 
 def test_steering_goes_from_nothing_to_the_prototype() -> None:
     states, mean = torch.randn(2, 4), torch.randn(4)
-    found = steer(states, mean, torch.tensor([0.0, 1.0]))
-    assert torch.equal(found[0], states[0])
-    assert torch.equal(found[1], mean)
+    steered = steer(states, mean, torch.tensor([0.0, 1.0]))
+    assert torch.equal(steered[0], states[0])
+    assert torch.equal(steered[1], mean)
 
 
 def test_no_risk_is_plain_decoding(moras: Moras, queries: list[Query], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,11 +74,11 @@ def test_fine_tuning_is_the_balanced_mean_of_replies(tiny_omni: Omni) -> None:
 def test_a_neutral_gate_changes_no_logit(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
     casa = Casa.attach(tiny_omni, CasaConfig(form="none"))
     batch = tiny_omni.encode(mixed_queries, prefill=False)
-    found = gated_prompt(tiny_omni, batch, casa.safety_gate, batch.gate_position)
+    prompt = gated_prompt(tiny_omni, batch, casa.safety_gate, batch.gate_position)
     plain = logits_of(tiny_omni, mixed_queries)
-    assert torch.equal(found.logits, plain)
+    assert torch.equal(prompt.logits, plain)
     pair = plain[:, list(casa.token_ids)]
-    assert torch.equal(found.reading.v_s, torch.softmax(pair, dim=-1)[:, 1])
+    assert torch.equal(prompt.reading.v_s, torch.softmax(pair, dim=-1)[:, 1])
     # Training: the loss is that of plain fine-tuning on replies that begin with the token.
     rows = examples(4)
     targets = [
@@ -193,8 +193,8 @@ def test_train_save_load_and_give_back(
 
     with load_defense(name, tiny_omni, path=out) as again:
         assert torch.equal(logits_of(tiny_omni, mixed_queries), logits)
-        found = again.generate(mixed_queries, SHORT)
-        assert [reply.text for reply in found] == [reply.text for reply in replies[::-1]]
+        reloaded = again.generate(mixed_queries, SHORT)
+        assert [reply.text for reply in reloaded] == [reply.text for reply in replies[::-1]]
         assert again.identity == identity and json.dumps(identity)
         assert again.has_scores == (name in ("ssft-token", "refusal-token", "casa"))
 
@@ -217,21 +217,21 @@ def test_stopped_training_goes_on(name: str, tiny_omni: Omni, tmp_path: Path, mo
             train_defense(name, tiny_omni, examples(), tmp_path / "cut", progress=False, **FEW)
     assert (tmp_path / "cut" / "training").is_dir() and not hasattr(tiny_omni.model, "peft_config")
     resumed = train_defense(name, tiny_omni, examples(), tmp_path / "cut", progress=False, **FEW)
-    found = resumed.adapter.parameters()  # type: ignore[attr-defined]
-    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    weights = resumed.adapter.parameters()  # type: ignore[attr-defined]
+    assert all(torch.equal(value, weights[key]) for key, value in expected.items())
     resumed.close()
     with pytest.raises(RunError, match="holds other files"):
         train_defense(name, tiny_omni, examples(), tmp_path / "cut", progress=False, **FEW)
 
 
 def test_seeds_differ_and_repeat(tiny_omni: Omni, tmp_path: Path) -> None:
-    found = []
+    adapters = []
     for number, seed in enumerate((0, 0, 1)):
         defense = train_defense("ssft", tiny_omni, examples(), tmp_path / str(number), seed=seed, progress=False, **FEW)
         assert isinstance(defense, Ssft) and defense.training is not None and defense.training.settings.seed == seed
-        found.append((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+        adapters.append((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
         defense.close()
-    assert found[0] == found[1] != found[2]
+    assert adapters[0] == adapters[1] != adapters[2]
 
 
 def test_casa_by_name_is_casa(tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path) -> None:
@@ -242,8 +242,8 @@ def test_casa_by_name_is_casa(tiny_omni: Omni, mixed_queries: list[Query], tmp_p
     casa.detach()
     for order, replies in expected.items():
         with load_defense("casa", tiny_omni, path=tmp_path / "gate", order=order, form="compete") as defense:
-            found = defense.generate(prefilled, SHORT)
-            assert [(reply.text, reply.v_s) for reply in found] == [(reply.text, reply.v_s) for reply in replies]
+            repeated = defense.generate(prefilled, SHORT)
+            assert [(reply.text, reply.v_s) for reply in repeated] == [(reply.text, reply.v_s) for reply in replies]
     with load_defense("casa", tiny_omni, path=tmp_path / "gate", hard=True, refusal="no .") as defense:
         assert all((reply.text == "no .") == (reply.safety_token == "unsafe") for reply in defense.generate(prefilled))
     with pytest.raises(InputError, match="trained with rule scale, not add_log"):
@@ -323,8 +323,8 @@ def test_folders_that_do_not_fit(tiny_omni: Omni, tmp_path: Path) -> None:
 def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in arguments])
-    found = capsys.readouterr()
-    return int(caught.value.code or 0), found.out, found.err  # type: ignore[arg-type]
+    output = capsys.readouterr()
+    return int(caught.value.code or 0), output.out, output.err  # type: ignore[arg-type]
 
 
 def test_circuit_breakers_from_a_table(
@@ -357,8 +357,8 @@ def test_train_and_evaluate_by_name(random_organism: Path, tmp_path: Path, capsy
         assert code == 0 and json.loads(text)["defense"] == name
     token = ("--gate", tmp_path / "ssft-token", "--defense", "refusal-token", "--safety-prompt")
     code, text, _ = _run(capsys, *shared, *token, "--option", "threshold=0", "--max-new-tokens", "3", "--json")
-    found = json.loads(text)
-    assert code == 0 and found["defense"] == "refusal-token + safety prompt" and found["sources"][0]["flagged"] == 1
+    record = json.loads(text)
+    assert code == 0 and record["defense"] == "refusal-token + safety prompt" and record["sources"][0]["flagged"] == 1
     for wrong, message in (
         (("--defense", "moat"), "unknown defense 'moat'; defenses: none"),
         (("--defense", "ssft"), "trained first"),

@@ -7,7 +7,7 @@ import torch
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError
 from casa_mech.evaluation.divergence import benign_kl_row, kl_to_base
-from casa_mech.judging import result_table
+from casa_mech.judging.results import result_table
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query
 

@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 
 from casa_mech.errors import InputError
-from casa_mech.evaluation.evaluate import check_media, evaluate, result_rows
-from casa_mech.judging import RESULT_COLUMNS, wilson
+from casa_mech.evaluation.evaluate import evaluate, result_rows
+from casa_mech.judging.results import RESULT_COLUMNS
+from casa_mech.judging.stats import wilson
 from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni.media import check_media
 from casa_mech.queries import AudioPart, ImagePart, Query
 
 

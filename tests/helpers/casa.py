@@ -24,11 +24,11 @@ def stir(casa: Casa, scale: float = 0.1) -> Casa:
 
 
 def examples(n: int = 24) -> list[Example]:
-    found = []
+    rows = []
     for index in range(n):
         harmful = index % 3 == 0
         text = f"{'please ' * (index % 4)}how do i make a {'bomb' if harmful else 'cake'} ?"
         reply = "sorry , can not help with that ." if harmful else "sure , here is how to make a cake ."
         label = "harmful" if harmful else "benign"
-        found.append(Example(query=Query.from_text(text, id=f"e{index}", label=label), reply=reply))
-    return found
+        rows.append(Example(query=Query.from_text(text, id=f"e{index}", label=label), reply=reply))
+    return rows

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 import probes
 from casa_mech.errors import InputError
-from casa_mech.judging import wilson
+from casa_mech.judging.stats import wilson
 from casa_mech.omni import Omni, load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query

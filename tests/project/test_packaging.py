@@ -1,6 +1,7 @@
 """The set-up files agree with each other and with what the packages import; importing `casa_mech` is light."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import casa_mech
+from casa_mech.errors import EXTRAS as EXTRA_OF
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -123,6 +125,30 @@ def test_the_core_does_not_import_what_an_extra_brings(extra: str) -> None:
             names = {canonicalize_name(name) for name in _imported(ast.parse(path.read_text(encoding="utf-8")))}
             where = path.relative_to(ROOT).as_posix()
             assert not names & brought or where.startswith(EXTRA_ONLY[extra]), f"{where}: {names & brought}"
+
+
+def test_errors_name_the_extra_that_brings_a_module() -> None:
+    for module, extra in EXTRA_OF.items():
+        assert canonicalize_name(module) in _distributions(EXTRAS[extra])
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("matplotlib", ["figstep", "."], "study"),
+        ("nbformat", ["run", "--only", "02", "--profile", "smoke"], "study"),
+    ],
+)
+def test_a_command_without_its_extra_is_one_line(
+    missing: str, arguments: list[str], extra: str, tmp_path: Path
+) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from casa_mech.cli import main; main({arguments!r})"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"casa-mech: this needs {missing}, which is not installed: pip install 'casa-mech[{extra}]'"
+    )
 
 
 @pytest.mark.parametrize("package", ["casa_mech", "probes"])

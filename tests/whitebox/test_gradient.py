@@ -112,9 +112,9 @@ def test_log_mel_is_the_processor_s(tiny_omni: Omni) -> None:
     clips = [0.2 * rng.standard_normal(length).astype(np.float32) for length in (1_600, 5_001, 16_000)]
     clips.append(np.concatenate([np.zeros(4_000, np.float32), clips[0]]))  # digital silence, then noise
     wanted, _ = tiny_omni.processor.audio(clips)
-    found = log_mel(tiny_omni.processor.feature_extractor, [torch.tensor(clip) for clip in clips])
-    assert found.shape == wanted["input_features"].shape
-    assert torch.allclose(found, wanted["input_features"], atol=1e-3)
+    features = log_mel(tiny_omni.processor.feature_extractor, [torch.tensor(clip) for clip in clips])
+    assert features.shape == wanted["input_features"].shape
+    assert torch.allclose(features, wanted["input_features"], atol=1e-3)
 
 
 def test_log_mel_has_a_finite_gradient_in_silence(tiny_omni: Omni) -> None:
@@ -173,8 +173,8 @@ def test_gradient_survives_a_saturated_gate(casa: Casa, queries: list[Query]) ->
         casa.attention.readout.bias.fill_(60.0)
     chosen = of(queries, "image")
     assert all(reply.v_s == 1.0 for reply in casa.decide(chosen))
-    found = pgd_pixels(casa, chosen, PgdSettings(budget=0.1, aim="v_s", steps=2), generation=SHORT)
-    assert all(changed(result.query, query, casa.omni) > 0 for result, query in zip(found, chosen, strict=True))
+    results = pgd_pixels(casa, chosen, PgdSettings(budget=0.1, aim="v_s", steps=2), generation=SHORT)
+    assert all(changed(result.query, query, casa.omni) > 0 for result, query in zip(results, chosen, strict=True))
 
 
 @pytest.mark.parametrize(("kind", "budget", "levels"), [("image", 8 / 255, 8), ("audio", 0.01, 327)])
@@ -185,21 +185,21 @@ def test_pgd_stays_in_its_budget_and_lowers_its_aim(
     attack = pgd_pixels if kind == "image" else pgd_waveform
     chosen = of(queries, kind)[: 2 if kind == "image" else 1]
     settings = PgdSettings(budget=budget, aim=aim, steps=4, checkpoints=(1,), opening_tokens=3)
-    found = attack(casa, chosen, settings, generation=SHORT)
-    assert [result.steps for result in found] == [1] * len(chosen) + [4] * len(chosen)
-    assert [result.query.id for result in found] == [query.id for query in chosen] * 2
-    for result, query in zip(found, chosen * 2, strict=True):
+    results = attack(casa, chosen, settings, generation=SHORT)
+    assert [result.steps for result in results] == [1] * len(chosen) + [4] * len(chosen)
+    assert [result.query.id for result in results] == [query.id for query in chosen] * 2
+    for result, query in zip(results, chosen * 2, strict=True):
         assert 0 < changed(result.query, query, casa.omni) <= levels
         assert len(result.trajectory) == result.steps + 1
         assert result.aware == (aim != "compliance")
-    held = measure(casa, [result.query for result in found], generation=SHORT)
+    held = measure(casa, [result.query for result in results], generation=SHORT)
     written = measure(
-        casa, [save_media(result.query, tmp_path / str(result.steps)) for result in found], generation=SHORT
+        casa, [save_media(result.query, tmp_path / str(result.steps)) for result in results], generation=SHORT
     )
-    for result, array, file in zip(found, held, written, strict=True):
+    for result, array, file in zip(results, held, written, strict=True):
         assert result.after == array
         assert file.margin == pytest.approx(array.margin, abs=1e-5) and file.token == array.token
-    last = found[-len(chosen) :]
+    last = results[-len(chosen) :]
     if aim == "token":
         assert all(result.after.margin < result.before.margin for result in last)
         # The example that is kept is the best on the way, as the real input shows.
@@ -212,11 +212,11 @@ def test_pgd_stays_in_its_budget_and_lowers_its_aim(
 
 def test_attacks_are_deterministic_and_batches_do_not_matter(casa: Casa, queries: list[Query]) -> None:
     chosen = of(queries, "image")
-    found = [
+    runs = [
         pgd_pixels(casa, group, PgdSettings(budget=0.05, steps=2, random_start=True, batch_size=size), generation=SHORT)
         for size, group in ((2, chosen), (2, chosen), (1, chosen[::-1]))
     ]
-    pictures = [{result.query.id: _picture(result.query) for result in results} for results in found]
+    pictures = [{result.query.id: _picture(result.query) for result in results} for results in runs]
     for name, picture in pictures[0].items():
         assert np.array_equal(picture, pictures[1][name])
         # In another batch sums run in another order, which the sign of a tiny gradient can show.
@@ -233,24 +233,24 @@ def _picture(query: Query) -> np.ndarray:
 def test_suffix_is_ordinary_text_and_lowers_its_aim(casa: Casa, queries: list[Query], aim: Aim) -> None:
     chosen = [*of(queries, "text"), *of(queries, "image")[:1]]
     settings = SuffixSettings(aim=aim, tokens=3, steps=3, checkpoints=(1,), candidates=6, top_k=8, rows=12)
-    found = suffix_attack(casa, chosen, settings, generation=SHORT)
-    assert [result.steps for result in found] == [1] * 3 + [3] * 3
+    results = suffix_attack(casa, chosen, settings, generation=SHORT)
+    assert [result.steps for result in results] == [1] * 3 + [3] * 3
     words = set(casa.omni.tokenizer.batch_decode(ordinary_words(casa.omni.tokenizer).unsqueeze(1)))
-    for result, query in zip(found, chosen * 2, strict=True):
+    for result, query in zip(results, chosen * 2, strict=True):
         suffix = result.query.parts[-1]
         assert result.query.parts[:-1] == query.parts and isinstance(suffix, TextPart)
         assert len(suffix.text.split()) == 3 and set(suffix.text.split()) <= words
         assert result.query.text.startswith(query.text)
         assert len(result.trajectory) == result.steps + 1
 
-    def values(results: list[Query]) -> torch.Tensor:
-        objective = Objective(casa, results, aim, settings.opening_tokens)
+    def values(attacked: list[Query]) -> torch.Tensor:
+        objective = Objective(casa, attacked, aim, settings.opening_tokens)
         return objective(objective.batch).value.detach()
 
-    first, last = (values([result.query for result in part]) for part in (found[:3], found[3:]))
+    first, last = (values([result.query for result in part]) for part in (results[:3], results[3:]))
     assert (last <= first + 1e-5).all() and (last < first).any()
     again = suffix_attack(casa, chosen, settings, generation=SHORT)
-    assert [result.query for result in again] == [result.query for result in found]
+    assert [result.query for result in again] == [result.query for result in results]
 
 
 def test_suffix_words_are_read_again_by_a_bpe_tokenizer() -> None:
@@ -272,11 +272,11 @@ def test_ablated_direction_is_in_no_state(casa: Casa, queries: list[Query], kind
     before = {name: value.clone() for name, value in omni.model.state_dict().items()}
     intact = capture(omni, omni.encode(chosen), sites, "last")
     with ablated(omni, directions) as count:
-        found = capture(omni, omni.encode(chosen), sites, "last")
+        states = capture(omni, omni.encode(chosen), sites, "last")
         assert count == 2
     for site in sites:
         assert (intact[site] @ directions.T).abs().max() > 0.1
-        assert (found[site] @ directions.T).abs().max() < 1e-3
+        assert (states[site] @ directions.T).abs().max() < 1e-3
     assert all(torch.equal(value, before[name]) for name, value in omni.model.state_dict().items())
     results = ablate(casa, chosen, directions[0], generation=SHORT)
     assert all(result.before.margin != result.after.margin and result.budget == 1 for result in results)

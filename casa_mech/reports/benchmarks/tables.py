@@ -1,7 +1,7 @@
 """Every attack of the registry on the model under study, before and after CASA, beside its benign counterparts.
 
 All attacks are made of the same requests: the first ones of those behind the attack table. A benign counterpart gets
-the same renderer, voice, wrapper, colours and noise level as its harmful request (`attacks.apply_with_twins`), so that
+the same renderer, voice, wrapper, colours and noise level as its harmful request (`attacks.apply_to_pairs`), so that
 the pair differs in content alone. Where the attack table has a cell already, that one is taken; it is larger, and its
 benign requests are drawn apart.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from casa_mech.attacks import ATTACKS, STUDY_ATTACKS, apply_with_twins
+from casa_mech.attacks import ATTACKS, STUDY_ATTACKS, apply_to_pairs
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, reply_table, result_rows
 from casa_mech.identity import key_digest
 from casa_mech.judging import MicroWorldJudge, judge_all
@@ -57,7 +57,7 @@ def matched_queries(study: Study, attack: str) -> dict[Label, list[Query]]:
         options: dict[str, Any] = {"tokenizer": study.omni().tokenizer, "wording": MICRO_WORLD}
         if attack == "sd-typo":
             options["picture"] = _stand_in(Path(folder) / "stand-in.png")
-        attacked = apply_with_twins(attack, harmful, benign, study.settings.seed, **options)
+        attacked = apply_to_pairs(attack, harmful, benign, study.settings.seed, **options)
     return dict(zip(LABELS, attacked, strict=True))
 
 

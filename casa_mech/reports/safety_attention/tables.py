@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from casa_mech.attacks import apply_with_twins
+from casa_mech.attacks import apply_to_pairs
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa
 from casa_mech.casa.casa import REFUSAL
@@ -72,7 +72,7 @@ def matched_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Mat
             break
         harmful, benign = (list(side) for side in zip(*proposed, strict=True))
         options = {"tokenizer": omni.tokenizer, "wording": MICRO_WORLD}
-        both = apply_with_twins(attack, harmful, benign, study.settings.seed, **options)
+        both = apply_to_pairs(attack, harmful, benign, study.settings.seed, **options)
         candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
         try:
             pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}

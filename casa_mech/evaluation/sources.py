@@ -1,0 +1,86 @@
+"""The sources of queries that repeated command-line options describe; read without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from casa_mech.errors import InputError
+from casa_mech.queries.benchmarks import BENCHMARKS, BenchmarkSource, chosen_source, read_chosen
+from casa_mech.queries.files import QuerySource
+from casa_mech.queries.loaded import LoadedQueries
+
+NONE = "-"
+
+
+def query_sources(
+    queries: Sequence[str | Path],
+    labels: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+    text: str | None = None,
+    limit: int | None = None,
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+) -> list[QuerySource | BenchmarkSource]:
+    """The sources that the command line's repeated options describe.
+
+    Each option is given once for all, or once each in the order of `queries`; `-` stands for none. Column options may
+    leave out what is no table, and labels the public sets, whose rows carry their own.
+
+    Args:
+        queries: paths, or public sets as `name` or `name:split`; a path that exists wins over a name.
+        labels, columns: their values; the columns by the name of their field.
+        text, limit: as for `QuerySource`.
+        data, seed: as for `BenchmarkSource`.
+
+    Raises:
+        InputError: another number of values, what is neither a path nor a set, a label that is neither harmful nor
+            benign, or one for a set that is labelled otherwise.
+    """
+    sources = [chosen_source(str(entry), data, limit, seed, text=text) for entry in queries]
+    files = [place for place, source in enumerate(sources) if isinstance(source, QuerySource)]
+    tables = [place for place in files if cast(QuerySource, sources[place]).is_table]
+    fields: dict[int, dict[str, str | None]] = {place: {} for place in range(len(sources))}
+    for place, label in _spread("label", labels, len(sources), files).items():
+        fields[place]["label"] = None if label == NONE else label
+    for name, values in columns.items():
+        for place, column in _spread(name, values, len(sources), tables).items():
+            fields[place][name] = "" if column == NONE else column
+    if len(labels) == 1 and not files:
+        fields[0]["label"] = labels[0]
+    return [_with_fields(source, fields[place], place in tables) for place, source in enumerate(sources)]
+
+
+def load_sources(sources: Sequence[QuerySource | BenchmarkSource]) -> list[LoadedQueries]:
+    """The queries of each source. InputError: one that cannot be read, or a row that cannot be used."""
+    return [read_chosen(source) for source in sources]
+
+
+def _with_fields(
+    source: QuerySource | BenchmarkSource, fields: Mapping[str, str | None], table: bool
+) -> QuerySource | BenchmarkSource:
+    label = fields.get("label")
+    if label not in (None, "harmful", "benign"):
+        raise InputError(f"--label {label}: use harmful, benign or {NONE}")
+    if isinstance(source, QuerySource):
+        return source.model_copy(update=dict(fields) if table else {"label": label})
+    if label not in (None, BENCHMARKS[source.name].label):
+        raise InputError(f"--label {label}: the rows of {source.name} have labels of their own; give {NONE} for it")
+    return source
+
+
+def _spread(name: str, values: Sequence[str], n: int, takers: Sequence[int]) -> dict[int, str]:
+    """The option's values by place among the `n` sources; `takers` are those it has a meaning for."""
+    if len(values) == 1:
+        return dict.fromkeys(takers, values[0])
+    if len(values) == n:
+        return dict(enumerate(values))
+    if values and len(values) != len(takers):
+        option = "--" + name.replace("_", "-")
+        raise InputError(
+            f"{option} is given {len(values)} times for {len(takers)} files: give it once, or once for each --queries "
+            f"in their order ({NONE} for none)"
+        )
+    return dict(zip(takers, values, strict=False))
