@@ -70,11 +70,11 @@ def overlap(
         raise InputError("a set is named twice; each is compared with itself anyway")
     folder = _folder(data)
     readers = {name: _reader(name, folder) for name in sets}
-    readings = {name: _left(name, reader()) for name, reader in readers.items()}
-    found = [asdict(entry) for entry in overlaps(readings)]
+    queries = {name: _queries(name, reader()) for name, reader in readers.items()}
     if pairs is not None:
-        _write_pairs(readings, pairs)
-    show({"pairs": str(pairs) if pairs else None, "overlaps": found}, as_json)
+        _write_pairs(queries, pairs)
+    rows = [asdict(overlap) for overlap in overlaps(queries)]
+    show({"pairs": str(pairs) if pairs else None, "overlaps": rows}, as_json)
 
 
 def _folder(data: Path | None) -> Path | None:
@@ -88,8 +88,8 @@ def _row(name: str, folder: Path | None, files: tuple[Path, ...], count: bool) -
     from casa_mech.queries.benchmarks.registry import BENCHMARKS
 
     benchmark = BENCHMARKS[name]
-    found = find_files(benchmark, folder, files, shared=True) if folder else {}
-    places = [path for paths in found.values() for path in paths]
+    by_split = find_files(benchmark, folder, files, shared=True) if folder else {}
+    places = [path for paths in by_split.values() for path in paths]
     row: dict[str, Any] = {
         "name": name,
         "modality": benchmark.modality,
@@ -105,12 +105,12 @@ def _row(name: str, folder: Path | None, files: tuple[Path, ...], count: bool) -
 def _counts(name: str, folder: Path | None) -> dict[str, int]:
     from casa_mech.queries.benchmarks import BenchmarkSource
 
-    reading = BenchmarkSource(name, data=folder).read(missing_media="text")
-    return {"read": len(reading.queries), "dropped": len(reading.dropped), "no_picture": reading.without_media}
+    loaded = BenchmarkSource(name, data=folder).read(missing_media="text")
+    return {"read": len(loaded.queries), "dropped": len(loaded.dropped), "no_picture": loaded.without_media}
 
 
 def _reader(name: str, folder: Path | None) -> Callable[[], LoadedQueries]:
-    """What reads the set, so that a wrong name is said before any set is read."""
+    """A function that reads the set, so that a wrong name is said before any set is read."""
     from casa_mech.queries.benchmarks import BENCHMARKS, named_benchmark
     from casa_mech.queries.benchmarks.read import TABLE, read_benchmark
 
@@ -127,13 +127,13 @@ def _reader(name: str, folder: Path | None) -> Callable[[], LoadedQueries]:
     )
 
 
-def _left(name: str, reading: LoadedQueries) -> tuple[Query, ...]:
-    if reading.dropped:
-        note(f"{name}: left out {len(reading.dropped)} rows that mention minors in a sexual or harmful setting")
-    return reading.queries
+def _queries(name: str, loaded: LoadedQueries) -> tuple[Query, ...]:
+    if loaded.dropped:
+        note(f"{name}: left out {len(loaded.dropped)} rows that mention minors in a sexual or harmful setting")
+    return loaded.queries
 
 
-def _write_pairs(readings: Mapping[str, Sequence[Query]], target: Path) -> None:
+def _write_pairs(sets: Mapping[str, Sequence[Query]], target: Path) -> None:
     from dataclasses import asdict
 
     import pandas as pd
@@ -143,9 +143,9 @@ def _write_pairs(readings: Mapping[str, Sequence[Query]], target: Path) -> None:
 
     rows = [
         {"first_set": first, "second_set": second, **asdict(match)}
-        for first, here in readings.items()
-        for second, there in readings.items()
-        for match in (duplicates(here) if first == second else matches(here, there))
+        for first, queries in sets.items()
+        for second, others in sets.items()
+        for match in (duplicates(queries) if first == second else matches(queries, others))
     ]
     columns = ["first_set", "second_set", "first", "second", "kind", "share"]
     with writing(target) as temporary:

@@ -85,8 +85,8 @@ def _apart(result: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[d
             rows.append(row)
             rest |= {key: more} if more else {}
         elif isinstance(value, Mapping):
-            within, found = _apart(value, key)
-            rows += found
+            within, ratios = _apart(value, key)
+            rows += ratios
             rest |= {key: within} if within else {}
         elif isinstance(value, list) and value and all(isinstance(row, Mapping) and "ratio" in row for row in value):
             for entry in value:

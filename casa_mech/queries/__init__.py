@@ -1,4 +1,4 @@
-"""Queries: the frozen records that all packages pass on (see docs/architecture.md), and how they are read."""
+"""Queries: the frozen records that everything else works on (see docs/architecture.md), and how they are read."""
 
 from casa_mech.queries.benchmarks import BENCHMARKS, Benchmark, read_benchmark, read_mme_results, read_queries
 from casa_mech.queries.files import QuerySource, read_files, read_source

@@ -1,6 +1,6 @@
 """Queries on disk: a folder with `index.parquet`, one row a query, and the pictures and clips they hold as files.
 
-What `casa-mech attack` writes and `casa-mech evaluate` reads. Media are named after their content. Writing is done in
+`casa-mech attack` writes it and `casa-mech evaluate` reads it. Media are named after their content. Writing is done in
 parts, so that a stopped one continues; the index itself appears only when everything is there.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,9 +63,8 @@ def write_index(
     """
     folder = Path(folder)
     ids = [query.id for query in queries]
-    twice = next((name for name in ids if ids.count(name) > 1), None) if len(set(ids)) < len(ids) else None
-    if twice is not None:
-        raise InputError(f"two queries have the id {twice!r}: give each its own, replies are kept under it")
+    if repeated := next((name for name, n in Counter(ids).items() if n > 1), None):
+        raise InputError(f"two queries have the id {repeated!r}: give each its own, replies are kept under it")
     if not ids:
         raise InputError(f"no queries to write to {folder}: give at least one")
     sources = [query.source for query in queries]
@@ -72,18 +72,18 @@ def write_index(
     with _locked(folder):
         if _finished(folder, digest):
             return 0
-        made, names = 0, []
+        n_made, parts = 0, []
         for start in progress(range(0, len(queries), CHUNK)):
             path = folder / PARTS / f"{digest[:SHORT]}-{start // CHUNK:06d}.parquet"
-            names.append(path)
+            parts.append(path)
             if path.exists():
                 continue
-            chosen = queries[start : start + CHUNK]
-            found = (make(query) if make else query for query in chosen)
-            _save([_row(query, folder) for query in found if query is not None], path, digest)
-            made += len(chosen)
-        _finish(folder, names, digest)
-    return made
+            chunk = queries[start : start + CHUNK]
+            attacked = (make(query) if make else query for query in chunk)
+            _save([_row(query, folder) for query in attacked if query is not None], path, digest)
+            n_made += len(chunk)
+        _finish(folder, parts, digest)
+    return n_made
 
 
 def read_index(folder: Path | str) -> list[Query]:
@@ -207,10 +207,10 @@ def _finished(folder: Path, digest: str) -> bool:
     if not path.exists():
         return False
     try:
-        found = (parquet.read_schema(path).metadata or {}).get(b"key", b"").decode()
+        stored = (parquet.read_schema(path).metadata or {}).get(b"key", b"").decode()
     except (OSError, pa.ArrowException):
-        found = ""
-    if found != digest:
+        stored = ""
+    if stored != digest:
         raise RunError(f"{folder} holds an index of other queries or options: choose a new or empty --out")
     return True
 

@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from casa_mech.errors import InputError
 from casa_mech.queries.draws import unit_draw
@@ -27,61 +27,55 @@ Item = TypeVar("Item", Query, Example)
 
 @dataclass(frozen=True)
 class Match:
-    """Two queries that ask the same. share: how much of the shorter text's words the common 8-grams cover, in 0..1."""
+    """Two queries that ask the same, by their ids."""
 
     first: str
     second: str
     kind: Literal["exact", "near"]
     share: float
+    """How much of the shorter text's words the common 8-grams cover, in 0..1."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much two sets share; a set with itself: how much it repeats.
-
-    exact, near: how many queries of the first are in the second, word for word and nearly (not word for word).
-    """
+    """How much two sets share; a set with itself: how much it repeats."""
 
     first: str
     second: str
     n_first: int
+    """Queries of the first set; `n_second` those of the other."""
     n_second: int
     exact: int
+    """How many queries of the first are in the second word for word."""
     near: int
+    """How many are in it nearly, and not word for word."""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """One query taken out of a training set: its id, the evaluation set and query it matches, and how."""
+    """One query taken out of a training set."""
 
     id: str
     evaluation: str
+    """The evaluation set that it matches."""
     match: str
+    """The id of the query there."""
     kind: Literal["exact", "near"]
     share: float
+    """As in `Match`."""
 
 
 @dataclass(frozen=True)
 class Decontaminated:
-    """What was taken out of a training set; `n` of its queries there were before."""
+    """The account of what was taken out of a training set."""
 
     n: int
+    """How many queries it had before."""
     removed: tuple[Removed, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """Counts by evaluation set and kind, and every removed id, for a manifest."""
-        counts = Counter((entry.evaluation, entry.kind) for entry in self.removed)
-        return {
-            "n": self.n,
-            "removed": len(self.removed),
-            "rule": f"equal texts, or {NGRAM}-grams over {SHARE:.0%} of the shorter one",
-            "by_evaluation": [{"evaluation": e, "kind": k, "removed": n} for (e, k), n in sorted(counts.items())],
-            "ids": [{"id": entry.id, "evaluation": entry.evaluation, "match": entry.match} for entry in self.removed],
-        }
 
 
 def underlying(query: Query) -> str:
-    """What is asked, however it is rendered: `meta["request"]`, else the text."""
+    """The request, however it is rendered: `meta["request"]`, else the text."""
     return query.meta.get("request") or query.text
 
 
@@ -100,9 +94,9 @@ def matches(first: Sequence[Query], second: Sequence[Query]) -> list[Match]:
 
 
 def _matched(first: Sequence[Query], second: Sequence[Query]) -> list[Match | None]:
-    here, there = ([normalised(underlying(query)) for query in queries] for queries in (first, second))
-    place = {text: number for number, text in reversed(list(enumerate(there)))}
-    near = _near([text for text in dict.fromkeys(here) if text not in place], list(place))
+    texts, others = ([normalised(underlying(query)) for query in queries] for queries in (first, second))
+    place = {text: number for number, text in reversed(list(enumerate(others)))}
+    near = _near([text for text in dict.fromkeys(texts) if text not in place], list(place))
 
     def match(query: Query, text: str) -> Match | None:
         if text and text in place:
@@ -112,30 +106,30 @@ def _matched(first: Sequence[Query], second: Sequence[Query]) -> list[Match | No
             return Match(query.id, second[place[other]].id, "near", share)
         return None
 
-    return [match(query, text) for query, text in zip(first, here, strict=True)]
+    return [match(query, text) for query, text in zip(first, texts, strict=True)]
 
 
 def duplicates(queries: Sequence[Query]) -> list[Match]:
     """The queries that repeat an earlier one of the same list word for word, each with the first of its kind."""
     seen: dict[str, str] = {}
-    found = []
+    repeats = []
     for query in queries:
         text = normalised(underlying(query))
         if text and text in seen:
-            found.append(Match(query.id, seen[text], "exact", 1.0))
+            repeats.append(Match(query.id, seen[text], "exact", 1.0))
         seen.setdefault(text, query.id)
-    return found
+    return repeats
 
 
 def overlaps(sets: Mapping[str, Sequence[Query]]) -> list[Overlap]:
     """The overlap of every set with itself (repeats, word for word) and of every two sets, both ways round."""
-    found = []
+    shared = []
     for first, queries in sets.items():
         for second, others in sets.items():
             same = duplicates(queries) if first == second else matches(queries, others)
             kinds = Counter(match.kind for match in same)
-            found.append(Overlap(first, second, len(queries), len(others), kinds["exact"], kinds["near"]))
-    return found
+            shared.append(Overlap(first, second, len(queries), len(others), kinds["exact"], kinds["near"]))
+    return shared
 
 
 def decontaminate(

@@ -1,4 +1,4 @@
-"""`Query` and its parts: what goes into the model; `Example` and `Reply`: what should and what did come out.
+"""`Query` and its parts go into the model; an `Example` says what should come out of it, a `Reply` what did.
 
 Everything is frozen: an attack returns a new query (`query.model_copy(update=...)`), it never changes one.
 """
@@ -56,34 +56,38 @@ Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="kind")]
 
 
 class Turn(_Record):
-    """An earlier turn of the conversation.
-
-    `safety_token` is what a gate decided at the start of an assistant turn. The model sees it again as long as a gate
-    is attached; nobody else does.
-    """
+    """An earlier turn of the conversation."""
 
     role: Literal["user", "assistant"]
+    """Whose it is."""
     parts: tuple[Part, ...]
+    """What was said, in reading order."""
     safety_token: SafetyToken | None = None
+    """A gate's decision at the start of an assistant turn. The model sees it again as long as a gate is attached;
+    nobody else does."""
 
 
 class Query(_Record):
-    """One request to the model.
-
-    `parts` is the last user turn, in reading order. `history` holds the turns before it, `prefill` the opening that an
-    attacker (or a user) puts into the assistant's mouth. `meta` holds what the query's maker knows of it; the keys in
-    use are `topic`, `category`, `verb`, `template`, `wrapper`, `surface`, `attack`, `split` and `compliance` (the
-    full text of an answer that complies, which judges and prefill attacks read).
-    """
+    """One request to the model. Text, pictures and clips may each stand alone."""
 
     id: str
+    """Names it in errors and tables; an attack keeps it."""
     parts: tuple[Part, ...]
+    """The last user turn, in reading order."""
     label: Label | None = None
+    """Harmful or benign; None: not known."""
     source: str = "user"
+    """The set or file that it is from."""
     system: str | None = None
+    """The system prompt; None: the model's own default."""
     history: tuple[Turn, ...] = ()
+    """The turns before the last user turn."""
     prefill: str = ""
+    """The opening that an attacker (or a user) puts into the assistant's mouth."""
     meta: Mapping[str, str] = Field(default_factory=dict)
+    """What the query's maker knows of it. Keys in use: `topic`, `category`, `verb`, `template`, `wrapper`, `surface`,
+    `attack`, `split`, `request` (the plain request, where the text is another one) and `compliance` (the full text of
+    an answer that complies, which judges and prefill attacks read)."""
 
     @classmethod
     def from_text(cls, text: str, id: str = "q0", **fields: Any) -> Query:
@@ -110,36 +114,40 @@ class Query(_Record):
 
         The reply's safety token goes along, so that a gated model sees every turn of its own as it wrote it.
         """
-        said = (TextPart(text=f"{self.prefill} {reply.text}".strip()),)
+        answer = (TextPart(text=f"{self.prefill} {reply.text}".strip()),)
         turns = (
             Turn(role="user", parts=self.parts),
-            Turn(role="assistant", parts=said, safety_token=reply.safety_token),
+            Turn(role="assistant", parts=answer, safety_token=reply.safety_token),
         )
         fields = {"label": self.label, "source": self.source, "system": self.system, "history": self.history + turns}
         return Query.from_text(text, id=id or f"{self.id}+", **fields)
 
 
 class Example(_Record):
-    """A query with the reply it should get: one row of a training set."""
+    """One row of a training set."""
 
     query: Query
     reply: str
+    """The reply that the query should get."""
 
 
 class Reply(_Record):
-    """What a system answered.
-
-    `text` never shows the safety token. `safety_token`, `v_s` and the two logits (as rewritten by the gate) are None
-    for a system without a gate. `attention` holds safety attention's weight for each prompt position, on request.
-    `seconds` is the query's share of its batch's time.
-    """
+    """A system's answer to one query; what a gate decides is None for a system without one."""
 
     query_id: str
     text: str
+    """The reply, without the safety token and the prefill."""
     safety_token: SafetyToken | None = None
+    """The gate's decision."""
     v_s: float | None = None
+    """Safety attention's probability that the request is unsafe, in 0..1."""
     logit_safe: float | None = None
+    """The safe token's logit, as rewritten by the gate."""
     logit_unsafe: float | None = None
+    """The unsafe token's, likewise."""
     tokens: int = 0
+    """Tokens generated, up to the end of the turn."""
     seconds: float = 0.0
+    """The query's share of its batch's time."""
     attention: tuple[float, ...] | None = None
+    """Safety attention's weight for each prompt position, on request."""

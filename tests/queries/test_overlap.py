@@ -70,9 +70,7 @@ def test_training_sets_lose_what_evaluation_sets_ask() -> None:
     )
     assert [query.text for query in kept] == ["y", "z"]
     assert [(entry.id, entry.evaluation, entry.kind) for entry in report.removed] == [("q:0", "one", "exact"), ("q:2", "two", "near")]  # fmt: skip  # noqa: E501
-    summary = report.summary()
-    assert (summary["n"], summary["removed"]) == (4, 2)
-    assert json.loads(json.dumps(summary)) == summary
+    assert (report.n, len(report.removed)) == (4, 2)
     examples = [Example(query=query, reply="ok") for query in train]
     assert [example.query.text for example in decontaminate(examples, {"one": _queries("x")})[0]] == ["y", LONG, "z"]
 

@@ -1,4 +1,4 @@
-"""`Benchmark`: what is known of one public set, as a frozen record; how its rows become queries is part of it."""
+"""`Benchmark`: one public set as a frozen record: its files, licence and size, and how its rows become queries."""
 
 from __future__ import annotations
 
@@ -19,58 +19,70 @@ WHOLE = ""
 
 @dataclass(frozen=True)
 class File:
-    """Where a record comes from: its file (None: the hub), the split, and the record's number from 1."""
+    """Where a record comes from."""
 
     path: Path | None
+    """Its file; None: the hub."""
     split: str
+    """The split that the file is of."""
     number: int
+    """The record's, from 1."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row before it is a query.
-
-    text: what the user says. label, meta: as in `Query`. key: what its id ends in ("": the number in its file).
-    media: the picture's or clip's path, relative to one of the benchmark's `media` folders.
-    """
+    """One row before it is a query."""
 
     text: str
+    """The user's words."""
     label: Label
+    """As in `Query`, like `meta`."""
     meta: Mapping[str, str] = field(default_factory=dict)
     key: str = ""
+    """The end of its id; "": the number in its file."""
     media: str = ""
+    """The picture's or clip's path, relative to one of the benchmark's `media` folders."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One public set of queries.
-
-    name: as in `read_queries`. summary: one line. modality: of its rendered queries. label: of its rows; None when they
-    differ. rows: how many its publishers state, for the whole and for splits. licence, origin: as published; where to
-    get it. files: for each split the file names to look for, the first that is found (a pattern such as
-    "processed_questions/*.json" stands for all that match). columns: those a record must have. aliases: names that the
-    hub's copies give them. row: a record as a `Row`. select: splits that are
-    chosen by row. media: folders of pictures and clips, relative to the table's. remote: addresses that `datasets`
-    reads, by split. family: the first half of its ids; sets that render the same rows share it.
-    """
+    """One public set of queries."""
 
     name: str
+    """As in `read_queries`."""
     summary: str
+    """One line."""
     label: Label | None
+    """Of its rows; None when they differ."""
     rows: int
+    """How many its publishers state."""
     licence: str
+    """As published."""
     origin: str
+    """Where to get it."""
     files: Mapping[str, tuple[str, ...]]
+    """For each split the file names to look for, of which the first that is there is read; a pattern such as
+    "processed_questions/*.json" stands for all that match."""
     row: Callable[[Record, File], Row]
+    """A record as a `Row`."""
     modality: Modality = "text"
+    """Of its rendered queries."""
     columns: tuple[str, ...] = ()
+    """Those that a record must have."""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that the hub's copies give its columns, and the public ones."""
     split_rows: Mapping[str, int] = field(default_factory=dict)
+    """How many rows its publishers state for a split."""
     select: Mapping[str, Callable[[Row], bool]] = field(default_factory=dict)
+    """Splits that are chosen by row."""
     media: tuple[str, ...] = ()
+    """Folders of pictures and clips, relative to the table's."""
     remote: Mapping[str, str] = field(default_factory=dict)
+    """Addresses that `datasets` reads, by split."""
     records: Callable[[Path], Sequence[Record]] = read_records
+    """The records of one of its files."""
     family: str = ""
+    """The first half of its ids; sets that render the same rows share it. "": its name."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -79,14 +91,14 @@ class Benchmark:
 
     @property
     def id_prefix(self) -> str:
-        """What the ids of its queries begin with."""
+        """The beginning of its queries' ids."""
         return self.family or self.name
 
     def check_split(self, split: str | None) -> None:
         """InputError, listing the splits, unless `split` is None or one of them."""
         if split is not None and split not in self.splits:
-            there = ", ".join(self.splits) if self.splits else "none"
-            raise InputError(f"benchmark '{self.name}' has no split '{split}'; it has {there}")
+            splits = ", ".join(self.splits) or "none"
+            raise InputError(f"benchmark '{self.name}' has no split '{split}'; it has {splits}")
 
     def check_columns(self, record: Record, where: str) -> None:
         """InputError, naming the file and its columns, unless the record has all that this set needs."""
@@ -120,15 +132,15 @@ def plain_row(
 
     def row(record: Record, file: File) -> Row:
         text = cell(record.get(prompt))
-        known = known_meta(record, compliance=compliance, reference=reference, context=context, **meta)
-        if "context" in known:
-            return Row(f"{known['context']}\n\n{text}", label, {**known, "request": text})
-        return Row(text, label, known)
+        row_meta = meta_of(record, compliance=compliance, reference=reference, context=context, **meta)
+        if "context" in row_meta:
+            return Row(f"{row_meta['context']}\n\n{text}", label, {**row_meta, "request": text})
+        return Row(text, label, row_meta)
 
     return row
 
 
-def known_meta(record: Record, **columns: str) -> dict[str, str]:
+def meta_of(record: Record, **columns: str) -> dict[str, str]:
     """The record's cells that are not empty, under their `Query.meta` keys; an empty column name is passed over."""
     return {key: text for key, column in columns.items() if column and (text := cell(record.get(column)))}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from casa_mech.errors import InputError
-from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, has, known_meta, plain_row
+from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, has, meta_of, plain_row
 from casa_mech.queries.tables import cell
 
 _RAW = "https://raw.githubusercontent.com"
@@ -12,27 +12,27 @@ _STANFORD = "https://github.com/tatsu-lab/stanford_alpaca"
 
 
 def _alpaca_row(record: Record, file: File) -> Row:
-    known = known_meta(record, reference="output", category="category")
-    return Row(_with_input(cell(record.get("instruction")), cell(record.get("input"))), "benign", known)
+    meta = meta_of(record, reference="output", category="category")
+    return Row(_with_input(cell(record.get("instruction")), cell(record.get("input"))), "benign", meta)
 
 
 def _seed_row(record: Record, file: File) -> Row:
     instances = record["instances"]
     instance = instances[0] if isinstance(instances, list) and instances else {}
-    known = known_meta(record, task="name") | known_meta(instance, reference="output")
-    return Row(_with_input(cell(record["instruction"]), cell(instance.get("input"))), "benign", known)
+    meta = meta_of(record, task="name") | meta_of(instance, reference="output")
+    return Row(_with_input(cell(record["instruction"]), cell(instance.get("input"))), "benign", meta)
 
 
-def _with_input(instruction: str, given: str) -> str:
-    return f"{instruction}\n\n{given}" if given else instruction
+def _with_input(instruction: str, context: str) -> str:
+    return f"{instruction}\n\n{context}" if context else instruction
 
 
 def _xstest_row(record: Record, file: File) -> Row:
     label = cell(record["label"])
     if label not in ("safe", "unsafe"):
         raise InputError(f"{file.path or 'xstest'} row {file.number}: label '{label}'; XSTest has safe and unsafe")
-    known = known_meta(record, category="type", focus="focus", note="note") | {"xstest": label}
-    return Row(cell(record["prompt"]), "benign" if label == "safe" else "harmful", known)
+    meta = meta_of(record, category="type", focus="focus", note="note") | {"xstest": label}
+    return Row(cell(record["prompt"]), "benign" if label == "safe" else "harmful", meta)
 
 
 def _or_bench(name: str, rows: int, summary: str, toxic: bool = False) -> Benchmark:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, has, known_meta
+from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, has, meta_of
 from casa_mech.queries.tables import cell
 
 FIGSTEP_TEXT = (
@@ -17,22 +17,22 @@ _ORIGIN = "https://github.com/CryptoAILab/FigStep (data/question/{file}, data/im
 
 
 def _question_row(record: Record, file: File) -> Row:
-    known = known_meta(record, category="category_name", instruction="instruction")
+    meta = meta_of(record, category="category_name", instruction="instruction")
     # Legal, financial and medical advice break a usage policy; they are no harm of themselves.
     topic, task = cell(record["category_id"]), cell(record["task_id"])
-    known["scope"] = "policy" if topic in _POLICY_TOPICS else "harm"
-    return Row(cell(record["question"]), "harmful", known, key=f"{topic}_{task}")
+    meta["scope"] = "policy" if topic in _POLICY_TOPICS else "harm"
+    return Row(cell(record["question"]), "harmful", meta, key=f"{topic}_{task}")
 
 
 def _picture_row(record: Record, file: File) -> Row:
     row = _question_row(record, file)
     name = f"query_{cell(record.get('dataset')) or 'ForbidQI'}_{row.key}_6.png"
-    known = {**row.meta, "request": row.text, "image": name}
-    return Row(FIGSTEP_TEXT, "harmful", known, key=row.key, media=name)
+    meta = {**row.meta, "request": row.text, "image": name}
+    return Row(FIGSTEP_TEXT, "harmful", meta, key=row.key, media=name)
 
 
 def _benign_row(record: Record, file: File) -> Row:
-    return Row(cell(record["question"]), "benign", known_meta(record, figtxt="FigTxt"))
+    return Row(cell(record["question"]), "benign", meta_of(record, figtxt="FigTxt"))
 
 
 def _set(name: str, rows: int, summary: str, file: str, pictures: bool) -> Benchmark:

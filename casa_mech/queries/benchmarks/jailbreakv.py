@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, has, known_meta
+from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, has, meta_of
 from casa_mech.queries.tables import cell
 
 _PAGE = "https://huggingface.co/datasets/JailbreakV-28K/JailBreakV-28k"
@@ -11,10 +11,8 @@ _IMAGE_ATTACKS = ("figstep", "SD", "SD_typo", "typo")
 
 
 def _row(record: Record, file: File) -> Row:
-    known = known_meta(
-        record, request="redteam_query", policy="policy", format="format", origin="from", image="image_path"
-    )
-    return Row(cell(record["jailbreak_query"]), "harmful", known, media=known.get("image", ""))
+    meta = meta_of(record, request="redteam_query", policy="policy", format="format", origin="from", image="image_path")
+    return Row(cell(record["jailbreak_query"]), "harmful", meta, media=meta.get("image", ""))
 
 
 def _set(name: str, rows: int, summary: str, file: str, origin: str, on_hub: bool = True) -> Benchmark:

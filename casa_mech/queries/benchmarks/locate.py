@@ -30,11 +30,11 @@ def data_folder() -> Path | None:
 
 def listing(folder: Path) -> tuple[Path, ...]:
     """All files in `folder` and the folders in it, in order; hidden ones are passed over."""
-    found: list[Path] = []
+    files: list[Path] = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
-    return tuple(found)
+        files += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    return tuple(files)
 
 
 def find_files(
@@ -50,21 +50,21 @@ def find_files(
     Raises:
         InputError: two files of one name at the same depth, so that it is not known which is meant.
     """
-    there = listing(folder) if files is None else files
+    files = listing(folder) if files is None else files
     if shared and benchmark.modality == "audio":
-        there = [file for file in there if file.is_relative_to(folder / benchmark.name)]
-    matched = {split: _matching(benchmark, patterns, there) for split, patterns in benchmark.files.items()}
+        files = [file for file in files if file.is_relative_to(folder / benchmark.name)]
+    matched = {split: _matching(benchmark, patterns, files) for split, patterns in benchmark.files.items()}
     return {split: paths for split, paths in matched.items() if paths}
 
 
 def _matching(benchmark: Benchmark, patterns: Sequence[str], files: Sequence[Path]) -> list[Path]:
     for pattern in patterns:
-        found = [file for file in files if file.match(pattern)]
+        matches = [file for file in files if file.match(pattern)]
         if benchmark.modality == "audio":  # in folders by setting or topic
-            nearest = found
+            nearest = matches
         else:
-            depth = min((len(file.parts) for file in found), default=0)
-            nearest = [file for file in found if len(file.parts) == depth]
+            depth = min((len(file.parts) for file in matches), default=0)
+            nearest = [file for file in matches if len(file.parts) == depth]
             folders = sorted({str(file.parent) for file in nearest})
             if len(folders) > 1:
                 places = " and ".join(folders)
@@ -101,20 +101,20 @@ def from_hub(benchmark: Benchmark, split: str) -> list[dict[str, Any]]:
 
 
 def where_to_get(benchmark: Benchmark) -> str:
-    """What to download and where to put it, in one sentence."""
+    """One sentence that says what to download and where to put it."""
     names = ", ".join(dict.fromkeys(patterns[0] for patterns in benchmark.files.values()))
     place = f"into {benchmark.name}/ in" if benchmark.modality == "audio" else "anywhere in"
     return f"Get {names} from {benchmark.origin} and give the path, or put it {place} the folder {DATA_VARIABLE} names"
 
 
-def chosen_files(benchmark: Benchmark, found: dict[str, list[Path]], split: str | None) -> list[tuple[str, Path]]:
+def files_to_read(benchmark: Benchmark, files: dict[str, list[Path]], split: str | None) -> list[tuple[str, Path]]:
     """The (split, file) pairs to read; all splits when `split` is None, the whole when it is chosen by row."""
-    wanted = [split] if split in benchmark.files else list(found)
-    return [(name, path) for name in wanted if name is not None for path in found.get(name, [])]
+    splits = [split] if split in benchmark.files else list(files)
+    return [(name, path) for name in splits if name is not None for path in files.get(name, [])]
 
 
 def of_file(benchmark: Benchmark, path: Path, split: str | None) -> dict[str, list[Path]]:
     """A single file as `find_files` gives it: of the split asked for, or of the one whose name it bears."""
-    bears = (name for name, patterns in benchmark.files.items() if any(path.match(pattern) for pattern in patterns))
-    name = split if split in benchmark.files else next(bears, WHOLE)
+    by_name = (name for name, patterns in benchmark.files.items() if any(path.match(pattern) for pattern in patterns))
+    name = split if split in benchmark.files else next(by_name, WHOLE)
     return {name or WHOLE: [path]}

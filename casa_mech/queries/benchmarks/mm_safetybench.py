@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_mech.errors import InputError
-from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, has, known_meta
+from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, has, meta_of
 from casa_mech.queries.tables import cell, read_json
 
 TINY_LIST = "TinyVersion_ID_List.json"
@@ -45,21 +45,21 @@ def _tiny_ids(path: Path) -> Mapping[str, set[str]] | None:
 
 
 def _text_row(record: Record, file: File) -> Row:
-    known = known_meta(
+    meta = meta_of(
         record, scenario="scenario", tiny="tiny", key_phrase="Key Phrase", phrase_type="Phrase Type",
         rephrased="Rephrased Question", changed_question="Changed Question",
     )  # fmt: skip
-    number = known["scenario"][:2]
-    known |= {"number": number, "scope": "policy" if number in _POLICY_SCENARIOS else "harm"}
-    return Row(cell(record["Question"]), "harmful", known, key=f"{number}-{record['id']}")
+    number = meta["scenario"][:2]
+    meta |= {"number": number, "scope": "policy" if number in _POLICY_SCENARIOS else "harm"}
+    return Row(cell(record["Question"]), "harmful", meta, key=f"{number}-{record['id']}")
 
 
 def _picture_row(kind: str) -> Callable[[Record, File], Row]:
     def row(record: Record, file: File) -> Row:
         plain = _text_row(record, file)
         picture = f"{plain.meta['scenario']}/{kind}/{record['id']}.jpg"
-        known = {**plain.meta, "request": plain.text, "image": picture, "picture": kind}
-        return Row(cell(record[_WORDING[kind]]), "harmful", known, key=plain.key, media=picture)
+        meta = {**plain.meta, "request": plain.text, "image": picture, "picture": kind}
+        return Row(cell(record[_WORDING[kind]]), "harmful", meta, key=plain.key, media=picture)
 
     return row
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casa_mech.errors import InputError
-from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, known_meta
+from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row, meta_of
 from casa_mech.queries.tables import cell, read_lines, read_records
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
     results = path.parent / RESULTS
     if not results.is_dir() or not records or "text" not in records[0]:
         return records
-    known = {
+    answers = {
         (row["subtask"], row["image"], _asked(row["question"])): row["answer"]
         for row in read_mme_results(results).to_dict("records")
     }
-    return [{**record, "answer": known.get(_key(record))} for record in records]
+    return [{**record, "answer": answers.get(_key(record))} for record in records]
 
 
 def _key(record: Record) -> tuple[str, str, str]:
@@ -77,8 +77,8 @@ def _asked(question: str) -> str:
 
 
 def _row(record: Record, file: File) -> Row:
-    known = known_meta(record, category="category", image="image", answer="answer")
-    return Row(cell(record["text"]), "benign", known, media=cell(record["image"]))
+    meta = meta_of(record, category="category", image="image", answer="answer")
+    return Row(cell(record["text"]), "benign", meta, media=cell(record["image"]))
 
 
 MME = (

@@ -1,4 +1,4 @@
-"""What a command's `--queries` names: a path, or a public set as `name` or `name:split`."""
+"""Sources by what `--queries` names: a path, or a public set as `name` or `name:split`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ from casa_mech.queries.loaded import LoadedQueries
 
 @dataclass(frozen=True)
 class BenchmarkSource:
-    """A public set, or a split of one.
-
-    name, split, limit, seed: as for `read_benchmark`. data: the folder that holds the sets; None: the one that
-    CASA_MECH_DATA names, else the hub.
-    """
+    """A public set, or a split of one; its fields but `data` are as for `read_benchmark`."""
 
     name: str
     split: str | None = None
     data: Path | None = None
+    """The folder that holds the sets; None: the one that CASA_MECH_DATA names, else the hub."""
     limit: int | None = None
     seed: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,8 @@ from typing import Any, Literal
 from casa_mech.errors import InputError
 from casa_mech.queries.benchmarks.benchmark import WHOLE, Benchmark, File, Record, Row
 from casa_mech.queries.benchmarks.locate import (
-    chosen_files,
     data_folder,
+    files_to_read,
     find_files,
     from_hub,
     of_file,
@@ -43,10 +44,10 @@ def read_queries(
     columns: Mapping[str, str] | None = None,
 ) -> list[Query]:
     """The queries of a public set; the short form of `read_benchmark`, which has the arguments and errors."""
-    reading = read_benchmark(
+    loaded = read_benchmark(
         name, path, split, limit, seed, drop_minors=drop_minors, missing_media=missing_media, columns=columns
     )
-    return list(reading.queries)
+    return list(loaded.queries)
 
 
 def read_benchmark(
@@ -110,13 +111,13 @@ def _rows(
 ) -> Iterator[tuple[str, Row, File]]:
     """The rows of the split, each with its query's id."""
     seen: set[str] = set()
-    chosen = benchmark.select.get(split) if split is not None else None
+    in_split = benchmark.select.get(split) if split is not None else None
     for record, file in records:
         where = f"{file.path or benchmark.remote.get(file.split, benchmark.name)} row {file.number}"
         row = benchmark.row(record, file)
         if not row.text:
             raise InputError(f"{where}: empty prompt; fill it or drop the row")
-        if chosen is not None and not chosen(row):
+        if in_split is not None and not in_split(row):
             continue
         key = row.key or (f"{file.split}-{file.number}" if file.split != WHOLE else str(file.number))
         query_id = f"{benchmark.id_prefix}:{key}"
@@ -135,10 +136,10 @@ def _records(
         raise InputError(f"{benchmark.name}: no file or folder {path}. {where_to_get(benchmark)}")
     if folder is not None:
         if folder.is_file():
-            found = of_file(benchmark, folder, split)
+            by_split = of_file(benchmark, folder, split)
         else:
-            found = find_files(benchmark, folder, shared=path is None)
-        files = chosen_files(benchmark, found, split)
+            by_split = find_files(benchmark, folder, shared=path is None)
+        files = files_to_read(benchmark, by_split, split)
         if files:
             return _from_files(benchmark, files), [str(file) for _, file in files]
     if path is not None:
@@ -177,14 +178,14 @@ def _query(benchmark: Benchmark, row: Row, file: File, query_id: str, missing_me
 def _media(benchmark: Benchmark, row: Row, file: File, query_id: str, missing: MissingMedia) -> Path | None:
     folders = [file.path.parent / folder for folder in benchmark.media] if file.path is not None else []
     places = [folder / row.media for folder in folders]
-    there = next((place for place in places if place.is_file()), None)
-    if there is None and missing == "error":
+    file_there = next((place for place in places if place.is_file()), None)
+    if file_there is None and missing == "error":
         raise InputError(
             f"{benchmark.name}: {query_id} has no picture {row.media} (looked in {', '.join(benchmark.media)} beside "
             f"{file.path or 'the table'}); get it from {benchmark.origin}, or read the text alone with "
             'missing_media="text"'
         )
-    return there
+    return file_there
 
 
 def _concerns_minors(row: Row) -> bool:
@@ -214,5 +215,5 @@ def _read_table(
     unknown = [name for name in columns if name not in _TABLE_FIELDS]
     if unknown:
         raise InputError(f"columns has no '{unknown[0]}'; it may have {', '.join(_TABLE_FIELDS)}")
-    reading = read_source(QuerySource(path=Path(path), drop_minors=drop_minors, **columns))
-    return LoadedQueries(**{**vars(reading), "queries": tuple(sample(reading.queries, limit, seed))})
+    loaded = read_source(QuerySource(path=Path(path), drop_minors=drop_minors, **columns))
+    return replace(loaded, queries=tuple(sample(loaded.queries, limit, seed)))

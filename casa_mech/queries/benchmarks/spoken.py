@@ -22,8 +22,8 @@ _NAME = re.compile(r"(?P<category>.+?)[_-](?P<number>\d+)$")
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    found = _NAME.match(path.stem)
-    record = {"clip": path.name, "category": found["category"].replace("_", " ") if found else "", "name": path.stem}
+    named = _NAME.match(path.stem)
+    record = {"clip": path.name, "category": named["category"].replace("_", " ") if named else "", "name": path.stem}
     return [record | {"folder": path.parent.name, "question": _words(path)}]
 
 
@@ -39,10 +39,10 @@ def _words(path: Path) -> str:
 
 
 def _row(record: Record, file: File) -> Row:
-    known = {"category": record["category"], "folder": record["folder"], "request": record["question"]}
+    meta = {"category": record["category"], "folder": record["folder"], "request": record["question"]}
     key = f"{record['folder']}/{record['name']}"
-    known = {name: text for name, text in known.items() if text}
-    return Row(SPOKEN_TEXT, "harmful", known, key=key, media=record["clip"])
+    meta = {name: text for name, text in meta.items() if text}
+    return Row(SPOKEN_TEXT, "harmful", meta, key=key, media=record["clip"])
 
 
 SPOKEN = (
