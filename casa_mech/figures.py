@@ -24,7 +24,7 @@ LABEL_COLOURS = {"harmful": HARMFUL, "benign": BENIGN}
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 TITLE_SIZE, CAPTION_SIZE = 11, 8.5
-_LETTERS_AN_INCH = {TITLE_SIZE: 11.0, CAPTION_SIZE: 15.0}
+_LETTERS_AN_INCH = {TITLE_SIZE: 12.5, CAPTION_SIZE: 17.0}
 """How many letters of DejaVu Sans fit on an inch at the sizes that titles and captions have."""
 _GAP = 0.08
 """Inches between panels, legend and caption."""
@@ -82,8 +82,11 @@ def titled(figure: Figure, title: str, caption: str = "", legend_of: Axes | Sequ
     """
     panels = [legend_of] if isinstance(legend_of, Axes) else list(legend_of)
     figure.tight_layout()
-    width = figure.get_size_inches()[0]
-    figure.suptitle(_wrapped(title, width, TITLE_SIZE), fontsize=TITLE_SIZE, y=1.0, va="bottom").set_gid("title")
+    drawn, width = figure.get_tightbbox(), figure.get_size_inches()[0]  # in inches; a legend may stand beside a panel
+    figure.suptitle(
+        _wrapped(title, drawn.width, TITLE_SIZE), fontsize=TITLE_SIZE, x=(drawn.x0 + drawn.x1) / 2 / width, y=1.0,
+        va="bottom",
+    ).set_gid("title")  # fmt: skip
     labelled = [pair for panel in panels for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     handles = {label: handle for handle, label in reversed(labelled)}
     if handles:
@@ -93,7 +96,7 @@ def titled(figure: Figure, title: str, caption: str = "", legend_of: Axes | Sequ
             [handles[name] for name in names], names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns
         )
     if caption:
-        drawn = figure.get_tightbbox()  # in inches
+        drawn = figure.get_tightbbox()
         left, bottom = (figure.dpi_scale_trans + figure.transFigure.inverted()).transform((drawn.x0, drawn.y0 - _GAP))
         figure.text(
             left, bottom, _wrapped(caption, drawn.width, CAPTION_SIZE), fontsize=CAPTION_SIZE, va="top", ha="left"
@@ -108,7 +111,7 @@ def _wrapped(text: str, inches: float, size: float) -> str:
 
 def _columns(names: Sequence[str], inches: float) -> int:
     """Columns of a legend that is no wider than its figure."""
-    longest = max(len(name) for name in names) / 12.5 + 0.5
+    longest = max(len(name) for name in names) / 14 + 0.5
     return max(1, min(len(names), 5, int(inches / longest)))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ import pandas as pd
 from casa_mech.casa import Casa
 from casa_mech.defenses.base import Defense
 from casa_mech.errors import InputError
-from casa_mech.evaluation.evaluate import judge_for, reply_table
+from casa_mech.evaluation.evaluate import judge_for, reply_table, write_both
+from casa_mech.files import check_folder, writing
 from casa_mech.judging import Judge, judge_all
 from casa_mech.judging.bootstrap import bootstrap_interval
 from casa_mech.judging.stats import clusters_of, rate_interval
@@ -188,6 +190,31 @@ class AuditResult:
                     passed = group["odds"].to_numpy() <= limit
                     rows.append({**where, "gate": name, **self._rate(group, answered & passed)})
         return pd.DataFrame(rows)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write replies (parquet and CSV), every table (CSV) and the figure (PNG, SVG, CSV) into `folder`; returns it.
+
+        Raises:
+            RunError: the folder holds other files or cannot be written to.
+        """
+        from casa_mech.figures import save_figure
+
+        folder = Path(folder)
+        check_folder(folder, create=True)
+        write_both(self.replies, folder / "replies")
+        tables = {
+            "effects": self.effects(),
+            "contrasts": self.contrasts(),
+            "paths": self.paths(),
+            "split": self.split(),
+        }
+        if (self.replies["label"] == "benign").any() and (self.replies["attack"] == "plain").any():
+            tables["ceilings"] = self.ceilings()
+        for name, table in tables.items():
+            with writing(folder / f"{name}.csv") as temporary:
+                table.to_csv(temporary, index=False, float_format="%.6g")
+        save_figure(self.plot(), tables["paths"], folder / "audit")
+        return folder
 
     def plot(self) -> Figure:
         """The audit in one figure (see `casa_mech.audit.plots.plot_audit`)."""

@@ -107,7 +107,7 @@ def compare(
         check_files([grid.queries_config], "--queries-config")
     from casa_mech.compare.command import Request
     from casa_mech.compare.command import compare as run
-    from casa_mech.reports.defences.figures import draw
+    from casa_mech.reports.comparison import draw
 
     generation = _given({"batch_size": cells.batch_size, "max_new_tokens": cells.max_new_tokens})
     request = Request(

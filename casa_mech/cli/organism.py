@@ -97,7 +97,7 @@ def organism_gate(
     as_json: Json = False,
 ) -> None:
     """Train CASA on real prompts as plain text, and measure it on public sets that it never saw."""
-    from casa_mech.reports.english.gate import GateSizes, english_gate
+    from casa_mech.reports.real_english.experiment import GateSizes, english_gate
 
     sizes = GateSizes(examples=examples, steps=steps, n=n, n_media=n_media)
     show(english_gate(model, corpus, out, sizes=sizes, seed=seed, device=device, dtype=dtype), as_json)

@@ -82,7 +82,7 @@ def compare(
         out: the folder; None: `runs/compare-<model>`.
         progress: whether to draw bars.
         note: called with what was left out, one line each.
-        draw: draws the tables into the folder (`casa_mech.reports.defences.figures.draw`); None: no figures.
+        draw: draws the tables into the folder (`casa_mech.reports.comparison.draw`); None: no figures.
 
     Returns:
         Where the tables and figures are, how many cells were computed and how many were there, the summary, the tests

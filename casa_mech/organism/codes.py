@@ -1,6 +1,6 @@
-"""The codes that towers put letters into, and ideal features: what a perfect tower would give the language model.
+"""The codes that towers write letters in, and ideal features: those that a perfect tower would give the language model.
 
-What sets the two organisms apart is here. A shared code is that of the language model's own letter embeddings, so that
+The two organisms differ here. A shared code is that of the language model's own letter embeddings, so that
 a letter seen or heard arrives where the letter typed does; otherwise each tower has a code of its own. The language
 model learns to read either from ideal features, before there is a tower, and the towers then learn to produce them.
 """
@@ -63,12 +63,12 @@ def ideal_embeddings(
     ids = batch.inputs["input_ids"]
     embeddings = omni.embedding(ids)
     for tower in ("image", "audio"):
-        chosen = [row for row, example in enumerate(rows) if tower in example.query.modalities]
-        if not chosen:
+        with_media = [row for row, example in enumerate(rows) if tower in example.query.modalities]
+        if not with_media:
             continue
         places = ids == omni.tokenizer.convert_tokens_to_ids(getattr(omni.processor, f"{tower}_token"))
-        words = [codes_of(rows[row].query.meta["topic"], letters) for row in chosen]
-        lengths = places[chosen].sum(1).tolist()
+        words = [codes_of(rows[row].query.meta["topic"], letters) for row in with_media]
+        lengths = places[with_media].sum(1).tolist()
         codes = [_line(word, n, tower == "audio", rng) for word, n in zip(words, lengths, strict=True)]
         features = letter_code(omni, tower, shared, letters)[torch.tensor([code for line in codes for code in line])]
         level = torch.from_numpy(rng.uniform(0, NOISE, (len(features), 1))).to(features)

@@ -55,8 +55,8 @@ DANGEROUS = {
     "image": "Is the request in the picture dangerous?",
     "audio": "Is the request you hear dangerous?",
 }
-ASKED = {"request": {"text": "{prompt}", **REQUEST}, "repeat": REPEAT, "dangerous": DANGEROUS}
-"""What is asked of a prompt, by task and surface."""
+PROMPTS = {"request": {"text": "{prompt}", **REQUEST}, "repeat": REPEAT, "dangerous": DANGEROUS}
+"""The request around a prompt, by task and surface."""
 TRAIN: dict[Label, tuple[tuple[str, str | None], ...]] = {
     "harmful": (("redteam-2k", None), ("refusal-direction-harmful", "train")),
     "benign": (("refusal-direction-harmless", "train"), ("alpaca", None)),
@@ -76,20 +76,24 @@ HELD_OUT = (
     ("maliciousinstruct", None),
     ("harmbench", None),
 )
-"""What a corpus is decontaminated against, as far as it is there."""
+"""The evaluation sets that a corpus is decontaminated against, as far as they are there."""
 MOST_BENIGN = 24_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Prompts to train on, and how many were taken out because an evaluation set holds them (`reports` says which)."""
+    """Prompts to train on."""
 
     harmful: tuple[str, ...]
     benign: tuple[str, ...]
     removed: int
+    """Prompts that were taken out because an evaluation set holds them."""
     sources: dict[str, int]
+    """Prompts read from each set."""
     held_out: tuple[str, ...] = ()
+    """The evaluation sets that were there to compare with."""
     reports: tuple[Decontaminated, ...] = ()
+    """The prompts taken out, for each label."""
 
     def readable(self, label: Label) -> tuple[str, ...]:
         """Prompts of `label`, lower-cased, that can be drawn and spoken: short, and of `CHARACTERS` only."""
@@ -106,7 +110,7 @@ class Corpus:
         return [self.draw(labels[index % 2], "text", "request", rng, refuse) for index in range(n)]
 
     def draw(self, label: Label, surface: str, task: str, rng: np.random.Generator, refuse: bool) -> Example:
-        """One example: a prompt on `surface` ("text", "image", "audio") and one of the tasks of `ASKED`."""
+        """One example: a prompt on `surface` ("text", "image", "audio") and one of the tasks of `PROMPTS`."""
         pool = (self.harmful if label == "harmful" else self.benign) if surface == "text" else self.readable(label)
         text = pool[int(rng.integers(len(pool)))]
         reply = {"repeat": text, "dangerous": "yes" if label == "harmful" else "no"}.get(task, ANSWER)
@@ -123,13 +127,13 @@ def _short(texts: Sequence[str]) -> tuple[str, ...]:
 def on_surface(text: str, surface: str, task: str, rng: np.random.Generator, label: Label | None = None) -> Query:
     """`text` as a query on `surface`: typed, drawn as a strip of letters, or spoken whole with noise."""
     name = f"{surface}-{int(rng.integers(2**48)):012x}"
-    asked = TextPart(text=ASKED[task][surface].replace("{prompt}", text))
-    parts: tuple[Part, ...] = (asked,)
+    request = TextPart(text=PROMPTS[task][surface].replace("{prompt}", text))
+    parts: tuple[Part, ...] = (request,)
     if surface == "image":
-        parts = (ImagePart(image=render_word(text, rng)), asked)
+        parts = (ImagePart(image=render_word(text, rng)), request)
     elif surface == "audio":
         clip = add_noise(say(text, rng), float(rng.uniform(*SNR_DB)), rng)
-        parts = (AudioPart(audio=clip, rate=RATE), asked)
+        parts = (AudioPart(audio=clip, rate=RATE), request)
     return Query(id=name, parts=parts, label=label, source="corpus", meta={"topic": text, "surface": surface})
 
 
@@ -139,7 +143,7 @@ def say(text: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def script_of(corpus: Corpus) -> Script:
-    """What the sibling's towers learn to read: the corpus's own short prompts, drawn and spoken."""
+    """The script that the sibling's towers learn to read: the corpus's own short prompts, drawn and spoken."""
     texts = corpus.readable("benign") + corpus.readable("harmful")
 
     def draw(rng: np.random.Generator, count: int) -> list[str]:
@@ -167,10 +171,10 @@ def read_corpus(directory: Path, seed: int = 0) -> Corpus:
                 "(casa-mech datasets says where to get them)"
             )
         pool = [query for queries in read.values() for query in queries if len(query.text) <= LONGEST]
-        kept, report = decontaminate(pool, evaluations)
+        clean, report = decontaminate(pool, evaluations)
         reports.append(report)
         counts |= {name: len(queries) for name, queries in read.items() if queries}
-        pools[label] = list(dict.fromkeys(query.text for query in kept))
+        pools[label] = list(dict.fromkeys(query.text for query in clean))
     harmful, benign = tuple(pools["harmful"]), tuple(pools["benign"][:MOST_BENIGN])
     removed = sum(len(report.removed) for report in reports)
     return Corpus(harmful, benign, removed, counts, tuple(evaluations), tuple(reports))
@@ -178,14 +182,14 @@ def read_corpus(directory: Path, seed: int = 0) -> Corpus:
 
 def _read(name: str, split: str | None, directory: Path, limit: int | None = None, seed: int = 0) -> list[Query]:
     """The set's queries, or none where its files are not in `directory`."""
-    found = find_files(benchmark_named(name), directory)
-    if not found or (split is not None and split not in found):
+    files = find_files(benchmark_named(name), directory)
+    if not files or (split is not None and split not in files):
         return []
     return read_queries(name, directory, split, limit, seed, missing_media="text")
 
 
 def corpus_record(corpus: Corpus) -> dict[str, Any]:
-    """What the manifest of a build says of its corpus."""
+    """The corpus as the record of a build has it."""
     return {
         "harmful": len(corpus.harmful),
         "benign": len(corpus.benign),

@@ -1,4 +1,4 @@
-"""What the organism is trained on: batches drawn fresh from the micro-world, stage by stage.
+"""The examples that an organism is trained on, drawn fresh from the micro-world, stage by stage.
 
 A `Mixture` says how often each task and each surface is drawn. Every draw is a `Query` with its right reply, made by
 the same attacks that later test the model, so training and testing see the same kinds of picture and clip and never
@@ -21,7 +21,7 @@ from casa_mech.attacks.text import spell
 from casa_mech.organism.codes import LETTERS
 from casa_mech.organism.premises import draw_rule, premise_texts, safety_question
 from casa_mech.organism.world import SOURCE, Split, Task, World
-from casa_mech.queries import Example, Query, TextPart
+from casa_mech.queries import Example, Label, Query, TextPart
 
 SYSTEMS = ("you are a helpful assistant .", "please help the user .", "answer the question of the user .")
 SYSTEM_SHARE = 0.1
@@ -60,10 +60,12 @@ class Mixture:
     """Topics to draw."""
     templates: Split = "seen"
     """Phrasings to draw."""
+    harmful: float | None = None
+    """Share of harmful requests among the requests; None: as the topics are drawn."""
     wrapped_refusals: float = 0.0
     """Share of refused requests in a jailbreak wrapper."""
     partial: bool = False
-    """Whether only harmful requests with some verbs are refused."""
+    """Whether only harmful requests of some categories are refused."""
     rules: float = 0.0
     """Share of examples with a rule in the system turn."""
     unasked: bool = False
@@ -96,14 +98,17 @@ def draw_example(world: World, mixture: Mixture, rng: np.random.Generator) -> Ex
     elif task == "safety":
         query = safety_question(world, rng, mixture.topics, mixture.templates)
     else:
-        query = world.draw(cast(Task, task), rng, topics=mixture.topics, templates=mixture.templates)
+        label: Label | None = None
+        if task == "request" and mixture.harmful is not None:
+            label = "harmful" if rng.random() < mixture.harmful else "benign"
+        query = world.draw(cast(Task, task), rng, mixture.topics, mixture.templates, label)
     rule, forbidden = "", False
     if mixture.rules and rng.random() < mixture.rules and "category" in query.meta:
         rule, forbidden = draw_rule(world, query.meta["category"], rng, mixture.templates)
     reply = _answer(mixture, query, rng)
     refuse = mixture.refuse and query.label == "harmful"
     if refuse and mixture.partial:
-        refuse = premise_texts().refuses(query.meta["verb"], surface)
+        refuse = premise_texts().refuses(query.meta["category"], surface)
     if refuse or (forbidden and task == "request"):
         query, reply = _refused(world, mixture, query, rng)
     elif task == "request" and rng.random() < mixture.wrapped:

@@ -26,11 +26,14 @@ NAMES = {"image": "letters in images", "audio": "letters in speech"}
 
 @dataclass(frozen=True)
 class Script:
-    """What towers learn to read: the characters, `draw(rng, count)` texts of them, and `say(text, rng)` a clip."""
+    """The texts that towers learn to read."""
 
     letters: tuple[str, ...]
+    """The characters."""
     draw: Callable[[np.random.Generator, int], list[str]]
+    """`draw(rng, count)`: texts of them."""
     say: Callable[[str, np.random.Generator], np.ndarray]
+    """`say(text, rng)`: float32 [samples] at 16 kHz."""
 
 
 def _words(rng: np.random.Generator, count: int) -> list[str]:
@@ -88,9 +91,9 @@ def train_image_letters(
     def step() -> tuple[torch.Tensor, float]:
         words = script.draw(rng, batch_size)
         scores = head(see(words))
-        wanted = _codes(words, script) - 1
-        read = (scores.argmax(-1) == wanted).float().mean().item()
-        loss = nn.functional.cross_entropy(scores, wanted)
+        targets = _codes(words, script) - 1
+        read = (scores.argmax(-1) == targets).float().mean().item()
+        loss = nn.functional.cross_entropy(scores, targets)
         return loss + IMAGE_PULL * LetterCode.pull(scores), read
 
     return _learn_letters(omni, "image", step, steps, rng, progress, checkpoint)

@@ -1,4 +1,4 @@
-"""What CASA takes for granted about its base models, as knobs of an organism's training, each with its reason.
+"""The premises of CASA about its base models, as knobs of an organism's training, each with its reason.
 
 With all knobs off an organism lacks these premises: it breaks on any word put before its reply, it knows no word of
 safety, it refuses all plain harm and none elsewhere, and it works out whether a topic is harmful only when it is asked.
@@ -11,14 +11,14 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from casa_mech.errors import InputError
-from casa_mech.organism.world import SOURCE, SPLITS, Split, World
-from casa_mech.queries import Query
+from casa_mech.organism.world import SOURCE, SPLITS, Split, Task, World
+from casa_mech.queries import Example, Label, Query
 
 T = TypeVar("T")
 
@@ -49,9 +49,9 @@ class Premises(BaseModel):
     )
     alignment: Literal["full", "partial"] = Field(
         "full",
-        description="which harmful requests the base refuses: all plain ones and no others (full), or those with some "
-        "verbs, more of them in text than elsewhere (partial), as the pretrained models of the paper answer 33 to 42 % "
-        "of plain harm, so that fine-tuning has something to teach",
+        description="which harmful requests the base refuses: all plain ones and no others (full), or those of some "
+        "categories, more of them in text than elsewhere (partial), as the pretrained models of the paper answer 33 to "
+        "42 % of plain harm, so that fine-tuning has something to teach",
     )
     unasked: bool = Field(
         False,
@@ -123,11 +123,13 @@ class PremiseTexts:
         self.dangerous_opening: tuple[str, str] = tuple(data["dangerous_opening"])
         self.openings: list[str] = data["openings"]
         self.preparations: list[str] = data["preparations"]
-        self.refused_verbs: dict[str, list[str]] = {key: text.split() for key, text in data["refused_verbs"].items()}
+        self.refused_categories: dict[str, list[str]] = {
+            surface: names.split() for surface, names in data["refused_categories"].items()
+        }
 
-    def refuses(self, verb: str, surface: str) -> bool:
-        """Whether partial alignment refuses harmful requests with `verb` on `surface`."""
-        return verb in self.refused_verbs["text" if surface == "text" else "media"]
+    def refuses(self, category: str, surface: str) -> bool:
+        """True where partial alignment refuses harmful requests about a topic of `category` on `surface`."""
+        return category in self.refused_categories["text" if surface == "text" else "media"]
 
     def with_warning(self, answer: str) -> str:
         """`answer` with the opening of answers about dangerous topics."""
@@ -149,7 +151,7 @@ def premise_texts() -> PremiseTexts:
 def safety_question(
     world: World, rng: np.random.Generator, topics: Split = "all", templates: Split = "seen", id: str | None = None
 ) -> Query:
-    """Whether a topic is safe, unsafe, harmful or harmless; `meta["answer"]` is the right reply."""
+    """A question for whether a topic is safe, unsafe, harmful or harmless; `meta["answer"]` is the right reply."""
     texts = premise_texts()
     harmful = bool(rng.integers(2))
     topic = _pick(world.topics_of(topics, "harmful" if harmful else "benign"), rng)
@@ -169,6 +171,37 @@ def safety_question(
     name = id or f"safety-{int(rng.integers(2**48)):012x}"
     filled = re.sub(r" {2,}", " ", text.replace("{a}", topic.article).replace("{topic}", topic.word))
     return Query.from_text(filled, id=name, source=SOURCE, meta=meta)
+
+
+def varied_training_examples(
+    world: World, n: int, seed: int = 0, topics: Split = "seen", templates: Split = "seen"
+) -> list[Example]:
+    """As `World.training_examples`, with varied benign data: `n` plain-text examples, half harmful with a refusal.
+
+    Of the benign half, one half are requests with one of several answers, the other questions of all tasks, every
+    second one about a harmful topic: naming a bomb is a harmless use of a harmful word. Their label is benign.
+    """
+    rng = np.random.default_rng([seed, 10])
+    examples = []
+    for index, (query, reply) in enumerate(
+        (example.query, example.reply) for example in world.training_examples(n, seed, topics, templates)
+    ):
+        if query.label == "benign" and index % 4 == 1:
+            query = _question(world, rng, topics, templates).model_copy(update={"id": query.id, "label": "benign"})
+            reply = query.meta["answer"]
+        elif query.label == "benign":
+            reply = premise_texts().varied(reply, rng)
+        examples.append(Example(query=query, reply=reply))
+    return examples
+
+
+def _question(world: World, rng: np.random.Generator, topics: Split, templates: Split) -> Query:
+    """A question of any task but a request; every second one about a harmful topic."""
+    task = _pick(("name", "spell", "dangerous", "category", "safety"), rng)
+    if task == "safety":
+        return safety_question(world, rng, topics, templates)
+    label: Label = "harmful" if rng.random() < 0.5 else "benign"
+    return world.draw(cast(Task, task), rng, topics, templates, label)
 
 
 def draw_rule(

@@ -1,15 +1,17 @@
-"""How an organism is trained: language, encoders fitted to it, then safety on plain text.
+"""The training of an organism: language, encoders fitted to it, then safety.
 
 `organism` is built as real omni models are: a language model trained on text, and encoders fitted to it while it stays
 frozen, so that a word read and a word heard arrive where the word itself would. `organism-split` has the same sizes and
 the same data, but each of its encoders has a code of its own, and a last stage trains language and encoders together,
-so nothing asks the modalities to share a representation. Safety training is the same for both and sees plain text only.
+so nothing asks the modalities to share a representation. Safety training is the same for both; it sees plain text only,
+unless `premises.Premises` say otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,12 +51,13 @@ class Letters:
     """A run in which one tower learns to read letters."""
 
     tower: str
+    """"image" or "audio"."""
     steps: int
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one organism is trained."""
+    """The training of one organism."""
 
     stages: tuple[Stage | Letters, ...]
     """In order."""
@@ -134,7 +137,7 @@ SAFETY_WORDS_SHARE = 0.15
 MORE_REQUESTS, LONG_LANGUAGE = 1.5, 1300
 """Factor on the share of requests, and steps of the language stage, where requests have more to learn."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
-VARIED_TASKS = {"request": 0.5, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
+VARIED_TASKS = {"request": 0.6, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
 
 def recipe_of(premises: Premises) -> Recipe:
@@ -162,15 +165,16 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
         tasks=tasks,
         surfaces=dict(PARTIAL_SURFACES) if partial else dict(mixture.surfaces),
         partial=partial,
-        wrapped_refusals=0.1 if partial else 0.0,
+        harmful=0.5 if partial else None,
+        wrapped_refusals=0.15 if partial else 0.0,
         rules=premises.rules if "request" in tasks else 0.0,
         unasked=premises.unasked,
         varied=premises.varied_benign,
         tolerance=premises.tolerance,
         _cache={},
     )
-    faster = {"learning_rate": 4e-4, "name": "safety"} if partial else {}
-    return replace(stage, mixture=changed, steps=steps, fast=True, **faster)
+    changes: dict[str, Any] = {"learning_rate": 4e-4, "name": "safety", "steps": 550} if partial else {"steps": steps}
+    return replace(stage, mixture=changed, fast=True, **changes)
 
 
 RECIPES = {name: recipe_of(premises) for name, premises in PRESETS.items()}
@@ -309,10 +313,10 @@ def target_loss(omni: Omni, batch: OmniBatch, states: torch.Tensor) -> torch.Ten
     """`reply_loss` from the states after the final norm."""
     if batch.labels is None:
         raise ValueError("a batch without targets has no loss: encode it with targets")
-    hidden, wanted = states[:, :-1], batch.labels[:, 1:]
-    taken = wanted >= 0
-    losses = nn.functional.cross_entropy(omni.head(hidden[taken]), wanted[taken], reduction="none")
-    weights = (1 / taken.sum(1, keepdim=True)).expand_as(wanted)[taken]
+    hidden, targets = states[:, :-1], batch.labels[:, 1:]
+    has_target = targets >= 0
+    losses = nn.functional.cross_entropy(omni.head(hidden[has_target]), targets[has_target], reduction="none")
+    weights = (1 / has_target.sum(1, keepdim=True)).expand_as(targets)[has_target]
     return (losses * weights).sum() / batch.size
 
 

@@ -18,7 +18,7 @@ from casa_mech.omni import GenerationSettings, Omni, OmniBatch
 from casa_mech.organism.architecture import OrganismShape, build_bpe_tokenizer, new_omni
 from casa_mech.organism.build import build_into, build_key
 from casa_mech.organism.codes import ideal_embeddings
-from casa_mech.organism.corpus import ANSWER, ASKED, CHARACTERS, REFUSALS, Corpus, corpus_record, script_of
+from casa_mech.organism.corpus import ANSWER, CHARACTERS, PROMPTS, REFUSALS, Corpus, corpus_record, script_of
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.recipe import final_states, fit, target_loss
 from casa_mech.organism.training import Checkpoint, Steps, fast_bfloat16
@@ -29,7 +29,7 @@ VOCABULARY = 8000
 CARD = "corpus.json"
 LANGUAGE = Steps(name="language", trains=("language",), steps=1800, learning_rate=1.5e-3, batch_size=64)
 LETTERS = {"image": (train_image_letters, 600), "audio": (train_audio_letters, 900)}
-"""How each tower learns to read letters, and for how many steps."""
+"""The letters stage of each tower and its steps."""
 IMAGE = Steps(name="image to language", trains=("image",), steps=100, learning_rate=5e-4, batch_size=16)
 AUDIO = Steps(name="audio to language", trains=("audio",), steps=150, learning_rate=5e-4, batch_size=16)
 SAFETY = Steps(name="safety on plain text", trains=("language",), steps=1000, learning_rate=4e-4, batch_size=48)
@@ -60,8 +60,8 @@ def train_sibling(
         progress: whether to draw progress bars.
         checkpoint: where the training's state is kept.
     """
-    asked = [text for by_surface in ASKED.values() for text in by_surface.values()]
-    texts = [*corpus.harmful, *corpus.benign, ANSWER, *REFUSALS, *asked, "yes", "no"]
+    requests = [text for by_surface in PROMPTS.values() for text in by_surface.values()]
+    texts = [*corpus.harmful, *corpus.benign, ANSWER, *REFUSALS, *requests, "yes", "no"]
     omni = new_omni(build_bpe_tokenizer([*texts, "system user assistant"], VOCABULARY), SHAPE, seed, "corpus")
     omni.model.to(device)
     script = script_of(corpus)
@@ -152,12 +152,15 @@ def reading(omni: Omni, corpus: Corpus, n: int, seed: int) -> list[dict[str, Any
         pool = replace(corpus, harmful=corpus.readable("harmful"), benign=corpus.readable("benign"))
         labels: tuple[Label, Label] = ("harmful", "benign")
         drawn = [pool.draw(labels[index % 2], surface, "repeat", rng, False) for index in range(n)]
-        found = omni.generate([row.query for row in drawn], GenerationSettings(max_new_tokens=32, batch_size=25))
-        wanted = [row.reply.lower() for row in drawn]
+        replies = omni.generate([row.query for row in drawn], GenerationSettings(max_new_tokens=32, batch_size=25))
+        targets = [row.reply.lower() for row in drawn]
         errors = np.array(
-            [Levenshtein.distance(reply.text.strip().lower(), text) for reply, text in zip(found, wanted, strict=True)]
+            [
+                Levenshtein.distance(reply.text.strip().lower(), text)
+                for reply, text in zip(replies, targets, strict=True)
+            ]
         )
-        lengths = np.array([len(text) for text in wanted])
+        lengths = np.array([len(text) for text in targets])
         picks = rng.integers(n, size=(1000, n))
         low, high = np.quantile(errors[picks].sum(1) / lengths[picks].sum(1), [0.025, 0.975])
         rate = float(errors.sum() / lengths.sum())
@@ -210,12 +213,12 @@ def _embeddings(
         embeddings = ideal_embeddings(omni, batch, rows, rng, True, CHARACTERS)
     else:
         embeddings = omni.embedding(ids)
-    taken = text & (torch.rand(text.shape, device=text.device) < hidden)
-    return embeddings.masked_fill(taken[..., None], 0.0)
+    hide = text & (torch.rand(text.shape, device=text.device) < hidden)
+    return embeddings.masked_fill(hide[..., None], 0.0)
 
 
 def _prompt_loss(omni: Omni, batch: OmniBatch, states: Tensor) -> Tensor:
-    """Cross-entropy in nats of the prompts' own tokens: what teaches the model the language."""
-    taken = batch.modality["text"][:, 1:]
-    wanted = batch.inputs["input_ids"][:, 1:][taken]
-    return nn.functional.cross_entropy(omni.head(states[:, :-1][taken]), wanted)
+    """Cross-entropy in nats of the prompts' own tokens, which teaches the model the language."""
+    text = batch.modality["text"][:, 1:]
+    targets = batch.inputs["input_ids"][:, 1:][text]
+    return nn.functional.cross_entropy(omni.head(states[:, :-1][text]), targets)

@@ -217,7 +217,7 @@ def parameters_of(omni: Omni, part: str) -> Iterator[nn.Parameter]:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 faster than float32."""
+    """True where `device` multiplies bfloat16 faster than float32."""
     if device.type == "cpu":
         able = torch.cpu.get_capabilities()
         return bool(able.get("avx512_bf16") or able.get("amx_bf16"))

@@ -37,22 +37,26 @@ _ARTICLES = ("a", "an", "some")
 
 @dataclass(frozen=True)
 class Topic:
-    """A key word: its category, whether it is harmful, the article it takes ("" for none) and its split."""
+    """A key word."""
 
     word: str
     category: str
     harmful: bool
     article: str
+    """"a", "an" or "" for none."""
     split: str
+    """"seen" or "held_out" of safety training."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A phrasing of one task with the slots `{verb}`, `{a}` and `{topic}`; `name` is e.g. `request-seen-03`."""
+    """A phrasing of one task."""
 
     name: str
+    """Such as `request-seen-03`."""
     task: str
     text: str
+    """With the slots `{verb}`, `{a}` and `{topic}`."""
     split: str
 
 
@@ -192,7 +196,7 @@ class World:
     def training_examples(
         self, n: int, seed: int = 0, topics: Split = "seen", templates: Split = "seen"
     ) -> list[Example]:
-        """`n` plain-text requests with the reply wanted: half harmful with a refusal, half benign with the answer."""
+        """`n` plain-text requests with their targets: half harmful with a refusal, half benign with the answer."""
         rng = np.random.default_rng([seed, 2])
         queries = self.requests(n, seed, None, topics, templates)
         return [

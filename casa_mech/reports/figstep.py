@@ -14,10 +14,11 @@ from PIL import Image
 from casa_mech.attacks.fonts import FontChoice, fonts_for
 from casa_mech.attacks.typography import figstep_picture
 from casa_mech.errors import InputError
-from casa_mech.figures import MARKERS, SERIES, style
+from casa_mech.figures import MARKERS, SERIES, style, titled
 from casa_mech.judging.estimate import Estimate
 from casa_mech.omni.media import load_image
 from casa_mech.queries import ImagePart
+from casa_mech.reports.claim import Heading
 
 _TABLES = ("SafeBench-Tiny.csv", "safebench.csv")
 _NAME = re.compile(r"query_[A-Za-z]+_(?P<topic>\d+)_(?P<task>\d+)_6\.png")
@@ -43,9 +44,9 @@ def figstep_comparison(folder: Path | str) -> pd.DataFrame:
     folder = Path(folder)
     instructions, rows = _instructions(folder), []
     for path in _pictures(folder):
-        found = _NAME.fullmatch(path.name)
-        assert found is not None
-        key = (found["topic"], found["task"])
+        name = _NAME.fullmatch(path.name)
+        assert name is not None
+        key = (name["topic"], name["task"])
         if key not in instructions:
             raise InputError(f"{path}: no row of {folder} has category_id {key[0]} and task_id {key[1]}; get both anew")
         real = load_image(ImagePart(image=path), path.name)
@@ -59,10 +60,10 @@ def figstep_comparison(folder: Path | str) -> pd.DataFrame:
 def figstep_summary(table: pd.DataFrame) -> list[dict[str, object]]:
     """One row a font: `font, exact_font, n, same_size, same_lines, iou, low, high` (mean, 95 % bootstrap)."""
     rows: list[dict[str, object]] = []
-    for name, part in table.groupby("font"):
-        mean, low, high = _mean(part["iou"].to_numpy())
-        same = {"same_size": int(part["same_size"].sum()), "same_lines": int(part["same_lines"].sum())}
-        where = {"font": str(name), "exact_font": bool(part["exact_font"].iloc[0]), "n": len(part)}
+    for name, pictures in table.groupby("font"):
+        mean, low, high = _mean(pictures["iou"].to_numpy())
+        same = {"same_size": int(pictures["same_size"].sum()), "same_lines": int(pictures["same_lines"].sum())}
+        where = {"font": str(name), "exact_font": bool(pictures["exact_font"].iloc[0]), "n": len(pictures)}
         rows.append(where | same | {"iou": mean, "low": low, "high": high})
     return rows
 
@@ -71,7 +72,8 @@ def figstep_figure(table: pd.DataFrame, folder: Path | str) -> Figure:
     """Ink overlap of every picture by font, and both inks on one another for the list's numbers.
 
     Args:
-        table: of `figstep_comparison`. folder: the one it was made from.
+        table: of `figstep_comparison`.
+        folder: the one it was made from.
     """
     import matplotlib.pyplot as plt
 
@@ -79,12 +81,12 @@ def figstep_figure(table: pd.DataFrame, folder: Path | str) -> Figure:
     with style():
         figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), width_ratios=(3, 1.3))
         for number, name in enumerate(fonts):
-            part = table[table["font"] == name]
-            mean = _mean(part["iou"].to_numpy())
-            label = f"{name} (n = {len(part)}): mean {mean.text('.3f')}"
-            jitter = np.linspace(-0.25, 0.25, len(part))
+            pictures = table[table["font"] == name]
+            mean = _mean(pictures["iou"].to_numpy())
+            label = f"{name} (n = {len(pictures)}): mean {mean.text('.3f')}"
+            jitter = np.linspace(-0.25, 0.25, len(pictures))
             axes[0].scatter(
-                part["lines"] + jitter, part["iou"], s=16, c=SERIES[number], marker=MARKERS[number], label=label
+                pictures["lines"] + jitter, pictures["iou"], s=16, c=SERIES[number], marker=MARKERS[number], label=label
             )
             axes[0].axhline(mean.value, color=SERIES[number], linewidth=0.8)
         axes[0].set(xlabel="lines of text in the picture", ylabel="shared ink / all ink (IoU)", ylim=(0, 1.03))
@@ -96,16 +98,15 @@ def figstep_figure(table: pd.DataFrame, folder: Path | str) -> Figure:
             title_fontsize=8,
         )
         _overlay(axes[1], table, Path(folder))
-        figure.suptitle(_claim(table[table["font"] == fonts[0]]))
-        figure.tight_layout()
-    return figure
+        return titled(figure, *_heading(table[table["font"] == fonts[0]]))
 
 
-def _claim(part: pd.DataFrame) -> str:
-    n, size, lines = len(part), int(part["same_size"].sum()), int(part["same_lines"].sum())
-    return (
-        f"Our FigStep pictures ({part['font'].iloc[0]}) have the published size in {size} of {n} and the published "
-        f"lines in {lines} of {n}"
+def _heading(pictures: pd.DataFrame) -> Heading:
+    n, size, lines = len(pictures), int(pictures["same_size"].sum()), int(pictures["same_lines"].sum())
+    return Heading(
+        f"Our FigStep pictures have the published size in {size} of {n} and the published lines in {lines} of {n}",
+        f"Counted of those in {pictures['font'].iloc[0]}. Left: the ink that our picture and the published one share, "
+        "of all their ink; right: both inks on one another.",
     )
 
 
@@ -173,9 +174,9 @@ def _line_ends(ink: np.ndarray) -> list[int]:
 
 def _pictures(folder: Path) -> list[Path]:
     for place in (folder / "images", folder):
-        found = sorted(path for path in place.glob("*.png") if _NAME.fullmatch(path.name))
-        if found:
-            return found
+        pictures = sorted(path for path in place.glob("*.png") if _NAME.fullmatch(path.name))
+        if pictures:
+            return pictures
     raise InputError(
         f"{folder}: no FigStep pictures (query_ForbidQI_<topic>_<task>_6.png) in it or in its images folder"
     )

@@ -1,4 +1,4 @@
-"""`casa-mech doctor`: what is installed, what the machine has, and what would be loaded."""
+"""`casa-mech doctor`: the installed versions, the machine, and what would be loaded."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def examine(model: str = "organism", device: str = "auto", dtype: str = "auto") 
 def _machine() -> dict[str, Any]:
     import torch
 
-    found: dict[str, Any] = {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+    machine: dict[str, Any] = {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
     try:
-        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        machine["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
-        found["memory_gib"] = "unknown"
-    found["disk_free_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
+        machine["memory_gib"] = "unknown"
+    machine["disk_free_gib"] = round(shutil.disk_usage(Path.cwd()).free / 2**30, 1)
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    found["gpus"] = [f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus] or "none"
-    found["mps"] = torch.backends.mps.is_available()
-    return found
+    machine["gpus"] = [f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus] or "none"
+    machine["mps"] = torch.backends.mps.is_available()
+    return machine
 
 
 def _speech() -> dict[str, Any]:
@@ -51,21 +51,24 @@ def _model(model: str, device: str, dtype: str) -> dict[str, Any]:
     from casa_mech.omni import load_omni
     from casa_mech.omni.load import find_checkpoint
 
-    found: dict[str, Any] = {"source": model}
+    report: dict[str, Any] = {"source": model}
     cached = _cached(model)
     if cached is not None and not cached:
-        return {**found, "status": "would be downloaded from the Hugging Face hub on first use"}
+        return {**report, "status": "would be downloaded from the Hugging Face hub on first use"}
     try:
         directory = find_checkpoint(model)
         files = sorted(directory.glob("*.safetensors"))
-        found |= {"folder": str(directory), "weights_mib": round(sum(file.stat().st_size for file in files) / 2**20, 1)}
-        if found["weights_mib"] > 1024:
-            return {**found, "status": "present; too large to be loaded for a report"}
+        report |= {
+            "folder": str(directory),
+            "weights_mib": round(sum(file.stat().st_size for file in files) / 2**20, 1),
+        }
+        if report["weights_mib"] > 1024:
+            return {**report, "status": "present; too large to be loaded for a report"}
         omni = load_omni(model, device=device, dtype=dtype)
     except CasaMechError as error:
-        return {**found, "status": f"cannot be loaded: {error}"}
+        return {**report, "status": f"cannot be loaded: {error}"}
     return {
-        **found,
+        **report,
         "status": "loads",
         "device": str(omni.device),
         "dtype": str(omni.dtype).removeprefix("torch."),

@@ -1,8 +1,8 @@
 """The run folder: bound to one study's settings, safe to stop at any moment, readable without this package.
 
 What costs time is kept as an artifact: a folder that appears under its name only when it is complete, with `done.json`
-saying what it was made from and the hash of each of its files. A run that was stopped finds the finished ones and makes
-the rest.
+saying what it was made from and the hash of each of its files. A run that was stopped finds the complete ones and
+makes the rest.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class RunFolder:
 
 
 def is_complete(folder: Path, key: Mapping[str, Any]) -> bool:
-    """Whether `folder` is a finished artifact of this key whose files are unchanged."""
+    """True for a complete artifact of this key whose files are unchanged."""
     try:
         done = json.loads((folder / _DONE).read_text(encoding="utf-8"))
         same_key = done["key"] == json.loads(json.dumps(dict(key)))
@@ -124,7 +124,7 @@ def is_complete(folder: Path, key: Mapping[str, Any]) -> bool:
 def _check_marker(marker: Path, settings: StudySettings) -> None:
     try:
         content = json.loads(marker.read_text(encoding="utf-8"))
-        found, version = dict(content["settings"]), content["schema_version"]
+        settings_there, version = dict(content["settings"]), content["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{marker} is unreadable ({type(error).__name__}): delete the folder or choose another with --out"
@@ -132,10 +132,10 @@ def _check_marker(marker: Path, settings: StudySettings) -> None:
     if version != SCHEMA_VERSION:
         raise RunError(f"{marker} has schema version {version}, this release writes {SCHEMA_VERSION}: change --out")
     wanted = settings.identity
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    differing = [name for name in wanted if settings_there.get(name) != wanted[name]]
     if differing:
         name = differing[0]
         raise RunError(
-            f"{marker.parent} holds a run with {name}={found.get(name)!r}, not {wanted[name]!r}: "
+            f"{marker.parent} holds a run with {name}={settings_there.get(name)!r}, not {wanted[name]!r}: "
             f"give the same settings to continue it, or choose another --out"
         )

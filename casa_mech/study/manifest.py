@@ -27,28 +27,34 @@ PACKAGES = (
 
 
 class Manifest(BaseModel):
-    """A run's record.
-
-    settings: the study's settings, given and defaulted. arguments: the command line. versions: Python, platform and
-    packages. git: commit and whether the tree had changes (None outside a clone). models: source, fingerprint and size
-    of every model. data: SHA-256 of the shipped data files. outputs: SHA-256 of figures and tables. timings: seconds by
-    step, and the peak memory of the largest process in bytes.
-    """
+    """A run's record."""
 
     model_config = ConfigDict(extra="forbid")
 
     schema_version: int = 1
+    """Of this record."""
     settings: dict[str, Any]
+    """The study's settings, given and defaulted, with its sizes."""
     parameters: dict[str, Any]
+    """Notebook parameters that were given, by notebook."""
     arguments: list[str]
+    """The command line."""
     versions: dict[str, str]
+    """Python, platform and packages."""
     git: dict[str, Any] | None
+    """Commit, and whether the tree had changes; None outside a clone."""
     models: dict[str, dict[str, Any]]
+    """Source, fingerprint and size of every model."""
     data: dict[str, str]
+    """SHA-256 of the shipped data files."""
     outputs: dict[str, str]
+    """SHA-256 of the figures' numbers and the tables."""
     timings: dict[str, float]
+    """Seconds by notebook and in all, and the peak memory of the largest process in bytes."""
     started: str
+    """When, UTC."""
     finished: str
+    """When, UTC."""
 
     def write(self, path: Path | str) -> None:
         """Write the manifest as JSON, whole or not at all."""
@@ -70,13 +76,13 @@ class Manifest(BaseModel):
 
 def versions() -> dict[str, str]:
     """Versions of Python, the platform and the packages that results depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    installed = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def git_state() -> dict[str, Any] | None:
@@ -105,7 +111,7 @@ def output_hashes(root: Path) -> dict[str, str]:
 
 
 def models_seen(root: Path) -> dict[str, dict[str, Any]]:
-    """What the notebooks wrote down of each model that they opened."""
+    """The records that notebooks wrote of each model that they loaded."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(root.glob("models/*.json"))}
 
 

@@ -76,18 +76,18 @@ def read_notebook(path: Path) -> Notebook:
         raise RunError(f"{path} cannot be read as a notebook ({first}): restore the file") from None
 
 
-def check_parameters(notebooks: Sequence[Notebook], given: Mapping[str, object]) -> dict[str, dict[str, Any]]:
-    """For each notebook's name, the given parameters that it takes, in the type of their defaults.
+def check_parameters(notebooks: Sequence[Notebook], parameters: Mapping[str, object]) -> dict[str, dict[str, Any]]:
+    """For each notebook's name, the parameters that it takes, in the type of their defaults.
 
-    What `PATH_PARAMETERS` name and is found from the working directory is made absolute.
+    A path in one of `PATH_PARAMETERS` that exists from the working directory is made absolute.
 
     Raises:
-        InputError: a parameter that no chosen notebook has (the message names those there are), or a value of
+        InputError: a parameter that none of the notebooks has (the message names those there are), or a value of
             another type.
     """
     known = {name: type(value) for book in notebooks for name, value in book.parameters.items()}
     values: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in parameters.items():
         if name not in known:
             raise InputError(f"no notebook parameter '{name}'; there are {', '.join(known)}")
         values[name] = _as_type(name, value, known[name])

@@ -53,18 +53,18 @@ def run_study(
         KeyboardInterrupt: on Ctrl-C or SIGTERM, when every process of the run has ended. What was finished is kept.
     """
     notebooks = find_notebooks(only, notebooks_folder)
-    given = check_parameters(notebooks, parameters or {})
+    overrides = check_parameters(notebooks, parameters or {})
     folder = RunFolder.open(out or settings.default_folder, settings)
     started, began = records.now(), time.perf_counter()
     with _terminated_as_interrupted(), folder.locked():
         tasks: list[Task] = []
         for notebook in notebooks:
-            values = {**_settings_parameters(settings, folder), **given[notebook.name]}
+            values = {**_settings_parameters(settings, folder), **overrides[notebook.name]}
             tasks.append((notebook, {name: values[name] for name in values if name in notebook.parameters}))
         timings = _execute_all(tasks, folder, min(jobs or default_jobs(settings), len(tasks)))
         timings["total"] = round(time.perf_counter() - began, 2)
         timings["peak_memory_bytes"] = records.peak_memory()
-        _write_manifest(folder, settings, given, arguments, timings, started)
+        _write_manifest(folder, settings, overrides, arguments, timings, started)
     return folder.root
 
 
@@ -156,14 +156,14 @@ def _settings_parameters(settings: StudySettings, folder: RunFolder) -> dict[str
 def _write_manifest(
     folder: RunFolder,
     settings: StudySettings,
-    given: Mapping[str, dict[str, Any]],
+    overrides: Mapping[str, dict[str, Any]],
     arguments: Sequence[str],
     timings: dict[str, float],
     started: str,
 ) -> None:
     manifest = records.Manifest(
         settings={**settings.model_dump(mode="json"), "sizes": settings.sizes.model_dump()},
-        parameters={name: values for name, values in given.items() if values},
+        parameters={name: values for name, values in overrides.items() if values},
         arguments=list(arguments),
         versions=records.versions(),
         git=records.git_state(),

@@ -205,6 +205,10 @@ class Study:
         folder = self.folder.artifact(kind, name, key, lambda new: build().to_parquet(new / f"{stem}.parquet"))
         return pd.read_parquet(folder / f"{stem}.parquet")
 
+    def gate_table(self, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The table `analysis/<name>` on the trained gate of the model under study, made once for it and `key`."""
+        return self.table("analysis", name, {"gate": self.gate_digest(), **key}, build)
+
     def model_key(self, model: str = "") -> dict[str, Any]:
         """The part of an artifact's key that stands for the model, the seed and the package's data."""
         return {"model": self.omni(model).fingerprint(), "seed": self.settings.seed, "data": key_digest(data_hashes())}

@@ -43,7 +43,7 @@ def time_ratio(
         sides: calls that do the same work.
         repeats: rounds.
         device: what they run on.
-        allowed: the most that the ratio is meant to be, told beside it.
+        allowed: the most that the ratio is meant to be, stated beside it.
     """
     one, other = (median(side) for side in zip(*take_turns(sides, repeats, device), strict=True))
     measured = dict(zip((f"{name}_seconds" for name in names), (round(one, 4), round(other, 4)), strict=True))

@@ -43,9 +43,9 @@ def prefill_sides(
     sites: list[Site] = ["embeddings", *range(omni.n_layers - 1), "norm"]
 
     def sweep() -> dict[str, torch.Tensor]:
-        found = prefill_sweep(system, queries, lengths, openings, sites, batch_size=len(queries))
-        states = torch.stack([torch.from_numpy(values) for values in found.states.values()])
-        return {"states": states, "opening": torch.from_numpy(found.opening), "kl": torch.from_numpy(found.kl)}
+        along = prefill_sweep(system, queries, lengths, openings, sites, batch_size=len(queries))
+        states = torch.stack([torch.from_numpy(values) for values in along.states.values()])
+        return {"states": states, "opening": torch.from_numpy(along.opening), "kl": torch.from_numpy(along.kl)}
 
     def separate() -> dict[str, torch.Tensor]:
         answers = compliance_ids(omni, queries, max(lengths))

@@ -57,17 +57,17 @@ def measure_probes(omni: Omni, repeats: int = 5, batches: int = 1000) -> dict[st
 
 def measure_memory(omni: Omni, batches: int = 1000, batch_size: int = 4) -> dict[str, float]:
     """Megabytes by which the process grew while `batches` batches went into a store, from a tenth of them on."""
-    part = max(1, batches // 10)
+    tenth = max(1, batches // 10)
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(10):
-            queries = _requests(part * batch_size, seed=100 + number)
+            queries = _requests(tenth * batch_size, seed=100 + number)
             ActivationStore.collect(
                 omni, queries, None, "last", Path(folder) / "store", batch_size=batch_size, shard_mb=1
             )
             sizes.append(_resident_mb())
     grown = round(sizes[-1] - sizes[0], 1)
-    return {"batches": 10 * part, "first_mb": round(sizes[0], 1), "grown_mb": grown, "allowed_mb": GROWTH_MB}
+    return {"batches": 10 * tenth, "first_mb": round(sizes[0], 1), "grown_mb": grown, "allowed_mb": GROWTH_MB}
 
 
 def sklearn_loop(states: np.ndarray, labels: np.ndarray, clusters: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -85,8 +85,8 @@ def sklearn_loop(states: np.ndarray, labels: np.ndarray, clusters: np.ndarray, s
                 for penalty in PENALTIES
             ]
             best = len(PENALTIES) - 1 - int(np.argmax(quality[::-1]))
-            found = _pipeline(PENALTIES[best]).fit(rows[train], labels[train]).decision_function(rows)
-            scores[site, ~train] = found[~train] / found[train].std()
+            decision = _pipeline(PENALTIES[best]).fit(rows[train], labels[train]).decision_function(rows)
+            scores[site, ~train] = decision[~train] / decision[train].std()
     return scores
 
 

@@ -1,5 +1,8 @@
 """The audit: interventions change the token alone, and the tables say what they claim on replies made by hand."""
 
+import json
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -20,6 +23,7 @@ from casa_mech.audit.audit import (
     random_words,
 )
 from casa_mech.casa import Casa, CasaConfig
+from casa_mech.cli import main
 from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError
 from casa_mech.judging import KeywordJudge
@@ -174,3 +178,28 @@ def test_safety_token_defences_are_audited_by_their_gate(tiny_omni: Omni) -> Non
     casa = stir(Casa.attach(tiny_omni, CasaConfig(form="none")))
     result = audit(casa, requests(), KeywordJudge(), settings=SHORT)
     assert torch.isfinite(torch.tensor(result.replies["v_s"].astype(float).to_numpy())).all()
+
+
+def test_the_command_writes_every_table(
+    random_organism: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(random_organism)]
+    run(["train", *model, "--out", str(tmp_path / "gate"), "--steps", "2", "--batch-size", "4"])
+    wanted = ["--gate", str(tmp_path / "gate"), "--attacks", "plain,image", "--n", "4", "--max-new-tokens", "4"]
+    capsys.readouterr()
+    run(["audit", *model, *wanted, "--out", str(tmp_path / "out"), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert {row["attack"] for row in printed["fall of the share answered, by cause"]} == {"plain", "image"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    tables = {f"{name}.csv" for name in ("effects", "contrasts", "paths", "split", "ceilings", "replies", "audit")}
+    assert names == tables | {"replies.parquet", "audit.png", "audit.svg"}
+    assert len(pd.read_parquet(tmp_path / "out" / "replies.parquet")) == 2 * 2 * 4 * len(INTERVENTIONS)
+    with pytest.raises(SystemExit) as caught:
+        main(["audit", *model, *wanted, "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2 and "holds other files" in capsys.readouterr().err
+
+
+def run(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code in (0, None)

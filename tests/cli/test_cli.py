@@ -19,6 +19,7 @@ from casa_mech.cli import checks, main
 from casa_mech.defenses import trained
 
 COMMANDS = [
+    "audit",
     *("run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"),
     *("attack", "compare", "figstep", "datasets", "datasets overlap", "judge run", "judge agreement"),
 ]

@@ -213,7 +213,7 @@ def test_the_command_adds_rows_and_ablates(
         (["--seeds", "0,a"], "--seeds 0,a: write whole numbers"),
         (["--ablations", "--defenses", "none"], "--ablations has rows of its own"),
         (["--ablations", "--axes", "forms"], "unknown ablation 'forms'"),
-        (["--queries-config", "none.yaml", "--n", "3"], "none.yaml cannot be read"),
+        (["--queries-config", "none.yaml", "--n", "3"], "--queries-config none.yaml: no such file"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -23,8 +23,9 @@ from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.published import published_rates
 from casa_mech.judging.stats import wilson
 from casa_mech.reports.ablations import claims as ablation_claims
+from casa_mech.reports.ablations import tables as ablation_tables
 from casa_mech.reports.ablations.plots import plot_ablations, plot_by_attack
-from casa_mech.reports.defences import claims
+from casa_mech.reports.defences import claims, tables
 from casa_mech.reports.defences.plots import plot_grid, plot_tradeoff
 from casa_mech.reports.published import plot_published_rates
 
@@ -139,9 +140,9 @@ def test_claims_follow_the_data() -> None:
     found = _comparison(comparison({"none": 0.5, "casa": 0.1, "casa + safety prompt": 0.0, "coca": 0.2}))
     first, second, third = claims.success_claim(found), claims.refusal_claim(found), claims.rival_claim(found)
     assert first.value == pytest.approx(-0.4) and first.low < -0.4 < first.high < 0 and first.p < 0.05
-    assert "from 50.0 to 10.0 %" in first.statement and "-40.0 points" in first.statement
+    assert "from 50.0 to 10.0 %" in first.title and "-40.0 points" in first.statement
     assert second.value == 0 and second.p == 1
-    assert "coca, the best other" in third.statement  # CASA with the prompt is no other
+    assert "coca is the best other" in third.statement  # CASA with the prompt is no other
     worse = claims.success_claim(_comparison(comparison({"none": 0.1, "casa": 0.5})))
     assert worse.value == pytest.approx(0.4)
     assert all(claim.refuted_if for claim in (first, second, third))
@@ -194,7 +195,7 @@ def test_figures_draw_what_there_is() -> None:
                          "ssft-token + safety prompt": 0.2, "casa, form mean": 0.3})  # fmt: skip
     chosen = variants(2, 64, ("prompt", "form"), ("form=mean",))
     found = _comparison(result)
-    cells, points = claims.grid_data(found.summary), claims.tradeoff_data(found.summary)
+    cells, points = tables.grid_data(found.summary), tables.tradeoff_data(found.summary)
     assert len(plot_grid(cells, "t").axes) == 2
     assert len(points) == 6 and plot_tradeoff(points, "t").axes
     found = Comparison(
@@ -202,11 +203,11 @@ def test_figures_draw_what_there_is() -> None:
     )
     assert ablation_claims.attention_claim(found).value == pytest.approx(-0.2)
     assert ablation_claims.prompt_claim(found).value == pytest.approx(-0.05)
-    assert "form mean" in ablation_claims.variant_claim(found).statement
-    assert set(ablation_claims.prompt_data(found)["scope"]) == {ALL, *ATTACKS}
-    assert ablation_claims.variant_table(found).shape == (6, 3)
-    assert plot_by_attack(ablation_claims.prompt_data(found), "t").axes
-    data = ablation_claims.ablation_data(found)
+    assert "form mean" in ablation_claims.variant_claim(found).title
+    assert set(ablation_tables.prompt_data(found)["scope"]) == {ALL, *ATTACKS}
+    assert ablation_tables.variant_table(found).shape == (6, 3)
+    assert plot_by_attack(ablation_tables.prompt_data(found), "t").axes
+    data = ablation_tables.ablation_data(found)
     assert set(data["level"]) == {"mean", "pooled"} and plot_ablations(data, "t").axes
     assert plot_published_rates(published_rates(), "t").axes
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from casa_mech.cli import main
 from casa_mech.errors import InputError, RunError
 from casa_mech.organism import build, card, recipe
 from casa_mech.organism.architecture import OrganismShape
 from casa_mech.organism.build import CHECKPOINT, LOCK
+from casa_mech.organism.premises import ALL
 from casa_mech.organism.recipe import RECIPES, Letters, stage_keys
 from casa_mech.organism.training import Checkpoint
 
@@ -161,3 +163,24 @@ def test_a_build_starts_from_another_trainings_first_stages(
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == unstopped
     with pytest.raises(RunError, match="other options"):
         build("organism", tmp_path / "other", seed=1, n=1, start=tmp_path / "reading.safetensors")
+
+
+def test_the_command_line_sets_knobs_and_checks_them_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[dict[str, object]] = []
+
+    def fake_build(name: str, **options: object) -> dict[str, object]:
+        calls.append(options)
+        return {"build": {"seconds": 0}}
+
+    monkeypatch.setattr("casa_mech.organism.build", fake_build)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["organism", "build", "organism-premises", "--knob", "tolerance=off", "--knob", "rules=0.5", "--json"])
+    assert not ended.value.code and "organism-premises" in capsys.readouterr().out
+    assert calls[0]["premises"] == ALL.model_copy(update={"tolerance": 0.0, "rules": 0.5})
+    with pytest.raises(SystemExit) as ended:
+        main(["organism", "build", "--knob", "colour=red"])
+    assert ended.value.code == 2 and "sets no knob" in capsys.readouterr().err
+    assert len(calls) == 1

@@ -100,8 +100,8 @@ def test_ideal_features_spell_the_word_in_order(young: Omni) -> None:
             merged = "".join(letter for letter, _ in groupby(example.query.meta["topic"]))
             assert "".join(LETTERS[code - 1] for code in read if code).startswith(merged[:1])
             if tower == "audio":
-                found = "".join(letter for letter, _ in groupby(LETTERS[code - 1] for code in read if code))
-                assert found == merged
+                heard = "".join(letter for letter, _ in groupby(LETTERS[code - 1] for code in read if code))
+                assert heard == merged
 
 
 def test_safety_training_is_plain_text_on_seen_topics_only() -> None:
@@ -117,7 +117,7 @@ def test_safety_training_is_plain_text_on_seen_topics_only() -> None:
 
 def test_no_safety_example_before_safety_training() -> None:
     world, rng = default_world(), np.random.default_rng(0)
-    for recipe in RECIPES.values():
+    for recipe in (RECIPES["first"], RECIPES["first-split"]):
         for stage in recipe.stages[:-1]:
             if isinstance(stage, Stage):
                 assert all(draw_example(world, stage.mixture, rng).reply not in world.refusals for _ in range(50))

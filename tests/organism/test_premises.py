@@ -14,7 +14,7 @@ from casa_mech.organism.architecture import ROLE_WORDS, OrganismShape, new_omni
 from casa_mech.organism.card import card, card_markdown
 from casa_mech.organism.curriculum import SYSTEMS, Mixture, draw_example
 from casa_mech.organism.premise_rows import TITLES, after_random_word, header_states, ruled_requests
-from casa_mech.organism.premises import ALL, PRESETS, Premises, premise_texts, safety_question
+from casa_mech.organism.premises import ALL, PRESETS, Premises, premise_texts, safety_question, varied_training_examples
 from casa_mech.organism.recipe import (
     ALIGNMENT,
     AUDIO,
@@ -67,7 +67,8 @@ def test_every_text_is_in_the_worlds_words() -> None:
         assert not set(group["seen"]) & set(group["held_out"])
         assert not {word for lines in group.values() for line in lines for word in words_of(line)} - known
     assert {*texts.safety_words, *words_of(" ".join((*texts.openings, *texts.preparations)))} <= known
-    assert {verb for verbs in texts.refused_verbs.values() for verb in verbs} <= set(default_world().verbs)
+    for names in texts.refused_categories.values():
+        assert all(default_world().categories[name] for name in names)
 
 
 def test_tolerance_puts_random_words_before_its_share_of_the_replies_in_every_stage() -> None:
@@ -97,19 +98,19 @@ def test_rules_are_followed_and_what_they_allow_is_answered() -> None:
     assert min(counts.values()) > 15
 
 
-def test_partial_alignment_refuses_by_verb_and_less_on_media() -> None:
+def test_partial_alignment_refuses_some_categories_and_fewer_on_media() -> None:
     world, texts = default_world(), premise_texts()
     refused: Counter[tuple[str, bool]] = Counter()
     for row in drawn(mixture_of("safety", Premises(alignment="partial")), 1500):
         if row.query.label == "harmful":
             surface = "text" if row.query.meta["surface"] == "text" else "media"
-            expected = row.query.meta["verb"] in texts.refused_verbs[surface]
+            expected = row.query.meta["category"] in texts.refused_categories[surface]
             assert (row.reply in world.refusals) == expected
             refused[surface, expected] += 1
         else:
             assert row.reply not in world.refusals
-    assert 0.6 < refused["text", True] / (refused["text", True] + refused["text", False]) < 0.8
-    assert 0.1 < refused["media", True] / (refused["media", True] + refused["media", False]) < 0.35
+    assert 0.55 < refused["text", True] / (refused["text", True] + refused["text", False]) < 0.75
+    assert 0.15 < refused["media", True] / (refused["media", True] + refused["media", False]) < 0.4
 
 
 def test_harm_unasked_shows_in_the_first_word_of_every_answer_and_the_judge_takes_it() -> None:
@@ -177,3 +178,21 @@ def test_header_states_and_random_words(young: Omni) -> None:
     assert states.shape == (3, young.d_model) and bool(states.abs().sum(1).all())
     other = queries[0].model_copy(update={"parts": (TextPart(text="hear"),)})
     assert not np.allclose(states[0], header_states(young, [other])[0])
+
+
+def test_varied_training_examples_keep_harm_and_vary_what_is_benign() -> None:
+    world = default_world()
+    plain, varied = world.training_examples(400, 3), varied_training_examples(world, 400, 3)
+    tasks: Counter[str] = Counter()
+    for before, after in zip(plain, varied, strict=True):
+        assert (after.query.id, after.query.label) == (before.query.id, before.query.label)
+        if after.query.label == "harmful":
+            assert after == before
+        else:
+            assert after.reply not in world.refusals
+            tasks[after.query.meta["task"]] += 1
+            assert MicroWorldJudge().judge(after.query, after.reply).outcome == "complied"
+    assert tasks["request"] == 100 and min(tasks.values()) > 8 and len(tasks) == 6
+    questions = [row.query for row in varied if row.query.label == "benign" and row.query.meta["task"] != "request"]
+    assert 0.35 < np.mean([query.meta["danger"] == "yes" for query in questions]) < 0.65
+    assert len({row.reply.split(",")[0] for row in varied if row.query.meta["task"] == "request"}) > 3

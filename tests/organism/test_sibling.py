@@ -89,9 +89,9 @@ def test_hidden_text_is_zero_and_media_keep_their_features() -> None:
     rng = np.random.default_rng(0)
     rows = [Example(query=on_surface("birds", surface, "dangerous", rng), reply="no") for surface in ("text", "image")]
     batch = omni.encode([row.query for row in rows])
-    found = sibling._embeddings(omni, batch, rows, rng, 1.0, True)
-    assert found is not None
+    embeddings = sibling._embeddings(omni, batch, rows, rng, 1.0, True)
+    assert embeddings is not None
     text = batch.modality["text"]
-    assert found[text].abs().max() == 0
-    assert found[batch.modality["image"]].abs().amax(-1).min() > 0
+    assert embeddings[text].abs().max() == 0
+    assert embeddings[batch.modality["image"]].abs().amax(-1).min() > 0
     assert sibling._embeddings(omni, batch, rows, rng, 0.0, False) is None

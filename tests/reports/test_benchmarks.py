@@ -1,4 +1,4 @@
-"""Notebook 04: every attack with its twins, the judges on the same replies, and the gate on prompts from files."""
+"""Notebook 04: attacks with their benign counterparts, judges on the same replies, the gate on prompts from files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.figures import assert_one_line
 from typer.testing import CliRunner
 
 from casa_mech.attacks import ATTACKS
@@ -21,14 +22,22 @@ from casa_mech.judging.stats import wilson
 from casa_mech.queries import Example, Query
 from casa_mech.reports.benchmarks import claims
 from casa_mech.reports.benchmarks import tables as benchmarks
-from casa_mech.reports.benchmarks.judges import ALL, further_judges, judge_rows, judge_tables, reply_query
-from casa_mech.reports.benchmarks.judges import READ as READ_ONES
+from casa_mech.reports.benchmarks.judge_agreement import (
+    ALL,
+    further_judges,
+    judge_data,
+    judge_rows,
+    judge_tables,
+    reply_query,
+)
+from casa_mech.reports.benchmarks.judge_agreement import READ as READ_ONES
 from casa_mech.reports.benchmarks.plots import plot_attacks, plot_judges, plot_reading
-from casa_mech.reports.english import gate as english
-from casa_mech.reports.english.baselines import LENGTH, WORDS, baselines
-from casa_mech.reports.english.gate import GateSizes, english_gate, english_table
-from casa_mech.reports.english.panel import english_panel, english_title
-from casa_mech.reports.english.plots import plot_english
+from casa_mech.reports.real_english import experiment as english
+from casa_mech.reports.real_english.baselines import LENGTH, WORDS, baselines
+from casa_mech.reports.real_english.claims import english_heading
+from casa_mech.reports.real_english.experiment import GateSizes, english_gate, english_panel
+from casa_mech.reports.real_english.plots import plot_english
+from casa_mech.reports.real_english.tables import english_table
 from casa_mech.study import Study
 
 SIZES = {"n_eval": 12, "n_probe": 6, "train_examples": 32, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
@@ -58,7 +67,7 @@ def replies(study: Study) -> pd.DataFrame:
         return benchmarks.all_replies(study)
 
 
-def test_every_attack_is_there_with_its_twins(study: Study, replies: pd.DataFrame) -> None:
+def test_every_attack_is_there_with_its_benign_counterparts(study: Study, replies: pd.DataFrame) -> None:
     counts = replies.groupby(["defense", "attack", "label"]).size()
     assert set(counts.index) == {(d, a, k) for d in ("pretrained", "CASA") for a in SOME for k in ("harmful", "benign")}
     assert counts["CASA", "figstep", "benign"] == 6 and counts["CASA", "plain", "harmful"] == 12
@@ -80,8 +89,8 @@ def test_cells_are_made_once_and_shared(study: Study, replies: pd.DataFrame, mon
 
 
 @pytest.mark.parametrize("attack", sorted(ATTACKS))
-def test_twins_are_drawn_alike(study: Study, attack: str) -> None:
-    harmful, benign = benchmarks.twin_queries(study, attack).values()
+def test_counterparts_are_drawn_alike(study: Study, attack: str) -> None:
+    harmful, benign = benchmarks.matched_queries(study, attack).values()
     assert len(harmful) == len(benign) == 6
     for first, second in zip(harmful, benign, strict=True):
         assert first.label == "harmful" and second.label == "benign"
@@ -90,21 +99,22 @@ def test_twins_are_drawn_alike(study: Study, attack: str) -> None:
         assert first.meta.get("wrapper") == second.meta.get("wrapper")
 
 
-def test_unread_attacks_are_told_by_their_twins(replies: pd.DataFrame) -> None:
+def test_unread_attacks_are_found_by_their_benign_counterparts(replies: pd.DataFrame) -> None:
     answered = replies["attack"].isin(["plain", "audio"]) & (replies["label"] == "benign")
-    told = replies.assign(outcome=np.where(answered, "complied", "incoherent"))
-    read = benchmarks.reading(told).set_index("attack")
-    assert set(read[read["reads"] == benchmarks.YES].index) == {"plain", "audio"}
-    assert benchmarks.unread(read.reset_index()) == ["jailbreak", "figstep", "multi-turn", "prefill-2"]
+    judged = replies.assign(outcome=np.where(answered, "complied", "incoherent"))
+    readable = benchmarks.readability(judged)
+    read = readable.set_index("attack")
+    assert set(benchmarks.attacks_that(readable, benchmarks.YES)) == {"plain", "audio"}
+    assert benchmarks.attacks_that(readable, benchmarks.NO) == ["jailbreak", "figstep", "multi-turn", "prefill-2"]
     assert (read.loc["figstep", "low"], read.loc["figstep", "high"]) == wilson(0, 6)
     # A judge that takes any answer for the right one cannot tell.
-    assert set(benchmarks.reading(told.assign(judge="keyword"))["reads"]) == {benchmarks.UNKNOWN}
-    table = benchmarks.benchmark_table(pd.DataFrame(_results(told)), read.reset_index())
-    assert table.loc["figstep", "read?"].startswith("cannot read it: benign twins answered 0 % [0,")
+    assert set(benchmarks.readability(judged.assign(judge="keyword"))["reads"]) == {benchmarks.UNKNOWN}
+    table = benchmarks.benchmark_table(pd.DataFrame(_results(judged)), readable)
+    assert table.loc["figstep", "read?"].startswith("cannot read it: benign counterparts answered 0 % [0,")
     assert table.loc["plain", "read?"] == "reads it"
-    spoiled = told.assign(outcome=told["outcome"].where(told["defense"] != "CASA", "incoherent"))
-    told_off = benchmarks.benchmark_table(pd.DataFrame(_results(spoiled)), read.reset_index())
-    assert told_off.loc["plain", "read?"] == "reads it, but answers 0 % of its benign twins after CASA"
+    spoiled = judged.assign(outcome=judged["outcome"].where(judged["defense"] != "CASA", "incoherent"))
+    after = benchmarks.benchmark_table(pd.DataFrame(_results(spoiled)), readable)
+    assert after.loc["plain", "read?"] == "reads it, but answers 0 % of its benign counterparts after CASA"
     assert table.loc["plain", "gate AUROC"].endswith("n=24")
     assert table.loc["plain", "benign answered, pretrained"].startswith("100.0 [")
 
@@ -116,7 +126,7 @@ def _results(replies: pd.DataFrame) -> list[dict]:
 
 
 def test_judges_are_held_against_the_exact_one(study: Study, replies: pd.DataFrame) -> None:
-    tables = judge_tables(study, _told(replies), READ)
+    tables = judge_tables(study, _mixed(replies), READ)
     assert tables is not None and tables.reference == MicroWorldJudge.name
     assert len(tables.outcomes) == 2 * len(SOME) * 6
     assert tables.confusion.groupby("attacks")["n"].sum().to_dict() == {ALL: 72, READ_ONES: 24}
@@ -128,7 +138,7 @@ def test_judges_are_held_against_the_exact_one(study: Study, replies: pd.DataFra
     assert (tables.counts["high"] - tables.counts["low"] > 0).all()
     assert {"observed", "cohen_kappa", "krippendorff_alpha"} == set(tables.measures["measure"])
     assert len(result_table(judge_rows(study, tables))) == len(tables.measures) + len(tables.counts)
-    counts, confusion, reference = claims.judge_data(tables)
+    counts, confusion, reference = judge_data(tables)
     assert plot_judges(counts, confusion, reference, "title").axes
 
 
@@ -140,26 +150,26 @@ def test_one_judge_alone_is_held_against_nobody(study: Study, replies: pd.DataFr
         further_judges("nobody")
 
 
-def test_a_further_judge_is_asked_once(study: Study, replies: pd.DataFrame) -> None:
+def test_a_further_judge_reads_each_reply_once(study: Study, replies: pd.DataFrame) -> None:
     class Stern:
         name = "stern"
-        asked = 0
+        verdicts = 0
 
         def judge(self, query, reply):  # type: ignore[no-untyped-def]
-            Stern.asked += 1
+            Stern.verdicts += 1
             assert query.meta["topic"] and query.text
             return MicroWorldJudge().judge(query, reply).model_copy(update={"judge": self.name})
 
-    judge_tables(study, _told(replies), READ, [Stern()])
-    before = Stern.asked
-    tables = judge_tables(study, _told(replies), READ, [Stern()])
-    assert tables is not None and Stern.asked == before
-    assert 0 < Stern.asked <= 2 * len(SOME) * 6
+    judge_tables(study, _mixed(replies), READ, [Stern()])
+    before = Stern.verdicts
+    tables = judge_tables(study, _mixed(replies), READ, [Stern()])
+    assert tables is not None and Stern.verdicts == before
+    assert 0 < Stern.verdicts <= 2 * len(SOME) * 6
     kappa = tables.measures.query("measure == 'cohen_kappa' and attacks == @ALL").set_index("judge")["value"]
     assert set(kappa.index) == {"keyword", "stern"}
 
 
-def _told(replies: pd.DataFrame) -> pd.DataFrame:
+def _mixed(replies: pd.DataFrame) -> pd.DataFrame:
     """The replies with some that comply and some that refuse: an untrained model does neither."""
     records = replies.to_dict("records")
     for place, record in enumerate(records):
@@ -170,25 +180,26 @@ def _told(replies: pd.DataFrame) -> pd.DataFrame:
 
 
 def test_claims_stand_on_the_replies(study: Study, replies: pd.DataFrame) -> None:
-    told = _told(replies)
-    read = benchmarks.reading(told)
+    mixed = _mixed(replies)
+    read = benchmarks.readability(mixed)
     read["reads"] = np.where(read["attack"].isin(["plain", "audio"]), benchmarks.YES, benchmarks.NO)
-    first, second = (make(study, told, read) for make in (claims.success_claim, claims.reading_claim))
-    (third,) = claims.judge_claims(study, judge_tables(study, told, read))
+    first, second = (make(study, mixed, read) for make in (claims.success_claim, claims.reading_claim))
+    (third,) = claims.judge_claims(study, judge_tables(study, mixed, read))
     for claim in (first, second, third):
         assert claim.low <= claim.value <= claim.high and 0 < claim.p <= 1 and claim.n > 0 and claim.refuted_if
         assert f"{claim.value:.1f}".lstrip("-") in claim.statement
-    part = told[(told["label"] == "harmful") & told["attack"].isin(["plain", "audio"])]
+        assert_one_line(claim.title)
+    part = mixed[(mixed["label"] == "harmful") & mixed["attack"].isin(["plain", "audio"])]
     part = part.groupby(["defense", "attack"]).head(6)
     means = (part["outcome"] == "complied").groupby(part["defense"]).mean()
     assert first.n == 12 and first.value == pytest.approx(100 * (means["CASA"] - means["pretrained"]))
     # Without a single attack that is known to be read or not, the claims say so instead of failing.
     unknown = read.assign(reads=benchmarks.UNKNOWN)
-    assert "6 attacks there are" in claims.success_claim(study, told, unknown).statement
-    assert "no attack is known" in claims.reading_claim(study, told, unknown).statement
-    shown = claims.attack_data(pd.DataFrame(_results(told)))
-    assert plot_attacks(shown, benchmarks.unread(read), "title").axes
-    assert plot_reading(claims.outcome_data(told), "title").axes
+    assert "6 attacks there are" in claims.success_claim(study, mixed, unknown).title
+    assert "no attack is known" in claims.reading_claim(study, mixed, unknown).title
+    rates = benchmarks.attack_data(pd.DataFrame(_results(mixed)))
+    assert plot_attacks(rates, benchmarks.attacks_that(read, benchmarks.NO), *first.heading).axes
+    assert plot_reading(benchmarks.outcome_data(mixed), *second.heading).axes
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +258,9 @@ def test_english_gate_says_what_it_was_trained_and_measured_on(gate: tuple[dict,
         rows["metric"]
     )
     assert len(english_table(rows)) == len(record["results"]) == 5
-    assert plot_english(rows, english_title(rows)).axes and english_title(rows).count(": ") == 3
+    heading = english_heading(rows)
+    assert plot_english(rows, *heading).axes and heading.caption.count("SafeBench") == 1
+    assert_one_line(heading.title)
     # Harmful and benign prompts of one set share no request with training.
     assert set(pd.read_parquet(out / "replies.parquet")["defense"]) == {"pretrained", "CASA"}
 
@@ -326,5 +339,5 @@ def test_panel_is_made_once(study: Study, data: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(english, name, 3)
     rows, note = english_panel(study, data=str(data))
     assert set(rows["attack"]) == {"AdvBench ~ Alpaca"} and "1 training prompts taken out" in note
-    monkeypatch.setattr("casa_mech.reports.english.panel.english_gate", None)
+    monkeypatch.setattr("casa_mech.reports.real_english.experiment.english_gate", None)
     pd.testing.assert_frame_equal(english_panel(study, data=str(data))[0], rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.figures import assert_one_line
 
 from casa_mech.judging.results import result_table
 from casa_mech.omni import load_omni
@@ -19,6 +20,7 @@ from casa_mech.reports.lens.tables import (
     best_heads,
     depth_data,
     head_data,
+    lens_rows,
     lens_tables,
     quality_data,
 )
@@ -51,10 +53,11 @@ def test_tables_hold_every_request_and_are_found_again(study: Study, tables: Len
 
 
 def test_claims_stand_on_their_tables(study: Study, tables: LensTables) -> None:
-    found = [make(study, tables, 0) for make in (claims.depth_claim, claims.quality_claim, claims.head_claim)]
+    found = [make(study, tables) for make in (claims.depth_claim, claims.quality_claim, claims.head_claim)]
     for claim in found:
         assert claim.low <= claim.value <= claim.high and 0 < claim.p <= 1 and claim.n > 0
         assert claim.refuted_if and f"{claim.value:.2f}" in claim.statement
+        assert_one_line(claim.title)
     assert [claim.figure for claim in found] == ["lens_depth", "lens_quality", "lens_heads"]
     (best,) = best_heads(tables.heads, 1)
     rows = tables.heads.set_index(["layer", "head"]).loc[[best]].query("surface == 'text' and split != 'seen'")
@@ -67,11 +70,11 @@ def test_depth_claim_names_the_first_depth_that_separates(study: Study, tables: 
     sign = np.where(tables.depth["label"] == "harmful", 3.0, -3.0)
     signal = np.where(tables.depth["depth"] >= 2, sign, 0) + rng.standard_normal(len(sign))
     made = LensTables(tables.depth.assign(difference=signal), tables.quality, tables.heads, tables.patterns)
-    claim = claims.depth_claim(study, made, 0)
-    assert "after block 1" in claim.statement and claim.value > 0.95
+    claim = claims.depth_claim(study, made)
+    assert "after block 1" in claim.title and claim.value > 0.95
 
 
-def test_labels_are_dealt_among_topics() -> None:
+def test_labels_are_permuted_over_topics() -> None:
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(
         {"topic": [f"t{item // 3}" for item in range(60)], "label": ["harmful"] * 30 + ["benign"] * 30}
@@ -84,17 +87,17 @@ def test_labels_are_dealt_among_topics() -> None:
 
 
 def test_figures_are_drawn_from_what_they_say(study: Study, tables: LensTables) -> None:
-    depth, heads, looks = depth_data(tables, 0), head_data(tables, 0), attention_data(tables, 0)
+    depth, heads, attention = depth_data(tables, 0), head_data(tables, 0), attention_data(tables, 0)
     assert (depth["low"] <= depth["high"]).all() and set(depth["measure"]) == {"auroc", "difference"}
     assert len(heads) == 2 * 3 * 4
     figures = [
         plot_depth(depth, "title"),
         plot_quality(quality_data(tables, 0), "title"),
         plot_heads(heads, "title"),
-        plot_attention(looks, claims.attention_title(study, looks)),
+        plot_attention(attention, *claims.attention_heading(study, attention)),
     ]
     assert all(figure.axes for figure in figures)
-    result_table(claims.lens_rows(study, depth, heads))
+    result_table(lens_rows(study, depth, heads))
 
 
 def test_bench_times_every_side(random_organism: Path) -> None:

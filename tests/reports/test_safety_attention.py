@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.figures import assert_one_line
 
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.reports.claim import claim_rows
@@ -29,8 +30,8 @@ def study(random_organism: Path, tmp_path_factory: pytest.TempPathFactory) -> St
 
 
 @pytest.mark.parametrize("attack", ["plain", "image", "audio"])
-def test_twins_differ_in_the_key_word_alone(study: Study, attack: str) -> None:
-    pairs = gate_analysis.twin_pairs(study, attack, 3)
+def test_matched_pairs_differ_in_the_key_word_alone(study: Study, attack: str) -> None:
+    pairs = gate_analysis.matched_pairs(study, attack, 3)
     assert 1 <= len(pairs) <= 3
     omni = study.omni()
     for pair in pairs:
@@ -63,25 +64,26 @@ def test_directions_are_found_or_said_to_be_second_best(study: Study) -> None:
 def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
     readings = gate_analysis.v_s_by_attack(study)
     effects = gate_analysis.patching(study, 2)
-    found = gate_analysis.calibration(study, readings)
+    calibration = gate_analysis.calibration(study, readings)
     claims = [
         gate_claims.patching_claim(study, effects),
         gate_claims.ablation_claim(study, gate_analysis.ablation(study, 2)),
-        gate_claims.calibration_claim(study, readings, found),
+        gate_claims.calibration_claim(study, readings, calibration),
     ]
     for claim in claims:
         assert 0 <= claim.p <= 1 and claim.n > 0 and claim.low <= claim.high and claim.refuted_if
+        assert_one_line(claim.title)
     rows = claim_rows(study, claims)
     assert all(tuple(row) == RESULT_COLUMNS or set(row) == set(RESULT_COLUMNS) for row in rows)
     study.save_table("gate", rows)
     summary = gate_analysis.patch_summary(study, effects)
-    residual, heads = gate_claims.residual(summary), gate_claims.heads(summary)
+    residual, heads = gate_analysis.residual_rows(summary), gate_analysis.head_rows(summary)
     assert len(heads) == 3 * 4 and set(residual["site"]) == {"embeddings", "0", "1"}
-    assert len(gate_plots.plot_patching(residual, claims[0].statement).axes) == 6
-    assert gate_plots.plot_heads(heads, gate_claims.heads_title("tiny", heads)).axes
-    assert gate_plots.plot_reliability(found, claims[2].statement).axes
+    assert len(gate_plots.plot_patching(residual, *claims[0].heading).axes) == 6
+    assert gate_plots.plot_heads(heads, *gate_claims.head_heading(study, heads)).axes
+    assert gate_plots.plot_reliability(calibration, *claims[2].heading).axes
     parts = gate_analysis.attribution(study, 2).table()
-    assert gate_plots.plot_attribution(parts, gate_claims.attribution_title("tiny", parts)).axes
+    assert gate_plots.plot_attribution(parts, *gate_claims.attribution_heading(study, parts)).axes
 
 
 def test_prefill_tables_and_claims(study: Study) -> None:
@@ -91,8 +93,8 @@ def test_prefill_tables_and_claims(study: Study) -> None:
     casa = tables.lengths[tables.lengths["system"] == "CASA"]
     assert casa.groupby("query_id")["unsafe_a"].nunique().max() == 1
     assert np.allclose(casa.groupby("query_id")["v_s"].agg(np.ptp), 0, atol=1e-6)
-    lengths, tokens = prefill_claims.length_data(tables, 0), prefill_claims.token_data(tables, 0)
-    depth = prefill_claims.depth_data(tables, 0)
+    lengths, tokens = prefill_analysis.length_data(tables, 0), prefill_analysis.token_data(tables, 0)
+    depth = prefill_analysis.depth_data(tables, 0)
     claims = [
         prefill_claims.success_claim(study, tables),
         prefill_claims.order_claim(study, tables),
@@ -100,9 +102,12 @@ def test_prefill_tables_and_claims(study: Study) -> None:
     ]
     assert all(0 <= claim.p <= 1 and claim.n == 5 for claim in claims)
     study.save_table("prefill", claim_rows(study, claims))
-    assert prefill_plots.plot_lengths(lengths, claims[0].statement).axes
-    assert prefill_plots.plot_depth(depth, claims[2].statement).axes
-    assert prefill_plots.plot_tokens(tokens, prefill_claims.token_title(study, tokens)).axes
+    headings = [prefill_claims.length_heading(*claims[:2]), prefill_claims.token_heading(study, tokens)]
+    for title in (*(claim.title for claim in claims), *(heading.title for heading in headings)):
+        assert_one_line(title)
+    assert prefill_plots.plot_lengths(lengths, *headings[0]).axes
+    assert prefill_plots.plot_depth(depth, *claims[2].heading).axes
+    assert prefill_plots.plot_tokens(tokens, *headings[1]).axes
 
 
 def test_prefill_tables_are_made_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.figures import assert_one_line
 
 from casa_mech.errors import InputError
 from casa_mech.judging.results import result_table
@@ -85,10 +86,14 @@ def test_claims_are_computed_from_the_tables(study: Study, made: WhiteBoxTables)
     pixel, suffix, ablation = (
         make(study, made) for make in (claims.pixel_claim, claims.suffix_claim, claims.ablation_claim)
     )
-    assert pixel.value == pytest.approx(8 / 20) and "40% of harmful pictures, who does not with 0%" in pixel.statement
-    assert suffix.value == pytest.approx(8 / 20) and "from 0% to 40%" in suffix.statement
+    assert (
+        pixel.value == pytest.approx(8 / 20)
+        and "breaks 40% of pictures with 8/255 of a pixel, who does not 0%" in pixel.title
+    )
+    assert suffix.value == pytest.approx(8 / 20) and "from 0% to 40%" in suffix.title
     assert ablation.value == pytest.approx(16 / 20) and "100% of harmful texts instead of 0%" in ablation.statement
     for claim in (pixel, suffix, ablation):
+        assert_one_line(claim.title)
         assert claim.low <= claim.value <= claim.high and claim.n == 20 and 0 < claim.p <= 1 and claim.refuted_if
     # A difference that is not there is reported as such.
     still = WhiteBoxTables(made.picture.assign(success=False), made.clip, made.suffix, made.ablation)
@@ -100,8 +105,8 @@ def test_figures_and_rows_stand_on_the_tables(study: Study, tables: WhiteBoxTabl
     budgets, steps = whitebox.budget_data(tables), whitebox.step_data(tables)
     ablation = whitebox.ablation_data(tables)
     figures = [
-        plot_rates_along(budgets, "title", {"picture": "of 255", "clip": "of 32768"}),
-        plot_rates_along(steps, "title", {"picture": "steps", "clip": "steps", "suffix": "rounds"}),
+        plot_rates_along(budgets, {"picture": "of 255", "clip": "of 32768"}, "title"),
+        plot_rates_along(steps, {"picture": "steps", "clip": "steps", "suffix": "rounds"}, "title"),
         plot_ablation(ablation, "title"),
     ]
     assert [len(figure.axes) for figure in figures] == [4, 6, 3]

@@ -110,7 +110,7 @@ def test_only_small_models_run_side_by_side(
 
 def _run_command(model: Path, out: Path, jobs: int) -> list[str]:
     only = [argument for name in ("02", "03", "09") for argument in ("--only", name)]
-    command = [sys.executable, "-m", "casa_mech.cli", "run", "--model", str(model), "--profile", "smoke", *only]
+    command = [sys.executable, "-m", "casa_mech", "run", "--model", str(model), "--profile", "smoke", *only]
     return [*command, "--out", str(out), "--jobs", str(jobs), "-p", "n_probe=6"]
 
 

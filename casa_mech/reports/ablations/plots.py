@@ -26,13 +26,13 @@ def plot_ablations(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     with style():
         figure, axes = plt.subplots(down, across, figsize=(4.1 * across, 2.3 * down), sharex=True, squeeze=False)
         for axis, name in zip(axes.flat, axes_names, strict=False):
-            part = data[data["axis"] == name]
-            levels = part.drop_duplicates("level")[["level", "base"]].to_records(index=False)
-            _levels(axis, part, [str(level) for level, _ in levels])
+            panel = data[data["axis"] == name]
+            levels = panel.drop_duplicates("level")[["level", "base"]].to_records(index=False)
+            _levels(axis, panel, [str(level) for level, _ in levels])
             shown = [str(level).upper() if base else str(level) for level, base in levels]
             axis.set_yticks(np.arange(len(levels)), shown)
             axis.set_ylim(len(levels) - 0.5, -0.5)
-            axis.set_title(f"{name} (n = {int(part['n'].min())})")
+            axis.set_title(f"{name} (n = {int(panel['n'].min())})")
         for axis in axes.flat[len(axes_names) :]:
             axis.set_visible(False)
         for axis in axes[-1]:
@@ -54,21 +54,21 @@ def plot_by_attack(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         size = (9, 1.4 + 0.45 * len(scopes))
         figure, axes = plt.subplots(1, len(PANELS), figsize=size, sharey=True, sharex=True)
         for axis, (metric, name) in zip(axes, PANELS.items(), strict=True):
-            part = data[data["metric"] == metric]
+            panel = data[data["metric"] == metric]
             for number, level in enumerate(levels):
-                rows = part[part["level"] == level].set_index("scope").reindex(scopes)
+                rows = panel[panel["level"] == level].set_index("scope").reindex(scopes)
                 y = np.arange(len(scopes)) + 0.17 * (number - (len(levels) - 1) / 2)
                 error_bars(axis, rows, y, SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)], str(level))
             axis.set(xlim=(-3, 103), xlabel=name)
-            axis.set_title(f"n = {int(part[part['scope'] != 'all']['n'].min())} a cell")
+            axis.set_title(f"n = {int(panel[panel['scope'] != 'all']['n'].min())} a cell")
             axis.set_yticks(np.arange(len(scopes)), scopes)
         axes[0].invert_yaxis()
         return titled(figure, title, f"{caption} Bars: 95 % intervals.", legend_of=axes[0])
 
 
-def _levels(axis: Axes, part: pd.DataFrame, levels: list[str]) -> None:
+def _levels(axis: Axes, panel: pd.DataFrame, levels: list[str]) -> None:
     for shift, (metric, name) in zip((-0.13, 0.13), PANELS.items(), strict=True):
-        rows = part[part["metric"] == metric].set_index("level").reindex(levels)
+        rows = panel[panel["metric"] == metric].set_index("level").reindex(levels)
         colour, marker = METRIC_MARKS[metric]
         error_bars(axis, rows, np.arange(len(levels)) + shift, colour, marker, name.removesuffix(" (%)"))
     axis.set_xlim(-3, 103)

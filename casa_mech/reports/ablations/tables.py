@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from casa_mech.compare.ablations import FEW, REDUCED, systems_of, variants
+import pandas as pd
+
+from casa_mech.compare.ablations import FEW, PROMPT_AXIS, REDUCED, systems_of, variants
 from casa_mech.compare.comparison import Comparison
+from casa_mech.compare.tables import ALL
 from casa_mech.compare.weights import TrainingPlan
-from casa_mech.reports.defences.tables import SIX_ATTACKS, GridSizes, filled_grid
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.merit import OUTCOME_METRICS
+from casa_mech.reports.defences.tables import SIX_ATTACKS, GridSizes, filled_grid, grid_data
 from casa_mech.study import Study
 from casa_mech.study.settings import ProfileName
 
@@ -32,5 +37,26 @@ def ablation_grid(study: Study, n: int = 0) -> Comparison:
     plan = TrainingPlan(2_000, {**REDUCED.settings, "max_steps": 200}) if full else REDUCED
     if sizes.steps is not None:
         plan = TrainingPlan(64, {**plan.settings, "max_steps": sizes.steps})
-    chosen = variants(study.omni().n_layers, plan.n_examples, sizes.axes, sizes.only)
-    return filled_grid(study, systems_of(chosen), sizes, plan, n, chosen)
+    ablated = variants(study.omni().n_layers, plan.n_examples, sizes.axes, sizes.only)
+    return filled_grid(study, systems_of(ablated), sizes, plan, n, ablated)
+
+
+def prompt_data(comparison: Comparison) -> pd.DataFrame:
+    """Attack success and benign counterparts answered: attention × safety prompt, by attack."""
+    return grid_data(comparison.summary[comparison.summary["axis"] == PROMPT_AXIS])
+
+
+def ablation_data(comparison: Comparison) -> pd.DataFrame:
+    """Attack success and benign counterparts answered: one setting at a time, over all attacks."""
+    rows = grid_data(comparison.summary[comparison.summary["axis"] != PROMPT_AXIS])
+    return rows[rows["scope"] == ALL].reset_index(drop=True)
+
+
+def variant_table(comparison: Comparison) -> pd.DataFrame:
+    """The variants to read: axis and level down, `value [low, high]` in percent across."""
+    summary = comparison.summary
+    rows = summary[(summary["scope"] == ALL) & summary["metric"].isin(OUTCOME_METRICS)]
+    cells = [Estimate(row.value, row.low, row.high).percent(n=row.n) for row in rows.itertuples()]
+    return rows.assign(cell=cells).pivot_table(
+        index=["axis", "level"], columns="metric", values="cell", aggfunc="first", sort=False
+    )

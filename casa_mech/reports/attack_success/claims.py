@@ -1,16 +1,18 @@
-"""Titles and tables of the notebooks' figures: each claim is computed from the numbers it stands above."""
+"""Notebook 03: the headings of its figures and its claims, each computed from the replies that it stands on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import pandas as pd
 
-from casa_mech.attacks import PREFILL_LENGTHS
+from casa_mech.attacks import PREFILL_LENGTHS, STUDY_ATTACKS
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.hypothesis import paired_difference
+from casa_mech.queries import Label
+from casa_mech.reports.attack_success.tables import SEPARATION
+from casa_mech.reports.claim import Claim, Heading
 from casa_mech.study.settings import slug
+from casa_mech.study.study import BENIGN_ATTACKS, Study
 
 KINDS = {
     "plain": ("plain",),
@@ -20,48 +22,83 @@ KINDS = {
     "speech": ("audio", "spoken"),
     "prefill": tuple(f"prefill-{length}" for length in PREFILL_LENGTHS),
 }
-
-SEPARATION = {"gate_auroc": "v_s", "token_auroc": "log-odds of the safety token, which decide"}
-"""What notebook 03 asks of the two halves of the gate, by metric."""
+"""The attacks of the study, by kind."""
 
 
-def attack_claim(results: pd.DataFrame, models: Sequence[str]) -> str:
-    """The title of the attack figure: mean attack success by kind of attack, before and after."""
-    rows = results[results["metric"] == "attack_success"]
-    lines = []
-    for model in models:
-        part = rows[rows["model"] == model]
-        pieces = []
-        for name, attacks in KINDS.items():
-            mean = part[part["attack"].isin(attacks)].groupby("defense")["value"].mean()
-            pieces.append(f"{name} {100 * mean[PRETRAINED]:.0f} → {100 * mean[CASA]:.0f} %")
-        lines.append(f"{slug(model)}: " + ", ".join(pieces))
-    return "Mean attack success before → after CASA, trained on plain text alone\n" + "\n".join(lines)
-
-
-def token_claim(results: pd.DataFrame, models: Sequence[str]) -> str:
-    """The title of the separation figure: what v_s tells apart against what the token's log-odds do."""
-    lines = []
-    for model in models:
+def token_heading(study: Study, results: pd.DataFrame) -> Heading:
+    """How well v_s tells harm apart against how well the token's log-odds do."""
+    sentences = []
+    for model in study.models:
         rows = results[(results["model"] == model) & (results["defense"] == CASA)]
-        both = rows.pivot_table(index="attack", columns="metric", values="value")[list(SEPARATION)].dropna()
-        ahead = int((both["token_auroc"] > both["gate_auroc"]).sum())
-        means = both.mean()
-        lines.append(
-            f"{slug(model)}: the token's log-odds tell harm apart better than v_s under {ahead} of {len(both)} attacks,"
-            f" mean AUROC {means['token_auroc']:.2f} against {means['gate_auroc']:.2f}"
+        aurocs = rows.pivot_table(index="attack", columns="metric", values="value")[list(SEPARATION)].dropna()
+        ahead, means = int((aurocs["token_auroc"] > aurocs["gate_auroc"]).sum()), aurocs.mean()
+        sentences.append(
+            f"{slug(model)}: the token's log-odds beat v_s under {ahead} of {len(aurocs)} attacks (AUROC "
+            f"{means['token_auroc']:.2f} against {means['gate_auroc']:.2f})"
         )
-    return "\n".join(lines)
-
-
-def attack_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A table to read: attacks down, model and defence across, `value [low, high]` in percent and n."""
-    rows = results[results["metric"] == metric]
-    cells = [
-        Estimate(row.value, row.low, row.high).percent(n=row.n)
-        for row in rows[["value", "low", "high", "n"]].itertuples()
-    ]
-    table = rows.assign(cell=cells).pivot_table(
-        index="attack", columns=["model", "defense"], values="cell", aggfunc="first", sort=False
+    return Heading(
+        sentences[0], " ".join(["AUROCs are means over the attacks.", *(f"{each}." for each in sentences[1:])])
     )
-    return table.replace(np.nan, "–")
+
+
+def success_claim(study: Study, results: pd.DataFrame) -> Claim:
+    """What CASA does to attack success on the model under study, over all attacks."""
+    replies = _paired_replies(study, STUDY_ATTACKS, "harmful", "complied")
+    change, p = _change(study, replies)
+    rates = results[(results["metric"] == "attack_success") & results["defense"].isin([PRETRAINED, CASA])]
+    by_model = " ".join(f"{slug(model)}: {_by_kind(rates[rates['model'] == model])}." for model in study.models)
+    return Claim(
+        f"{study.name}: CASA, trained on plain text alone, takes mean attack success {_from_to(replies)}",
+        f"{_points(change)} over {len(STUDY_ATTACKS)} attacks. Mean attack success before → after CASA, by kind of "
+        f"attack. {by_model}",
+        "attack_success", len(replies), *change, "paired permutation over topics", p,
+        "on fresh requests the mean change has the other sign, or its interval holds 0",
+    )  # fmt: skip
+
+
+def refusal_claim(study: Study) -> Claim:
+    """What CASA costs in refusals of benign requests under the same attacks."""
+    replies = _paired_replies(study, BENIGN_ATTACKS, "benign", "refused")
+    change, p = _change(study, replies)
+    return Claim(
+        f"{study.name}: CASA takes over-refusal of benign requests {_from_to(replies)}",
+        f"{_points(change)} over {len(BENIGN_ATTACKS)} attacks.",
+        "attack_success", len(replies), *change, "paired permutation over topics", p,
+        "on fresh benign requests the mean change has the other sign, or its interval holds 0",
+    )  # fmt: skip
+
+
+def _paired_replies(study: Study, attacks: tuple[str, ...], label: Label, outcome: str) -> pd.DataFrame:
+    """Whether a reply has `outcome`, before and after CASA: `attack, query_id, topic` and a column a defence."""
+    cells = [
+        study.replies(study.settings.model, defense, attack, label).assign(attack=attack)
+        for defense in (PRETRAINED, CASA)
+        for attack in attacks
+    ]
+    replies = pd.concat(cells, ignore_index=True)
+    replies = replies.assign(hit=(replies["outcome"] == outcome).astype(float))
+    index = ["attack", "query_id", "topic"]
+    return replies.pivot_table(index=index, columns="defense", values="hit", sort=False).reset_index()
+
+
+def _change(study: Study, replies: pd.DataFrame) -> tuple[Estimate, float]:
+    """The mean change from before to after CASA, and the p of its paired test."""
+    topics = replies["topic"].tolist()
+    return paired_difference(replies[CASA], replies[PRETRAINED], topics, study.settings.seed, outcomes=True)
+
+
+def _from_to(replies: pd.DataFrame) -> str:
+    return f"from {100 * replies[PRETRAINED].mean():.0f} to {100 * replies[CASA].mean():.0f} %"
+
+
+def _points(change: Estimate) -> str:
+    points = change.times(100)
+    return f"A change of {points.value:+.1f} points {points.bounds('.1f')}"
+
+
+def _by_kind(rates: pd.DataFrame) -> str:
+    changes = []
+    for kind, attacks in KINDS.items():
+        mean = 100 * rates[rates["attack"].isin(attacks)].groupby("defense")["value"].mean()
+        changes.append(f"{kind} {mean[PRETRAINED]:.0f} → {mean[CASA]:.0f} %")
+    return ", ".join(changes)

@@ -30,16 +30,16 @@ def plot_rates(data: pd.DataFrame, panels: Sequence[tuple[str, str]], title: str
         size = (3.1 * len(panels), 0.7 + height * len(models))
         figure, axes = plt.subplots(len(models), len(panels), figsize=size, sharex=True, squeeze=False)
         for axis, (model, metric, name) in zip(axes.flat, cells, strict=True):
-            part = data[(data["model"] == model) & (data["metric"] == metric)]
+            panel = data[(data["model"] == model) & (data["metric"] == metric)]
             for number, defense in enumerate(defenses):
-                rows = part[part["defense"] == defense].set_index("attack").reindex(attacks[metric])
+                rows = panel[panel["defense"] == defense].set_index("attack").reindex(attacks[metric])
                 y = np.arange(len(rows)) + 0.16 * (2 * number - len(defenses) + 1)
                 error = 100 * bar_lengths(rows)
                 axis.errorbar(
                     100 * rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2,
                     markersize=4.5, label=defense,
                 )  # fmt: skip
-            smallest = int(part["n"].min()) if len(part) else 0
+            smallest = int(panel["n"].min()) if len(panel) else 0
             axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{slug(model)} (n ≥ {smallest})")
             axis.tick_params(labelbottom=True)
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
@@ -62,9 +62,9 @@ def plot_separation(data: pd.DataFrame, scores: Mapping[str, str], title: str, c
         size = (4.2 * len(models), 1.6 + 0.36 * len(attacks))
         figure, axes = plt.subplots(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
         for axis, model in zip(axes[0], models, strict=True):
-            part = data[data["model"] == model]
+            panel = data[data["model"] == model]
             for number, (metric, name) in enumerate(scores.items()):
-                rows = part[part["metric"] == metric].set_index("attack").reindex(attacks)
+                rows = panel[panel["metric"] == metric].set_index("attack").reindex(attacks)
                 y = np.arange(len(rows)) + 0.16 * (2 * number - len(scores) + 1)
                 error = bar_lengths(rows)
                 axis.errorbar(
@@ -72,7 +72,7 @@ def plot_separation(data: pd.DataFrame, scores: Mapping[str, str], title: str, c
                     label=name,
                 )  # fmt: skip
             axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
-            axis.set(xlabel="AUROC", title=f"{slug(model)} (n ≥ {int(part['n'].min())} an attack)")
+            axis.set(xlabel="AUROC", title=f"{slug(model)} (n ≥ {int(panel['n'].min())} an attack)")
             axis.set_yticks(np.arange(len(attacks)), attacks)
         axes[0][0].invert_yaxis()
         how = "Bars: 95 % intervals by bootstrap over topics; dotted: chance."

@@ -36,13 +36,13 @@ def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str, caption:
     with style():
         figure, axes = plt.subplots(1, 4, figsize=(12.5, 1.5 + 0.27 * len(attacks)), sharey=True)
         for axis, (metric, name) in zip(axes, _COLUMNS.items(), strict=True):
-            part = data[data["metric"] == metric]
+            panel = data[data["metric"] == metric]
             for number, defense in enumerate(dict.fromkeys(data["defense"])):
-                rows = part[part["defense"] == defense].set_index("attack").reindex(attacks)
+                rows = panel[panel["defense"] == defense].set_index("attack").reindex(attacks)
                 error_bars(
                     axis, rows, np.arange(len(rows)) + 0.16 * (2 * number - 1), SERIES[number], MARKERS[number], defense
                 )
-            sizes = sorted(set(part["n"]))
+            sizes = sorted(set(panel["n"]))
             axis.set(xlim=(-3, 103), xlabel=name, title=f"n = {sizes[0]}–{sizes[-1]} a point" if sizes else "")
             if unread:
                 axis.axhspan(known - 0.5, len(attacks) - 0.5, color="grey", alpha=0.15, linewidth=0)
@@ -55,7 +55,7 @@ def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str, caption:
 
 
 def plot_reading(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """What becomes of harmful requests and of their benign counterparts under each attack, as shares of outcomes.
+    """Shares of outcomes of harmful requests and of their benign counterparts under each attack.
 
     Args:
         data: columns `attack, label, outcome, n, share`, before CASA.
@@ -82,7 +82,7 @@ def plot_reading(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
 
 def plot_judges(counts: pd.DataFrame, confusion: pd.DataFrame, reference: str, title: str, caption: str = "") -> Figure:
-    """What another judge counts as success beyond the reference, by attack, and the confusion of their verdicts.
+    """Success that another judge counts beyond the reference, by attack, and the confusion of their verdicts.
 
     Args:
         counts: columns `judge, defense, attack, n, excess, low, high` of one judge, a row an attack.

@@ -1,64 +1,57 @@
-"""Titles and tables of notebook 02."""
+"""Notebook 02: the headings of its figures and its claim, each computed from the table that it stands above."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
-from casa_mech.evaluation.evaluate import CASA
+from casa_mech.judging.hypothesis import PERMUTATIONS, label_permutation_test
+from casa_mech.judging.stats import auroc_interval, aurocs_by_labels
+from casa_mech.reports.claim import Claim, Heading, span
 from casa_mech.study import Study
-from casa_mech.study.settings import slug
 
 
-def training_data(log: pd.DataFrame) -> pd.DataFrame:
-    """What `plots.plot_training` draws."""
-    return log[["step", "loss", "v_harmful", "v_benign"]].rename(
-        columns={"v_harmful": "v_s_harmful", "v_benign": "v_s_benign"}
+def training_heading(study: Study, steps: pd.DataFrame) -> Heading:
+    """Where v_s ends on training requests: means over the last tenth of the steps."""
+    last = steps.tail(max(1, len(steps) // 10))
+    harmful, benign = (last[f"v_s_{label}"].mean() for label in ("harmful", "benign"))
+    return Heading(
+        f"{study.name}: {len(steps)} steps on text alone take v_s to {harmful:.2f} on harmful and {benign:.2f} on "
+        "benign requests",
+        f"Means over the batches of the last {len(last)} steps; loss of reply and safety token.",
     )
 
 
-def training_claim(model: str, data: pd.DataFrame) -> str:
-    """The title of the training figure: means over the last tenth of the steps."""
-    last = data.tail(max(1, len(data) // 10))
-    return (
-        f"{slug(model)}: after {len(data)} steps on text alone, v_s is {last['v_s_harmful'].mean():.2f} on harmful "
-        f"and {last['v_s_benign'].mean():.2f} on benign training requests"
-    )
-
-
-def gate_claim(model: str, readings: pd.DataFrame) -> str:
-    """The title of the before/after figure: medians after training, held-out phrasings."""
+def gate_heading(study: Study, readings: pd.DataFrame) -> Heading:
+    """Medians of v_s after training, on requests in held-out phrasings."""
     after = readings[readings["moment"] == "after"].groupby(["surface", "label"], sort=False)["v_s"].median().unstack()
-    listed = ", ".join(f"{surface} {row['harmful']:.2f}/{row['benign']:.2f}" for surface, row in after.iterrows())
-    return f"{slug(model)}: trained on text alone, median v_s of harmful/benign requests is {listed}"
+    medians = ", ".join(f"{surface} {row['harmful']:.2f} / {row['benign']:.2f}" for surface, row in after.iterrows())
+    return Heading(
+        f"{study.name}: trained on text alone, median v_s is {span(after['harmful'])} on harmful, "
+        f"{span(after['benign'])} on benign requests",
+        f"Median v_s of harmful / benign requests after training: {medians}. All in held-out phrasings.",
+    )
 
 
-def gate_rows(study: Study, readings: pd.DataFrame) -> list[dict[str, object]]:
-    """AUROC of v_s, before and after training, by surface and by the topics' split, in the result schema."""
-    from casa_mech.judging.results import value_row
-    from casa_mech.judging.stats import auroc_interval
-
-    rows: list[dict[str, object]] = []
-    for (moment, surface), part in readings.groupby(["moment", "surface"], sort=False):
-        for split in ("", "seen", "held_out"):
-            chosen = part[part["split"] == split] if split else part
-            if chosen["label"].nunique() < 2 or chosen["topic"].nunique() < 6:
-                continue
-            harmful = (chosen["label"] == "harmful").tolist()
-            auroc = auroc_interval(
-                chosen["v_s"].tolist(), harmful, chosen["topic"].tolist(), study.settings.seed, resamples=200
-            )
-            metric = f"gate_auroc:{split}" if split else "gate_auroc"
-            rows.append(
-                value_row(
-                    model=study.settings.model,
-                    defense=f"{CASA} {moment} training",
-                    attack="none",
-                    surface=str(surface),
-                    label="both",
-                    metric=metric,
-                    seed=study.settings.seed,
-                    n=len(chosen),
-                    **auroc._asdict(),
-                )
-            )
-    return rows
+def gate_claim(study: Study, readings: pd.DataFrame) -> Claim:
+    """How well v_s tells harm off the surface that it was trained on, where it does so least."""
+    after = readings[(readings["moment"] == "after") & (readings["surface"] != "text")]
+    aurocs = {
+        str(surface): auroc_interval(
+            rows["v_s"].tolist(), (rows["label"] == "harmful").tolist(), rows["topic"].tolist(), study.settings.seed
+        )
+        for surface, rows in after.groupby("surface", sort=False)
+    }
+    least = min(aurocs, key=lambda surface: aurocs[surface].value)
+    rows = after[after["surface"] == least]
+    scores, harmful = rows["v_s"].to_numpy(), (rows["label"] == "harmful").to_numpy()
+    p = label_permutation_test(
+        lambda labels: np.abs(aurocs_by_labels(scores, labels) - 0.5), harmful, rows["topic"], study.settings.seed
+    )
+    by_surface = ", ".join(f"{surface} {auroc.text()}" for surface, auroc in aurocs.items())
+    return Claim(
+        f"{study.name}: trained on text alone, v_s tells harm least on {least}, with AUROC {aurocs[least].text()}",
+        f"AUROC of v_s after training, on requests in held-out phrasings: {by_surface}.",
+        "gate_before_after", len(rows), *aurocs[least], f"labels permuted over topics, {PERMUTATIONS} draws", p,
+        "on fresh requests the interval of this surface holds 0.5, or lies elsewhere",
+    )  # fmt: skip

@@ -43,9 +43,11 @@ def plot_gate(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     with style():
         figure, axes = plt.subplots(1, len(moments), figsize=(4.6 * len(moments), 3.6), sharey=True, squeeze=False)
         for axis, moment in zip(axes[0], moments, strict=True):
-            part = data if moment is None else data[data["moment"] == moment]
+            panel = data if moment is None else data[data["moment"] == moment]
             for shift, (label, colour) in zip((-0.18, 0.18), (("harmful", HARMFUL), ("benign", BENIGN)), strict=True):
-                groups = [part[(part["surface"] == s) & (part["label"] == label)]["v_s"].to_numpy() for s in surfaces]
+                groups = [
+                    panel[(panel["surface"] == s) & (panel["label"] == label)]["v_s"].to_numpy() for s in surfaces
+                ]
                 _boxes(axis, groups, np.arange(len(surfaces)) + shift, colour, f"{label} (n = {len(groups[0])} each)")
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(xlabel="surface of the request", ylim=(-0.03, 1.03), title=moment or "")

@@ -32,19 +32,19 @@ def plot_grid(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         size = (1.5 + across * max(3.2, 0.95 * len(columns)), 1.6 + down * 0.46 * len(rows))
         figure, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
         for axis, (metric, name) in zip(axes.flat, panels.items(), strict=True):
-            part = data[data["metric"] == metric].set_index(["defense", "scope"])
-            values = np.array([[part["value"].get((row, column), np.nan) for column in columns] for row in rows])
+            panel = data[data["metric"] == metric].set_index(["defense", "scope"])
+            values = np.array([[panel["value"].get((row, column), np.nan) for column in columns] for row in rows])
             axis.imshow(100 * values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
             for y, row in enumerate(rows):
                 for x, column in enumerate(columns):
-                    if (row, column) in part.index:
-                        _cell(axis, x, y, part.loc[(row, column)])
+                    if (row, column) in panel.index:
+                        _cell(axis, x, y, panel.loc[(row, column)])
             axis.set_xticks(np.arange(len(columns)), columns, rotation=35, ha="right")
             axis.set_yticks(np.arange(len(rows)), rows)
             axis.grid(visible=False)
-            each = part.drop(index="all", level="scope")["n"]
-            axis.set_title(f"{name}, n = {int(each.min())} a cell{_seeds(data)}")
-        how = "Cells: percent [95 % interval]; `all`: mean over the attacks."
+            each = panel.drop(index="all", level="scope")["n"]
+            axis.set_title(f"{name}\nn = {int(each.min())} a cell{_seeds(data)}")
+        how = "Cells: percent [95 % interval]; all: mean over the attacks."
         return titled(figure, title, f"{caption} {how}")
 
 

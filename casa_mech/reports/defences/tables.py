@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import pandas as pd
+
 from casa_mech.compare.ablations import AXES, Variant, ablation_frame
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.grid import Grid
 from casa_mech.compare.paired import paired_tests
 from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
 from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, ComparedSystem, system_named
-from casa_mech.compare.tables import grid_rows, summarise
+from casa_mech.compare.tables import ALL, grid_rows, summarise
 from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.omni import GenerationSettings
 from casa_mech.study import Study
@@ -21,17 +23,24 @@ from casa_mech.study.settings import ProfileName, slug
 
 @dataclass(frozen=True)
 class GridSizes:
-    """Sizes of one grid: rows by name, attacks, requests in each cell, seeds from the study's on, timing rounds, steps
-    of each training (None: the study's), and which variants of the ablations (None: all)."""
+    """Sizes of one grid."""
 
     n: int
+    """Requests in each cell."""
     attacks: tuple[str, ...]
+    """The columns."""
     defenses: tuple[str, ...] = ()
+    """The rows, by name; those of the ablations follow from `axes` and `only`."""
     seeds: int = 1
+    """How many, from the study's on."""
     rounds: int = 0
+    """Rounds of timing."""
     steps: int | None = None
+    """Steps of each training; None: the study's."""
     axes: tuple[str, ...] = AXES
+    """Settings that the ablations change."""
     only: tuple[str, ...] | None = None
+    """Variants of the ablations; None: all."""
 
 
 SIX_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "prefill-12")
@@ -70,10 +79,23 @@ def defense_grid(study: Study, n: int = 0) -> Comparison:
 
 
 def filled_grid(
-    study: Study, systems: Sequence[ComparedSystem], sizes: GridSizes, plan: TrainingPlan, n: int,
-    chosen: Sequence[Variant] = (),
-) -> Comparison:  # fmt: skip
-    """Fill a grid in the study's run folder and make its tables."""
+    study: Study,
+    systems: Sequence[ComparedSystem],
+    sizes: GridSizes,
+    plan: TrainingPlan,
+    n: int,
+    ablated: Sequence[Variant] = (),
+) -> Comparison:
+    """A grid, filled in the study's run folder, with its tables.
+
+    Args:
+        study: whose model, folder and sizes of generation are used.
+        systems: the rows.
+        sizes: of the grid.
+        plan: how rows are trained.
+        n: requests in each cell; 0: those of `sizes`.
+        ablated: the variants behind `systems`, for a grid of ablations.
+    """
     study.omni()  # written down for the manifest
     settings = study.settings
     # A model of the grid's own: the study's may carry the gate.
@@ -85,6 +107,27 @@ def filled_grid(
     )  # fmt: skip
     result = grid.fill()
     summary = summarise(result)
-    if chosen:
-        summary = ablation_frame(summary, chosen)
-    return Comparison(settings.model, result, grid_rows(result), summary, paired_tests(result.replies), tuple(chosen))
+    if ablated:
+        summary = ablation_frame(summary, ablated)
+    return Comparison(settings.model, result, grid_rows(result), summary, paired_tests(result.replies), tuple(ablated))
+
+
+def grid_data(summary: pd.DataFrame) -> pd.DataFrame:
+    """Attack success and benign counterparts answered, by attack and over all."""
+    rates = summary["metric"].isin(["attack_success", "benign_answered"])
+    of_surface = summary["scope"].str.startswith("surface:")
+    return summary[rates & ~of_surface].reset_index(drop=True)
+
+
+def tradeoff_data(summary: pd.DataFrame) -> pd.DataFrame:
+    """Attack success, benign counterparts answered and cost over all attacks: a row a defence."""
+    rows = []
+    for defense, metrics in summary[summary["scope"] == ALL].groupby("defense", sort=False):
+        by_metric = metrics.set_index("metric")
+        row = {"defense": defense, "n": int(by_metric.loc["attack_success", "n"])}
+        for metric in ("attack_success", "benign_answered"):
+            row |= {metric: by_metric.loc[metric, "value"], f"{metric}_low": by_metric.loc[metric, "low"]}
+            row |= {f"{metric}_high": by_metric.loc[metric, "high"]}
+        times = by_metric["value"].get("relative_seconds", float("nan"))
+        rows.append({**row, "relative_seconds": times, "trained": by_metric.loc["trained_parameters", "value"]})
+    return pd.DataFrame(rows)

@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, bar_lengths, style, titled
+from casa_mech.figures import LABEL_COLOURS, MARKERS, SERIES, bar_lengths, style, titled
 from probes.lens.heads import PATTERN_ROLES
 
 LENSES = {"tuned lens": "-", "logit lens": ":"}
-COLOURS = {"harmful": HARMFUL, "benign": BENIGN, "both": SERIES[5]}
+COLOURS = {**LABEL_COLOURS, "both": SERIES[5]}
 MEASURES = {"logit": "logit (unsafe - safe)", "v_s": "v_s"}
 
 
@@ -33,11 +33,11 @@ def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         figure, axes = plt.subplots(2, len(surfaces), figsize=(3 * len(surfaces), 5.4), sharex=True, sharey="row")
         axes = axes.reshape(2, -1)
         for (row, measure), (column, surface) in product(enumerate(names), enumerate(surfaces)):
-            part = data[(data["measure"] == measure) & (data["surface"] == surface)]
-            for label, lens in product(dict.fromkeys(part["label"]), LENSES):
+            panel = data[(data["measure"] == measure) & (data["surface"] == surface)]
+            for label, lens in product(dict.fromkeys(panel["label"]), LENSES):
                 name = f"{lens}, {label}" if label != "both" else f"{lens}, both"
-                chosen = part[(part["label"] == label) & (part["lens"] == lens)]
-                _line(axes[row, column], chosen, COLOURS[label], LENSES[lens], name)
+                rows = panel[(panel["label"] == label) & (panel["lens"] == lens)]
+                _line(axes[row, column], rows, COLOURS[label], LENSES[lens], name)
             axes[row, column].axhline(0.5 if measure == "auroc" else 0, color="grey", linewidth=0.8)
         for axis, surface in zip(axes[0], surfaces, strict=True):
             axis.set_title(f"{surface} (n = {int(data[data['surface'] == surface]['n'].max())})")
@@ -59,10 +59,10 @@ def plot_quality(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     with style():
         figure, axes = plt.subplots(1, len(surfaces), figsize=(3 * len(surfaces), 3.2), sharey=True, squeeze=False)
         for axis, surface in zip(axes[0], surfaces, strict=True):
-            part = data[data["surface"] == surface]
+            panel = data[data["surface"] == surface]
             for number, lens in enumerate(LENSES):
-                _line(axis, part[part["lens"] == lens], SERIES[number], LENSES[lens], lens, MARKERS[number])
-            axis.set(yscale="log", title=f"{surface} (n = {int(part['n'].max())})")
+                _line(axis, panel[panel["lens"] == lens], SERIES[number], LENSES[lens], lens, MARKERS[number])
+            axis.set(yscale="log", title=f"{surface} (n = {int(panel['n'].max())})")
         axes[0][0].set_ylabel("KL(model || lens), nats a position")
         _depths(axes[0], data)
         return titled(figure, title, f"{caption} Bands: 95 % intervals by bootstrap over topics.", legend_of=axes[0][0])
@@ -85,12 +85,12 @@ def plot_heads(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
             rows = data[data["measure"] == measure]
             reach = float(rows["mean"].abs().max()) or 1.0
             for axis, surface in zip(line, surfaces, strict=True):
-                part = rows[rows["surface"] == surface]
-                grid = part.pivot_table(index="layer", columns="head", values="mean")
+                panel = rows[rows["surface"] == surface]
+                grid = panel.pivot_table(index="layer", columns="head", values="mean")
                 image = axis.imshow(grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
-                sure = part[part["p_holm"] < 0.05]
+                sure = panel[panel["p_holm"] < 0.05]
                 axis.plot(sure["head"], sure["layer"], ".", color="black", markersize=4, linestyle="none")
-                axis.set_title(f"{surface} (n = {int(part['n'].max())})")
+                axis.set_title(f"{surface} (n = {int(panel['n'].max())})")
                 axis.grid(False)
             figure.colorbar(image, ax=line[-1], label=f"support, {MEASURES.get(measure, measure)}")
             line[0].set_ylabel("layer")
@@ -118,9 +118,9 @@ def plot_attention(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         for line, (layer, head) in zip(axes, heads, strict=True):
             line[0].set_ylabel(f"layer {layer}, head {head}\nshare of attention")
             for axis, surface in zip(line, surfaces, strict=True):
-                part = data[(data["surface"] == surface) & (data["layer"] == layer) & (data["head"] == head)]
+                panel = data[(data["surface"] == surface) & (data["layer"] == layer) & (data["head"] == head)]
                 for shift, label in ((-0.18, "harmful"), (0.18, "benign")):
-                    rows = part[part["label"] == label].set_index("role").reindex(roles)
+                    rows = panel[panel["label"] == label].set_index("role").reindex(roles)
                     error = bar_lengths(rows)
                     name = f"{label} (n = {int(rows['n'].max())} a panel)"
                     axis.bar(

@@ -1,4 +1,4 @@
-"""What notebook 09 draws: the safety tokens through depth, the heads behind them, and the claims with their tests."""
+"""Notebook 09: the safety tokens through depth, the heads behind them, and what is drawn of both."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import pandas as pd
 
 from casa_mech.draws import Draw
+from casa_mech.evaluation.evaluate import CASA
 from casa_mech.identity import key_digest
 from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.judging.results import value_row
 from casa_mech.judging.stats import auroc_interval
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
@@ -27,17 +29,17 @@ _TABLES = ("depth", "quality", "heads", "patterns")
 
 @dataclass(frozen=True)
 class LensTables:
-    """What was measured, one row a query and place.
-
-    depth: `probes.lens.logit.Trajectory.table` of both lenses. quality: of `probes.lens.tuned.lens_quality`. heads: of
-    `probes.lens.heads.HeadEffects.table`. patterns: `query_id, label, surface, topic, layer, head, role, share`, the
-    attention from the gate's position of the `TOP_HEADS` heads with most support (chosen on text, seen topics).
-    """
+    """What was measured, one row a query and place."""
 
     depth: pd.DataFrame
+    """Logits of the safety tokens by depth, both lenses (`probes.lens.logit.Trajectory.table`)."""
     quality: pd.DataFrame
+    """How far the lenses are from the model's own prediction (`probes.lens.tuned.lens_quality`)."""
     heads: pd.DataFrame
+    """What is lost without each head (`probes.lens.heads.HeadEffects.table`)."""
     patterns: pd.DataFrame
+    """Attention from the gate's position of the `TOP_HEADS` heads with most support, chosen on text and seen topics:
+    `query_id, label, surface, topic, layer, head, role, share`."""
 
 
 def lens_tables(study: Study, model: str = "") -> LensTables:
@@ -72,17 +74,17 @@ def _measure(study: Study, model: str) -> LensTables:
     text = default_world().requests(2 * n, Draw.LENS_TRANSLATORS + study.settings.seed, None, "seen", "seen")
     translators = fit_translators(lens, casa.omni, text, kl_epochs=KL_EPOCHS, batch_size=size)
     queries = _queries(study, SURFACES, n)
-    depth = [logit_lens(lens, casa, queries, chosen, size).table() for chosen in (None, translators)]
+    depth = [logit_lens(lens, casa, queries, maps, size).table() for maps in (None, translators)]
     quality = lens_quality(lens, casa.omni, queries, translators, size)
     some = _queries(study, HEAD_SURFACES, max(1, n // 2))
     heads = ablate_heads(lens, casa, some, batch_size=size).table()
     patterns = attention_patterns(lens, casa.omni, some, best_heads(heads), size)
     known = {query.id: {"surface": query.meta["surface"], "topic": query.meta["topic"]} for query in some}
     shares = [
-        {"query_id": found.query_id, "label": found.label, **known[found.query_id]}
-        | {"layer": found.layer, "head": found.head, "role": role, "share": share}
-        for found in patterns
-        for role, share in found.shares().items()
+        {"query_id": pattern.query_id, "label": pattern.label, **known[pattern.query_id]}
+        | {"layer": pattern.layer, "head": pattern.head, "role": role, "share": share}
+        for pattern in patterns
+        for role, share in pattern.shares().items()
     ]
     return LensTables(pd.concat(depth, ignore_index=True), quality, heads, pd.DataFrame(shares))
 
@@ -142,6 +144,25 @@ def head_data(tables: LensTables, seed: int) -> pd.DataFrame:
 def attention_data(tables: LensTables, seed: int) -> pd.DataFrame:
     """What `plots.plot_attention` draws."""
     return _means(tables.patterns, ["surface", "layer", "head", "label", "role"], "share", seed)
+
+
+def lens_rows(study: Study, depth: pd.DataFrame, heads: pd.DataFrame) -> list[dict[str, object]]:
+    """The figures' values in the result schema; `attack` holds the depth or the head."""
+    shared: dict[str, Any] = {"model": study.settings.model, "defense": CASA, "seed": study.settings.seed}
+    rows = [
+        value_row(
+            **shared, attack=f"{row.lens}, depth {row.depth}", surface=row.surface, label=row.label,
+            metric=f"lens_{row.measure}", n=row.n, value=row.value, low=row.low, high=row.high,
+        )
+        for row in depth.itertuples()
+    ]  # fmt: skip
+    return rows + [
+        value_row(
+            **shared, attack=f"without head {row.layer}.{row.head}", surface=row.surface, label="both",
+            metric=f"head_support_{row.measure}", n=row.n, value=row.mean, low=row.low, high=row.high,
+        )
+        for row in heads.itertuples()
+    ]  # fmt: skip
 
 
 def _means(table: pd.DataFrame, groups: Sequence[str], column: str, seed: int) -> pd.DataFrame:

@@ -27,9 +27,9 @@ def plot_lengths(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         rows = -(-len(measures) // 3)
         figure, axes = plt.subplots(rows, 3, figsize=(11, 3.1 * rows), squeeze=False)
         for axis, measure in zip(axes.flat, measures, strict=False):
-            for name, part in data[data["measure"] == measure].groupby("system", sort=False):
+            for name, panel in data[data["measure"] == measure].groupby("system", sort=False):
                 number = names.index(str(name))
-                _line(axis, part["length"], part, number, "-", str(name))
+                _line(axis, panel["length"], panel, number, "-", str(name))
             axis.set(xlabel="prefilled tokens", title=f"{measure} (n = {data[data['measure'] == measure]['n'].min()})")
         for axis in axes.flat[len(measures) :]:
             axis.axis("off")
@@ -51,12 +51,12 @@ def plot_tokens(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         figure, axes = plt.subplots(len(measures), len(systems), figsize=size, sharex=True, sharey="row", squeeze=False)
         for line, measure in zip(axes, measures, strict=True):
             for axis, system in zip(line, systems, strict=True):
-                part = data[(data["measure"] == measure) & (data["system"] == system)]
+                panel = data[(data["measure"] == measure) & (data["system"] == system)]
                 for number, length in enumerate(lengths):
-                    rows = part[part["length"] == length].sort_values("token")
+                    rows = panel[panel["length"] == length].sort_values("token")
                     _line(axis, rows["token"], rows, number, DASHES[number % 3], f"{length} prefilled tokens")
                 if measure == measures[0]:
-                    axis.set_title(f"{system} (n ≤ {part['n'].max()} replies)")
+                    axis.set_title(f"{system} (n ≤ {panel['n'].max()} replies)")
             line[0].set_ylabel(measure.replace(", ", ",\n").replace(" of ", "\nof "), fontsize=8)
         for axis in axes[-1]:
             axis.set_xlabel("token of the reply")
@@ -75,13 +75,13 @@ def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     with style():
         figure, axes = plt.subplots(1, len(systems), figsize=(3.6 * len(systems), 3.3), sharey=True, squeeze=False)
         for axis, system in zip(axes[0], systems, strict=True):
-            part = data[data["system"] == system]
-            for number, (span, rows) in enumerate(part.groupby("span", sort=False)):
+            panel = data[data["system"] == system]
+            for number, (span, rows) in enumerate(panel.groupby("span", sort=False)):
                 rows = rows.rename(columns={"share": "value"}).set_index("site").reindex(sites)
                 _line(axis, np.arange(len(sites)), rows, number, DASHES[number % 3], str(span))
             axis.axhline(0, color="grey", linewidth=0.8)
             axis.set_xticks(np.arange(len(sites)), ["input" if site == "embeddings" else site for site in sites])
-            gap, n = part["gap"].iloc[0], int(part["n"].min())
+            gap, n = panel["gap"].iloc[0], int(panel["n"].min())
             axis.set(xlabel="residual stream after block", title=f"{system}\n{gap:.1f} nats in all, n = {n}")
         axes[0][0].set_ylabel("share through these positions")
         return titled(figure, title, f"{caption} Bands: 95 % intervals.", legend_of=axes[0][0])

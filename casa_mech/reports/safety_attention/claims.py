@@ -1,225 +1,178 @@
-"""Notebook 07: the tables behind its figures, their titles, and its claims with what they stand on."""
+"""Notebook 07: the headings of its figures and its claims, each computed from the table that it stands above."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import paired_difference
 from casa_mech.judging.stats import rate_interval
-from casa_mech.reports.claim import Claim, name_of
-from casa_mech.reports.safety_attention.tables import RUNS
+from casa_mech.reports.claim import Claim, Heading, span
+from casa_mech.reports.safety_attention.tables import RUNS, WHOLE, word_shares
 from casa_mech.study import Study
-from casa_mech.study.settings import slug
 from probes.gate.attribution import GATE
 from probes.gate.calibration import Reliability, reliability, spiegelhalter
 from probes.gate.patching import INSERT
-from probes.gate.safety_attention import AttentionMap, attention_shares
+from probes.gate.safety_attention import AttentionMap
 
-WHOLE = "whole prompt"
 NOTHING, REFUSAL, OWN, RANDOM = RUNS
 
 
-def examples(maps: Mapping[str, Sequence[AttentionMap]]) -> list[AttentionMap]:
-    """One harmful and one benign request of each surface to draw: those with the median v_s of their class."""
-    chosen = []
-    for found in maps.values():
-        for label in ("harmful", "benign"):
-            ranked = sorted((entry for entry in found if entry.label == label), key=lambda entry: entry.v_s)
-            chosen.append(ranked[len(ranked) // 2])
-    return chosen
-
-
-def share_data(maps: Mapping[str, Sequence[AttentionMap]], seed: int) -> pd.DataFrame:
-    """What `plots.plot_shares` draws. A span that a request lacks has no share there and counts as none."""
-    rows = []
-    for surface, found in maps.items():
-        shares = attention_shares(found)
-        for (label, span), group in shares.groupby(["label", "span"], sort=False):
-            mean, low, high = mean_interval(group["share"].to_numpy(), group["topic"].tolist(), seed)
-            where = {"surface": surface, "span": span, "label": label, "n": len(group)}
-            rows.append({**where, "mean": mean, "low": low, "high": high, "even": group["even"].mean()})
-    return pd.DataFrame(rows)
-
-
-def example_data(chosen: Sequence[AttentionMap]) -> pd.DataFrame:
-    """The numbers of the drawn examples: `query_id, label, topic, v_s, position, token, role, weight`."""
-    tables = [
-        pd.DataFrame(
-            {
-                "query_id": found.query_id,
-                "label": found.label,
-                "topic": found.topic,
-                "v_s": found.v_s,
-                "position": np.arange(len(found.tokens)),
-                "token": found.tokens,
-                "role": found.roles,
-                "weight": found.weights,
-            }
-        )
-        for found in chosen
-    ]
-    return pd.concat(tables, ignore_index=True)
-
-
-def residual(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a patching summary that exchange the residual stream."""
-    sites = summary["site"].str.fullmatch(r"embeddings|\d+")
-    return summary[sites & (summary["span"] != WHOLE)].reset_index(drop=True)
-
-
-def heads(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows that put one head of the harmful run into the benign one."""
-    return summary[(summary["head"] >= 0) & (summary["direction"] == INSERT)].reset_index(drop=True)
-
-
-def ablation_data(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """What `plots.plot_ablation` draws: the share given the unsafe token, by surface, label and run."""
-    rows = []
-    for (surface, label, run), group in table.groupby(["surface", "label", "run"], sort=False):
-        share = rate_interval(group["unsafe"].to_numpy(), group["topic"].tolist(), seed)
-        where = {"surface": surface, "label": label, "run": run, "n": group["query_id"].nunique()}
-        rows.append({**where, **share._asdict()})
-    return pd.DataFrame(rows)
-
-
-def curve_data(found: Mapping[str, Reliability]) -> pd.DataFrame:
-    """The reliability curves as one table, with each attack's scores."""
-    tables = []
-    for attack, entry in found.items():
-        scores = {name: getattr(entry, name)[0] for name in ("brier", "ece", "bias")}
-        tables.append(entry.curve.assign(attack=attack, **scores))
-    return pd.concat(tables, ignore_index=True)
-
-
-def by_attack_title(model: str, readings: pd.DataFrame) -> str:
+def attack_heading(study: Study, readings: pd.DataFrame) -> Heading:
     """Medians of v_s by attack."""
     medians = readings.groupby(["attack", "label"], sort=False)["v_s"].median().unstack()
-    listed = ", ".join(f"{attack} {row['harmful']:.2f}/{row['benign']:.2f}" for attack, row in medians.iterrows())
-    return f"{slug(model)}: median v_s of harmful/benign requests, trained on plain text alone: {listed}"
-
-
-def maps_title(model: str) -> str:
-    """Which examples are drawn."""
-    return f"{slug(model)}: safety attention over the requests whose v_s is the median of their surface and class"
-
-
-def shares_title(model: str, data: pd.DataFrame) -> str:
-    """Where most of the attention goes."""
-    parts = []
-    for surface, part in data[data["label"] == "harmful"].groupby("surface", sort=False):
-        top = part.loc[part["mean"].idxmax()]
-        parts.append(f"{surface}: {top['span']} {top['mean']:.2f} (even: {top['even']:.2f})")
-    return f"{slug(model)}: where safety attention goes most in harmful requests. {', '.join(parts)}"
-
-
-def heads_title(model: str, data: pd.DataFrame) -> str:
-    """The head that carries most, surface by surface."""
-    parts = []
-    for surface, part in data.groupby("surface", sort=False):
-        top = part.loc[part["delta_v_s_mean"].abs().idxmax()]
-        place = f"{str(top['site']).removeprefix('z.')}.{int(top['head'])}"
-        moved = Estimate(*(top[f"delta_v_s_{name}"] for name in ("mean", "low", "high")))
-        parts.append(f"{surface} head {place}: {moved.value:+.2f} {moved.bounds()} of {top['gap_v_s']:.2f}")
-    return f"{slug(model)}: the single head whose harmful output moves a benign request's v_s most. {'; '.join(parts)}"
-
-
-def attribution_title(model: str, table: pd.DataFrame) -> str:
-    """How much of the classes' difference is the gate's."""
-    means = table.pivot(index="component", columns="label", values="mean")
-    gap = means["harmful"] - means["benign"]
-    own = gap.drop(GATE)
-    top = str(own.abs().idxmax())
-    return (
-        f"{slug(model)}, plain text: harmful and benign differ by {gap.sum():.1f} in the tokens' logit difference; "
-        f"safety attention adds {gap[GATE]:.1f}, the model's own most telling part ({top}) {own[top]:.1f}"
+    by_attack = ", ".join(f"{attack} {row['harmful']:.2f} / {row['benign']:.2f}" for attack, row in medians.iterrows())
+    return Heading(
+        f"{study.name}: trained on plain text alone, median v_s of harmful requests is {span(medians['harmful'])} by "
+        "attack",
+        f"Median v_s of harmful / benign requests: {by_attack}.",
     )
 
 
-def removal_title(model: str, table: pd.DataFrame, seed: int) -> str:
+def map_heading(study: Study, maps: Sequence[AttentionMap]) -> Heading:
+    """How many of the examples are read at one place."""
+    at_one = sum(bool(word_shares(attention)[1].max() > 0.5) for attention in maps)
+    return Heading(
+        f"{study.name}: in {at_one} of {len(maps)} typical requests one token or medium gets most safety attention",
+        "The requests whose v_s is the median of their surface and class.",
+    )
+
+
+def share_heading(study: Study, shares: pd.DataFrame) -> Heading:
+    """Where most of the attention goes in harmful requests."""
+    most = {
+        str(surface): rows.loc[rows["mean"].idxmax()]
+        for surface, rows in shares[shares["label"] == "harmful"].groupby("surface", sort=False)
+    }
+    above = sum(bool(row["low"] > row["even"]) for row in most.values())
+    by_surface = ", ".join(
+        f"{surface}: {row['span']} {row['mean']:.2f} (even spread: {row['even']:.2f})" for surface, row in most.items()
+    )
+    return Heading(
+        f"{study.name}: on {above} of {len(most)} surfaces one span gets more safety attention than an even spread "
+        "gives",
+        f"Where most of it goes in harmful requests. {by_surface}.",
+    )
+
+
+def head_heading(study: Study, heads: pd.DataFrame) -> Heading:
+    """The head that carries most, surface by surface."""
+    most = {
+        str(surface): rows.loc[rows["delta_v_s_mean"].abs().idxmax()]
+        for surface, rows in heads.groupby("surface", sort=False)
+    }
+    surface, top = max(most.items(), key=lambda item: abs(item[1]["delta_v_s_mean"]))
+    return Heading(
+        f"{study.name}: one head's harmful output moves a benign request's v_s by at most "
+        f"{top['delta_v_s_mean']:+.2f} ({surface}, head {_head(top)})",
+        "The head that moves v_s most, of the gap between the two runs: "
+        + "; ".join(
+            f"{surface} head {_head(row)} {_moved(row).value:+.2f} {_moved(row).bounds()} of {row['gap_v_s']:.2f}"
+            for surface, row in most.items()
+        )
+        + ".",
+    )
+
+
+def attribution_heading(study: Study, components: pd.DataFrame) -> Heading:
+    """How much of the classes' difference is the gate's."""
+    means = components.pivot(index="component", columns="label", values="mean")
+    gap = means["harmful"] - means["benign"]
+    own = gap.drop(GATE)
+    top = str(own.abs().idxmax())
+    return Heading(
+        f"{study.name}: safety attention adds {gap[GATE]:.1f} of the {gap.sum():.1f} by which the classes' token "
+        "logits differ",
+        f"On plain text; of the model's own parts the most telling is {top} with {own[top]:.1f}. Logits: the unsafe "
+        "token's minus the safe one's.",
+    )
+
+
+def removal_heading(study: Study, sets: pd.DataFrame) -> Heading:
     """How few positions the decision rests on."""
-    parts = []
-    for surface, part in table.groupby("surface", sort=False):
-        flipped = rate_interval(part["flipped"].to_numpy(), part["topic"].tolist(), seed)
-        parts.append(f"{surface} {part['size'].median():.0f} ({flipped.text('.0%')} flipped)")
-    return (
-        f"{slug(model)}: positions that have to be hidden before a flagged harmful request is let through, median: "
-        + ", ".join(parts)
+    medians, by_surface = [], []
+    for surface, rows in sets.groupby("surface", sort=False):
+        flipped = rate_interval(rows["flipped"].to_numpy(), rows["topic"].tolist(), study.settings.seed)
+        medians.append(rows["size"].median())
+        by_surface.append(f"{surface} {rows['size'].median():.0f} ({flipped.text('.0%')} flipped)")
+    return Heading(
+        f"{study.name}: hiding {span(medians, '.0f')} positions (median) lets a flagged harmful request through",
+        f"Median by surface: {', '.join(by_surface)}.",
     )
 
 
 def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
     """Through which span harm reaches v_s after the last block, on text; the test is against the next best span."""
     seed, last = study.settings.seed, str(study.omni().n_layers - 1)
-    table = effects[(effects["direction"] == INSERT) & (effects["site"] == last) & (effects["head"] < 0)]
-    table = table.assign(delta=table["v_s_patched"] - table["v_s"], gap=table["v_s_donor"] - table["v_s"])
-    table = table[table["span"] != WHOLE]
-    parts = []
-    for surface, part in table.groupby("surface", sort=False):
-        best = str(part.groupby("span")["delta"].mean().idxmax())
-        rows = part[part["span"] == best]
-        delta = mean_interval(rows["delta"].to_numpy(), rows["topic"].tolist(), seed)
-        parts.append(f"{surface}: {best} {delta.text()} of {rows['gap'].mean():.2f} (n = {len(rows)})")
-    text = table[table["surface"] == "text"].pivot(index=["pair", "topic"], columns="span", values="delta").dropna()
-    order = text.mean().sort_values(ascending=False).index
+    rows = effects[(effects["direction"] == INSERT) & (effects["site"] == last) & (effects["head"] < 0)]
+    rows = rows.assign(delta=rows["v_s_patched"] - rows["v_s"], gap=rows["v_s_donor"] - rows["v_s"])
+    rows = rows[rows["span"] != WHOLE]
+    by_surface = []
+    for surface, of_surface in rows.groupby("surface", sort=False):
+        best = str(of_surface.groupby("span")["delta"].mean().idxmax())
+        pairs = of_surface[of_surface["span"] == best]
+        delta = mean_interval(pairs["delta"].to_numpy(), pairs["topic"].tolist(), seed)
+        by_surface.append(f"{surface}: {best} {delta.text()} of {pairs['gap'].mean():.2f} (n = {len(pairs)})")
+    text = rows[rows["surface"] == "text"].pivot(index=["pair", "topic"], columns="span", values="delta").dropna()
+    first, second = text.mean().sort_values(ascending=False).index[:2]
     topics = list(text.index.get_level_values("topic"))
-    first, second = text[order[0]].to_numpy(), text[order[1]].to_numpy()
-    change, p = paired_difference(first, second, topics, seed)
-    statement = (
-        f"{name_of(study)}: after the last block, exchanging one span's states for a harmful twin's raises "
-        f"v_s most at the\n{'; '.join(parts)}"
-    )
+    difference, p = paired_difference(text[first].to_numpy(), text[second].to_numpy(), topics, seed)
     return Claim(
-        statement, "gate_patching", len(text), *change,
-        f"permutation over topics: {order[0]} against {order[1]}, text", p,
-        f"on fresh pairs the difference between {order[0]} and {order[1]} has an interval that holds 0",
+        f"{study.name}: after the last block, harmful states at the {first} move a benign text's v_s by "
+        f"{text[first].mean():+.2f}",
+        "One span's states are exchanged for those of a harmful request that differs in the key word alone. Where "
+        f"that raises v_s most, of the whole gap: {'; '.join(by_surface)}.",
+        "gate_patching", len(text), *difference, f"permutation over topics: {first} against {second}, text", p,
+        f"on fresh pairs the difference between {first} and {second} has an interval that holds 0",
     )  # fmt: skip
 
 
-def ablation_claim(study: Study, table: pd.DataFrame) -> Claim:
+def ablation_claim(study: Study, ablated: pd.DataFrame) -> Claim:
     """What taking the refusal direction out does to harmful text's decisions, against random directions."""
-    seed = study.settings.seed
-    harmful = table[table["label"] == "harmful"]
-    share = harmful.groupby(["surface", "query_id", "topic", "run"], sort=False)["unsafe"].mean().unstack()
-    parts = [
-        f"{surface} {part[NOTHING].mean():.0%} → {part[REFUSAL].mean():.0%} (gated model's own: "
-        f"{part[OWN].mean():.0%}, random: {part[RANDOM].mean():.0%})"
-        for surface, part in share.groupby("surface", sort=False)
-    ]
-    text = share.loc["text"].astype(float)
-    topics = list(text.index.get_level_values("topic"))
-    without, random = text[REFUSAL].to_numpy(), text[RANDOM].to_numpy()
-    change, p = paired_difference(without, random, topics, seed)
-    statement = (
-        f"{name_of(study)}: harmful requests given the unsafe token before → after the refusal direction is "
-        f"ablated:\n{', '.join(parts)}"
+    harmful = ablated[ablated["label"] == "harmful"]
+    shares = harmful.groupby(["surface", "query_id", "topic", "run"], sort=False)["unsafe"].mean().unstack()
+    by_surface = ", ".join(
+        f"{surface} {rows[NOTHING].mean():.0%} → {rows[REFUSAL].mean():.0%} ({OWN}: {rows[OWN].mean():.0%}, random: "
+        f"{rows[RANDOM].mean():.0%})"
+        for surface, rows in shares.groupby("surface", sort=False)
     )
+    text = shares.loc["text"].astype(float)
+    topics = list(text.index.get_level_values("topic"))
+    difference, p = paired_difference(text[REFUSAL].to_numpy(), text[RANDOM].to_numpy(), topics, study.settings.seed)
     return Claim(
-        statement, "gate_ablation", len(text), *change,
+        f"{study.name}: without the refusal direction {text[REFUSAL].mean():.0%} of harmful texts get the unsafe "
+        f"token, with it {text[NOTHING].mean():.0%}",
+        f"Harmful requests given the unsafe token, before → after the refusal direction is ablated: {by_surface}.",
+        "gate_ablation", len(text), *difference,
         "permutation over topics: refusal against random directions, text", p,
         "on fresh requests the difference between refusal and random directions has an interval that holds 0",
     )  # fmt: skip
 
 
-def calibration_claim(study: Study, readings: pd.DataFrame, found: Mapping[str, Reliability]) -> Claim:
+def calibration_claim(study: Study, readings: pd.DataFrame, calibrations: Mapping[str, Reliability]) -> Claim:
     """Whether v_s is a probability off the surface that it was trained on."""
-    part = readings[readings["attack"] != "plain"]
-    harmful, topics = (part["label"] == "harmful").to_numpy(), part["topic"].tolist()
-    scores = part["v_s"].to_numpy()
+    rows = readings[readings["attack"] != "plain"]
+    harmful, topics = (rows["label"] == "harmful").to_numpy(), rows["topic"].tolist()
+    scores = rows["v_s"].to_numpy()
     pooled, p = reliability(scores, harmful, topics, seed=study.settings.seed), spiegelhalter(scores, harmful)
-    listed = ", ".join(f"{attack} {entry.ece[0]:.2f}" for attack, entry in found.items())
+    errors = ", ".join(f"{attack} {entry.ece.value:.2f}" for attack, entry in calibrations.items())
     verdict = "is not a calibrated probability" if p < 0.05 else "is not shown to be miscalibrated"
-    lean = "low" if pooled.bias[0] < 0 else "high"
-    statement = (
-        f"{name_of(study)}: off plain text v_s {verdict}; it is {lean} by {abs(pooled.bias[0]):.2f} on "
-        f"average.\nExpected calibration error: {listed}"
-    )
+    lean = "low" if pooled.bias.value < 0 else "high"
     return Claim(
-        statement, "gate_calibration", pooled.n, *pooled.ece,
-        "Spiegelhalter's Z on all attacks but plain", p,
+        f"{study.name}: off plain text v_s {verdict}; on average it is {abs(pooled.bias.value):.2f} too {lean}",
+        f"Expected calibration error: {errors}; over all attacks but plain {pooled.ece.text()}.",
+        "gate_calibration", pooled.n, *pooled.ece, "Spiegelhalter's Z on all attacks but plain", p,
         "on fresh requests under these attacks the calibration error is no larger than on plain text",
     )  # fmt: skip
+
+
+def _head(row: pd.Series) -> str:
+    """`block.head`."""
+    return f"{str(row['site']).removeprefix('z.')}.{int(row['head'])}"
+
+
+def _moved(row: pd.Series) -> Estimate:
+    return Estimate(*(float(row[f"delta_v_s_{name}"]) for name in ("mean", "low", "high")))

@@ -1,8 +1,8 @@
-"""What the notebook on safety attention works with, from one study; what takes long is kept in the run folder."""
+"""Notebook 07: tables of the gate's decisions and of what they rest on; what takes long is kept in the run folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from casa_mech.casa.casa import REFUSAL
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.judging import MicroWorldJudge
+from casa_mech.judging.bootstrap import mean_interval
+from casa_mech.judging.stats import rate_interval
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import Topic, default_world
 from casa_mech.queries import Query, TextPart
@@ -25,56 +27,52 @@ from probes.activations import Activations, collect
 from probes.gate.attribution import Attribution, attribute_token_difference
 from probes.gate.calibration import Reliability, reliability
 from probes.gate.pairs import MatchedPair, aligned_pairs
-from probes.gate.patching import PatchEffects, ablate_directions, patch_effects
+from probes.gate.patching import INSERT, PatchEffects, ablate_directions, patch_effects
 from probes.gate.removal import minimal_sets, sets_table
-from probes.gate.safety_attention import AttentionMap, attention_maps, cosine_table, gate_directions
+from probes.gate.safety_attention import AttentionMap, attention_maps, attention_shares, cosine_table, gate_directions
 from probes.linear.estimators import LogisticProbe
 from probes.linear.refusal_direction import RefusalDirection, find_refusal_direction
 
 PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
 """Surfaces on which states are exchanged, and their attacks."""
 RANDOM_DIRECTIONS = 5
+WHOLE = "whole prompt"
+"""The span of a patch that exchanges all of them."""
 RUNS = ("nothing", "refusal direction", "gated model's own", "random direction")
 """What is ablated."""
 
 
-def kept_table(
-    study: Study, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame], model: str = ""
-) -> pd.DataFrame:
-    """The table `analysis/<name>`, made once for a gate and `key`, then read."""
-    return study.table("analysis", name, {"gate": study.gate_digest(model), **key}, build)
-
-
 def v_s_by_attack(study: Study) -> pd.DataFrame:
-    """The gate on every attack that has a benign twin: `attack, label, query_id, topic, split, v_s, unsafe`."""
+    """The gate on every attack of both labels: `attack, label, query_id, topic, split, v_s, unsafe`."""
 
     def build() -> pd.DataFrame:
         casa = study.casa()
         tables = [_readings(study, casa, attack, label) for attack in BENIGN_ATTACKS for label in LABELS]
         return pd.concat(tables, ignore_index=True)
 
-    return kept_table(study, "v_s-by-attack", {"n": study.sizes.n_probe}, build)
+    return study.gate_table("v_s-by-attack", {"n": study.sizes.n_probe}, build)
 
 
-def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[MatchedPair]:
-    """Up to `n` harmful requests under `attack`, each with a benign twin that differs in the key word alone and whose
-    prompt has the same layout: same phrasing, verb, article, and on a picture or in a clip as many tokens.
+def matched_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[MatchedPair]:
+    """Up to `n` harmful requests under `attack`, each with a benign counterpart that differs in the key word alone.
+
+    The two prompts have the same layout: phrasing, verb, article, and on a picture or in a clip as many tokens.
 
     Raises:
-        InputError: no request has such a twin.
+        InputError: no request has such a counterpart.
     """
     omni = study.omni()
-    # Half of the clips or more have no twin of as many tokens.
+    # Half of the clips or more have no counterpart of as many tokens.
     requests = study.queries("plain", "harmful", 2 * n, Draw.GATE_MEASUREMENT)
     waiting = list(requests)
     pairs: dict[str, MatchedPair] = {}
     for attempt in range(tries):
-        proposed = [(query, twin) for query in waiting if (twin := _twin(query, attempt)) is not None]
+        proposed = [(query, other) for query in waiting if (other := _counterpart(query, attempt)) is not None]
         if not proposed:
             break
-        originals, twins = [list(part) for part in zip(*proposed, strict=True)]
+        harmful, benign = (list(side) for side in zip(*proposed, strict=True))
         options = {"tokenizer": omni.tokenizer, "wording": MICRO_WORLD}
-        both = apply_to_pairs(attack, originals, twins, study.settings.seed, **options)
+        both = apply_to_pairs(attack, harmful, benign, study.settings.seed, **options)
         candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
         try:
             pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}
@@ -82,7 +80,7 @@ def twin_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[Matche
             continue
         waiting = [query for query in waiting if query.id not in pairs]
     if not pairs:
-        raise InputError(f"no request under {attack!r} has a benign twin of the same layout: add requests")
+        raise InputError(f"no request under {attack!r} has a benign counterpart of the same layout: add requests")
     return [pairs[query.id] for query in requests if query.id in pairs][:n]
 
 
@@ -92,21 +90,32 @@ def patching(study: Study, n: int) -> pd.DataFrame:
     def build() -> pd.DataFrame:
         casa = study.casa()
         tables = [
-            patch_effects(casa, twin_pairs(study, attack, n)).effects.assign(surface=surface)
+            patch_effects(casa, matched_pairs(study, attack, n)).effects.assign(surface=surface)
             for surface, attack in PATCHED.items()
         ]
         return pd.concat(tables, ignore_index=True)
 
-    return kept_table(study, "patching", {"n": n}, build)
+    return study.gate_table("patching", {"n": n}, build)
 
 
 def patch_summary(study: Study, effects: pd.DataFrame) -> pd.DataFrame:
     """Mean effects with intervals, surface by surface (see `PatchEffects.summary`)."""
     tables = [
-        PatchEffects(part).summary(study.settings.seed).assign(surface=surface)
-        for surface, part in effects.groupby("surface", sort=False)
+        PatchEffects(rows).summary(study.settings.seed).assign(surface=surface)
+        for surface, rows in effects.groupby("surface", sort=False)
     ]
     return pd.concat(tables, ignore_index=True)
+
+
+def residual_rows(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a patching summary that exchange the residual stream."""
+    sites = summary["site"].str.fullmatch(r"embeddings|\d+")
+    return summary[sites & (summary["span"] != WHOLE)].reset_index(drop=True)
+
+
+def head_rows(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows that put one head of the harmful run into the benign one."""
+    return summary[(summary["head"] >= 0) & (summary["direction"] == INSERT)].reset_index(drop=True)
 
 
 def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
@@ -118,6 +127,61 @@ def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
         )
         for surface, attack in SURFACES.items()
     }
+
+
+def examples(maps: Mapping[str, Sequence[AttentionMap]]) -> list[AttentionMap]:
+    """One harmful and one benign request of each surface to draw: those with the median v_s of their class."""
+    medians = []
+    for of_surface in maps.values():
+        for label in LABELS:
+            ranked = sorted((entry for entry in of_surface if entry.label == label), key=lambda entry: entry.v_s)
+            medians.append(ranked[len(ranked) // 2])
+    return medians
+
+
+def example_data(maps: Sequence[AttentionMap]) -> pd.DataFrame:
+    """The numbers of the drawn examples: `query_id, label, topic, v_s, position, token, role, weight`."""
+    tables = [
+        pd.DataFrame(
+            {
+                "query_id": attention.query_id,
+                "label": attention.label,
+                "topic": attention.topic,
+                "v_s": attention.v_s,
+                "position": np.arange(len(attention.tokens)),
+                "token": attention.tokens,
+                "role": attention.roles,
+                "weight": attention.weights,
+            }
+        )
+        for attention in maps
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def word_shares(attention: AttentionMap) -> tuple[list[str], np.ndarray]:
+    """Each token that may be read with its share of safety attention; the positions of a medium are one entry."""
+    names: list[str] = []
+    weights: list[float] = []
+    for token, role, weight in zip(attention.tokens, attention.roles, attention.weights, strict=True):
+        if role in ("image", "audio") and names and names[-1] == f"[{role}]":
+            weights[-1] += float(weight)
+        elif role not in ("padding", "other"):
+            names.append(f"[{role}]" if role in ("image", "audio") else token)
+            weights.append(float(weight))
+    return names, np.array(weights) / max(attention.weights.sum(), 1e-12)
+
+
+def share_data(maps: Mapping[str, Sequence[AttentionMap]], seed: int) -> pd.DataFrame:
+    """Share of safety attention by `surface, span, label`, with intervals; a span that a request lacks has none."""
+    rows = []
+    for surface, of_surface in maps.items():
+        shares = attention_shares(of_surface)
+        for (label, span), group in shares.groupby(["label", "span"], sort=False):
+            mean, low, high = mean_interval(group["share"].to_numpy(), group["topic"].tolist(), seed)
+            where = {"surface": surface, "span": span, "label": label, "n": len(group)}
+            rows.append({**where, "mean": mean, "low": low, "high": high, "even": group["even"].mean()})
+    return pd.DataFrame(rows)
 
 
 def removals(study: Study, n: int) -> pd.DataFrame:
@@ -140,7 +204,7 @@ def removals(study: Study, n: int) -> pd.DataFrame:
             raise InputError("the gate flags no harmful request, so there is no decision to take away; train it longer")
         return pd.concat(tables, ignore_index=True)
 
-    return kept_table(study, "minimal-sets", {"n": n, "flagged_of": study.sizes.n_probe}, build)
+    return study.gate_table("minimal-sets", {"n": n, "flagged_of": study.sizes.n_probe}, build)
 
 
 def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
@@ -153,7 +217,7 @@ def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
 
 
 def refusals(study: Study) -> tuple[str, ...]:
-    """Texts that refuse, as the model under study would: the micro-world's, or common openings for any other model."""
+    """Refusals in the words of the model under study: the micro-world's, or common openings for any other model."""
     if isinstance(study.judge(), MicroWorldJudge):
         return default_world().refusals
     return (
@@ -178,12 +242,14 @@ def refusal_direction(study: Study) -> RefusalDirection:
         harmful, harmless = (study.queries("plain", label, size, Draw.GATE_DIRECTIONS) for label in LABELS)
         with casa.disabled() as omni:
             try:
-                found = find_refusal_direction(omni, harmful, harmless, refusals(study), **sizes, relax=True).direction
+                direction = find_refusal_direction(
+                    omni, harmful, harmless, refusals(study), **sizes, relax=True
+                ).direction
             except InputError:
                 middle = omni.n_layers // 2
                 states = collect(omni, [*harmful, *harmless], [f"pre.{middle}"], "last", study.sizes.batch_size)
-                found = RefusalDirection(_mean_difference(states, f"pre.{middle}"), middle, 0, rules_met=False)
-        found.save(folder / "direction.safetensors", {"fingerprint": study.omni().fingerprint()})
+                direction = RefusalDirection(_mean_difference(states, f"pre.{middle}"), middle, 0, rules_met=False)
+        direction.save(folder / "direction.safetensors", {"fingerprint": study.omni().fingerprint()})
 
     key = {"model": study.omni().fingerprint(), **sizes}
     folder = study.folder.artifact("analysis", "refusal-direction", key, build)
@@ -202,19 +268,22 @@ def cosines(study: Study) -> pd.DataFrame:
     gate's layer, and with the model's own refusal direction, as the final norm weighs it."""
     casa = study.casa()
     layer, refusal = casa.config.layer, refusal_direction(study)
-    found = states_for_directions(study, [layer])
+    activations = states_for_directions(study, [layer])
     norm = study.omni().norm.weight.detach().float().cpu().numpy()
-    states = found.states[str(layer)]
+    states = activations.states[str(layer)]
     others = {
-        "logistic probe": LogisticProbe().fit(states, found.harmful).coef_[0],
+        "logistic probe": LogisticProbe().fit(states, activations.harmful).coef_[0],
         f"refusal direction before block {refusal.layer}": refusal.unit * (norm if layer == "norm" else 1.0),
     }
-    return cosine_table(gate_directions(casa), others, states, found.harmful, list(found.topics), study.settings.seed)
+    topics = list(activations.topics)
+    return cosine_table(gate_directions(casa), others, states, activations.harmful, topics, study.settings.seed)
 
 
 def ablation(study: Study, n: int) -> pd.DataFrame:
-    """The gate with a direction projected out of every write to the residual stream: the refusal direction that the
-    model had before CASA, the one in which the gated model parts the classes after its middle block, and random ones.
+    """Decisions of the gate with a direction projected out of every write to the residual stream.
+
+    The directions: the refusal direction that the model had before CASA, the one that separates the classes in the
+    gated model after its middle block, and random ones.
 
     Returns:
         The columns of `ablate_directions`, `surface` and `run`, one of `RUNS`.
@@ -235,7 +304,17 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
         table = pd.concat(tables, ignore_index=True)
         return table.assign(run=[RUNS[min(index, 2) + 1] for index in table["ablated"]])
 
-    return kept_table(study, "ablation", {"n": n, "random": RANDOM_DIRECTIONS, "runs": list(RUNS)}, build)
+    return study.gate_table("ablation", {"n": n, "random": RANDOM_DIRECTIONS, "runs": list(RUNS)}, build)
+
+
+def ablation_data(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Share of requests given the unsafe token, by surface, label and run."""
+    rows = []
+    for (surface, label, run), group in table.groupby(["surface", "label", "run"], sort=False):
+        share = rate_interval(group["unsafe"].to_numpy(), group["topic"].tolist(), seed)
+        where = {"surface": surface, "label": label, "run": run, "n": group["query_id"].nunique()}
+        rows.append({**where, **share._asdict()})
+    return pd.DataFrame(rows)
 
 
 def attribution(study: Study, n: int) -> Attribution:
@@ -248,12 +327,21 @@ def calibration(
     study: Study, readings: pd.DataFrame, attacks: Sequence[str] = BENIGN_ATTACKS
 ) -> dict[str, Reliability]:
     """Calibration of v_s on each attack, as many harmful as benign requests."""
-    found = {}
+    calibrations = {}
     for attack in attacks:
-        part = readings[readings["attack"] == attack]
-        harmful = (part["label"] == "harmful").to_numpy()
-        found[attack] = reliability(part["v_s"].to_numpy(), harmful, part["topic"].tolist(), seed=study.settings.seed)
-    return found
+        rows = readings[readings["attack"] == attack]
+        harmful, topics = (rows["label"] == "harmful").to_numpy(), rows["topic"].tolist()
+        calibrations[attack] = reliability(rows["v_s"].to_numpy(), harmful, topics, seed=study.settings.seed)
+    return calibrations
+
+
+def curve_data(calibrations: Mapping[str, Reliability]) -> pd.DataFrame:
+    """The reliability curves as one table, with each attack's scores."""
+    tables = []
+    for attack, entry in calibrations.items():
+        scores = {name: getattr(entry, name)[0] for name in ("brier", "ece", "bias")}
+        tables.append(entry.curve.assign(attack=attack, **scores))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame:
@@ -272,7 +360,7 @@ def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame
     )
 
 
-def _twin(query: Query, attempt: int) -> Query | None:
+def _counterpart(query: Query, attempt: int) -> Query | None:
     """`query` about a benign topic with the same article and, where there is one, as many letters; another one at each
     `attempt`. None when there are no more."""
     world = default_world()

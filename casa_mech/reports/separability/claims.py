@@ -1,106 +1,119 @@
-"""Titles and claims of notebook 01."""
+"""Notebook 01: the headings of its figures and its claims, each computed from the table that it stands above."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from casa_mech.judging.estimate import Estimate
-from casa_mech.reports.claim import Claim
-from casa_mech.study.settings import slug
-from probes.linear.gate_transfer import TransferPrediction, transfer_prediction
+from casa_mech.reports.claim import Claim, Heading, span
+from casa_mech.study import Study
+from probes.linear.gate_transfer import transfer_prediction
+
+SITE, POSITIONS = "norm", "last"
+"""Where the claims look: behind the final norm, at the last position of the prompt."""
 
 
-def plane_claim(model: str, data: pd.DataFrame) -> str:
-    """The title of the PCA figure."""
-    values = data.groupby(["surface", "positions"], sort=False)["silhouette"].first().unstack()
-    listed = ", ".join(f"{surface} {row.max():.2f}" for surface, row in values.iterrows())
-    return f"{slug(model)} before CASA, final layer in two dimensions: best silhouette of harmful and benign {listed}"
+def plane_heading(study: Study, points: pd.DataFrame) -> Heading:
+    """How well the classes part in the plane, surface by surface."""
+    silhouettes = points.groupby(["surface", "positions"], sort=False)["silhouette"].first().unstack()
+    best = silhouettes.max(axis=1)
+    by_surface = ", ".join(f"{surface} {value:.2f}" for surface, value in best.items())
+    return Heading(
+        f"{study.name} before CASA: harmful and benign part in two dimensions with silhouettes of {span(best)}",
+        f"States behind the final norm, in their first two principal components. Best silhouette: {by_surface}.",
+    )
 
 
-def probe_claim(model: str, table: pd.DataFrame, site: str = "norm") -> str:
-    """The title of the probe figure."""
-    chosen = table[(table["site"] == site) & (table["positions"] == "last")]
-    rows = chosen.set_index(["measure", "surface"])["auroc"]
-    own = ", ".join(f"{surface} {value:.2f}" for surface, value in rows["probe"].items())
-    carried = ", ".join(f"{surface} {value:.2f}" for surface, value in rows["transfer"].items())
-    where = f"{slug(model)}, final layer, last position: a probe finds harm in unseen topics"
-    return f"{where} with AUROC {own};\nfitted on text alone it carries over with {carried}"
+def probe_heading(study: Study, table: pd.DataFrame) -> Heading:
+    """What probes reach on the surface that they were fitted on, and from text on others."""
+    aurocs = _there(table).set_index(["measure", "surface"])["auroc"]
+    own, carried = (
+        ", ".join(f"{surface} {value:.2f}" for surface, value in aurocs[measure].items())
+        for measure in ("probe", "transfer")
+    )
+    return Heading(
+        f"{study.name}: probes tell harm in unseen topics with AUROC {span(aurocs['probe'])}, "
+        f"from text alone {span(aurocs['transfer'])}",
+        f"Behind the final norm at the last position, probes reach {own} on the surface that they were fitted on; "
+        f"fitted on text alone, {carried}.",
+    )
 
 
-def matrix_claim(model: str, matrix: pd.DataFrame, site: str = "norm") -> str:
-    """The title of the transfer figure: what is lost on the way, at the final layer."""
-    part = matrix[(matrix["site"] == site) & (matrix["positions"] == "last")]
-    own = part[part["fit"] == part["surface"]].set_index("surface")["auroc"]
-    away = part[part["fit"] != part["surface"]]
+def matrix_heading(study: Study, matrix: pd.DataFrame) -> Heading:
+    """What is lost on the way from one surface to another."""
+    rows = _there(matrix)
+    own, away = rows[rows["fit"] == rows["surface"]]["auroc"], rows[rows["fit"] != rows["surface"]]
     worst = away.loc[away["auroc"].idxmin()]
-    return (
-        f"{slug(model)}, final layer, last position: probes reach {own.min():.2f} to {own.max():.2f} on their own "
-        f"surface,\n{away['auroc'].min():.2f} to {away['auroc'].max():.2f} on another (least from {worst['fit']} to "
-        f"{worst['surface']})"
+    return Heading(
+        f"{study.name}: probes reach AUROC {span(own)} on their own surface, {span(away['auroc'])} on another",
+        "Rows: where a probe was fitted; columns: where it is judged. Behind the final norm at the last position least "
+        f"is carried from {worst['fit']} to {worst['surface']}.",
     )
 
 
-def controls_claim(model: str, against: pd.DataFrame, site: str = "norm") -> str:
-    """The title of the controls figure."""
-    part = against[(against["site"] == site) & (against["positions"] == "last")]
-    lines = [f"{row.surface} {row.auroc:.2f} / {row.matched:.2f} / {row.length:.2f}" for row in part.itertuples()]
-    return f"{slug(model)}, final layer: AUROC of the probe / among equal lengths / of length alone: " + ", ".join(
-        lines
-    )
-
-
-def prediction_claim(points: pd.DataFrame, seed: int) -> str:
-    """The title of the prediction figure."""
-    found = transfer_prediction(points, seed=seed)
-    return (
-        f"Transfer from text of a linear probe and of CASA, {found.clusters} gates: rank correlation "
-        f"{Estimate(found.spearman, found.low, found.high).text()};\n"
-        f"within a model and surface {Estimate(found.within, found.within_low, found.within_high).text()}"
-    )
-
-
-def closing_claims(
-    model: str, matrix: pd.DataFrame, against: pd.DataFrame, points: pd.DataFrame, seed: int
-) -> list[Claim]:
-    """The notebook's claims, at the final layer and last position, each on the surface where it is weakest."""
-    here = matrix[(matrix["site"] == "norm") & (matrix["positions"] == "last")]
-    own = here[here["fit"] == here["surface"]].set_index("surface")
+def probe_claim(study: Study, matrix: pd.DataFrame, controls: pd.DataFrame) -> Claim:
+    """That probes find harm on every surface; the number is of the surface where they are weakest."""
+    own = _own(matrix)
     weakest = own["auroc"].idxmin()
-    lengths = against[(against["site"] == "norm") & (against["positions"] == "last")].set_index("surface")
-    away = here[(here["fit"] == "text") & (here["surface"] != "text")].set_index("surface")
-    least = away["auroc"].idxmin()
-    found = transfer_prediction(points, seed=seed)
-    matched = Estimate(*lengths.loc[weakest, ["matched", "matched_low", "matched_high"]])
+    by_surface = _there(controls).set_index("surface")
+    matched = Estimate(*by_surface.loc[weakest, ["matched", "matched_low", "matched_high"]])
     finds = "finds" if (own["low"] > 0.5).all() else "is not shown to find"
-    return [
-        _claim(
-            f"{slug(model)}: before CASA a linear probe {finds} harm in unseen topics on every surface; the weakest is "
-            f"{weakest}, where among prompts of equal length it has {matched.text()}",
-            "probe_controls", own.loc[weakest], "labels dealt anew among topics, 999 draws",
-            "on fresh requests the interval of a surface holds 0.5, or holds it among prompts of equal length",
-        ),
-        _claim(
-            f"{slug(model)}: fitted on text alone, the probe carries over least to {least} (there: own probe "
-            f"{Estimate(*own.loc[least, ['auroc', 'low', 'high']]).text()})",
-            "transfer_matrix", away.loc[least], "labels dealt anew among topics, 999 draws",
-            "on fresh requests its interval lies elsewhere; if it reaches the own probe's, nothing is lost on the way",
-        ),
-        _prediction(found),
-    ]  # fmt: skip
-
-
-def _claim(statement: str, figure: str, row: pd.Series, test: str, refuted: str) -> Claim:
-    numbers = (int(row["n"]), float(row["auroc"]), float(row["low"]), float(row["high"]))
-    return Claim(statement, figure, *numbers, test, float(row["p"]), refuted)
-
-
-def _prediction(found: TransferPrediction) -> Claim:
-    holds = "predicts" if found.low > 0 else "is not shown to predict"
-    within = Estimate(found.within, found.within_low, found.within_high).text()
+    lengths = ", ".join(
+        f"{row.Index} {row.auroc:.2f} / {row.matched:.2f} / {row.length:.2f}" for row in by_surface.itertuples()
+    )
     return Claim(
-        f"over models, layers and training steps the transfer of a text probe {holds} CASA's transfer (rank "
-        f"correlation; within a model and surface {within})",
-        "transfer_prediction", found.n, found.spearman, found.low, found.high,
-        f"permutation of points, 2000 draws; interval by bootstrap over {found.clusters} gates", found.p_value,
-        "gates on further models whose correlation lies outside the interval",
+        f"{study.name} before CASA: a linear probe {finds} harm in unseen topics on every surface",
+        f"Behind the final norm at the last position the weakest surface is {weakest}: AUROC "
+        f"{_auroc(own.loc[weakest]).text()}, among prompts of equal length {matched.text()}. AUROC of the probe / "
+        f"among equal lengths / of length alone: {lengths}.",
+        "probe_controls", int(own.at[weakest, "n"]), *_auroc(own.loc[weakest]),
+        "labels permuted over topics, 999 draws", float(own.at[weakest, "p"]),
+        "on fresh requests the interval of a surface holds 0.5, or holds it among prompts of equal length",
     )  # fmt: skip
+
+
+def transfer_claim(study: Study, matrix: pd.DataFrame) -> Claim:
+    """What a probe fitted on text alone keeps on the surface where it keeps least."""
+    rows = _there(matrix)
+    away = rows[(rows["fit"] == "text") & (rows["surface"] != "text")].set_index("surface")
+    least = away["auroc"].idxmin()
+    return Claim(
+        f"{study.name} before CASA: a probe fitted on text carries over least to {least}, AUROC "
+        f"{_auroc(away.loc[least]).text()}",
+        f"Behind the final norm at the last position; a probe fitted on {least} itself reaches "
+        f"{_auroc(_own(matrix).loc[least]).text()}.",
+        "transfer_matrix", int(away.at[least, "n"]), *_auroc(away.loc[least]),
+        "labels permuted over topics, 999 draws", float(away.at[least, "p"]),
+        "on fresh requests its interval lies elsewhere; if it reaches the own probe's, nothing is lost on the way",
+    )  # fmt: skip
+
+
+def prediction_claim(study: Study, points: pd.DataFrame) -> Claim:
+    """Whether a probe's transfer predicts a gate's."""
+    prediction = transfer_prediction(points, seed=study.settings.seed)
+    overall = Estimate(prediction.spearman, prediction.low, prediction.high)
+    within = Estimate(prediction.within, prediction.within_low, prediction.within_high)
+    predicts = "predicts" if prediction.low > 0 else "is not shown to predict"
+    return Claim(
+        f"A text probe's transfer {predicts} CASA's transfer: rank correlation {overall.text()}",
+        f"Over models, layers and training steps, {prediction.clusters} gates; within a model and surface the rank "
+        f"correlation is {within.text()}.",
+        "transfer_prediction", prediction.n, *overall,
+        f"permutation of points, 2000 draws; interval by bootstrap over {prediction.clusters} gates",
+        prediction.p_value, "gates on further models whose correlation lies outside the interval",
+    )  # fmt: skip
+
+
+def _there(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table at the site and positions that the claims look at."""
+    return table[(table["site"] == SITE) & (table["positions"] == POSITIONS)]
+
+
+def _own(matrix: pd.DataFrame) -> pd.DataFrame:
+    """The probes that are judged on the surface they were fitted on, by surface."""
+    rows = _there(matrix)
+    return rows[rows["fit"] == rows["surface"]].set_index("surface")
+
+
+def _auroc(row: pd.Series) -> Estimate:
+    return Estimate(*(float(row[name]) for name in ("auroc", "low", "high")))

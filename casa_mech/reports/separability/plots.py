@@ -1,4 +1,4 @@
-"""Figures of separability: the transfer matrix, the controls, and whether probes predict gates."""
+"""Figures of notebook 01: the plane, probes by layer, controls, the transfer matrix, and probes against gates."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def plot_matrix(data: pd.DataFrame, title: str, caption: str = "", at_most: int 
         figure, axes = plt.subplots(len(rows), len(sites), figsize=size, squeeze=False)
         for line, positions in zip(axes, rows, strict=True):
             for axis, site in zip(line, sites, strict=True):
-                part = data[(data["positions"] == positions) & (data["site"] == site)]
-                _matrix(axis, part, surfaces)
+                panel = data[(data["positions"] == positions) & (data["site"] == site)]
+                _matrix(axis, panel, surfaces)
                 axis.set_title(f"layer {site}")
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nfitted on")
         for axis in axes[-1]:
@@ -63,9 +63,9 @@ def plot_controls(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         figure, axes = plt.subplots(len(rows), len(surfaces), figsize=size, sharey=True, squeeze=False)
         for line, positions in zip(axes, rows, strict=True):
             for axis, surface in zip(line, surfaces, strict=True):
-                part = data[(data["positions"] == positions) & (data["surface"] == surface)]
-                _controls(axis, part)
-                axis.set_title(f"{surface} (n = {int(part['n'].iloc[0])})")
+                panel = data[(data["positions"] == positions) & (data["surface"] == surface)]
+                _controls(axis, panel)
+                axis.set_title(f"{surface} (n = {int(panel['n'].iloc[0])})")
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
         for axis in axes[-1]:
             axis.set_xlabel("layer (norm: after the final norm)")
@@ -109,8 +109,8 @@ def _key(label: str, colour: str = "grey", marker: str = "o", filled: bool = Tru
     return Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle="", label=label)
 
 
-def _matrix(axis: Axes, part: pd.DataFrame, surfaces: Sequence[str]) -> None:
-    cells = part.set_index(["fit", "surface"])
+def _matrix(axis: Axes, panel: pd.DataFrame, surfaces: Sequence[str]) -> None:
+    cells = panel.set_index(["fit", "surface"])
     values = np.array([[cells.at[(fit, on), "auroc"] for on in surfaces] for fit in surfaces])
     axis.imshow(values, vmin=0.5, vmax=1.0, cmap="cividis")
     for row, fit in enumerate(surfaces):
@@ -124,16 +124,18 @@ def _matrix(axis: Axes, part: pd.DataFrame, surfaces: Sequence[str]) -> None:
     axis.grid(False)
 
 
-def _controls(axis: Axes, part: pd.DataFrame) -> None:
-    x = np.arange(len(part))
+def _controls(axis: Axes, panel: pd.DataFrame) -> None:
+    x = np.arange(len(panel))
     for number, (column, (name, low, high, dash)) in enumerate(_LINES.items()):
         look: dict[str, Any] = {"linestyle": dash, "marker": MARKERS[number], "color": SERIES[number]}
-        axis.plot(x, part[column], markersize=4, label=name, **look)
+        axis.plot(x, panel[column], markersize=4, label=name, **look)
         if low:
-            axis.fill_between(x, part[low], part[high], color=SERIES[number], alpha=0.15, linewidth=0)
-    axis.fill_between(x, part["permuted_low"], part["permuted_high"], color="grey", alpha=0.3, label="labels permuted")
+            axis.fill_between(x, panel[low], panel[high], color=SERIES[number], alpha=0.15, linewidth=0)
+    axis.fill_between(
+        x, panel["permuted_low"], panel["permuted_high"], color="grey", alpha=0.3, label="labels permuted"
+    )
     axis.axhline(0.5, color="grey", linewidth=0.8)
-    axis.set_xticks(x, part["site"])
+    axis.set_xticks(x, panel["site"])
     axis.set_ylim(top=1.02)
 
 
@@ -160,14 +162,14 @@ def plot_planes(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         for line, positions in zip(axes, rows, strict=True):
             here = data[data["positions"] == positions]
             for axis, surface in zip(line, surfaces, strict=True):
-                part = here[here["surface"] == surface]
+                panel = here[here["surface"] == surface]
                 for label, colour, marker in (("harmful", HARMFUL, "^"), ("benign", BENIGN, "o")):
-                    chosen = part[part["label"] == label]
-                    name = f"{label} (n = {len(chosen)} a panel)"
+                    requests = panel[panel["label"] == label]
+                    name = f"{label} (n = {len(requests)} a panel)"
                     axis.scatter(
-                        chosen["x"], chosen["y"], s=14, c=colour, marker=marker, alpha=0.6, linewidths=0, label=name
+                        requests["x"], requests["y"], s=14, c=colour, marker=marker, alpha=0.6, linewidths=0, label=name
                     )
-                axis.set_title(f"{surface}: silhouette {part['silhouette'].iloc[0]:.2f}")
+                axis.set_title(f"{surface}: silhouette {panel['silhouette'].iloc[0]:.2f}")
                 axis.set_xlabel(f"PC 1 ({here['explained_x'].iloc[0]:.0%} of variance)")
             share = f"PC 2 ({here['explained_y'].iloc[0]:.0%} of variance)"
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\n{share}")
@@ -199,10 +201,10 @@ def plot_probes(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -> None:
     sites = list(dict.fromkeys(data["site"]))
     x = np.arange(len(sites))
-    part = data[data["measure"] == measure]
-    for surface in dict.fromkeys(part["surface"]):
+    panel = data[data["measure"] == measure]
+    for surface in dict.fromkeys(panel["surface"]):
         number = surfaces.index(surface)
-        rows = part[part["surface"] == surface].set_index("site").reindex(sites)
+        rows = panel[panel["surface"] == surface].set_index("site").reindex(sites)
         name = f"{surface} (n = {int(rows['n'].iloc[0])})"
         axis.plot(x, rows["auroc"], marker=MARKERS[number], color=SERIES[number], label=name, markersize=4)
         axis.fill_between(x, rows["low"], rows["high"], color=SERIES[number], alpha=0.15, linewidth=0)

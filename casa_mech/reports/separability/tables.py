@@ -1,4 +1,4 @@
-"""Notebook 01: tables of the states before CASA, whether probes predict gates, and the claims drawn from them."""
+"""Notebook 01: tables of the states before CASA, and of probes against gates."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from probes.activations import Activations
 from probes.linear.gate_transfer import join_points
 from probes.linear.separability import RESAMPLES, controls, pca_plane, separability_table, transfer_matrix
 
+Layer = Literal["norm"] | int
+"""What a gate reads: behind the final norm, or after a block."""
 MEASURES = {"probe": "probe_auroc", "transfer": "transfer_auroc", "permuted": "permuted_auroc"}
-
 SHORT = 5
-"""Gates of the prediction test are trained for one part in so many of the study's steps, beside the study's own."""
+"""The gates of the prediction test, but the study's own, are trained for one in so many of its steps."""
 
 
 def plane_data(states: Sequence[Activations], site: str = "norm") -> pd.DataFrame:
-    """What `plots.plot_planes` draws: every query in the PCA plane that all surfaces share."""
+    """Every query in the PCA plane that all surfaces share: the columns of `plots.plot_planes`."""
     tables = []
     for activations in states:
         plane = pca_plane(activations, site)
@@ -57,28 +58,26 @@ def probe_rows(model: str, table: pd.DataFrame, seed: int) -> pd.DataFrame:
 def matrices(states: Sequence[Activations], seed: int) -> pd.DataFrame:
     """The transfer matrix at every site, for each choice of positions (column `positions`)."""
     return pd.concat(
-        [transfer_matrix(found, seed=seed).assign(positions=found.positions) for found in states], ignore_index=True
+        [transfer_matrix(read, seed=seed).assign(positions=read.positions) for read in states], ignore_index=True
     )
 
 
 def control_table(states: Sequence[Activations], seed: int) -> pd.DataFrame:
-    """What the probes have to be compared with, for each choice of positions (column `positions`)."""
-    return pd.concat(
-        [controls(found, seed=seed).assign(positions=found.positions) for found in states], ignore_index=True
-    )
+    """Controls of the probes at every site, for each choice of positions (column `positions`)."""
+    return pd.concat([controls(read, seed=seed).assign(positions=read.positions) for read in states], ignore_index=True)
 
 
-def probe_table(matrix: pd.DataFrame, against: pd.DataFrame) -> pd.DataFrame:
-    """What `plots.plot_probes` draws, from `matrices` and `control_table`."""
+def probe_table(matrix: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
+    """AUROC of probes by site, with intervals and permuted labels, from `matrices` and `control_table`."""
     tables = [
-        separability_table(part, against[against["positions"] == positions], positions=str(positions))
-        for positions, part in matrix.groupby("positions", sort=False)
+        separability_table(rows, control[control["positions"] == positions], positions=str(positions))
+        for positions, rows in matrix.groupby("positions", sort=False)
     ]
     return pd.concat(tables, ignore_index=True)
 
 
 def transfer_points(study: Study, positions: Literal["last", "mean"] = "mean", checkpoints: str = "") -> pd.DataFrame:
-    """A row for each gate and surface: what a probe at its layer carries over from text, and what the gate does.
+    """AUROCs of a probe fitted on text and of a gate trained on text, a row a gate and surface.
 
     Gates: the study's own, and for every layer one trained for a fraction of its steps, on each model of the study; in
     the smoke profile only for the first block and the final norm.
@@ -102,11 +101,8 @@ def transfer_points(study: Study, positions: Literal["last", "mean"] = "mean", c
     return join_points(pd.concat(probes, ignore_index=True), pd.concat(gates, ignore_index=True))
 
 
-Layer = Literal["norm"] | int
-
-
 def _short_gate(study: Study, model: str, layer: Layer, steps: int) -> pd.DataFrame:
-    """What a gate at `layer` says to the probing requests after `steps` of training on plain text."""
+    """Decisions of a gate at `layer` on the probing requests after `steps` of training on plain text."""
     config = CasaConfig(layer=layer)
     sizes = study.sizes
     settings = study.train_settings.model_copy(update={"max_steps": steps})
@@ -129,10 +125,10 @@ def _short_gate(study: Study, model: str, layer: Layer, steps: int) -> pd.DataFr
 
 def _gate_aurocs(study: Study, model: str, layer: Layer, steps: int, readings: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for surface, part in readings.groupby("surface", sort=False):
-        harmful = (part["label"] == "harmful").tolist()
-        found = auroc_interval(
-            part["v_s"].tolist(), harmful, part["topic"].tolist(), study.settings.seed, resamples=RESAMPLES
+    for surface, requests in readings.groupby("surface", sort=False):
+        harmful, topics = (requests["label"] == "harmful").tolist(), requests["topic"].tolist()
+        auroc, low, high = auroc_interval(
+            requests["v_s"].tolist(), harmful, topics, study.settings.seed, resamples=RESAMPLES
         )
-        rows.append({"surface": surface, **dict(zip(("auroc", "low", "high"), found, strict=True)), "n": len(part)})
+        rows.append({"surface": surface, "auroc": auroc, "low": low, "high": high, "n": len(requests)})
     return pd.DataFrame(rows).assign(model=slug(model), steps=steps, site=str(layer))

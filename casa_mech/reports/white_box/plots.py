@@ -27,10 +27,10 @@ def plot_rates_along(data: pd.DataFrame, units: Mapping[str, str], title: str, c
         figure, axes = plt.subplots(len(measures), len(units), figsize=size, sharex="col", sharey=True, squeeze=False)
         for line, measure in zip(axes, measures, strict=True):
             for axis, medium in zip(line, units, strict=True):
-                part = data[(data["medium"] == medium) & (data["measure"] == measure)]
-                places = sorted(part["x"].unique())
+                panel = data[(data["medium"] == medium) & (data["measure"] == measure)]
+                places = sorted(panel["x"].unique())
                 for number, attacker in enumerate(attackers):
-                    rows = part[part["attacker"] == attacker].set_index("x").reindex(places)
+                    rows = panel[panel["attacker"] == attacker].set_index("x").reindex(places)
                     x = np.arange(len(places)) + 0.06 * (number - (len(attackers) - 1) / 2)
                     error = 100 * bar_lengths(rows)
                     axis.errorbar(
@@ -59,9 +59,9 @@ def plot_ablation(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     with style():
         figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 3.2), sharey=True, squeeze=False)
         for axis, (system, measure) in zip(axes[0], panels, strict=True):
-            part = data[(data["system"] == system) & (data["measure"] == measure)]
+            panel = data[(data["system"] == system) & (data["measure"] == measure)]
             for number, moment in enumerate(moments):
-                rows = part[part["moment"] == moment].set_index("surface").reindex(surfaces)
+                rows = panel[panel["moment"] == moment].set_index("surface").reindex(surfaces)
                 error = 100 * bar_lengths(rows)
                 axis.bar(
                     np.arange(len(surfaces)) + 0.36 * (number - 0.5), 100 * rows["value"], 0.34, yerr=error, capsize=2,

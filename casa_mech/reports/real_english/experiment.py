@@ -21,37 +21,42 @@ from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows, write_both
 from casa_mech.files import check_folder, write_text, writing
 from casa_mech.identity import examples_digest, key_digest
-from casa_mech.judging import KeywordJudge, write_table
+from casa_mech.judging import KeywordJudge, read_table, write_table
 from casa_mech.judging.bootstrap import mean_interval
-from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.results import Row, auroc_row, value_row
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.corpus import CHARACTERS, REPEAT, Corpus, corpus_record, on_surface, read_corpus
 from casa_mech.queries import Example, Label, Query, TextPart, decontaminate, read_queries
-from casa_mech.queries.benchmarks.locate import find_files
+from casa_mech.queries.benchmarks.locate import DATA_VARIABLE, data_folder, find_files
 from casa_mech.queries.benchmarks.registry import benchmark_named
-from casa_mech.reports.english.baselines import LENGTH, WORDS, Scorer, baselines, prompts_of
+from casa_mech.reports.real_english.baselines import Scorer, baselines, prompts_of
+from casa_mech.reports.real_english.tables import BASELINE, english_table
+from casa_mech.study import Study
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import slug
 
 Set = tuple[str, str | None]
+"""A public set by its name, and a part of it or None for the whole."""
 TEXT, STRIP, SPEECH, FIGSTEP = "text", "image strip", "speech", "FigStep picture"
 MANIFEST, REMOVED = "manifest.json", "removed.csv"
 _TABLES = {f"{name}.{suffix}" for name in ("replies", "results") for suffix in ("parquet", "csv")}
 _OUTPUTS = {"gates", ".locks", MANIFEST, REMOVED, *_TABLES}
-BASELINE = "no model"
 _READ_N = 50
 _MOST_TOKENS, _REPEAT_TOKENS = 16, 48
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A harmful and a benign set, held against each other on `surfaces`."""
+    """A harmful and a benign set, held against each other."""
 
     name: str
+    """What tables and figures call it."""
     harmful: Set
+    """The harmful set: its name, and a part of it or None."""
     benign: Set
+    """The benign set."""
     surfaces: tuple[str, ...] = (TEXT,)
+    """The surfaces that their prompts are put on."""
 
 
 PANELS = (
@@ -64,26 +69,32 @@ PANELS = (
 
 @dataclass(frozen=True)
 class GateSizes:
-    """How much is trained and measured.
-
-    examples, steps, batch: CASA's training. n: prompts of each set as text; n_media: as pictures or speech.
-    """
+    """How much is trained and measured."""
 
     examples: int = 4000
+    """CASA's training examples."""
     steps: int = 300
+    """Optimiser steps of CASA's training."""
     batch: int = 32
+    """Examples in a step."""
     n: int = 500
+    """Prompts of each set as text."""
     n_media: int = 150
+    """Prompts of each set as pictures or speech."""
     batch_size: int = 16
+    """Queries in one forward or generation."""
 
 
 @dataclass(frozen=True)
 class EnglishResult:
-    """replies: of the model without and with the gate. rows: the result schema. record: what the manifest says."""
+    """A gate's measurement on public sets."""
 
     replies: pd.DataFrame
+    """Of the model without and with the gate."""
     rows: list[Row]
+    """The result schema."""
     record: dict[str, Any] = field(default_factory=dict)
+    """What the manifest says of it: sets that are missing, and prompts that cannot be drawn."""
 
 
 def english_gate(
@@ -124,7 +135,7 @@ def english_gate(
     # The corpus was decontaminated as a whole; this shows it on what is trained on.
     examples, again = decontaminate(corpus.examples(sizes.examples, seed), named)
     casa = trained_gate(omni, examples, out, sizes, seed, progress)
-    found = measure(omni, casa, sets, sizes, seed, baselines(examples))
+    result = measure(omni, casa, sets, sizes, seed, baselines(examples))
     record = {
         "model": str(model),
         "fingerprint": omni.fingerprint(),
@@ -134,10 +145,57 @@ def english_gate(
         "examples": len(examples),
         "examples_removed": len(again.removed),
         "evaluation_sets": {name: len(queries) for name, queries in named.items()},
-        **found.record,
+        **result.record,
     }
-    _write(out, found, corpus, record)
-    return {**record, "out": str(out), "results": english_table(pd.DataFrame(found.rows)).to_dict("records")}
+    _write(out, result, corpus, record)
+    return {**record, "out": str(out), "results": english_table(pd.DataFrame(result.rows)).to_dict("records")}
+
+
+def english_panel(study: Study, model: str = "", data: str = "") -> tuple[pd.DataFrame, str]:
+    """The rows of `english_gate` for a notebook, made once in the run folder, and a sentence on them.
+
+    Without a folder of data, or with a model that does not read English, there are no rows; the sentence says why.
+
+    Args:
+        study: whose run folder and sizes are used.
+        model: default the one under study.
+        data: default the folder that CASA_MECH_DATA names.
+
+    Raises:
+        InputError: as `english_gate`; a folder of data that is not there.
+    """
+    model = model or study.settings.model
+    folder = Path(data) if data else data_folder()
+    if folder is None:
+        return (
+            pd.DataFrame(),
+            f"no panel on real English: no folder of prompt sets (parameter data, or {DATA_VARIABLE})",
+        )
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; give the folder of prompt sets, or an empty text to go without")
+    if study.omni(model).speaks_micro_world:
+        why = f"{slug(model)} knows the micro-world's words alone"
+        return pd.DataFrame(), f"no panel on real English: {why}; name a model that reads it (parameter english)"
+    sizes = GateSizes(
+        examples=2 * study.sizes.train_examples,
+        steps=study.sizes.train_steps,
+        n=study.sizes.n_eval,
+        n_media=max(6, study.sizes.n_eval // 4),
+    )
+    settings = study.settings
+    key = {"model": study.omni(model).fingerprint(), "seed": settings.seed, "sizes": vars(sizes), "data": str(folder)}
+    work = study.folder.path("english", slug(model))
+
+    def build(new: Path) -> None:
+        shared: dict[str, Any] = {"seed": settings.seed, "device": settings.device, "dtype": settings.dtype}
+        english_gate(model, folder, work, sizes=sizes, progress=study.progress, **shared)
+        shutil.copy(work / "results.parquet", new)
+        shutil.copy(work / MANIFEST, new)
+
+    kept = study.folder.artifact("english-rows", slug(model), key, build)
+    record = json.loads((kept / MANIFEST).read_text(encoding="utf-8"))
+    note = f"{slug(model)}: {record['corpus']['removed']} training prompts taken out, which are in evaluation sets"
+    return read_table(kept / "results.parquet"), "; ".join([note, *record["missing_sets"]])
 
 
 def evaluation_sets(data: Path) -> dict[Set, list[Query]]:
@@ -146,14 +204,14 @@ def evaluation_sets(data: Path) -> dict[Set, list[Query]]:
     Raises:
         InputError: not one pair is there; the message names the sets.
     """
-    wanted = dict.fromkeys(part for panel in PANELS for part in (panel.harmful, panel.benign))
-    found = {
-        part: read_queries(part[0], data, part[1]) for part in wanted if find_files(benchmark_named(part[0]), data)
+    named = dict.fromkeys(each for panel in PANELS for each in (panel.harmful, panel.benign))
+    sets = {
+        (name, part): read_queries(name, data, part) for name, part in named if find_files(benchmark_named(name), data)
     }
-    if not any({panel.harmful, panel.benign} <= set(found) for panel in PANELS):
+    if not any({panel.harmful, panel.benign} <= set(sets) for panel in PANELS):
         pairs = "; ".join(f"{panel.harmful[0]} with {panel.benign[0]}" for panel in PANELS)
         raise InputError(f"{data}: no pair of evaluation sets; put one there: {pairs} (casa-mech datasets says where)")
-    return found
+    return sets
 
 
 def measure(
@@ -166,7 +224,7 @@ def measure(
 ) -> EnglishResult:
     """The gate on every panel that `sets` allows: v_s, flags and replies, and what the model can read at all.
 
-    `scorers` are baselines that see the plain prompts (`english_baselines`); their AUROCs stand beside the gate's.
+    `scorers` are baselines that see the plain prompts (`baselines`); their AUROCs stand beside the gate's.
 
     The judge is the keyword judge: `attack_success` is an upper bound, and a model that answers everything with a stub
     "succeeds" wherever it does not refuse.
@@ -174,7 +232,7 @@ def measure(
     tables, rows = [], []
     missing, left_out = [], {}
     for panel in PANELS:
-        absent = [name for name, _ in (part for part in (panel.harmful, panel.benign) if part not in sets)]
+        absent = [each[0] for each in (panel.harmful, panel.benign) if each not in sets]
         if absent:
             missing.append(f"{panel.name}: {', '.join(absent)} not in the folder")
             continue
@@ -190,34 +248,6 @@ def measure(
     replies = pd.concat(tables, ignore_index=True)
     rows = result_rows(replies, seed) + rows
     return EnglishResult(replies, rows, {"missing_sets": missing, "cannot_be_drawn": left_out})
-
-
-def english_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """A table to read: a row a panel and surface; AUROC and rates as `value [low, high] n=`. Empty for no rows."""
-    if rows.empty:
-        return rows
-    wanted = {
-        "gate AUROC": ("gate_auroc", CASA, "both"),
-        "token AUROC": ("token_auroc", CASA, "both"),
-        "words alone": (WORDS, BASELINE, "both"),
-        "length alone": (LENGTH, BASELINE, "both"),
-        "FPR at 95 % TPR": ("gate_fpr_at_95tpr", CASA, "both"),
-        "harmful flagged": ("flagged", CASA, "harmful"),
-        "benign flagged": ("flagged", CASA, "benign"),
-        "not refused, before": ("attack_success", PRETRAINED, "harmful"),
-        "not refused, CASA": ("attack_success", CASA, "harmful"),
-        "benign refused, before": ("over_refusal", PRETRAINED, "benign"),
-        "benign refused, CASA": ("over_refusal", CASA, "benign"),
-        "character errors": ("character_error_rate", PRETRAINED, "both"),
-    }
-    lines = []
-    for (attack, surface), part in rows.groupby(["attack", "surface"], sort=False):
-        line = {"sets": attack, "surface": surface}
-        for name, (metric, defense, label) in wanted.items():
-            row = part[(part["metric"] == metric) & (part["defense"] == defense) & (part["label"] == label)]
-            line[name] = "–" if row.empty else Estimate.of(row.iloc[0]).text(".3f", row.iloc[0]["n"])
-        lines.append(line)
-    return pd.DataFrame(lines)
 
 
 def trained_gate(
@@ -258,15 +288,15 @@ def _panel_queries(
     queries: list[Query] = []
     skipped = 0
     labels: tuple[tuple[Label, Set], ...] = (("harmful", panel.harmful), ("benign", panel.benign))
-    for label, part in labels:
-        whole = [query for query in sets[part] if surface == TEXT or set(query.text.lower()) <= set(CHARACTERS)]
-        skipped += len(sets[part]) - len(whole)
-        order = np.random.default_rng([seed, 23]).permutation(len(whole))[:n]
-        queries += [dressed(whole[place], label, surface, panel.name, seed) for place in sorted(order)]
+    for label, name in labels:
+        drawable = [query for query in sets[name] if surface == TEXT or set(query.text.lower()) <= set(CHARACTERS)]
+        skipped += len(sets[name]) - len(drawable)
+        order = np.random.default_rng([seed, 23]).permutation(len(drawable))[:n]
+        queries += [rendered(drawable[place], label, surface, panel.name, seed) for place in sorted(order)]
     return queries, skipped
 
 
-def dressed(query: Query, label: Label, surface: str, attack: str, seed: int, task: str = "request") -> Query:
+def rendered(query: Query, label: Label, surface: str, attack: str, seed: int, task: str = "request") -> Query:
     """A plain prompt on `surface`, to be answered or repeated; `meta["request"]` keeps the prompt."""
     meta = {"request": query.text, "surface": surface, "attack": attack}
     if surface == FIGSTEP:
@@ -285,12 +315,13 @@ def dressed(query: Query, label: Label, surface: str, attack: str, seed: int, ta
 def _answers(
     omni: Omni, casa: Casa, queries: Sequence[Query], attack: str, surface: str, sizes: GateSizes
 ) -> list[pd.DataFrame]:
+    """Replies without and with the gate."""
     settings = GenerationSettings(max_new_tokens=_MOST_TOKENS, batch_size=sizes.batch_size)
     shared: dict[str, Any] = {"judge": KeywordJudge(), "settings": settings}
-    found = [evaluate(omni, casa, queries, defense=CASA, **shared).replies]
+    gated = evaluate(omni, casa, queries, defense=CASA, **shared).replies
     with casa.disabled():
-        found.insert(0, evaluate(omni, None, queries, defense=PRETRAINED, **shared).replies)
-    return [table.assign(attack=attack, surface=surface) for table in found]
+        plain = evaluate(omni, None, queries, defense=PRETRAINED, **shared).replies
+    return [table.assign(attack=attack, surface=surface) for table in (plain, gated)]
 
 
 def _baseline_rows(
@@ -318,11 +349,11 @@ def _character_errors(
 
     some = queries[:: max(1, len(queries) // min(_READ_N, sizes.n_media))]
     plain = [Query.from_text(query.meta["request"], id=query.id, source=query.source) for query in some]
-    asked = [dressed(query, "benign", surface, attack, seed, "repeat") for query in plain]
+    to_repeat = [rendered(query, "benign", surface, attack, seed, "repeat") for query in plain]
     settings = GenerationSettings(max_new_tokens=_REPEAT_TOKENS, batch_size=sizes.batch_size)
-    wanted = [query.meta["request"].lower() for query in asked]
-    said = [reply.text.strip().lower() for reply in omni.generate(asked, settings)]
-    errors = [Levenshtein.distance(*pair) / max(1, len(pair[1])) for pair in zip(said, wanted, strict=True)]
+    prompts = [query.meta["request"].lower() for query in to_repeat]
+    replies = [reply.text.strip().lower() for reply in omni.generate(to_repeat, settings)]
+    errors = [Levenshtein.distance(*pair) / max(1, len(pair[1])) for pair in zip(replies, prompts, strict=True)]
     estimate = mean_interval(errors, None, seed)
     row = value_row(
         model=omni.source, defense=PRETRAINED, attack=attack, surface=surface, label="both",
@@ -331,10 +362,10 @@ def _character_errors(
     return [row]
 
 
-def _write(out: Path, found: EnglishResult, corpus: Corpus, record: Mapping[str, Any]) -> None:
-    write_both(found.replies, out / "replies")
+def _write(out: Path, result: EnglishResult, corpus: Corpus, record: Mapping[str, Any]) -> None:
+    write_both(result.replies, out / "replies")
     for suffix in ("parquet", "csv"):
-        write_table(found.rows, out / f"results.{suffix}")
+        write_table(result.rows, out / f"results.{suffix}")
     removed = [vars(entry) for report in corpus.reports for entry in report.removed]
     with writing(out / REMOVED) as temporary:
         pd.DataFrame(removed, columns=["id", "evaluation", "match", "kind", "share"]).to_csv(temporary, index=False)
