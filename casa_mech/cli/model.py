@@ -255,13 +255,13 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for replies and results as parquet and CSV; a stopped run continues.")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Queries in one forward.", rich_help_panel=ReplyOptions.title)
-    ] = 16,
     seed: Seed = 0,
     as_json: Json = False,
     defense: DefenseOptions = DefenseOptions(),
     replies: ReplyOptions = ReplyOptions(),
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Queries in one forward.", rich_help_panel=ReplyOptions.title)
+    ] = 16,
     judge: JudgeName = "",
     judging: JudgeOptions = JudgeOptions(),
     model: ModelOptions = ModelOptions(),
