@@ -167,7 +167,7 @@ def _defense_name(system: SystemUnderTest) -> str:
 
 
 def _identity(tested: str, system: SystemUnderTest) -> dict[str, Any]:
-    """What the defence's replies depend on, for the replies that are kept: how it was made, and from which files."""
+    """The options and files that the defence's replies depend on, for the replies that are kept."""
     files = sorted(path for path in system.gate.rglob("*") if path.is_file()) if system.gate else []
     return {
         "defense": tested,
