@@ -74,7 +74,7 @@ def evaluate_files(
         out: folder for the tables; replies and verdicts are kept there while the run is on, and the same call after a
             stop goes on from them. None: nothing is written.
         judge: default `judge_for` the queries.
-        note: told the warnings, one line each.
+        note: gets the warnings, one line each.
 
     Returns:
         What was evaluated, the share of unknown words, the rates, and where the tables are.

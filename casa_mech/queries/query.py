@@ -85,9 +85,9 @@ class Query(_Record):
     prefill: str = ""
     """The opening that an attacker (or a user) puts into the assistant's mouth."""
     meta: Mapping[str, str] = Field(default_factory=dict)
-    """Facts that the query's maker knows of it. Keys in use: `topic`, `category`, `verb`, `template`, `wrapper`, `surface`,
-    `attack`, `split`, `request` (the plain request, where the text is another one) and `compliance` (the full text of
-    an answer that complies, which judges and prefill attacks read)."""
+    """Facts that the query's maker knows of it. Keys in use: `topic`, `category`, `verb`, `template`, `wrapper`,
+    `surface`, `attack`, `split`, `request` (the plain request, where the text is another one) and `compliance` (the
+    full text of an answer that complies, which judges and prefill attacks read)."""
 
     @classmethod
     def from_text(cls, text: str, id: str = "q0", **fields: Any) -> Query:
