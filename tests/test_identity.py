@@ -27,7 +27,7 @@ from casa_mech.queries.index import read_index
 from probes.activations.store import ActivationStore
 
 ROOT = Path(__file__).parents[1]
-DRAWING = {"casa_mech/attacks/seeding.py", "casa_mech/draws.py", "casa_mech/queries/reading.py"}
+DRAWING = {"casa_mech/attacks/seeding.py", "casa_mech/queries/draws.py"}
 QUERY = "f0c9e64a96ff6c91a15e753adc2d7432bafc1468db6504c7026119acddb381bd"
 QUERIES = "4d8e99f44f08f12152ad1a4919b2a3beb1815bb29939d81830674ecad93e15e8"
 EXAMPLES = "201918c78ecdf47b43c5498ed7fc5c4b4b4d798dcef49647fd1f1023e7920eba"

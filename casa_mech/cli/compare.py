@@ -121,6 +121,8 @@ def compare(
 
 def _readable(result: Mapping[str, Any]) -> dict[str, Any]:
     """A comparison for a reader: rates and costs, the tests, and where the rest is."""
+    from casa_mech.judging.estimate import Estimate
+
     root = Path(result["out"])
     tests = [
         {
@@ -129,7 +131,7 @@ def _readable(result: Mapping[str, Any]) -> dict[str, Any]:
             "n": row["n"],
             "rate": row["value"],
             row["against"]: row["value_against"],
-            "difference": f"{row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+            "difference": Estimate(row["difference"], row["low"], row["high"]).text(".3f"),
             "p": row["p"],
             "p (Holm)": row["p_holm"],
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import TEMPORARY, check_writable, storage_error, writing, writing_folder
+from casa_mech.files import TEMPORARY, check_folder, check_writable, storage_error, writing, writing_folder
+from casa_mech.identity import digest_of
 from casa_mech.omni import Omni, load_omni
 from casa_mech.omni.checkpoint import WEIGHTS
 from casa_mech.organism.card import CARD, MIN_N, card, write_card
@@ -76,7 +76,7 @@ def build(
 
 def build_key(keys: Sequence[str]) -> str:
     """Digest of all that a training depends on."""
-    return hashlib.sha256(keys[-1].encode()).hexdigest()
+    return digest_of(keys[-1])
 
 
 def build_into(
@@ -152,14 +152,15 @@ def _locked(target: Path) -> Iterator[None]:
 
 def _finished(target: Path, key: str, record_name: str, replaces: bool) -> dict[str, Any] | None:
     """The record of this very build where it is finished; None where it is to be done or goes on."""
-    names = sorted(path.name for path in target.iterdir() if path.name != LOCK)
-    if not names or names == [CHECKPOINT]:
+    path = target / record_name
+    check_folder(target, [LOCK, CHECKPOINT], record_name)
+    if not path.exists():
         return None
     try:
-        record: dict[str, Any] = json.loads((target / record_name).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         held = record["build"].get("key")
-    except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError):
-        raise RunError(f"{target} holds other files ({names[0]}, …): choose a new or empty --out") from None
+    except (OSError, KeyError, AttributeError, TypeError, ValueError):
+        raise RunError(f"{path} is no record of a build: choose a new or empty --out") from None
     if held == key:
         return record
     if not replaces:

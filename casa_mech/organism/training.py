@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from casa_mech.errors import RunError
 from casa_mech.files import writing
+from casa_mech.identity import digest_of
 from casa_mech.omni import Omni
 
 SCHEMA = 1
@@ -65,7 +65,7 @@ class Checkpoint:
         self.stage = 0
         """Index of the stage to go on with; those before it are done."""
         self._path = path
-        self._keys = [hashlib.sha256(key.encode()).hexdigest() for key in stage_keys]
+        self._keys = [digest_of(key) for key in stage_keys]
         self._every = -(-every // GROUP) * GROUP
         self._step = 0
         self._header: dict[str, Any] = {}

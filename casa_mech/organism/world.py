@@ -7,7 +7,6 @@ topic. What is seen in safety training and what is held out is written in the da
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from casa_mech.attacks.audio import AUDIO_PHRASE
 from casa_mech.attacks.image import IMAGE_PHRASE
 from casa_mech.attacks.jailbreak import wrappers, wrappers_of
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
 from casa_mech.queries import Example, Label, Query
 
 Split = Literal["seen", "held_out", "all"]
@@ -66,7 +66,7 @@ class World:
     def __init__(self) -> None:
         source = (files("casa_mech.organism") / "world.json").read_text(encoding="utf-8")
         data = json.loads(source)
-        self.digest = hashlib.sha256(repr((source, dict(wrappers()))).encode()).hexdigest()
+        self.digest = digest_of(repr((source, dict(wrappers()))))
         """Of the world's data and the jailbreak wrappers: what every draw depends on."""
         self.categories: dict[str, bool] = {name: entry["harmful"] for name, entry in data["categories"].items()}
         self.phrases: dict[str, str] = {name: entry["phrase"] for name, entry in data["categories"].items()}

@@ -10,6 +10,7 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
+from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.stats import auroc_interval, cluster_of, wilson
 from casa_mech.omni import Omni
 from casa_mech.queries import Label, Query
@@ -57,8 +58,8 @@ class PromptProbe:
     def __str__(self) -> str:
         n_harmful = int((self.held_out["label"] == "harmful").sum())
         return (
-            f"{self.estimator._kind} probe at site {self.site}, positions {self.positions}: AUROC {self.auroc:.3f} "
-            f"[{self.low:.3f}, {self.high:.3f}] on held-out prompts ({n_harmful} harmful, "
+            f"{self.estimator._kind} probe at site {self.site}, positions {self.positions}: AUROC "
+            f"{Estimate(self.auroc, self.low, self.high).text('.3f')} on held-out prompts ({n_harmful} harmful, "
             f"{len(self.held_out) - n_harmful} benign)"
         )
 

@@ -1,14 +1,14 @@
 """The public benchmarks read from the real files, where they are: all rows, all pictures, all encode."""
 
 import pytest
-from helpers.paths import DATA
+from helpers.paths import DATA, HAS_DATA
 
 from casa_mech.omni import Omni
 from casa_mech.queries import Query, matches, read_benchmark, read_mme_results, read_queries
 from casa_mech.queries.benchmarks.locate import DATA_VARIABLE
 from casa_mech.queries.benchmarks.mme import MME_SUBTASKS
 
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets at {DATA} (set {DATA_VARIABLE})")
+pytestmark = pytest.mark.skipif(not HAS_DATA, reason=f"no data sets at {DATA} (set {DATA_VARIABLE})")
 
 # The rows that the folder's README states, after its own filter.
 REAL_ROWS = {

@@ -88,7 +88,7 @@ def test_claims_are_computed_from_the_tables(study: Study, made: WhiteBoxTables)
     )
     assert (
         pixel.value == pytest.approx(8 / 20)
-        and "breaks 40% of pictures with 8/255 of a pixel, who does not 0%" in pixel.title
+        and "breaks 40% of pictures with 8/255 of a pixel, not knowing it 0%" in pixel.title
     )
     assert suffix.value == pytest.approx(8 / 20) and "from 0% to 40%" in suffix.title
     assert ablation.value == pytest.approx(16 / 20) and "100% of harmful texts instead of 0%" in ablation.statement

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from helpers.figures import assert_one_line
 from helpers.paths import ROOT
 from nbclient import NotebookClient
 
@@ -74,7 +75,10 @@ def test_notebooks_share_their_parameters() -> None:
 def test_run_leaves_what_it_promises(smoke: Path) -> None:
     assert _figures(smoke / "figures") == FIGURES
     for name in FIGURES:
-        assert (smoke / "figures" / f"{name}.svg").stat().st_size > 0
+        drawing = (smoke / "figures" / f"{name}.svg").read_text()
+        title, caption = (re.search(rf'<g id="{part}">(.*?)</g>', drawing, re.DOTALL) for part in ("title", "caption"))
+        assert title and caption, name
+        assert_one_line(" ".join(re.findall(r">([^<>]*\w[^<>]*)<", title.group(1))))
         assert len(pd.read_csv(smoke / "figures" / f"{name}.csv")) > 0
     tables = sorted((smoke / "tables").iterdir())
     assert {"separability", "gate", "attack_success"} <= {path.stem for path in tables}

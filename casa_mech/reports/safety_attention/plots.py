@@ -249,7 +249,7 @@ def plot_removals(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         caption: what stands behind it.
     """
     with style():
-        figure, axis = plt.subplots(figsize=(6.5, 3.4))
+        figure, axis = plt.subplots(figsize=(7.4, 3.4))
         largest = int(data["size"].max())
         for number, (surface, panel) in enumerate(data.groupby("surface", sort=False)):
             sizes = np.arange(largest + 1)

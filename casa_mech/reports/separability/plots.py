@@ -83,7 +83,7 @@ def plot_prediction(data: pd.DataFrame, title: str, caption: str = "") -> Figure
     models, surfaces = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["surface"]))
     longest = data["steps"].max()
     with style():
-        figure, axis = plt.subplots(figsize=(5.6, 4.6))
+        figure, axis = plt.subplots(figsize=(6.4, 4.6))
         for row in data.itertuples():
             colour = SERIES[models.index(row.model) % len(SERIES)]
             across = np.clip([[row.probe - row.probe_low], [row.probe_high - row.probe]], 0, None)

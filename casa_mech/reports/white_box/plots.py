@@ -23,7 +23,7 @@ def plot_rates_along(data: pd.DataFrame, units: Mapping[str, str], title: str, c
     """
     measures, attackers = list(dict.fromkeys(data["measure"])), list(dict.fromkeys(data["attacker"]))
     with style():
-        size = (3.3 * len(units), 2.5 * len(measures) + 0.4)
+        size = (max(7.6, 3.3 * len(units)), 2.5 * len(measures) + 0.4)
         figure, axes = plt.subplots(len(measures), len(units), figsize=size, sharex="col", sharey=True, squeeze=False)
         for line, measure in zip(axes, measures, strict=True):
             for axis, medium in zip(line, units, strict=True):
