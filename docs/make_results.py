@@ -205,6 +205,49 @@ def attack_numbers(figures: Path) -> dict[str, str]:
     return numbers
 
 
+def audit_table(figures: Path) -> str:
+    """What the token causes, a row for each attack and label; percent of requests."""
+    split = pd.read_csv(figures / "audit" / "split.csv").set_index(["attack", "label", "part"])["value"]
+    ends = _audit_ends(figures)
+    head = ("attack", "requests", "fall", "by the token", "falls apart", "refused, do(unsafe)", "refused, do(safe)",
+            "answered, base", "answered, base with a random word")  # fmt: skip
+    rows = []
+    for attack, label in dict.fromkeys((attack, label) for attack, label, _ in split.index):
+        part = {name: 100 * split[attack, label, name] for name in ("total", "gate", "breakage", "conditioning")}
+        apart = part["breakage"] + part["conditioning"]
+        cells = [part["total"], part["gate"], apart, ends[attack, label, "do(unsafe)", "refused"],
+                 ends[attack, label, "do(safe)", "refused"], ends[attack, label, "base", "answered"],
+                 ends[attack, label, "base, random word", "answered"]]  # fmt: skip
+        rows.append((attack, label, *(f"{value:.0f}" for value in cells)))
+    return markdown(head, rows)
+
+
+def audit_numbers(figures: Path) -> dict[str, str]:
+    """The audit's numbers in the text, in percent and points."""
+    ends = _audit_ends(figures)
+    split = pd.read_csv(figures / "audit" / "split.csv").set_index(["attack", "label", "part"])["value"]
+    surfaces = ("plain", "spelled", "image", "audio")
+    base, word = (
+        [ends[attack, "benign", name, "answered"] for attack in surfaces] for name in ("base", "base, random word")
+    )
+    media = {part: 100 * sum(split[attack, "harmful", part] for attack in ("image", "audio")) / 2
+             for part in ("gate", "total")}  # fmt: skip
+    unsafe = [f"{ends[attack, 'harmful', 'do(unsafe)', 'refused']:.0f}" for attack in surfaces]
+    return {
+        "base_answered": f"{min(base):.0f}–{max(base):.0f}",
+        "base_answered_word": f"{min(word):.0f}–{max(word):.0f}",
+        "audit_media_gate": f"{media['gate']:.0f}",
+        "audit_media_fall": f"{media['total']:.0f}",
+        "audit_unsafe": " / ".join(unsafe) + " %",
+        "audit_benign_unsafe": f"{ends['plain', 'benign', 'do(unsafe)', 'refused']:.0f}",
+    }
+
+
+def _audit_ends(figures: Path) -> pd.Series:
+    ends = pd.read_csv(figures / "audit" / "effects.csv")
+    return 100 * ends.set_index(["attack", "label", "intervention", "outcome"])["value"]
+
+
 def analysis_numbers(figures: Path) -> dict[str, str]:
     """The numbers of the findings on transfer prediction, patching, calibration, the white box and the judge."""
     found = transfer_prediction(pd.read_csv(figures / "transfer_prediction.csv"), seed=0)
@@ -226,7 +269,7 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
     return {
         "transfer": f"{found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}]",
         "transfer_n": f"{found.n} points of {found.clusters} gates",
-        "unsafe_before_prefill": lengths.percent("given the unsafe token", "decision before the prefill (A)", 12),
+        "unsafe_before_prefill": lengths.percent("given the unsafe token", "decision before the prefill", 12),
         "header_moves": f"{best['delta_v_s_mean']:.2f} [{best['delta_v_s_low']:.2f}, {best['delta_v_s_high']:.2f}]",
         "header_gap": f"{best['gap_v_s']:.2f}",
         "header_n": f"{best['n']}",
@@ -292,12 +335,13 @@ def places(figures: Path = FIGURES) -> dict[str, str]:
     tables = {
         "attack_table": attack_table(figures),
         "prefill_table": prefill_table(figures),
+        "audit_table": audit_table(figures),
         "benchmark_table": benchmark_table(figures),
         "grid_organism": grid_table(figures, "organism"),
         "grid_split": grid_table(figures, "organism-split"),
         "english_table": english_table(figures),
     }
-    numbers = (attack_numbers, analysis_numbers, grid_numbers, english_numbers)
+    numbers = (attack_numbers, audit_numbers, analysis_numbers, grid_numbers, english_numbers)
     return tables | {name: text for part in numbers for name, text in part(figures).items()}
 
 

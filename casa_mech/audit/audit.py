@@ -10,6 +10,7 @@ reply fails for reasons that have nothing to do with harm.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,15 @@ import pandas as pd
 
 from casa_mech.casa import Casa
 from casa_mech.defenses.base import Defense
+from casa_mech.defenses.casa import CasaDefense
+from casa_mech.defenses.ssft import SsftToken
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import judge_for, reply_table, write_both
 from casa_mech.files import check_folder, writing
 from casa_mech.judging import Judge, judge_all
 from casa_mech.judging.bootstrap import bootstrap_interval
 from casa_mech.judging.stats import clusters_of, rate_interval
+from casa_mech.judging.verdict import UNDECIDED
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.media import check_media
 from casa_mech.queries import Query, Reply, SafetyToken
@@ -176,10 +180,11 @@ class AuditResult:
         if plain.empty:
             raise InputError(f"a hard gate is calibrated on benign requests of the attack {text!r}: audit some, too")
         limits = benign.groupby("attack")["odds"].quantile(1 - false_positives)
-        safe = self.replies[self.replies["intervention"] == SAFE].set_index(["attack", "query_id"])["outcome"]
+        safe = self.replies[self.replies["intervention"] == SAFE].set_index([*_GROUPS, "query_id"])["outcome"]
         rows = []
         for where, group in self._cells(own):
-            answered = safe.loc[[(where["attack"], name) for name in group["query_id"]]].eq("complied").to_numpy()
+            rows_of = [(*where.values(), name) for name in group["query_id"]]
+            answered = safe.loc[rows_of].eq("complied").to_numpy()
             thresholds = {
                 "own decision": 0.0,
                 "calibrated on text": float(plain.quantile(1 - false_positives)),
@@ -262,7 +267,7 @@ def audit(
     """Answer every query under each of `INTERVENTIONS` and judge the replies.
 
     Args:
-        system: a `Casa`, or a defence that writes a safety token (casa, ssft-token, refusal-token).
+        system: a `Casa`, or one of the defences casa and ssft-token, used as they come.
         queries: labelled, with `meta["attack"]`; harmful ones and benign counterparts. A prefill follows the token.
         judge: default the exact judge where every query is of the micro-world, else keywords.
         settings: of the replies; greedy, for then the reply under the gate's own token is one of the forced ones.
@@ -279,6 +284,10 @@ def audit(
     unlabelled = next((query.id for query in queries if query.label is None), None)
     if not queries or unlabelled is not None:
         raise InputError(f"an audit needs labelled queries; {unlabelled or 'there are none'}")
+    ids = [(query.meta.get("attack"), query.surface, query.label, query.id) for query in queries]
+    twice = next((name for name in ids if ids.count(name) > 1), None) if len(set(ids)) < len(ids) else None
+    if twice is not None:
+        raise InputError(f"the query {twice[-1]!r} is there twice: give each query an id of its own")
     check_media(queries)
     judge = judge or judge_for(queries)
     omni, words = casa.omni, random_words(casa.omni, len(queries), seed)
@@ -306,7 +315,7 @@ def audit(
         verdicts = judge_all(judge, queries, replies, progress=progress)
         table = reply_table(omni.source, name, queries, replies, verdicts)
         tables.append(table.assign(intervention=name, inserted=inserted[name]))
-    replies_table = pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+    replies_table = _decided(pd.concat(tables, ignore_index=True)[list(COLUMNS)])
     return AuditResult(replies_table, omni.source, str(getattr(system, "label", "CASA")), seed)
 
 
@@ -324,17 +333,31 @@ def random_words(omni: Omni, n: int, seed: int = 0) -> list[list[int]]:
     return [[ids[choice]] for choice in np.random.default_rng([seed, n]).integers(len(ids), size=n)]
 
 
+def _decided(replies: pd.DataFrame) -> pd.DataFrame:
+    """`replies` without the queries that the judge left undecided under some intervention: they are no failures."""
+    keys = pd.MultiIndex.from_frame(replies[[*_GROUPS, "query_id"]])
+    left_out = keys[replies["outcome"] == UNDECIDED].unique()
+    if len(left_out) == len(keys.unique()):
+        raise InputError("the judge decided no query under all interventions: there is nothing to audit")
+    if len(left_out):
+        warnings.warn(f"{len(left_out)} queries are left out: the judge is undecided on a reply", stacklevel=3)
+    return replies[~keys.isin(left_out)].reset_index(drop=True)
+
+
 def _is_word(text: str) -> bool:
     bare = text.strip()
     return len(bare) >= 3 and bare.isascii() and bare.isalpha() and bare.islower()
 
 
 def _casa_of(system: Casa | Defense) -> Casa:
-    casa = system if isinstance(system, Casa) else getattr(system, "casa", None)
-    if not isinstance(casa, Casa):
-        label = getattr(system, "label", type(system).__name__)
-        raise InputError(f"{label} writes no safety token: an audit takes casa, ssft-token or refusal-token")
-    return casa
+    if isinstance(system, Casa):
+        return system
+    label = getattr(system, "label", type(system).__name__)
+    if not isinstance(system, CasaDefense | SsftToken):
+        raise InputError(f"{label} does not choose a safety token as a gate does: an audit takes casa and ssft-token")
+    if system.safety_prompt or system.settings.hard or system.settings.order != "gate_first":
+        raise InputError(f"{label}: an audit takes it with order=gate_first, without a safety prompt or a hard gate")
+    return system.casa
 
 
 def _prefilled(queries: Sequence[Query], words: Sequence[str]) -> list[Query]:

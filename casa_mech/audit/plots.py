@@ -27,7 +27,7 @@ def plot_audit(result: AuditResult) -> Figure:
 
     The right panel draws harmful requests filled and benign ones hollow, with 95 % intervals over clusters.
     """
-    paths, effects = result.paths(), result.effects()
+    paths, effects = _named_cells(result.paths()), _named_cells(result.effects())
     attacks = list(dict.fromkeys(paths["attack"]))
     with style():
         size = (12, 1.9 + 0.42 * len(attacks))
@@ -44,11 +44,21 @@ def plot_audit(result: AuditResult) -> Figure:
 def audit_title(result: AuditResult) -> str:
     """The claim: how much of the fall of attack success the token caused, over all harmful requests alike."""
     split = result.split()
-    means = split[split["label"] == "harmful"].groupby("part")["value"].mean()
+    harmful = split[split["label"] == "harmful"]
+    if harmful.empty:
+        return f"{result.defense} on {result.model}: benign requests behind the gate"
+    counts = harmful["value"] * harmful["n"]
+    means = counts.groupby(harmful["part"]).sum() / harmful.groupby("part")["n"].sum()
     return (
         f"{result.defense} on {result.model}: attack success falls by {100 * means['total']:.0f} points, of which "
         f"{100 * means['gate']:.0f} because the unsafe token makes the reply refuse"
     )
+
+
+def _named_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with the surface in the attack's name where one attack is on several surfaces."""
+    several = table.groupby("attack")["surface"].transform("nunique") > 1
+    return table.assign(attack=table["attack"].where(~several, table["attack"] + ", " + table["surface"]))
 
 
 def _stack(axis: Axes, paths: pd.DataFrame, attacks: Sequence[str], label: str) -> None:

@@ -20,7 +20,7 @@ from casa_mech.errors import InputError
     "(own queries: casa-mech audit --gate gate --queries labelled.csv --queries pictures-of-both-labels/ --out audit)",
 )
 def audit(
-    gate: Annotated[Path, typer.Option(help="Folder of a gate (casa-mech train; casa or ssft-token).")],
+    gate: Annotated[Path, typer.Option(help="Folder of a gate (casa-mech train).")],
     queries: Annotated[
         list[str] | None,
         typer.Option(help="Labelled table, attack's folder or benchmark; repeatable [the micro-world's]."),
@@ -43,11 +43,12 @@ def audit(
     Harmful requests and benign counterparts, six replies each: two by the model without its gate, four behind it.
     """
     model.check()
-    check_trained(gate)
+    check_trained(gate, gate_only=True)
     if out is not None:
+        import casa_mech.figures  # noqa: F401  (a missing extra is found before the work)
         from casa_mech.files import check_folder
 
-        check_folder(out)
+        check_folder(out, create=True)
     from casa_mech.audit import audit as audit_system
     from casa_mech.casa import Casa
     from casa_mech.compare.sets import WorldSets

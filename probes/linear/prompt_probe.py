@@ -103,7 +103,7 @@ def fit_probe(
         positions: `"last"`, the assistant header's last token, or a mean, such as `"mean"` over the user's turns.
         kind: which probe (`probes.linear.ProbeKind`).
         folds: outer folds of the cross-validation; each class needs as many clusters. A query's cluster is its
-            `meta["topic"]` (`casa_mech.judging.cluster_of`), a text's is the text itself, so doubles stay together.
+            `meta["topic"]` (`casa_mech.judging.stats.cluster_of`), a text's the text itself, so doubles stay together.
         seed: of the folds and the interval.
         batch_size: prompts in one forward.
         progress: whether to draw a bar.

@@ -26,9 +26,9 @@ from casa_mech.casa import Casa, CasaConfig
 from casa_mech.cli import main
 from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError
-from casa_mech.judging import KeywordJudge
+from casa_mech.judging import KeywordJudge, Verdict
 from casa_mech.omni import GenerationSettings, Omni
-from casa_mech.queries import Query
+from casa_mech.queries import Query, Reply
 
 # One request a row: flagged?, then the outcome under base, base + word, own, safe, unsafe, random word.
 HARMFUL = [
@@ -170,7 +170,7 @@ def test_what_cannot_be_audited_is_refused(tiny_omni: Omni) -> None:
     with pytest.raises(InputError, match="hard gate"):
         casa.generate(requests(), SHORT, force="safe", hard=True)
     casa.detach()
-    with load_defense("none", tiny_omni) as bare, pytest.raises(InputError, match="writes no safety token"):
+    with load_defense("none", tiny_omni) as bare, pytest.raises(InputError, match="does not choose a safety token"):
         audit(bare, requests())
 
 
@@ -203,3 +203,33 @@ def run(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code in (0, None)
+
+
+def test_surfaces_of_one_attack_are_drawn_apart_and_benign_queries_alone_are_enough() -> None:
+    replies = by_hand().replies
+    other = replies.assign(surface="image", query_id=replies["query_id"] + "-image")
+    both = AuditResult(pd.concat([replies, other], ignore_index=True), "model", "CASA", 0)
+    labels = [label.get_text() for label in both.plot().axes[0].get_yticklabels()]
+    assert labels == ["plain, text", "plain, image"]
+    assert set(both.ceilings()["surface"]) == {"text", "image"}
+    assert len(AuditResult(replies[replies["label"] == "benign"], "model", "CASA", 0).plot().axes) == 3
+
+
+def test_what_the_judge_leaves_undecided_is_no_failure(tiny_omni: Omni) -> None:
+    casa, queries = stir(Casa.attach(tiny_omni)), requests()
+    with pytest.warns(UserWarning, match="1 queries are left out"):
+        result = audit(casa, queries, Undecided(queries[0].id), settings=SHORT)
+    assert set(result.replies["query_id"]) == {query.id for query in queries[1:]}
+    with pytest.raises(InputError, match="is there twice"):
+        audit(casa, [*queries, queries[0]], settings=SHORT)
+
+
+class Undecided(KeywordJudge):
+    """Undecided on the replies to one query."""
+
+    def __init__(self, query_id: str) -> None:
+        self._query_id = query_id
+
+    def judge(self, query: Query, reply: Reply | str) -> Verdict:
+        verdict = super().judge(query, reply)
+        return verdict.model_copy(update={"outcome": "undecided"}) if query.id == self._query_id else verdict

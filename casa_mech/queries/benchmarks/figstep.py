@@ -1,4 +1,4 @@
-"""FigStep's SafeBench (arXiv 2311.05608): its questions in text, its pictures, and a benign counterpart in text."""
+"""FigStep's SafeBench (arXiv 2311.05608): its questions in text, its pictures, and benign counterparts in text."""
 
 from __future__ import annotations
 
