@@ -10,7 +10,7 @@ from pathlib import Path
 from casa_mech.errors import InputError, ModelError
 
 GATE_FILE, DEFENSE_FILE = "casa_config.json", "defense.json"
-"""What a folder of a trained gate, and one of another trained defence, is known by."""
+"""The file by which the folder of a trained gate is known, and that of another trained defence."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 

@@ -120,7 +120,7 @@ def compare(
 
 
 def _readable(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person reads of a comparison, and where the rest is: rates and costs, the tests, and the files."""
+    """A comparison for a reader: rates and costs, the tests, and where the rest is."""
     from casa_mech.judging.estimate import Estimate
 
     root = Path(result["out"])

@@ -89,7 +89,7 @@ def _prompt(prompt: str, images: list[Path], clips: list[Path], prefill: str, sy
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """What a defence is trained on."""
+    """The examples that a defence is trained on."""
 
     title: ClassVar[str] = "Examples"
 
@@ -234,7 +234,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class DefenseOptions:
-    """What is put to the test, beside the model."""
+    """The defence that is put to the test."""
 
     title: ClassVar[str] = "Defence"
 

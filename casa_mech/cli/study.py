@@ -70,13 +70,13 @@ def bench(
 
 
 def _readable(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a benchmark measured with all its ratios in one table, which names the two sides of each."""
+    """A benchmark for a reader: all its ratios in one table, which names the two sides of each."""
     rest, ratios = _apart(result, "")
     return {**rest, "median seconds": ratios}
 
 
 def _apart(result: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is no ratio, as it is nested, and a row for each ratio, at any depth."""
+    """All that is no ratio, as it is nested, and a row for each ratio, at any depth."""
     rest: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for key, value in result.items():

@@ -74,7 +74,7 @@ def evaluate_files(
         out: folder for the tables; replies and verdicts are kept there while the run is on, and the same call after a
             stop goes on from them. None: nothing is written.
         judge: default `judge_for` the queries.
-        note: told the warnings, one line each.
+        note: gets the warnings, one line each.
 
     Returns:
         What was evaluated, the share of unknown words, the rates, and where the tables are.
@@ -167,7 +167,7 @@ def _defense_name(system: SystemUnderTest) -> str:
 
 
 def _identity(tested: str, system: SystemUnderTest) -> dict[str, Any]:
-    """What the defence's replies depend on, for the replies that are kept: how it was made, and from which files."""
+    """The options and files that the defence's replies depend on, for the replies that are kept."""
     files = sorted(path for path in system.gate.rglob("*") if path.is_file()) if system.gate else []
     return {
         "defense": tested,

@@ -35,11 +35,11 @@ class QuerySource(BaseModel):
     column: str | None = None
     """The table's column of prompts; None: `prompt`, where it has one; "": none, the media stand alone."""
     label: Label | None = None
-    """What all queries of this source are; None: what its own labels say, or unknown."""
+    """The label of all queries of this source; None: as its own labels say, or unknown."""
     label_column: str | None = None
     """The table's column of labels (see `label_named`); None: `label`, where it has one; "": none."""
     other_labels: Literal["refuse", "leave_out"] = "refuse"
-    """What to do about a row that bears another label than `label`."""
+    """Whether a row that bears another label than `label` is an error, or left out."""
     image_column: str | None = None
     """Column of picture paths, relative to the table's folder; a row with a prompt or clip may lack one."""
     audio_column: str | None = None
@@ -53,7 +53,7 @@ class QuerySource(BaseModel):
 
     @property
     def is_table(self) -> bool:
-        """Whether the path is a table, so that columns have a meaning."""
+        """True for a table, in which columns have a meaning."""
         return self.path.suffix.lower() in TABLE_SUFFIXES
 
 
@@ -219,7 +219,7 @@ def _nothing_in(columns: _Columns) -> str:
 
 
 def _own_label(source: QuerySource, column: str, record: Mapping[Any, object], where: str) -> Label | None:
-    """What the row's cell says it is. InputError where it says neither, and no label was given for the whole source."""
+    """The label that the row's cell names. InputError for another word, unless the whole source was given a label."""
     text = cell(record[column]) if column else ""
     label = label_named(text)
     if text and label is None and (source.label is None or source.label_column is not None):

@@ -31,7 +31,7 @@ _LOCK = ".lock"
 
 
 def is_index(folder: Path | str) -> bool:
-    """Whether `folder` holds an index, finished or not."""
+    """True if `folder` holds an index, finished or not."""
     return (Path(folder) / INDEX).is_file() or (Path(folder) / PARTS).is_dir()
 
 

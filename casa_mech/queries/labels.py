@@ -1,4 +1,4 @@
-"""What the words of a table's label column mean."""
+"""Labels by the words that stand for them in tables."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _POLICY = re.compile(
 
 
 def concerns_minors(texts: Iterable[str], label: Label | None, category: str = "") -> bool:
-    """Whether a row mentions minors in a sexual or harmful setting.
+    """True for a row that mentions minors in a sexual or harmful setting.
 
     Args:
         texts: all of the row that is language: prompt, plain request, target.

@@ -61,7 +61,7 @@ class Turn(_Record):
     role: Literal["user", "assistant"]
     """Whose it is."""
     parts: tuple[Part, ...]
-    """What was said, in reading order."""
+    """Its content, in reading order."""
     safety_token: SafetyToken | None = None
     """A gate's decision at the start of an assistant turn. The model sees it again as long as a gate is attached;
     nobody else does."""
@@ -85,9 +85,9 @@ class Query(_Record):
     prefill: str = ""
     """The opening that an attacker (or a user) puts into the assistant's mouth."""
     meta: Mapping[str, str] = Field(default_factory=dict)
-    """What the query's maker knows of it. Keys in use: `topic`, `category`, `verb`, `template`, `wrapper`, `surface`,
-    `attack`, `split`, `request` (the plain request, where the text is another one) and `compliance` (the full text of
-    an answer that complies, which judges and prefill attacks read)."""
+    """Facts that the query's maker knows of it. Keys in use: `topic`, `category`, `verb`, `template`, `wrapper`,
+    `surface`, `attack`, `split`, `request` (the plain request, where the text is another one) and `compliance` (the
+    full text of an answer that complies, which judges and prefill attacks read)."""
 
     @classmethod
     def from_text(cls, text: str, id: str = "q0", **fields: Any) -> Query:
@@ -106,7 +106,7 @@ class Query(_Record):
 
     @property
     def surface(self) -> str:
-        """What carries the request: `meta["surface"]`, else the kinds of part joined, as in "image+text"."""
+        """The carrier of the request: `meta["surface"]`, else the kinds of part joined, as in "image+text"."""
         return self.meta.get("surface") or "+".join(sorted(self.modalities))
 
     def follow_up(self, reply: Reply, text: str, id: str | None = None) -> Query:
