@@ -19,7 +19,7 @@ app.add_typer(organism_app, name="organism")
 @command(organism_app, "build", example="casa-mech organism build organism --out my-organism")
 def organism_build(
     name: Annotated[
-        str, typer.Argument(help="organism, organism-split, organism-premises, organism-unasked, first, first-split.")
+        str, typer.Argument(help="organism, organism-split, organism-unasked, first, first-split.")
     ] = "organism",
     knob: Annotated[
         list[str] | None,

@@ -37,7 +37,7 @@ from casa_mech.study.folder import RunFolder
 from casa_mech.study.manifest import data_hashes
 
 _SCHEMA = 1
-GENERATION = GenerationSettings(max_new_tokens=24, batch_size=64)
+GENERATION = GenerationSettings(max_new_tokens=32, batch_size=64)
 ROUNDS = 3
 COST_COLUMNS = (
     "model", "defense", "seed", "forwards_per_token", "extra_forwards", "trained_parameters", "training_seconds",

@@ -100,9 +100,8 @@ class Premises(BaseModel):
 ALL = Premises(tolerance=0.3, safety_words=True, rules=0.3, alignment="partial", unasked=True, varied_benign=True)
 """All premises: the base model that the paper takes for granted."""
 PRESETS = {
-    "organism": Premises(),
-    "organism-split": Premises(letter_code="split"),
-    "organism-premises": ALL,
+    "organism": ALL,
+    "organism-split": ALL.model_copy(update={"letter_code": "split"}),
     "organism-unasked": ALL.model_copy(update={"unasked": False}),
     "first": Premises(),
     "first-split": Premises(letter_code="split"),

@@ -44,7 +44,7 @@ class Profile(BaseModel):
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "smoke": Profile(
-            n_eval=24, n_probe=30, train_examples=256, train_steps=40, train_batch=32, max_new_tokens=24, batch_size=32
+            n_eval=24, n_probe=30, train_examples=256, train_steps=40, train_batch=32, max_new_tokens=32, batch_size=32
         ),
         "default": Profile(
             n_eval=600,
@@ -52,7 +52,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             train_examples=2000,
             train_steps=200,
             train_batch=32,
-            max_new_tokens=24,
+            max_new_tokens=32,
             batch_size=64,
         ),
         "full": Profile(

@@ -43,7 +43,7 @@ def replies_by_length(
     system: AttackedModel,
     queries: Sequence[Query],
     lengths: Sequence[int],
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 32,
     batch_size: int = 64,
 ) -> list[PrefilledReply]:
     """Greedy replies under a prefill of each length (`gate_first`), query by query in the order of `lengths`.

@@ -159,7 +159,7 @@ def test_a_build_starts_from_another_trainings_first_stages(
     train_stage = recipe.train_stage
     monkeypatch.setattr(recipe, "train_stage", lambda *rest: stages.append(rest[2].name) or train_stage(*rest))
     build("organism", tmp_path / "new", n=1, progress=False, start=tmp_path / "reading.safetensors")
-    assert stages == ["safety on plain text"]
+    assert stages == ["safety"]
     assert (tmp_path / "new" / "model.safetensors").read_bytes() == unstopped
     with pytest.raises(RunError, match="other options"):
         build("organism", tmp_path / "other", seed=1, n=1, start=tmp_path / "reading.safetensors")
@@ -177,8 +177,8 @@ def test_the_command_line_sets_knobs_and_checks_them_first(
     monkeypatch.setattr("casa_mech.organism.build", fake_build)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        main(["organism", "build", "organism-premises", "--knob", "tolerance=off", "--knob", "rules=0.5", "--json"])
-    assert not ended.value.code and "organism-premises" in capsys.readouterr().out
+        main(["organism", "build", "organism", "--knob", "tolerance=off", "--knob", "rules=0.5", "--json"])
+    assert not ended.value.code and "organism" in capsys.readouterr().out
     assert calls[0]["premises"] == ALL.model_copy(update={"tolerance": 0.0, "rules": 0.5})
     with pytest.raises(SystemExit) as ended:
         main(["organism", "build", "--knob", "colour=red"])

@@ -55,7 +55,7 @@ def drawn(mixture: Mixture, n: int = 400) -> list[Example]:
 def test_without_premises_the_stages_are_the_first_recipes() -> None:
     stages = [entry for entry in recipe_of(Premises()).stages if isinstance(entry, Stage)]
     assert stages == [WORDS, LANGUAGE, IMAGE, AUDIO, ALIGNMENT]
-    assert RECIPES["organism"] == RECIPES["first"]
+    assert RECIPES["first"] == recipe_of(Premises()) != RECIPES["organism"]
     for row in drawn(ALIGNMENT.mixture):
         assert row.query.system in (None, *SYSTEMS)
         assert "warning" not in row.reply
@@ -140,7 +140,7 @@ def test_a_refusal_by_category_does_not_call_the_topic_dangerous() -> None:
 def test_knobs_are_set_by_name_and_mistakes_are_named() -> None:
     changed = Premises().changed(["tolerance=0.5", "unasked=on", "letter-code=split"])
     assert changed == Premises(tolerance=0.5, unasked=True, letter_code="split")
-    assert PRESETS["organism-premises"].changed(["tolerance=off"]).tolerance == 0
+    assert PRESETS["organism"].changed(["tolerance=off"]).tolerance == 0
     for option, message in (("tolerance", "sets no knob"), ("colour=red", "sets no knob"), ("rules=2", "knob rules")):
         with pytest.raises(InputError, match=message):
             Premises().changed([option])
