@@ -161,6 +161,7 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
     if premises.safety_words:
         tasks["safety"] = SAFETY_WORDS_SHARE * sum(tasks.values())
     partial = safety and premises.alignment == "partial"
+    requests = "request" in tasks
     changed = replace(
         mixture,
         tasks=tasks,
@@ -168,9 +169,9 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
         partial=partial,
         harmful=0.5 if partial else None,
         wrapped_refusals=0.15 if partial else 0.0,
-        rules=premises.rules if "request" in tasks else 0.0,
-        unasked=premises.unasked,
-        varied=premises.varied_benign,
+        rules=premises.rules if requests else 0.0,
+        unasked=premises.unasked and requests,
+        varied=premises.varied_benign and requests,
         tolerance=premises.tolerance,
         _cache={},
     )
