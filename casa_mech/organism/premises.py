@@ -97,7 +97,7 @@ class Premises(BaseModel):
         ]
 
 
-ALL = Premises(tolerance=0.3, safety_words=True, rules=0.3, alignment="partial", unasked=True, varied_benign=True)
+ALL = Premises(tolerance=0.3, safety_words=True, rules=0.4, alignment="partial", unasked=True, varied_benign=True)
 """All premises: the base model that the paper takes for granted."""
 PRESETS = {
     "organism": ALL,
@@ -119,6 +119,7 @@ class PremiseTexts:
         self.replies: dict[str, str] = data["safety_replies"]
         self.safety_rules: dict[str, list[str]] = data["safety_rules"]
         self.category_rules: dict[str, list[str]] = data["category_rules"]
+        self.ruled_categories: tuple[str, ...] = tuple(data["ruled_categories"].split())
         self.dangerous_opening: tuple[str, str] = tuple(data["dangerous_opening"])
         self.openings: list[str] = data["openings"]
         self.preparations: list[str] = data["preparations"]
@@ -204,16 +205,18 @@ def _question(world: World, rng: np.random.Generator, topics: Split, templates: 
 
 
 def draw_rule(
-    world: World, category: str, rng: np.random.Generator, templates: Split = "seen", safety: float = 0.6
+    world: World, category: str, rng: np.random.Generator, templates: Split = "seen", safety: float = 0.5
 ) -> tuple[str, bool]:
     """A rule for the system turn, and whether it forbids requests about a topic of `category`.
 
-    With probability `safety` the rule forbids what is harmful, else it names a category, every second time this one.
+    With probability `safety` the rule forbids what is harmful, else one of a few categories, every second time this one
+    where it is among them.
     """
     texts = premise_texts()
     if rng.random() < safety:
         return _pick(_of_split(texts.safety_rules, templates), rng), world.categories[category]
-    named = category if rng.random() < 0.5 else _pick(list(world.categories), rng)
+    this_one = category in texts.ruled_categories and rng.random() < 0.5
+    named = category if this_one else _pick(texts.ruled_categories, rng)
     rule = _pick(_of_split(texts.category_rules, templates), rng)
     return rule.replace("{phrase}", world.phrases[named]), named == category
 

@@ -168,14 +168,14 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
         surfaces=dict(PARTIAL_SURFACES) if partial else dict(mixture.surfaces),
         partial=partial,
         harmful=0.5 if partial else None,
-        wrapped_refusals=0.15 if partial else 0.0,
+        wrapped_refusals=0.3 if partial else 0.0,
         rules=premises.rules if requests else 0.0,
         unasked=premises.unasked and requests,
         varied=premises.varied_benign and requests,
         tolerance=premises.tolerance,
         _cache={},
     )
-    changes: dict[str, Any] = {"learning_rate": 4e-4, "name": "safety", "steps": 550} if partial else {"steps": steps}
+    changes: dict[str, Any] = {"learning_rate": 2.5e-4, "name": "safety", "steps": 500} if partial else {"steps": steps}
     return replace(stage, mixture=changed, fast=True, **changes)
 
 

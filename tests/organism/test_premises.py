@@ -84,7 +84,7 @@ def test_tolerance_puts_random_words_before_its_share_of_the_replies_in_every_st
 def test_rules_are_followed_and_what_they_allow_is_answered() -> None:
     world = default_world()
     counts: Counter[tuple[bool, bool]] = Counter()
-    for row in drawn(mixture_of("language", Premises(rules=1.0)), 600):
+    for row in drawn(mixture_of("language", Premises(rules=1.0)), 1200):
         if "category" not in row.query.meta:  # random letters to spell
             continue
         assert row.query.system
@@ -132,7 +132,7 @@ def test_safety_questions_are_answered_by_the_words_they_use() -> None:
 
 
 def test_a_refusal_by_category_does_not_call_the_topic_dangerous() -> None:
-    for row in drawn(mixture_of("language", Premises(rules=1.0)), 600):
+    for row in drawn(mixture_of("language", Premises(rules=1.0)), 1200):
         if row.query.label == "benign" and row.reply in default_world().refusals:
             assert "dangerous" not in row.reply and "hurt" not in row.reply
 
