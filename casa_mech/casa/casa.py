@@ -135,7 +135,8 @@ class Casa:
 
         Returns:
             A row of metrics for each step: `step`, `loss`, `token_*` and `reply_*` (loss parts), `v_*` (mean v_s) for
-            harmful and benign, `token_accuracy`, `lr`, `grad_norm`, `seconds`, and now and then `validation_*`.
+            harmful and benign, `token_accuracy`, `lr`, `grad_norm`, `seconds`, and now and then `validation_*`; with
+            counterfactual examples `reply_counterfactual`.
 
         Raises:
             InputError: media or missing labels in the examples.

@@ -112,6 +112,9 @@ class CasaConfig(LoraSettings):
     """Weight of the safety token's loss beside the mean loss of the reply's tokens."""
     ce_support: Literal["full", "two_way"] = "full"
     """Softmax of the safety token's loss: over the whole vocabulary, or over the two tokens."""
+    counterfactual: float = Field(default=0.0, ge=0, le=1)
+    """Share of the benign examples that are given a second time with the unsafe token before a refusal, so that the
+    reply has to read the token, not the prompt again (docs/method.md §1.10)."""
 
     @classmethod
     def paper(cls, **changes: Any) -> CasaConfig:

@@ -217,6 +217,8 @@ def model_card(stored: Stored) -> str:
         lora_line(config),
         f"| objective | beta {config.beta}, lambda {config.lambda_tok}, softmax {config.ce_support} |",
     ]
+    if config.counterfactual:
+        lines.append(f"| counterfactual examples | beside {config.counterfactual:.0%} of the benign ones |")
     return "\n".join([*lines, *training_lines(stored.training), ""])
 
 

@@ -132,6 +132,14 @@ class TrainingOptions:
         ),
     ] = None
     beta: Annotated[float | None, typer.Option(min=0, max=1, help="Weight of harmful sequences [0.5].")] = None
+    counterfactual: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="casa, ssft-token: share of benign examples given again with the unsafe token and a refusal [0].",
+        ),
+    ] = None
     option: Annotated[
         list[str] | None, typer.Option(help="Any other option of the training, NAME=VALUE; repeatable.")
     ] = None
@@ -147,6 +155,7 @@ class TrainingOptions:
             "batch_size": self.batch_size,
             "form": self.form,
             "rule": self.rule,
+            "counterfactual": self.counterfactual,
         }
         named |= {"beta": self.beta, "ce_support": "two_way" if self.rule == "replace" else None}
         named |= parse_values(self.option)
