@@ -10,7 +10,7 @@ import torch
 from torch import BoolTensor, Tensor, nn
 
 from casa_mech.casa.adapter import Adapter
-from casa_mech.casa.config import CasaConfig, TrainSettings
+from casa_mech.casa.config import CasaConfig, InferenceSettings, TrainSettings
 from casa_mech.casa.examples import (
     CLASSES,
     BalancedBatches,
@@ -83,8 +83,8 @@ class Parts:
 
     @property
     def key(self) -> str:
-        """The configuration."""
-        return self.config.model_dump_json()
+        """The configuration, as far as training depends on it."""
+        return self.config.model_dump_json(exclude=set(InferenceSettings.model_fields))
 
     def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """Trainable parameters by name: LoRA and token rows; safety attention, if there is one."""
