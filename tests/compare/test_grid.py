@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,48 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text(json.dumps({"schema_version": 9}))
     with pytest.raises(RunError, match="schema version 9"):
         open_folder(tmp_path)
+
+
+def test_benign_data_are_a_choice_of_the_plan_and_of_a_row(tmp_path: Path) -> None:
+    plan = TrainingPlan(40)
+    plain, varied = plan.examples(0), replace(plan, benign="varied").examples(0)
+    assert plan.examples(0, benign="varied") == varied != plain
+    assert [row for row in varied if row.query.label == "harmful"] == [
+        row for row in plain if row.query.label == "harmful"
+    ]
+    row = ComparedSystem(defense="casa", benign="varied")
+    assert Weights(plan, open_folder(tmp_path))._training_set(row, 0) == varied
+    with pytest.raises(InputError, match="benign must be one of plain, varied, not 'mixed'"):
+        replace(plan, benign="mixed")
+    with pytest.raises(InputError, match="benign varied is for the micro-world's examples"):
+        TrainingPlan(0, {}, ExampleTable(path=tmp_path / "t.csv"), benign="varied")
+    with pytest.raises(InputError, match="defense 'coca' is not trained: leave out training, examples, benign and"):
+        ComparedSystem(defense="coca", benign="varied")
+
+
+def test_casa_mended_and_single_options_are_rows(omni: Omni, tmp_path: Path) -> None:
+    """The options at inference share one training; the preset has its own."""
+    rows = [
+        ComparedSystem(defense="casa"),
+        ComparedSystem(defense="casa", name="re-centred", options={"recentre": True, "n_calibration": 2}),
+        ComparedSystem(defense="casa-mended", benign="varied"),
+    ]
+    assert [row.calibrates for row in rows] == [False, True, True]
+    grid = make(tmp_path / "grid", omni, ("none",))
+    grid.systems = rows
+    keys = [grid.weights.key(row, 0, omni) for row in rows]
+    assert keys[0] == keys[1] != keys[2] and keys[2]["records"][0]["counterfactual"] > 0
+    replies = grid.fill().replies
+    assert set(replies["defense"]) == {"casa", "re-centred", "casa-mended"}
+    scores = {
+        row: replies[(replies["defense"] == row) & (replies["attack"] == "image")]["v_s"]
+        for row in ("casa", "re-centred")
+    }
+    assert scores["casa"].tolist() != pytest.approx(scores["re-centred"].tolist(), abs=1e-6)
+    assert not hasattr(omni.model, "peft_config")
+
+
+def test_a_row_without_calibration_queries_is_refused_before_anything_runs(tiny_omni: Omni, tmp_path: Path) -> None:
+    tiny_omni.model.config.micro_world = False
+    with pytest.raises(InputError, match="'casa-mended' needs queries to be calibrated on: set its option calibration"):
+        make(tmp_path / "grid", tiny_omni, ("none", "casa-mended"))
