@@ -22,11 +22,8 @@ STACK = {
     "other": ("refused, though not flagged", "#F0E442", ".."),
 }
 """What becomes of the requests that the base answers: the name, colour and hatch of each part of its bar."""
-_PLACEBOS = {
-    "base placebo": ("base, a random word before the reply", "o"),
-    "placebo": ("gate, in the token's place", "s"),
-}
-_FORCED = {UNSAFE: ("token forced to unsafe", "^"), SAFE: ("to safe", "v")}
+_PLACEBOS = {"base placebo": ("word before the base's reply", "o"), "placebo": ("word in the token's place", "s")}
+_FORCED = {UNSAFE: ("token forced to unsafe", "^"), SAFE: ("token forced to safe", "v")}
 _LABELS = (("harmful", HARMFUL, -0.15), ("benign", BENIGN, 0.15))
 
 
@@ -59,10 +56,7 @@ def plot_audit(summary: pd.DataFrame, title: str, caption: str = "") -> Figure:
             "Diamonds: answered behind the gate. Points: harmful requests filled, benign ones hollow. Bars: 95 % "
             "intervals over clusters."
         )
-        figure = titled(figure, title, f"{caption} {how}", legend_of=axes[:2])
-        for axis in axes[2:]:
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42 / (0.4 * len(attacks) + 0.6)), fontsize=8)
-        return figure
+        return titled(figure, title, f"{caption} {how}", legend_of=axes)
 
 
 def audit_title(result: AuditResult) -> str:
@@ -112,7 +106,7 @@ def _points(
             if rows.empty:
                 continue
             y = np.arange(len(attacks)) + shift + 0.12 * (number - 0.5)
-            error_bars(axis, rows.set_index("attack").reindex(attacks), y, colour, marker, f"{text}, {label}")
+            error_bars(axis, rows.set_index("attack").reindex(attacks), y, colour, marker, text)
             if label == "benign":
                 axis.containers[-1].lines[0].set_markerfacecolor("white")
     axis.set(xlim=(-3, 103), xlabel="percent of requests", title=title)
