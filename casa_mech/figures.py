@@ -125,6 +125,16 @@ def error_bars(
     )
 
 
+def hollow_bars(axis: Axes, rows: pd.DataFrame, y: np.ndarray, colour: str, marker: str) -> None:
+    """Draw the columns `not_refused` of rates of attack success as hollow points; nothing where `rows` lacks them."""
+    if "not_refused" in rows:
+        beside = rows.filter(like="not_refused").set_axis(["value", "low", "high"], axis=1)
+        axis.errorbar(
+            100 * beside["value"], y, xerr=100 * bar_lengths(beside), fmt=marker, color=colour, markerfacecolor="white",
+            markersize=4.5, elinewidth=0.6, alpha=0.7,
+        )  # fmt: skip
+
+
 def bar_lengths(rows: pd.DataFrame, value: str = "value") -> np.ndarray:
     """How far intervals (`low, high`) reach below and above the column `value`, [2, row]; 0 where that is unknown."""
     return np.nan_to_num(np.clip([rows[value] - rows["low"], rows["high"] - rows[value]], 0, None))

@@ -34,7 +34,8 @@ def fall_claim(study: Study, harmful: pd.DataFrame) -> Claim:
         f"of {fall:.0f} points of attack success that CASA takes off, the token makes {100 * gate.mean():.0f}, replies "
         f"that fall apart {100 * apart.mean():.0f}",
         f"Attack success goes from {_percent(harmful, f'answered, {BASE}')} to "
-        f"{_percent(harmful, f'answered, {OWN}')}; {100 * harmful['adapter'].mean():.0f} points are refused under either token.",
+        f"{_percent(harmful, f'answered, {OWN}')}; {100 * harmful['adapter'].mean():.0f} points are refused under "
+        "either token.",
         "on fresh requests the difference between the two parts has the other sign, or its interval holds 0",
     )  # fmt: skip
 
