@@ -106,7 +106,6 @@ def _points(
             if rows.empty:
                 continue
             y = np.arange(len(attacks)) + shift + 0.12 * (number - 0.5)
-            error_bars(axis, rows.set_index("attack").reindex(attacks), y, colour, marker, text)
-            if label == "benign":
-                axis.containers[-1].lines[0].set_markerfacecolor("white")
+            rows = rows.set_index("attack").reindex(attacks)
+            error_bars(axis, rows, y, colour, marker, text, hollow=label == "benign")
     axis.set(xlim=(-3, 103), xlabel="percent of requests", title=title)

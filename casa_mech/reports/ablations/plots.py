@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from casa_mech.figures import MARKERS, SERIES, error_bars, hollow_bars, style, titled
+from casa_mech.figures import MARKERS, SERIES, error_bars, not_refused_bars, style, titled
 from casa_mech.reports.defences.plots import METRIC_MARKS, PANELS
 
 
@@ -60,7 +60,7 @@ def plot_by_attack(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
                 y = np.arange(len(scopes)) + 0.17 * (number - (len(levels) - 1) / 2)
                 look = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
                 error_bars(axis, rows, y, *look, str(level))
-                hollow_bars(axis, rows, y, *look)
+                not_refused_bars(axis, rows, y, *look)
             axis.set(xlim=(-3, 103), xlabel=name)
             axis.set_title(f"n = {int(panel[panel['scope'] != 'all']['n'].min())} a cell")
             axis.set_yticks(np.arange(len(scopes)), scopes)
@@ -73,5 +73,5 @@ def _levels(axis: Axes, panel: pd.DataFrame, levels: list[str]) -> None:
         rows = panel[panel["metric"] == metric].set_index("level").reindex(levels)
         colour, marker = METRIC_MARKS[metric]
         error_bars(axis, rows, np.arange(len(levels)) + shift, colour, marker, name.removesuffix(" (%)"))
-        hollow_bars(axis, rows, np.arange(len(levels)) + shift, colour, marker)
+        not_refused_bars(axis, rows, np.arange(len(levels)) + shift, colour, marker)
     axis.set_xlim(-3, 103)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from casa_mech.figures import MARKERS, SERIES, bar_lengths, hollow_bars, style, titled
+from casa_mech.figures import MARKERS, SERIES, bar_lengths, not_refused_bars, style, titled
 from casa_mech.study.settings import slug
 
 
@@ -39,7 +39,7 @@ def plot_rates(data: pd.DataFrame, panels: Sequence[tuple[str, str]], title: str
                     100 * rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2,
                     markersize=4.5, label=defense,
                 )  # fmt: skip
-                hollow_bars(axis, rows, y, SERIES[number], MARKERS[number])
+                not_refused_bars(axis, rows, y, SERIES[number], MARKERS[number])
             smallest = int(panel["n"].min()) if len(panel) else 0
             axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{slug(model)} (n ≥ {smallest})")
             axis.tick_params(labelbottom=True)

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from casa_mech.figures import MARKERS, SERIES, error_bars, hollow_bars, named_rows, style, titled
+from casa_mech.figures import MARKERS, SERIES, error_bars, named_rows, not_refused_bars, style, titled
 
 _COLUMNS = {
     "attack_success": "attack success, %",
@@ -41,7 +41,7 @@ def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str, caption:
                 rows = panel[panel["defense"] == defense].set_index("attack").reindex(attacks)
                 y = np.arange(len(rows)) + 0.16 * (2 * number - 1)
                 error_bars(axis, rows, y, SERIES[number], MARKERS[number], defense)
-                hollow_bars(axis, rows, y, SERIES[number], MARKERS[number])
+                not_refused_bars(axis, rows, y, SERIES[number], MARKERS[number])
             sizes = sorted(set(panel["n"]))
             axis.set(xlim=(-3, 103), xlabel=name, title=f"n = {sizes[0]}–{sizes[-1]} a point" if sizes else "")
             if unread:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -61,9 +60,10 @@ def _queries(study: Study, queries: str, n: int) -> list[Query]:
     if not queries:
         sets = WorldSets(ATTACKS, n)
         return [query for cell in sets.cells() for query in sets.queries(cell, study.settings.seed, study.omni())]
-    paths = [Path(name.strip()) if Path(name.strip()).exists() else name.strip() for name in queries.split(",")]
-    sources = load_sources(query_sources(paths, [], {}, seed=study.settings.seed))
-    own = [under_attack(query, query.meta.get("attack", OWN_QUERIES)) for of in sources for query in of.queries]
+    names = [name.strip() for name in queries.split(",")]
+    sources = load_sources(query_sources(names, [], {}, seed=study.settings.seed))
+    listed = [query for source in sources for query in source.queries]
+    own = [under_attack(query, query.meta.get("attack", OWN_QUERIES)) for query in listed]
     check_labels(own)
     return own
 
