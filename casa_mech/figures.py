@@ -116,13 +116,28 @@ def _columns(names: Sequence[str], inches: float) -> int:
 
 
 def error_bars(
-    axis: Axes, rows: pd.DataFrame, y: np.ndarray, colour: str, marker: str, label: str, scale: float = 100
+    axis: Axes,
+    rows: pd.DataFrame,
+    y: np.ndarray,
+    colour: str,
+    marker: str,
+    label: str,
+    scale: float = 100,
+    hollow: bool = False,
 ) -> None:
     """Draw `rows` (`value, low, high`) at the heights `y` as points with horizontal intervals, in percent."""
     error = scale * bar_lengths(rows)
     axis.errorbar(
-        scale * rows["value"], y, xerr=error, fmt=marker, color=colour, capsize=2, markersize=4.5, label=label
-    )
+        scale * rows["value"], y, xerr=error, fmt=marker, color=colour, capsize=2, markersize=4.5, label=label,
+        markerfacecolor="white" if hollow else colour,
+    )  # fmt: skip
+
+
+def not_refused_bars(axis: Axes, rows: pd.DataFrame, y: np.ndarray, colour: str, marker: str) -> None:
+    """Draw the columns `not_refused` of rates of attack success as hollow points; nothing where `rows` lacks them."""
+    if "not_refused" in rows:
+        beside = rows.filter(like="not_refused").set_axis(["value", "low", "high"], axis=1)
+        error_bars(axis, beside, y, colour, marker, "", hollow=True)
 
 
 def bar_lengths(rows: pd.DataFrame, value: str = "value") -> np.ndarray:

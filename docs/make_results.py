@@ -41,6 +41,7 @@ ENGLISH = {
     ("SafeBench ~ benign twin", "speech"): ("SafeBench, its benign counterpart", "speech"),
     ("SafeBench ~ benign twin", "FigStep picture"): ("SafeBench, its benign counterpart", "FigStep picture"),
 }
+AUDIT = "token_audit.csv"
 READ = 0.5
 """An attack is one that the organism reads where it answers at least this share of its benign counterparts."""
 
@@ -207,45 +208,53 @@ def attack_numbers(figures: Path) -> dict[str, str]:
 
 def audit_table(figures: Path) -> str:
     """What the token causes, a row for each attack and label; percent of requests."""
-    split = pd.read_csv(figures / "audit" / "split.csv").set_index(["attack", "label", "part"])["value"]
-    ends = _audit_ends(figures)
-    head = ("attack", "requests", "fall", "by the token", "falls apart", "refused, do(unsafe)", "refused, do(safe)",
-            "answered, base", "answered, base with a random word")  # fmt: skip
+    rates = read_rates(figures, AUDIT, "attack", "label", "measure", "name")
+    head = (
+        "attack", "requests", "n", "fall", "by the token", "falls apart", "refused, do(unsafe)", "refused, do(safe)",
+        "answered, base", "answered, base with a random word", "hard gate, text / surface",
+    )  # fmt: skip
+    ends = (
+        ("refused", "do(unsafe)"), ("refused", "do(safe)"), ("answered", "base"), ("answered", "base, random word"),
+    )  # fmt: skip
     rows = []
-    for attack, label in dict.fromkeys((attack, label) for attack, label, _ in split.index):
-        part = {name: 100 * split[attack, label, name] for name in ("total", "gate", "breakage", "conditioning")}
-        apart = part["breakage"] + part["conditioning"]
-        cells = [part["total"], part["gate"], apart, ends[attack, label, "do(unsafe)", "refused"],
-                 ends[attack, label, "do(safe)", "refused"], ends[attack, label, "base", "answered"],
-                 ends[attack, label, "base, random word", "answered"]]  # fmt: skip
-        rows.append((attack, label, *(f"{value:.0f}" for value in cells)))
+    cells = pd.read_csv(figures / AUDIT)[["attack", "label", "n"]].drop_duplicates()
+    for attack, label, n in cells.itertuples(index=False):
+        here = (attack, label)
+        part = {name: 100 * rates.value(*here, "fall", name) for name in ("total", "gate", "breakage", "conditioning")}
+        hard = (rates.percent(*here, "hard gate", f"calibrated {name}") for name in ("on text", "by surface"))
+        ends = (
+            ("refused", "do(unsafe)"),
+            ("refused", "do(safe)"),
+            ("answered", "base"),
+            ("answered", "base, random word"),
+        )
+        rows.append((
+            attack, label, str(n),
+            *(f"{value:.0f}" for value in (part["total"], part["gate"], part["breakage"] + part["conditioning"])),
+            *(rates.percent(*here, *end) for end in ends), " / ".join(hard),
+        ))  # fmt: skip
     return markdown(head, rows)
 
 
 def audit_numbers(figures: Path) -> dict[str, str]:
     """The audit's numbers in the text, in percent and points."""
-    ends = _audit_ends(figures)
-    split = pd.read_csv(figures / "audit" / "split.csv").set_index(["attack", "label", "part"])["value"]
+    rates = read_rates(figures, AUDIT, "attack", "label", "measure", "name")
     surfaces = ("plain", "spelled", "image", "audio")
     base, word = (
-        [ends[attack, "benign", name, "answered"] for attack in surfaces] for name in ("base", "base, random word")
+        [100 * rates.value(attack, "benign", "answered", name) for attack in surfaces]
+        for name in ("base", "base, random word")
     )
-    media = {part: 100 * sum(split[attack, "harmful", part] for attack in ("image", "audio")) / 2
+    media = {part: 100 * sum(rates.value(attack, "harmful", "fall", part) for attack in ("image", "audio")) / 2
              for part in ("gate", "total")}  # fmt: skip
-    unsafe = [f"{ends[attack, 'harmful', 'do(unsafe)', 'refused']:.0f}" for attack in surfaces]
+    unsafe = [rates.percent(attack, "harmful", "refused", "do(unsafe)") for attack in surfaces]
     return {
         "base_answered": f"{min(base):.0f}–{max(base):.0f}",
         "base_answered_word": f"{min(word):.0f}–{max(word):.0f}",
         "audit_media_gate": f"{media['gate']:.0f}",
         "audit_media_fall": f"{media['total']:.0f}",
         "audit_unsafe": " / ".join(unsafe) + " %",
-        "audit_benign_unsafe": f"{ends['plain', 'benign', 'do(unsafe)', 'refused']:.0f}",
+        "audit_benign_unsafe": rates.percent("plain", "benign", "refused", "do(unsafe)"),
     }
-
-
-def _audit_ends(figures: Path) -> pd.Series:
-    ends = pd.read_csv(figures / "audit" / "effects.csv")
-    return 100 * ends.set_index(["attack", "label", "intervention", "outcome"])["value"]
 
 
 def analysis_numbers(figures: Path) -> dict[str, str]:

@@ -1,9 +1,8 @@
-"""The audit in one figure: what becomes of requests behind a gate, and what the token alone does to refusals."""
+"""The audit in one figure: what a gate does to attack success and to benign answers, and what any word would do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,47 +10,64 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from casa_mech.audit.audit import PATHS, SAFE, UNSAFE, WORD
-from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, error_bars, named_rows, style, titled
+from casa_mech.audit.result import BASE, OWN, SAFE, UNSAFE, AuditResult
+from casa_mech.figures import BENIGN, HARMFUL, error_bars, named_rows, style, titled
 
-if TYPE_CHECKING:
-    from casa_mech.audit.audit import AuditResult
+STACK = {
+    "kept": ("still answered", "#BBBBBB", ""),
+    "gate": ("gate: refused, for the token says unsafe", "#0072B2", ""),
+    "adapter": ("adapter: refused under either token", "#56B4E9", "\\\\"),
+    "conditioning": ("conditioning: flagged, falls apart", "#E69F00", "//"),
+    "breakage": ("breakage: not flagged, falls apart", "#D55E00", "xx"),
+    "other": ("refused, though not flagged", "#F0E442", ".."),
+}
+"""What becomes of the requests that the base answers: the name, colour and hatch of each part of its bar."""
+_PLACEBOS = {"base placebo": ("word before the base's reply", "o"), "placebo": ("word in the token's place", "s")}
+_FORCED = {UNSAFE: ("token forced to unsafe", "^"), SAFE: ("token forced to safe", "v")}
+_LABELS = (("harmful", HARMFUL, -0.15), ("benign", BENIGN, 0.15))
 
-_COLOURS = ("#D55E00", "#E69F00", "#F0E442", "#BBBBBB", "#56B4E9", "#0072B2")
-_HATCHES = ("", "//", "..", "xx", "\\\\", "")
-_TOKENS = {UNSAFE: HARMFUL, SAFE: BENIGN, WORD: SERIES[5]}
 
+def plot_audit(summary: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """What a gate does in one look, a row an attack: harmful requests, benign ones, a random word, forced tokens.
 
-def plot_audit(result: AuditResult) -> Figure:
-    """Left: shares of `PATHS` of harmful requests, by attack; middle: of benign ones; right: refusals by forced token.
+    The first two panels split the share that the base answers by what becomes of it behind the gate; a diamond is the
+    share answered behind the gate. The third says how many answers one random word costs, the fourth how many requests
+    are refused when the token is forced.
 
-    The right panel draws harmful requests filled and benign ones hollow, with 95 % intervals over clusters.
+    Args:
+        summary: as `AuditResult.summary` makes it.
+        title: the claim.
+        caption: what stands behind it.
     """
-    paths, effects = _named_cells(result.paths()), _named_cells(result.effects())
-    attacks = list(dict.fromkeys(paths["attack"]))
+    table = _named_cells(summary)
+    attacks = list(dict.fromkeys(table["attack"]))
     with style():
-        size = (12, 1.9 + 0.42 * len(attacks))
-        figure, (harmful, benign, forced) = plt.subplots(1, 3, figsize=size, sharey=True)
-        _stack(harmful, paths[paths["label"] == "harmful"], attacks, "harmful")
-        _stack(benign, paths[paths["label"] == "benign"], attacks, "benign")
-        _forced(forced, effects[effects["outcome"] == "refused"], attacks)
-        named_rows(harmful, attacks)
-        figure = titled(figure, audit_title(result), legend_of=harmful)
-        forced.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
-        return figure
+        size = (13.5, 1.9 + 0.4 * len(attacks))
+        figure, axes = plt.subplots(1, 4, figsize=size, sharey=True, gridspec_kw={"width_ratios": (4, 4, 3, 3)})
+        for axis, (label, name) in zip(
+            axes, (("harmful", "attack success"), ("benign", "benign requests answered")), strict=False
+        ):
+            _stack(axis, table[table["label"] == label], attacks, f"{name}, base → gate")
+        falls, refused = table[table["measure"] == "fall"], table[table["measure"] == "refused"]
+        _points(axes[2], falls, _PLACEBOS, attacks, "answers lost to a random word")
+        _points(axes[3], refused, _FORCED, attacks, "refused under a forced token")
+        named_rows(axes[0], attacks)
+        how = (
+            "Diamonds: answered behind the gate. Points: harmful requests filled, benign ones hollow. Bars: 95 % "
+            "intervals over clusters."
+        )
+        return titled(figure, title, f"{caption} {how}", legend_of=axes)
 
 
 def audit_title(result: AuditResult) -> str:
     """The claim: how much of the fall of attack success the token caused, over all harmful requests alike."""
-    split = result.split()
-    harmful = split[split["label"] == "harmful"]
+    harmful = result.requests("harmful")
     if harmful.empty:
         return f"{result.defense} on {result.model}: benign requests behind the gate"
-    counts = harmful["value"] * harmful["n"]
-    means = counts.groupby(harmful["part"]).sum() / harmful.groupby("part")["n"].sum()
+    means = 100 * harmful[["total", "gate"]].mean()
     return (
-        f"{result.defense} on {result.model}: attack success falls by {100 * means['total']:.0f} points, of which "
-        f"{100 * means['gate']:.0f} because the unsafe token makes the reply refuse"
+        f"{result.defense} on {result.model}: attack success falls by {means['total']:.0f} points, "
+        f"{means['gate']:.0f} of them by the token"
     )
 
 
@@ -61,28 +77,35 @@ def _named_cells(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(attack=table["attack"].where(~several, table["attack"] + ", " + table["surface"]))
 
 
-def _stack(axis: Axes, paths: pd.DataFrame, attacks: Sequence[str], label: str) -> None:
-    start = np.zeros(len(attacks))
-    for (path, name), colour, hatch in zip(PATHS.items(), _COLOURS, _HATCHES, strict=True):
-        share = 100 * paths[paths["path"] == path].set_index("attack").reindex(attacks)["value"].fillna(0).to_numpy()
-        axis.barh(
-            np.arange(len(attacks)), share, left=start, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5,
-            height=0.7, label=name,
-        )  # fmt: skip
-        start = start + share
-    n = int(paths["n"].min()) if len(paths) else 0
-    axis.set(xlim=(0, 100), xlabel="percent of requests", title=f"{label} requests behind the gate (n ≥ {n})")
+def _stack(axis: Axes, table: pd.DataFrame, attacks: Sequence[str], name: str) -> None:
+    shares = table.pivot_table(index="attack", columns=["measure", "name"], values="value").reindex(attacks)
+    heights, start = np.arange(len(attacks)), np.zeros(len(attacks))
+    if not table.empty:
+        parts = {part: shares["fall", part] for part in STACK if part != "kept"}
+        parts = {"kept": shares["answered", BASE] - sum(parts.values()), **parts}
+        for part, (label, colour, hatch) in STACK.items():
+            width = 100 * parts[part].fillna(0).to_numpy()
+            axis.barh(
+                heights, width, left=start, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5, height=0.7,
+                label=label,
+            )  # fmt: skip
+            start = start + width
+        after = table[(table["measure"] == "answered") & (table["name"] == OWN)].set_index("attack").reindex(attacks)
+        error_bars(axis, after, heights, "black", "D", "answered behind the gate")
+    n = f" (n ≥ {int(table['n'].min())})" if len(table) else " (none)"
+    axis.set(xlim=(0, 103), xlabel="percent of requests", title=name + n)
     axis.grid(axis="y", visible=False)
 
 
-def _forced(axis: Axes, refused: pd.DataFrame, attacks: Sequence[str]) -> None:
-    heights = np.arange(len(attacks))
-    for number, (token, colour) in enumerate(_TOKENS.items()):
-        for label, shift in (("harmful", -0.15), ("benign", 0.15)):
-            rows = refused[(refused["intervention"] == token) & (refused["label"] == label)]
+def _points(
+    axis: Axes, table: pd.DataFrame, drawn: dict[str, tuple[str, str]], attacks: Sequence[str], title: str
+) -> None:
+    for number, (name, (text, marker)) in enumerate(drawn.items()):
+        for label, colour, shift in _LABELS:
+            rows = table[(table["name"] == name) & (table["label"] == label)]
+            if rows.empty:
+                continue
+            y = np.arange(len(attacks)) + shift + 0.12 * (number - 0.5)
             rows = rows.set_index("attack").reindex(attacks)
-            y = heights + shift + 0.09 * (number - 1)
-            error_bars(axis, rows, y, colour, MARKERS[number], f"{token}, {label}")
-            if label == "benign":
-                axis.lines[-3].set_markerfacecolor("white") if len(axis.lines) >= 3 else None
-    axis.set(xlim=(-3, 103), xlabel="refused, %", title="refused under a forced token")
+            error_bars(axis, rows, y, colour, marker, text, hollow=label == "benign")
+    axis.set(xlim=(-3, 103), xlabel="percent of requests", title=title)

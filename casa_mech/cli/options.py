@@ -18,6 +18,7 @@ from casa_mech.errors import InputError
 
 if TYPE_CHECKING:
     from casa_mech.judging import Judge
+    from casa_mech.queries import LoadedQueries
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
@@ -69,6 +70,79 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class SourceOptions:
+    """Which queries are read; each option is given once for all of `queries`, or once each, in their order."""
+
+    title: ClassVar[str] = "Queries"
+
+    queries: Annotated[
+        list[str],
+        typer.Option(
+            help="Table, .txt file (a prompt a line), media folder or file, attack's folder, or a benchmark (name or "
+            "name:split); repeatable."
+        ),
+    ]
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt column: one for all tables, or one each; - for none [prompt, where there is one]."),
+    ] = None
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="harmful or benign: what rows without a label of their own are; - leaves them unlabelled."),
+    ] = None
+    label_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column of labels (harmful or unsafe, benign or safe, in any case); - for none [label, where there is "
+            "one]."
+        ),
+    ] = None
+    image_column: Annotated[list[str] | None, typer.Option(help="Column of picture paths, as --column.")] = None
+    audio_column: Annotated[list[str] | None, typer.Option(help="Column of clip paths, as --column.")] = None
+    text: Annotated[str | None, typer.Option(help="Prompt to go with media that have none [they stand alone].")] = None
+    data: Data = None
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many from each --queries: the first, of a benchmark drawn by --seed."),
+    ] = None
+
+    def load(self, seed: int) -> list[LoadedQueries]:
+        """The queries of each source, read.
+
+        Raises:
+            InputError: a source, column or label that cannot be used.
+        """
+        from casa_mech.evaluation.sources import load_sources, query_sources
+
+        columns = {
+            name: getattr(self, name) or [] for name in ("column", "label_column", "image_column", "audio_column")
+        }
+        sources = query_sources(
+            self.queries, self.label or [], columns, self.text, self.limit, data=self.data, seed=seed
+        )
+        return load_sources(sources)
+
+
+@dataclass(frozen=True)
+class EvaluatedOptions(SourceOptions):
+    """Which queries are evaluated, and what they are called."""
+
+    attack: Annotated[str, typer.Option(help="Name of the attack in the tables.")] = "none"
+
+
+@dataclass(frozen=True)
+class DefenseOptions:
+    """The defence that is put to the test."""
+
+    title: ClassVar[str] = "Defence"
+
+    gate: GateFolder = None
+    defense: Annotated[str | None, typer.Option(help="Defence by name [what --gate holds, or none].")] = None
+    safety_prompt: Annotated[bool, typer.Option(help="Put the safety prompt into the system turn.")] = False
+    option: Annotated[list[str] | None, typer.Option(help="Option of the defence, NAME=VALUE; repeatable.")] = None
+
+
+@dataclass(frozen=True)
 class ReplyOptions:
     """How replies are generated."""
 
@@ -97,6 +171,17 @@ class JudgeOptions:
         None
     )
     threshold: Annotated[float, typer.Option(min=0, max=1, help="A classifier's least probability.")] = 0.5
+
+    def check(self, name: str) -> None:
+        """Refuse what can be refused of the judge `name` (empty: the default one) without torch.
+
+        Raises:
+            InputError: as `check_judge`.
+        """
+        if name:
+            from casa_mech.judging.registry import check_judge
+
+            check_judge(name, self.backend, self.judge_model)
 
     def load(self, name: str, device: str, dtype: str, batch_size: int) -> Judge:
         """The judge `name`; `device`, `dtype` and `batch_size` are of a local one.

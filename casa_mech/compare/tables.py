@@ -12,7 +12,7 @@ from casa_mech.compare.grid import GridResult
 from casa_mech.compare.intervals import macro_interval, over_seeds
 from casa_mech.evaluation.evaluate import RESAMPLES
 from casa_mech.judging.estimate import Estimate
-from casa_mech.judging.merit import OUTCOME_METRICS, outcome_rows
+from casa_mech.judging.merit import BESIDE, NOT_REFUSED, OUTCOME_METRICS, outcome_rows, with_not_refused
 from casa_mech.judging.results import Row, result_table, value_row
 from casa_mech.judging.stats import auroc_interval
 from casa_mech.judging.verdict import UNDECIDED
@@ -80,9 +80,12 @@ def compact(summary: pd.DataFrame) -> pd.DataFrame:
         "held-out topics": (f"attack_success:{HELD_OUT}", ALL),
     }
     rows = []
-    for (model, defense), of_system in summary.groupby(["model", "defense"], sort=False):
+    for (model, defense), of_system in with_not_refused(summary).groupby(["model", "defense"], sort=False):
         values = {(row["metric"], row["scope"]): row for row in of_system.to_dict("records")}
-        rates = {name: _percent(values.get(key)) for name, key in columns.items()}
+        success, *others = [(name, _percent(values.get(key))) for name, key in columns.items()]
+        beside = values.get(("attack_success", ALL))
+        not_refused = "–" if beside is None else Estimate(*(beside[name] for name in NOT_REFUSED)).percent()
+        rates = dict([success, ("not refused", not_refused), *others])
         auroc, time = values.get(("gate_auroc", ALL)), values.get(("relative_seconds", ALL))
         spent = {name: _number(values.get((name, ALL))) for name in COSTS[:4]}
         rows.append(
@@ -106,7 +109,7 @@ def _scopes(replies: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def _rates(replies: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     decided = replies[replies["outcome"] != UNDECIDED]
-    for metric, (label, outcome) in OUTCOME_METRICS.items():
+    for metric, (label, outcome) in (*OUTCOME_METRICS.items(), *BESIDE.items()):
         of_label = decided[decided["label"] == label]
         if of_label.empty:
             continue

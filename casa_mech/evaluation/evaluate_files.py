@@ -20,6 +20,7 @@ from casa_mech.evaluation.evaluate import (
     evaluate,
     save_evaluation,
 )
+from casa_mech.evaluation.sources import NO_ATTACK, under_attack
 from casa_mech.files import check_folder
 from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
@@ -59,7 +60,7 @@ def evaluate_files(
     system: SystemUnderTest,
     *,
     settings: GenerationSettings,
-    attack: str = "none",
+    attack: str = NO_ATTACK,
     out: Path | None = None,
     judge: Judge | None = None,
     note: Callable[[str], None] = print,
@@ -120,7 +121,7 @@ def _checked(
     for source in loaded:
         if source.dropped:
             note(f"{source.name}: left out {len(source.dropped)} rows that mention minors in a harmful setting")
-    queries = [_named(query, attack) for source in loaded for query in source.queries]
+    queries = [under_attack(query, attack) for source in loaded for query in source.queries]
     if out is not None:
         check_folder(out, _RESULTS)
     check_media(queries)
@@ -147,13 +148,6 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
 def _unsafe_share(tokens: pd.Series) -> float:
     """The share of unsafe tokens; NaN where a system gives none."""
     return float((tokens == "unsafe").mean()) if tokens.notna().any() else float("nan")
-
-
-def _named(query: Query, attack: str) -> Query:
-    """The query under the attack's name, unless nothing was named and it knows its own (an index does)."""
-    if attack == "none" and "attack" in query.meta:
-        return query
-    return query.model_copy(update={"meta": {**query.meta, "attack": attack}})
 
 
 def _defense_name(system: SystemUnderTest) -> str:

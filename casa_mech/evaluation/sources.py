@@ -10,8 +10,11 @@ from casa_mech.errors import InputError
 from casa_mech.queries.benchmarks import BENCHMARKS, BenchmarkSource, chosen_source, read_chosen
 from casa_mech.queries.files import QuerySource
 from casa_mech.queries.loaded import LoadedQueries
+from casa_mech.queries.query import Query
 
 NONE = "-"
+NO_ATTACK = "none"
+"""The attack of queries that none was named for."""
 
 
 def query_sources(
@@ -56,6 +59,29 @@ def query_sources(
 def load_sources(sources: Sequence[QuerySource | BenchmarkSource]) -> list[LoadedQueries]:
     """The queries of each source. InputError: one that cannot be read, or a row that cannot be used."""
     return [read_chosen(source) for source in sources]
+
+
+def under_attack(query: Query, attack: str) -> Query:
+    """The query under the attack's name, unless nothing was named and it knows its own (an index does)."""
+    if attack == NO_ATTACK and "attack" in query.meta:
+        return query
+    return query.model_copy(update={"meta": {**query.meta, "attack": attack}})
+
+
+def check_labels(queries: Sequence[Query]) -> None:
+    """Refuse queries that are not all harmful or benign.
+
+    Raises:
+        InputError: there are none, or one has no label; it names the first.
+    """
+    if not queries:
+        raise InputError("an audit needs labelled queries; there are none")
+    query = next((query for query in queries if query.label is None), None)
+    if query is not None:
+        raise InputError(
+            f"an audit needs labelled queries; {query.id} has no label: give --label harmful or benign, or a column of "
+            "labels with --label-column"
+        )
 
 
 def _with_fields(

@@ -34,6 +34,8 @@ OUTCOME_METRICS: Mapping[str, tuple[Label, Outcome]] = MappingProxyType(
 """Rates by which systems are compared, each with its label and the outcome that it counts."""
 BESIDE: Mapping[str, tuple[Label, Outcome]] = MappingProxyType({"refused": ("harmful", "refused")})
 """A rate that stands beside them: an attack that fails need not have been refused."""
+NOT_REFUSED = ("not_refused", "not_refused_low", "not_refused_high")
+"""Columns beside attack success: the share of harmful requests that was not refused, answered or not."""
 UPPER = ("attack_success", "over_refusal")
 SPLITS = ("seen", "held_out")
 
@@ -69,6 +71,25 @@ def outcome_rows(replies: pd.DataFrame, where: Mapping[str, Any], interval: Inte
         score = mean_interval(scored["score"].to_numpy(dtype=float), clusters_of(scored), where["seed"])
         rows.append(value_row(**where, metric="judge_score", n=len(scored), **score._asdict()))
     return rows
+
+
+def with_not_refused(results: pd.DataFrame) -> pd.DataFrame:
+    """`results` with `NOT_REFUSED` beside each rate of attack success, NaN in all other rows.
+
+    Attack success counts answers; what it leaves to "not refused" are replies that fall apart or miss the request. The
+    share is 1 less the row `refused` of the same cell, and its interval that row's, so it has the table's own clusters.
+
+    Args:
+        results: rows with `metric, n, value, low, high`; every other column but `interval` tells cells apart. Splits
+            (`attack_success:held_out`) go with theirs.
+    """
+    cell = [name for name in results if name not in ("n", "value", "low", "high", "interval")]
+    refused = results[results["metric"].str.split(":").str[0] == "refused"]
+    beside = refused[cell].assign(
+        metric=refused["metric"].str.replace("refused", "attack_success", n=1, regex=False),
+        not_refused=1 - refused["value"], not_refused_low=1 - refused["high"], not_refused_high=1 - refused["low"],
+    )  # fmt: skip
+    return results.merge(beside, on=cell, how="left", validate="m:1").set_index(results.index)
 
 
 def fpr_row(scored: pd.DataFrame, where: Mapping[str, Any], tpr: float = 0.95, resamples: int = 1000) -> Row:

@@ -14,7 +14,8 @@ from casa_mech.judging.verdict import Judge
 
 BackendKind = Literal["local", "openai", "anthropic"]
 BACKENDS: tuple[BackendKind, ...] = ("local", "openai", "anthropic")
-JUDGES = ("micro-world", "keyword", "classifier", *RUBRICS)
+WITHOUT_MODEL = ("micro-world", "keyword")
+JUDGES = (*WITHOUT_MODEL, "classifier", *RUBRICS)
 
 
 def load_judge(
@@ -44,16 +45,9 @@ def load_judge(
         InputError: an unknown name, backend or option, a missing model or key.
         ModelError: a model that cannot be loaded.
     """
-    if name in ("micro-world", "keyword"):
+    check_judge(name, backend, model)
+    if name in WITHOUT_MODEL:
         return MicroWorldJudge() if name == "micro-world" else KeywordJudge()
-    if name not in JUDGES and not name.endswith(".json"):
-        raise InputError(
-            f"unknown judge {name!r}; judges: {', '.join(JUDGES)}, or a rubric of your own in a .json file"
-        )
-    if backend not in BACKENDS:
-        raise InputError(f"unknown backend {backend!r}; backends: {', '.join(BACKENDS)}")
-    if not model:
-        raise InputError(f"the judge {name} asks a model: name it with --judge-model")
     if name == "classifier":
         from casa_mech.judging.local import ClassifierJudge
 
@@ -73,3 +67,23 @@ def load_judge(
         first = error.errors(include_input=False)[0]
         raise InputError(f"judge option {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return RubricJudge(rubric, HttpBackend(settings))
+
+
+def check_judge(name: str, backend: str = "local", model: str = "") -> None:
+    """Refuse what `load_judge` can refuse without torch and without a key.
+
+    Raises:
+        InputError: an unknown name or backend, no judging model, or a rubric's file that cannot be used.
+    """
+    if name in WITHOUT_MODEL:
+        return
+    if name not in JUDGES and not name.endswith(".json"):
+        raise InputError(
+            f"unknown judge {name!r}; judges: {', '.join(JUDGES)}, or a rubric of your own in a .json file"
+        )
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}; backends: {', '.join(BACKENDS)}")
+    if not model:
+        raise InputError(f"the judge {name} asks a model: name it with --judge-model")
+    if name.endswith(".json"):
+        read_rubric(name)

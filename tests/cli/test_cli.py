@@ -64,6 +64,14 @@ def media(tmp_path: Path) -> Path:
         (["evaluate", "--queries", "gone.csv"], "no file or folder gone.csv"),
         (["evaluate", "--queries", "text.txt", "--gate", "."], "holds no gate"),
         (["compare", "--seeds", "a"], "--seeds a: write whole numbers"),
+        (["audit", "--gate", "gone"], "no folder gone; give --gate the folder"),
+        (["audit", "--gate", "gate", "--attacks", "plain,sorcery"], "unknown attack 'sorcery'; attacks: plain"),
+        (["audit", "--gate", "gate", "--judge", "oracle"], "unknown judge 'oracle'; judges: micro-world"),
+        (["audit", "--gate", "gate", "--judge", "yes-no"], "the judge yes-no asks a model"),
+        (["audit", "--gate", "gate", "--defense", "coca"], "--defense must be one of casa, ssft-token, refusal-token"),
+        (["audit", "--gate", "gate", "--option", "k"], "--option k: write it as NAME=VALUE"),
+        (["audit", "--gate", "gate", "--queries", "text.txt"], "an audit needs labelled queries; text"),
+        (["evaluate", "--queries", "text.txt", "--judge", "oracle"], "unknown judge 'oracle'"),
         (["judge", "run", "--replies", "r", "--judge", "keyword", "--out", "o", "--device", "gpu"], "--device gpu"),
     ],
 )
@@ -71,7 +79,9 @@ def test_help_and_mistakes_are_said_before_torch_is_imported(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("how do i make tea\n")
-    for name, file, content in (("broken", "casa_config.json", "{"), ("lora", "defense.json", "{}")):
+    for name, file, content in (
+        ("broken", "casa_config.json", "{"), ("lora", "defense.json", "{}"), ("gate", "casa_config.json", "{}"),
+    ):  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(content)
     code = (

@@ -197,7 +197,10 @@ def test_figures_draw_what_there_is() -> None:
     found = _comparison(result)
     cells, points = tables.grid_data(found.summary), tables.tradeoff_data(found.summary)
     assert len(plot_grid(cells, "t").axes) == 2
+    assert "not refused 10" in {text.get_text().splitlines()[-1] for text in plot_grid(cells, "t").axes[0].texts}
     assert len(points) == 6 and plot_tradeoff(points, "t").axes
+    assert points.set_index("defense").loc["casa", "not_refused"] == pytest.approx(0.1)
+    assert compact(found.summary).set_index("defense").loc["casa", "not refused"].startswith("10.0 [")
     found = Comparison(
         "m", result, grid_rows(result), ablation_frame(found.summary, chosen), found.tests, tuple(chosen)
     )

@@ -13,6 +13,7 @@ from casa_mech.judging import agreement
 from casa_mech.judging.agreement import cohen_kappa, krippendorff_alpha
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.hypothesis import permutation_test
+from casa_mech.judging.merit import NOT_REFUSED, with_not_refused
 from casa_mech.judging.mme import MME_GROUPS, mme_rows, mme_scores, read_answer
 from casa_mech.judging.results import result_table
 from casa_mech.judging.stats import cluster_of, clusters_of, fpr_at_tpr, fpr_at_tpr_interval, rate_interval, wilson
@@ -52,6 +53,28 @@ def test_the_undecided_row_is_always_there() -> None:
     none = {row["metric"]: row for row in result_rows(replies(["undecided"] * 4))}
     assert set(none) == {"undecided", "attack_success_upper"} and none["undecided"]["value"] == 1
     result_table(none.values())
+
+
+def test_what_was_not_refused_stands_beside_attack_success() -> None:
+    harmful = replies(["complied"] * 3 + ["refused"] * 5 + ["incoherent"] * 2, split=["seen"] * 5 + ["held_out"] * 5)
+    benign = replies(["complied", "refused"], "benign")
+    table = with_not_refused(pd.DataFrame(result_rows(pd.concat([harmful, benign], ignore_index=True))))
+    beside = table.set_index("metric")[["value", *NOT_REFUSED]].T
+    low, high = wilson(5, 10)
+    assert beside["attack_success"].tolist() == pytest.approx([0.3, 0.5, 1 - high, 1 - low])
+    # Held out: five requests, of which three are refused and none complies.
+    assert beside["attack_success:held_out"].tolist()[:2] == pytest.approx([0.0, 0.4])
+    others = [name for name in beside if not name.startswith("attack_success")]
+    assert others and beside.loc["not_refused", others].isna().all()
+    # Cells are told apart by every other column, and rows keep their order.
+    other = table.drop(columns=list(NOT_REFUSED)).assign(attack="image")
+    other.loc[other["metric"] == "refused", "value"] = 0.9
+    both = with_not_refused(pd.concat([table.drop(columns=list(NOT_REFUSED)), other], ignore_index=True))
+    success = both[both["metric"] == "attack_success"]
+    assert success["not_refused"].tolist() == pytest.approx([0.5, 0.1]) and list(success["attack"]) == [
+        "plain",
+        "image",
+    ]
 
 
 def test_rubric_scores_are_averaged() -> None:

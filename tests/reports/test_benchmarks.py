@@ -20,6 +20,8 @@ from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.results import result_table
 from casa_mech.judging.stats import wilson
 from casa_mech.queries import Example, Query
+from casa_mech.reports.attack_success import tables as attack_success
+from casa_mech.reports.attack_success.plots import plot_rates
 from casa_mech.reports.benchmarks import claims
 from casa_mech.reports.benchmarks import tables as benchmarks
 from casa_mech.reports.benchmarks.judge_agreement import (
@@ -112,11 +114,27 @@ def test_unread_attacks_are_found_by_their_benign_counterparts(replies: pd.DataF
     table = benchmarks.benchmark_table(pd.DataFrame(_results(judged)), readable)
     assert table.loc["figstep", "read?"].startswith("cannot read it: benign counterparts answered 0 % [0,")
     assert table.loc["plain", "read?"] == "reads it"
+    # No harmful request is answered, none is refused.
+    assert table.loc["plain", "success, CASA"].startswith("0.0 [")
+    assert table.loc["plain", "not refused, CASA"].startswith("100.0 [")
     spoiled = judged.assign(outcome=judged["outcome"].where(judged["defense"] != "CASA", "incoherent"))
     after = benchmarks.benchmark_table(pd.DataFrame(_results(spoiled)), readable)
     assert after.loc["plain", "read?"] == "reads it, but answers 0 % of its benign counterparts after CASA"
     assert table.loc["plain", "gate AUROC"].endswith("n=24")
     assert table.loc["plain", "benign answered, pretrained"].startswith("100.0 [")
+
+
+def test_attack_success_stands_beside_what_was_not_refused(replies: pd.DataFrame) -> None:
+    results = pd.DataFrame(_results(replies.assign(outcome="incoherent")))
+    cell = attack_success.attack_table(results, "attack_success").loc["plain"].iloc[0]
+    assert cell.startswith("0.0 [") and "; not refused 100.0 [" in cell
+    assert "not refused" not in attack_success.attack_table(results, "benign_answered").loc["plain"].iloc[0]
+    data = attack_success.rate_data(results)
+    assert set(data["metric"]) == {"attack_success", "refused", "over_refusal", "benign_answered"}
+    panels = plot_rates(data, attack_success.RATES, "claim").axes
+    hollow = [[line for line in panel.lines if line.get_markerfacecolor() == "white"] for panel in panels]
+    drawn = [[float(x) for line in lines for x in line.get_xdata() if x == x] for lines in hollow]
+    assert drawn[0] and set(drawn[0]) == {100.0} and not any(drawn[1:])
 
 
 def _results(replies: pd.DataFrame) -> list[dict]:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from casa_mech.figures import MARKERS, SERIES, error_bars, style, titled
+from casa_mech.figures import MARKERS, SERIES, error_bars, not_refused_bars, style, titled
 from casa_mech.reports.defences.plots import METRIC_MARKS, PANELS
 
 
@@ -37,7 +37,7 @@ def plot_ablations(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
             axis.set_visible(False)
         for axis in axes[-1]:
             axis.set_xlabel("percent of requests")
-        how = "Bars: 95 % intervals. In capitals: the base, the same in every panel."
+        how = "Hollow: not refused. Bars: 95 % intervals. In capitals: the base, the same in every panel."
         return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])
 
 
@@ -58,12 +58,14 @@ def plot_by_attack(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
             for number, level in enumerate(levels):
                 rows = panel[panel["level"] == level].set_index("scope").reindex(scopes)
                 y = np.arange(len(scopes)) + 0.17 * (number - (len(levels) - 1) / 2)
-                error_bars(axis, rows, y, SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)], str(level))
+                look = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
+                error_bars(axis, rows, y, *look, str(level))
+                not_refused_bars(axis, rows, y, *look)
             axis.set(xlim=(-3, 103), xlabel=name)
             axis.set_title(f"n = {int(panel[panel['scope'] != 'all']['n'].min())} a cell")
             axis.set_yticks(np.arange(len(scopes)), scopes)
         axes[0].invert_yaxis()
-        return titled(figure, title, f"{caption} Bars: 95 % intervals.", legend_of=axes[0])
+        return titled(figure, title, f"{caption} Hollow: not refused. Bars: 95 % intervals.", legend_of=axes[0])
 
 
 def _levels(axis: Axes, panel: pd.DataFrame, levels: list[str]) -> None:
@@ -71,4 +73,5 @@ def _levels(axis: Axes, panel: pd.DataFrame, levels: list[str]) -> None:
         rows = panel[panel["metric"] == metric].set_index("level").reindex(levels)
         colour, marker = METRIC_MARKS[metric]
         error_bars(axis, rows, np.arange(len(levels)) + shift, colour, marker, name.removesuffix(" (%)"))
+        not_refused_bars(axis, rows, np.arange(len(levels)) + shift, colour, marker)
     axis.set_xlim(-3, 103)

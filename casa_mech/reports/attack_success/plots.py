@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from casa_mech.figures import MARKERS, SERIES, bar_lengths, style, titled
+from casa_mech.figures import MARKERS, SERIES, bar_lengths, not_refused_bars, style, titled
 from casa_mech.study.settings import slug
 
 
@@ -17,7 +17,7 @@ def plot_rates(data: pd.DataFrame, panels: Sequence[tuple[str, str]], title: str
     """Rates with Wilson intervals: a row of panels a model, a column a metric, an attack a line, defences side by side.
 
     Args:
-        data: the result schema (`model, defense, attack, metric, n, value, low, high`).
+        data: the result schema (`model, defense, attack, metric, n, value, low, high`) and `merit.NOT_REFUSED`.
         panels: (metric, axis label), drawn in this order for each model.
         title: the claim.
         caption: what stands behind it.
@@ -39,12 +39,13 @@ def plot_rates(data: pd.DataFrame, panels: Sequence[tuple[str, str]], title: str
                     100 * rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2,
                     markersize=4.5, label=defense,
                 )  # fmt: skip
+                not_refused_bars(axis, rows, y, SERIES[number], MARKERS[number])
             smallest = int(panel["n"].min()) if len(panel) else 0
             axis.set(xlim=(-3, 103), xlabel=f"{name}, %", title=f"{slug(model)} (n ≥ {smallest})")
             axis.tick_params(labelbottom=True)
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
-        how = "Bars: 95 % intervals (Wilson); n: requests in a cell."
+        how = "Hollow: not refused, answered or not. Bars: 95 % intervals (Wilson); n: requests in a cell."
         return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])
 
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from casa_mech.evaluation.evaluate import CASA
 from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.merit import BESIDE, NOT_REFUSED, with_not_refused
 
 RATES = (
     ("attack_success", "attack success"),
-    ("refused", "harmful requests refused"),
     ("over_refusal", "benign requests refused"),
     ("benign_answered", "benign requests answered"),
 )
-"""The rates that are drawn, each with what to call it."""
+"""The rates that are drawn, each with what to call it; beside attack success stands what was not refused."""
 SEPARATION = {"gate_auroc": "v_s", "token_auroc": "log-odds of the safety token, which decide"}
 """The two halves of the gate, by the metric that says how well they tell harm apart."""
 
 
 def rate_data(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `RATES`."""
-    return results[results["metric"].isin([metric for metric, _ in RATES])]
+    """The rows of `RATES` and `merit.BESIDE`, with the columns `merit.NOT_REFUSED`."""
+    return with_not_refused(results[results["metric"].isin([*(metric for metric, _ in RATES), *BESIDE])])
 
 
 def separation_data(results: pd.DataFrame) -> pd.DataFrame:
@@ -30,10 +33,20 @@ def separation_data(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def attack_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A table to read: attacks down, model and defence across, `value [low, high]` in percent and n."""
-    rows = results[results["metric"] == metric]
-    cells = [Estimate(row.value, row.low, row.high).percent(n=row.n) for row in rows.itertuples()]
+    """A table to read: attacks down, model and defence across, `value [low, high]` in percent and n.
+
+    Beside attack success stands the share of requests that were not refused.
+    """
+    rows = with_not_refused(results)
+    rows = rows[rows["metric"] == metric]
+    cells = [_cell(row) for row in rows.to_dict("records")]
     table = rows.assign(cell=cells).pivot_table(
         index="attack", columns=["model", "defense"], values="cell", aggfunc="first", sort=False
     )
     return table.replace(np.nan, "–")
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    text = Estimate.of(row).percent(n=row["n"])
+    beside = Estimate(*(row[name] for name in NOT_REFUSED))
+    return text if np.isnan(beside.value) else f"{text}; not refused {beside.percent()}"

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from casa_mech.figures import MARKERS, SERIES, error_bars, named_rows, style, titled
+from casa_mech.figures import MARKERS, SERIES, error_bars, named_rows, not_refused_bars, style, titled
 
 _COLUMNS = {
     "attack_success": "attack success, %",
@@ -39,9 +39,9 @@ def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str, caption:
             panel = data[data["metric"] == metric]
             for number, defense in enumerate(dict.fromkeys(data["defense"])):
                 rows = panel[panel["defense"] == defense].set_index("attack").reindex(attacks)
-                error_bars(
-                    axis, rows, np.arange(len(rows)) + 0.16 * (2 * number - 1), SERIES[number], MARKERS[number], defense
-                )
+                y = np.arange(len(rows)) + 0.16 * (2 * number - 1)
+                error_bars(axis, rows, y, SERIES[number], MARKERS[number], defense)
+                not_refused_bars(axis, rows, y, SERIES[number], MARKERS[number])
             sizes = sorted(set(panel["n"]))
             axis.set(xlim=(-3, 103), xlabel=name, title=f"n = {sizes[0]}–{sizes[-1]} a point" if sizes else "")
             if unread:
@@ -50,7 +50,10 @@ def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str, caption:
         named_rows(axes[0], attacks)
         if unread:
             axes[0].text(99, len(attacks) - 0.6, "grey: cannot read it", ha="right", va="bottom", fontsize=8)
-        how = "Bars: 95 % intervals, Wilson's for rates, by bootstrap over topics for AUROCs."
+        how = (
+            "Hollow: not refused, answered or not. Bars: 95 % intervals, Wilson's for rates, by bootstrap over topics "
+            "for AUROCs."
+        )
         return titled(figure, title, f"{caption} {how}", legend_of=axes[0])
 
 

@@ -21,6 +21,7 @@ from casa_mech.evaluation.evaluate import CASA, PRETRAINED, reply_table, result_
 from casa_mech.identity import key_digest
 from casa_mech.judging import MicroWorldJudge, judge_all
 from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.merit import NOT_REFUSED, with_not_refused
 from casa_mech.judging.stats import wilson
 from casa_mech.omni import GenerationSettings
 from casa_mech.organism.wording import MICRO_WORLD
@@ -139,7 +140,8 @@ def readability(replies: pd.DataFrame) -> pd.DataFrame:
 
 
 def attack_data(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `METRICS`."""
+    """The rows of `METRICS`, with the columns `merit.NOT_REFUSED`."""
+    results = with_not_refused(results)
     return results[results["metric"].isin(METRICS)]
 
 
@@ -172,6 +174,7 @@ def benchmark_table(results: pd.DataFrame, readable: pd.DataFrame) -> pd.DataFra
         "gate AUROC": ("gate_auroc", CASA),
     }
     rows = {}
+    results = with_not_refused(results)
     for entry in readable.itertuples():
         here = results[results["attack"] == entry.attack]
         cells = {
@@ -179,6 +182,10 @@ def benchmark_table(results: pd.DataFrame, readable: pd.DataFrame) -> pd.DataFra
             for name, (metric, defense) in columns.items()
         }
         after = here[(here["metric"] == "benign_answered") & (here["defense"] == CASA)]["value"]
+        cells |= {
+            f"not refused, {name}": _not_refused(here[here["metric"] == "attack_success"], defense)
+            for name, defense in (("pretrained", PRETRAINED), ("CASA", CASA))
+        }
         rows[entry.attack] = {**cells, "read?": _verdict(entry, float(after.iloc[0]))}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("attack")
 
@@ -201,6 +208,11 @@ def _cell(rows: pd.DataFrame) -> str:
     if row["metric"] == "gate_auroc":
         return Estimate.of(row).text(".3f", row["n"])
     return Estimate.of(row).percent(n=row["n"])
+
+
+def _not_refused(successes: pd.DataFrame, defense: str) -> str:
+    rows = successes[successes["defense"] == defense]
+    return "–" if rows.empty else Estimate(*(rows.iloc[0][name] for name in NOT_REFUSED)).percent()
 
 
 def _stand_in(path: Path) -> Path:

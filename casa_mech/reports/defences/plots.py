@@ -29,7 +29,7 @@ def plot_grid(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     with style():
         # Many attacks: one panel below the other, or the page is too wide to read.
         down, across = (len(panels), 1) if len(columns) > _WIDE else (1, len(panels))
-        size = (1.5 + across * max(3.2, 0.95 * len(columns)), 1.6 + down * 0.46 * len(rows))
+        size = (1.5 + across * max(3.2, 0.95 * len(columns)), 1.6 + down * 0.56 * len(rows))
         figure, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey=True, squeeze=False)
         for axis, (metric, name) in zip(axes.flat, panels.items(), strict=True):
             panel = data[data["metric"] == metric].set_index(["defense", "scope"])
@@ -53,7 +53,7 @@ def plot_tradeoff(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
     Args:
         data: columns `defense, n, attack_success, benign_answered` (each with `_low` and `_high`), `relative_seconds`
-            (NaN for the model itself, which is 1), `trained` (how many numbers its training sets).
+            (NaN for the model itself, which is 1), `not_refused`, `trained` (how many numbers its training sets).
         title: the claim.
         caption: what stands behind it.
     """
@@ -71,7 +71,7 @@ def plot_tradeoff(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
             trained = f", {row['trained'] / 1e3:.0f}k trained" if row["trained"] else ""
             axis.scatter(
                 x, y, s=45 * times, color=colour, marker=marker, alpha=0.85, edgecolors="black", linewidths=0.5,
-                label=f"{row['defense']}: {times:.2f}× time{trained}",
+                label=f"{row['defense']}: {100 * row['not_refused']:.0f} % not refused, {times:.2f}× time{trained}",
             )  # fmt: skip
         axis.set(
             xlabel="attack success, mean over attacks (%)",
@@ -85,8 +85,10 @@ def plot_tradeoff(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
 def _cell(axis: Axes, x: int, y: int, row: pd.Series) -> None:
     percent = Estimate.of(row).times(100)
+    share = row.get("not_refused", np.nan)
+    beside = "" if np.isnan(share) else f"\nnot refused {100 * share:.0f}"
     axis.text(
-        x, y, f"{percent.value:.0f}\n{percent.bounds('.0f')}", ha="center", va="center", fontsize=7,
+        x, y, f"{percent.value:.0f}\n{percent.bounds('.0f')}{beside}", ha="center", va="center", fontsize=7,
         color="white" if percent.value < 55 else "black",
     )  # fmt: skip
 

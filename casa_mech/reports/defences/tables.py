@@ -16,6 +16,7 @@ from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
 from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, ComparedSystem, system_named
 from casa_mech.compare.tables import ALL, grid_rows, summarise
 from casa_mech.compare.weights import TrainingPlan, Weights
+from casa_mech.judging.merit import NOT_REFUSED, with_not_refused
 from casa_mech.omni import GenerationSettings
 from casa_mech.study import Study
 from casa_mech.study.settings import ProfileName, slug
@@ -113,21 +114,27 @@ def filled_grid(
 
 
 def grid_data(summary: pd.DataFrame) -> pd.DataFrame:
-    """Attack success and benign counterparts answered, by attack and over all."""
+    """Attack success and benign counterparts answered, by attack and over all, with `merit.NOT_REFUSED` beside."""
+    summary = with_not_refused(summary)
     rates = summary["metric"].isin(["attack_success", "benign_answered"])
     of_surface = summary["scope"].str.startswith("surface:")
     return summary[rates & ~of_surface].reset_index(drop=True)
 
 
 def tradeoff_data(summary: pd.DataFrame) -> pd.DataFrame:
-    """Attack success, benign counterparts answered and cost over all attacks: a row a defence."""
+    """Attack success, benign counterparts answered and cost over all attacks: a row a defence.
+
+    `merit.NOT_REFUSED` stands beside attack success.
+    """
     rows = []
+    summary = with_not_refused(summary)
     for defense, metrics in summary[summary["scope"] == ALL].groupby("defense", sort=False):
         by_metric = metrics.set_index("metric")
         row = {"defense": defense, "n": int(by_metric.loc["attack_success", "n"])}
         for metric in ("attack_success", "benign_answered"):
             row |= {metric: by_metric.loc[metric, "value"], f"{metric}_low": by_metric.loc[metric, "low"]}
             row |= {f"{metric}_high": by_metric.loc[metric, "high"]}
+        row |= {name: by_metric.loc["attack_success", name] for name in NOT_REFUSED}
         times = by_metric["value"].get("relative_seconds", float("nan"))
         rows.append({**row, "relative_seconds": times, "trained": by_metric.loc["trained_parameters", "value"]})
     return pd.DataFrame(rows)
