@@ -74,10 +74,10 @@ def family(request: Request, progress: bool = False, note: Callable[[str], None]
     began = time.perf_counter()
     request.plan.named(request.members)
     _open(request.out)
-    jobs = min(request.jobs, len(request.runs()))
+    jobs = min(request.jobs, sum(not run.finished for run in request.runs()))
     if jobs > 1:
         _in_processes(request, jobs, note)
-    else:
+    elif jobs:
         _work(request.runs(progress, note))
     rows = write_tables(request)
     done = sum(run.finished for run in replace(request, members=()).runs())

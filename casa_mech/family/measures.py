@@ -93,7 +93,7 @@ def answered_table(queries: Sequence[Query], replies: Sequence[Reply], seed: int
 
 
 def _columns(values: Mapping[str, Estimate]) -> dict[str, float]:
-    columns = {}
+    columns: dict[str, float] = {}
     for name, estimate in values.items():
         columns |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return columns

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +154,16 @@ class MemberRun:
                 if self._missing(predictors):
                     raise RunError(f"{self.path}: a gate is trained after the predictors are written, not before")
                 if part.step.startswith(AUDIT):
-                    self._make(part, lambda new, seed=seed: self._audit(new, seed))
+                    self._make(part, partial(self._audit, seed))
                 else:
-                    mend = MENDS[part.key["mend"]]
-                    self._make(part, lambda new, seed=seed, mend=mend: self._mend(new, seed, mend))
+                    self._make(part, partial(self._mend, seed, MENDS[part.key["mend"]]))
             if not self._keep:
                 for left in [self.path / WEIGHTS / f"gate-{seed}", *(self.path / WEIGHTS).glob(f"gate-{seed}-*")]:
                     shutil.rmtree(left, ignore_errors=True)
         if not self._keep:
             shutil.rmtree(self.path / WEIGHTS, ignore_errors=True)
+        for large in ("_omni", "_queries"):  # or a process would hold those of every member it made
+            self.__dict__.pop(large, None)
 
     def _missing(self, part: Part) -> bool:
         return not is_complete(self.path / part.step, part.key)
@@ -244,14 +245,14 @@ class MemberRun:
 
     # Its gates
 
-    def _audit(self, new: Path, seed: int) -> None:
+    def _audit(self, seed: int, new: Path) -> None:
         with self._gate(seed) as casa:
             result = audit(casa, self._queries, MicroWorldJudge(), settings=self._generation, seed=self._sizes.seed)
         result.replies.to_parquet(new / "replies.parquet")
         for name, table in (("transfer", transfer_table(result)), ("split", split_table(result))):
             _write(self._named(table, gate_seed=seed), new / f"{name}.csv")
 
-    def _mend(self, new: Path, seed: int, mend: Mend) -> None:
+    def _mend(self, seed: int, mend: Mend, new: Path) -> None:
         with self._gate(seed, mend) as casa:
             options = mend.use(casa, self._sizes.seed) if mend.use else {}
             replies = casa.generate(self._queries, self._generation, **options)

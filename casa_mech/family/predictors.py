@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,20 +91,25 @@ def mean_differences(
         raw = [(first * first).sum(axis=1), (second * second).sum(axis=1), (first * second).sum(axis=1)]
         return np.stack(raw) - times * noise[:, None]
 
-    one = np.ones((1, len(topics)))
     estimates = {}
     for name, statistic in (("shrinkage", _shrinkage), ("cosine", _cosine)):
-        value = float(statistic(products(one, 1))[0])
+        value = float(statistic(products(np.ones((1, len(topics))), 1))[0])
+        # A resample has the sampling noise twice: once drawn, once drawn again.
+        again = partial(_of_resample, statistic, products)
         try:
-            # A resample has the sampling noise twice: once drawn, once drawn again.
-            low, high = bootstrap_interval(
-                lambda weights, statistic=statistic: statistic(products(weights, 2)), topics, len(topics), seed,
-                resamples=RESAMPLES,
-            )  # fmt: skip
+            low, high = bootstrap_interval(again, topics, len(topics), seed, resamples=RESAMPLES)
             estimates[name] = Estimate(value, low, high).widened()
-        except InputError:
+        except InputError:  # hardly a resample in which text parts the classes
             estimates[name] = Estimate(value, np.nan, np.nan)
     return estimates
+
+
+def _of_resample(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    products: Callable[[np.ndarray, int], np.ndarray],
+    weights: np.ndarray,
+) -> np.ndarray:
+    return statistic(products(weights, 2))
 
 
 def _noise(sides: Sequence[np.ndarray], harmful: np.ndarray, topic: np.ndarray) -> np.ndarray:
