@@ -164,6 +164,7 @@ def test_claims_and_figures_have_titles_of_one_line() -> None:
         plots.plot_causes(causes, *heading), plots.plot_mends(tables.mend_data(gains), *heading),
     ]  # fmt: skip
     assert [len(figure.axes) for figure in figures] == [3, 10, 1, 2]
+    assert [axis.get_xlabel() for axis in figures[1].axes[5:]] == list(tables.PREDICTORS.values())
 
 
 def test_tables_are_all_there_or_none_is(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def plot_prediction(points: pd.DataFrame, correlations: pd.DataFrame, title: str
                         f"ρ = {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]\np = {row['p_holm']:.3f}",
                         fontsize=8,
                     )
-                if line is axes[-1]:
+                if outcome == list(OUTCOMES)[-1]:
                     axis.set_xlabel(predictor_name, fontsize=8)
             line[0].set_ylabel(outcome_name, fontsize=9)
         how = (
