@@ -2,7 +2,7 @@
 
 from casa_mech.casa.attention import SafetyAttention
 from casa_mech.casa.casa import Casa
-from casa_mech.casa.config import CasaConfig, TrainSettings
+from casa_mech.casa.config import CasaConfig, InferenceSettings, TrainSettings
 from casa_mech.casa.gate import SafetyGate
 
-__all__ = ["Casa", "CasaConfig", "SafetyAttention", "SafetyGate", "TrainSettings"]
+__all__ = ["Casa", "CasaConfig", "InferenceSettings", "SafetyAttention", "SafetyGate", "TrainSettings"]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from casa_mech.casa.adapter import WEIGHTS, Adapter
 from casa_mech.casa.attention import SafetyAttention
-from casa_mech.casa.config import CasaConfig, TrainSettings
+from casa_mech.casa.calibration import Calibration, check_calibration, fit_means
+from casa_mech.casa.config import CasaConfig, InferenceSettings, TrainSettings
 from casa_mech.casa.gate import SafetyGate, class_embeddings
 from casa_mech.casa.generation import GateUse, Order, gate_decisions, gated_replies
 from casa_mech.casa.storage import (
     ATTENTION,
+    CALIBRATION,
     CARD,
     CONFIG,
     ROWS,
@@ -29,13 +33,14 @@ from casa_mech.casa.storage import (
     read_stored,
     read_tensors,
     share_files,
+    write_tensors,
 )
 from casa_mech.casa.supervised import Parts, Supervised
 from casa_mech.casa.tokens import SafetyTokens
 from casa_mech.casa.trainer import Row, Trainer
 from casa_mech.errors import InputError, ModelError
 from casa_mech.files import writing_folder
-from casa_mech.omni import GenerationSettings, Omni
+from casa_mech.omni import GenerationSettings, Omni, with_system
 from casa_mech.queries import Example, Query, Reply, SafetyToken
 from casa_mech.trace.sites import check_sites
 
@@ -52,6 +57,7 @@ class Casa:
     def __init__(self, parts: Parts, training: TrainingRecord | None = None) -> None:
         self._parts = parts
         self._training = training
+        self._calibration = Calibration()
         self._active = True
 
     @classmethod
@@ -97,7 +103,7 @@ class Casa:
 
     @property
     def safety_gate(self) -> SafetyGate:
-        """The gate that the traces of `casa_mech.trace.gate` take."""
+        """The gate that the traces of `casa_mech.trace.gate` take: as it was trained, without what `use` adds to it."""
         return self._parts.gate
 
     @property
@@ -115,6 +121,63 @@ class Casa:
     def training(self) -> TrainingRecord | None:
         """How the gate was trained, if it was."""
         return self._training
+
+    @property
+    def calibration(self) -> Calibration:
+        """What it was calibrated on; empty before `calibrate`."""
+        return self._calibration
+
+    def use(self, **changes: Any) -> None:
+        """Change what is done at inference beyond the paper, fields of `InferenceSettings`; nothing is trained.
+
+        Raises:
+            InputError: another field (the known ones are listed), or values that do not fit.
+        """
+        self._need_active()
+        settings = InferenceSettings(**{**self.config.inference.model_dump(), **changes})
+        self._parts = replace(self._parts, config=self.config.changed(**settings.model_dump()))
+
+    def calibrate(
+        self,
+        queries: Sequence[Query] = (),
+        settings: GenerationSettings = GenerationSettings(),
+        *,
+        benign: Sequence[Query] = (),
+        labelled: Sequence[Query] = (),
+        progress: bool = False,
+    ) -> Calibration:
+        """Fit what re-centring, rescaling and the false-positive rate need, in the place of an earlier calibration.
+
+        All of it is kept whatever options are on, so that `use` can switch between them afterwards, and is saved with
+        the gate. A training makes it void.
+
+        Args:
+            queries: text and prompts of each other surface, for the means (and spreads). Their labels are not read.
+            settings: batch size and system prompt, as for `decide`.
+            benign: benign prompts, text and, for thresholds of their own, other surfaces.
+            labelled: harmful and benign text, for the direction that `rescale` needs.
+            progress: show a bar.
+
+        Raises:
+            InputError: prompts that do not serve (see `check_calibration`). ModelError: as `decide`.
+        """
+        self._need_active()
+        check_calibration(queries, benign, labelled)
+        queries, benign, labelled = (with_system(group, settings.system) for group in (queries, benign, labelled))
+        readings = [InferenceSettings()]
+        calibration = Calibration()
+        with self._parts.adapter.merged():
+            if queries:
+                calibration = fit_means(self.omni, self._parts.gate, queries, labelled, settings.batch_size)
+                readings.append(InferenceSettings(recentre=True))
+            if calibration.directions is not None:
+                readings.append(InferenceSettings(recentre=True, rescale=True))
+            for reading in readings if benign else []:
+                use = GateUse(inference=reading, calibration=calibration)
+                replies = gate_decisions(self.omni, self._parts.gate, benign, settings, use, progress)
+                calibration = calibration.with_odds(reading, benign, replies)
+        self._calibration = calibration
+        return calibration
 
     def train(
         self,
@@ -135,7 +198,8 @@ class Casa:
 
         Returns:
             A row of metrics for each step: `step`, `loss`, `token_*` and `reply_*` (loss parts), `v_*` (mean v_s) for
-            harmful and benign, `token_accuracy`, `lr`, `grad_norm`, `seconds`, and now and then `validation_*`.
+            harmful and benign, `token_accuracy`, `lr`, `grad_norm`, `seconds`, and now and then `validation_*`; with
+            counterfactual examples `reply_counterfactual`.
 
         Raises:
             InputError: media or missing labels in the examples.
@@ -150,6 +214,7 @@ class Casa:
         finally:
             self._parts.tokens.write()
         self._training = TrainingRecord.of(examples, settings, log)
+        self._calibration = Calibration()
         return log
 
     def generate(
@@ -175,7 +240,7 @@ class Casa:
             hard: answer unsafe queries with `refusal` instead of generating.
             refusal: the hard gate's text.
             threshold: choose unsafe where its share of the two tokens' probability is above this, instead of the
-                likelier one.
+                likelier one, and whatever `fpr` says.
             force: "safe" or "unsafe" puts that token before every reply whatever the gate decides; ids for each query
                 put any others in its place. The replies report the gate's own decision. Not with `hard`.
             merge: add LoRA into copies of the weights for this call, which is faster and takes the memory of one more
@@ -184,13 +249,13 @@ class Casa:
             progress: show a bar.
 
         Raises:
-            InputError: an empty prompt or unreadable media.
+            InputError: an empty prompt or unreadable media, or options that need a calibration that is not there.
             ModelError: logits or v_s are not finite for a query.
         """
         self._need_active()
         if hard and force is not None:
             raise InputError("a hard gate answers unsafe queries itself: leave out hard=True to force the token")
-        use = GateUse(order, refusal if hard else None, attention, threshold)
+        use = self._gate_use(order, refusal if hard else None, attention, threshold)
         forced = self._forced_ids(force, len(queries))
         with self._parts.adapter.merged() if merge else nullcontext():
             return gated_replies(self.omni, self._parts.gate, queries, settings, use, progress, forced)
@@ -211,9 +276,13 @@ class Casa:
             InputError, ModelError: as `generate`.
         """
         self._need_active()
-        use = GateUse(order, None, attention)
+        use = self._gate_use(order, None, attention, None)
         with self._parts.adapter.merged() if merge else nullcontext():
             return gate_decisions(self.omni, self._parts.gate, queries, settings, use, progress)
+
+    def _gate_use(self, order: Order, refusal: str | None, attention: bool, threshold: float | None) -> GateUse:
+        self._calibration.check(self.config)
+        return GateUse(order, refusal, attention, threshold, self.config.inference, self._calibration)
 
     def _forced_ids(
         self, force: SafetyToken | Sequence[Sequence[int]] | None, n: int
@@ -231,12 +300,20 @@ class Casa:
             RunError: the place cannot be written.
         """
         self._need_active()
-        stored = Stored(config=self.config, base=Base.of(self.omni), training=self._training)
+        calibration = self._calibration.tensors()
+        stored = Stored(
+            config=self.config,
+            base=Base.of(self.omni),
+            training=self._training,
+            calibration=self._calibration.sizes() if calibration else None,
+        )
         with writing_folder(directory) as folder:
             self._parts.adapter.save(folder)
             if self._parts.gate.attention is not None:
                 dump(self._parts.gate.attention, folder / ATTENTION)
             dump(self._parts.tokens.rows, folder / ROWS)
+            if calibration:
+                write_tensors(calibration, folder / CALIBRATION)
             (folder / CONFIG).write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
             (folder / CARD).write_text(model_card(stored), encoding="utf-8")
             share_files(folder)
@@ -258,6 +335,8 @@ class Casa:
             if casa._parts.gate.attention is not None:
                 fill(casa._parts.gate.attention, directory / ATTENTION)
             fill(casa._parts.tokens.rows, directory / ROWS)
+            if stored.calibration is not None:
+                casa._calibration = Calibration.of_tensors(read_tensors(directory / CALIBRATION))
         except ModelError:
             casa.detach()
             raise

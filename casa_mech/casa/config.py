@@ -74,7 +74,43 @@ class LoraSettings(Settings):
         return self
 
 
-class CasaConfig(LoraSettings):
+class InferenceSettings(Settings):
+    """What is done at inference beyond the paper, all of it off by default (docs/method.md §1.10).
+
+    It needs no training: `Casa.use` changes it on a trained gate. What re-centring, rescaling and the false-positive
+    rate need to know comes from `Casa.calibrate`.
+    """
+
+    recentre: bool = False
+    """Shift what safety attention and the pair read of a prompt with media by text's mean state minus that of the
+    prompt's surface."""
+    rescale: bool = False
+    """After re-centring, stretch the states along text's difference of means (harmful minus benign) until a surface
+    spreads along it as text does."""
+    fpr: float = Field(default=0.0, ge=0, lt=1)
+    """Choose unsafe where the pair's log-odds are above their (1 - fpr) quantile on benign calibration prompts; 0:
+    where they are above 0, that is, the likelier token."""
+    fpr_by_surface: bool = True
+    """Take that quantile over the benign prompts of the prompt's own surface, where the calibration has some; else over
+    text's."""
+
+    @property
+    def reading(self) -> str:
+        """How states are read: as they are, re-centred, or re-centred and rescaled."""
+        return "rescaled" if self.rescale else "recentred" if self.recentre else "plain"
+
+    @model_validator(mode="after")
+    def _centred_before_scaled(self) -> Self:
+        if self.rescale and not self.recentre:
+            raise InputError("rescale=True stretches states about text's mean: set recentre=True, too")
+        return self
+
+
+MENDED: Mapping[str, Any] = MappingProxyType({"counterfactual": 0.4, "recentre": True, "fpr": 0.05})
+"""The options beyond the paper that `CasaConfig.mended` and the defence casa-mended switch on."""
+
+
+class CasaConfig(InferenceSettings, LoraSettings):
     """The method: form of safety attention, what it reads, how it changes the logits, the objective and the adapter."""
 
     form: Form = "pooled"
@@ -112,11 +148,28 @@ class CasaConfig(LoraSettings):
     """Weight of the safety token's loss beside the mean loss of the reply's tokens."""
     ce_support: Literal["full", "two_way"] = "full"
     """Softmax of the safety token's loss: over the whole vocabulary, or over the two tokens."""
+    counterfactual: float = Field(default=0.0, ge=0, le=1)
+    """Share of the benign examples that are given a second time with the unsafe token before a refusal, so that the
+    reply has to read the token, not the prompt again (docs/method.md §1.10)."""
 
     @classmethod
     def paper(cls, **changes: Any) -> CasaConfig:
         """The reading closest to the paper: softmax-pooled attention and scaled logits."""
         return cls(**{"form": "pooled", "rule": "scale", **changes})
+
+    @classmethod
+    def mended(cls, **changes: Any) -> CasaConfig:
+        """The options beyond the paper that are worth their cost (`MENDED`), and `changes`."""
+        return cls(**{**MENDED, **changes})
+
+    @property
+    def inference(self) -> InferenceSettings:
+        """Those of the options that training does not depend on."""
+        return InferenceSettings(**{name: getattr(self, name) for name in InferenceSettings.model_fields})
+
+    def changed(self, **changes: Any) -> CasaConfig:
+        """The same with `changes`, checked anew."""
+        return CasaConfig(**{**self.model_dump(), **changes})
 
     @property
     def top_k(self) -> int:

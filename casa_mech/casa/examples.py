@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from casa_mech.queries import Example, Label
 
 CLASSES: tuple[Label, ...] = ("benign", "harmful")
 """The labels, in the order of the safety tokens; a label's index seeds its draws, so the order is not to be changed."""
+
+
+class Counterfactual(Example):
+    """A benign query with the unsafe token put before a refusal: an intervention on the token, not a decision."""
 
 
 def check_examples(examples: Sequence[Example]) -> None:
@@ -45,6 +50,25 @@ def split_examples(examples: Sequence[Example], share: float, seed: int) -> tupl
     return train, [examples[index] for index in sorted(held_out)]
 
 
+def counterfactuals(
+    examples: Sequence[Example], share: float, refusals: Sequence[str], seed: int
+) -> dict[int, Counterfactual]:
+    """By the index in `examples` of a benign one, its counterfactual, for `share` of them.
+
+    Each gets one of `refusals`. The rule is one-sided: no harmful query is ever given the safe token and an answer.
+    """
+    if not share:
+        return {}
+    rng = np.random.default_rng([seed, len(CLASSES)])
+    benign = [index for index, example in enumerate(examples) if example.query.label == "benign"]
+    chosen = sorted(int(index) for index in rng.permutation(benign)[: round(share * len(benign))])
+    replies = rng.choice(len(refusals), size=len(chosen))
+    return {
+        index: Counterfactual(query=examples[index].query, reply=refusals[reply])
+        for index, reply in zip(chosen, replies, strict=True)
+    }
+
+
 class Passes:
     """Batches of `per_step` of `members`, from shuffled passes, one after the other.
 
@@ -67,10 +91,19 @@ class Passes:
 
 
 class BalancedBatches:
-    """Batches of which half are harmful; each class goes through passes of its own, the smaller one more often."""
+    """Batches of which half are harmful; each class goes through passes of its own, the smaller one more often.
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
-        self._examples = examples
+    An example with a counterfactual, by its index, brings it along: such batches are longer by their number.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        counterfactuals: Mapping[int, Counterfactual] = MappingProxyType({}),
+    ) -> None:
+        self._examples, self._counterfactuals = examples, counterfactuals
         self._half = batch_size // 2
         classes = [
             [index for index, example in enumerate(examples) if example.query.label == label] for label in CLASSES
@@ -83,6 +116,7 @@ class BalancedBatches:
         return max(1, round(epochs * self._largest / self._half))
 
     def batch(self, step: int) -> list[Example]:
-        """The examples of `step` (from 0), the classes alternating."""
+        """The examples of `step` (from 0), the classes alternating; the counterfactuals after them."""
         rows = [passes.at(step) for passes in self._passes]
-        return [self._examples[index] for pair in zip(*rows, strict=True) for index in pair]
+        added = [self._counterfactuals[index] for index in rows[0] if index in self._counterfactuals]
+        return [*(self._examples[index] for pair in zip(*rows, strict=True) for index in pair), *added]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from casa_mech.casa.attention import UNSAFE
+from casa_mech.casa.attention import SAFE, UNSAFE
+from casa_mech.casa.calibration import Calibration
+from casa_mech.casa.config import InferenceSettings
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch, with_system
 from casa_mech.omni.finite import check_decision, finite_logits
@@ -37,15 +39,24 @@ class GateUse:
     """Put safety attention's weights into the replies."""
     threshold: float | None = None
     """The share of the pair's probability above which the unsafe token is taken; None for the likelier token."""
+    inference: InferenceSettings = field(default_factory=InferenceSettings)
+    """What is done beyond the paper."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """What that was fitted on."""
 
 
-def choose_token(pair: Tensor, settings: GenerationSettings, threshold: float | None = None) -> Tensor:
+def choose_token(
+    pair: Tensor, settings: GenerationSettings, threshold: float | None = None, limits: Tensor | None = None
+) -> Tensor:
     """Class [batch] (0 safe, 1 unsafe) of the safety token, from the rewritten logits `pair` [batch, 2].
 
-    Greedy or, as the rest of the reply, sampled with temperature and top-p; with a threshold, unsafe above it.
+    Greedy or, as the rest of the reply, sampled with temperature and top-p; with a threshold on the unsafe token's
+    share, or else with `limits` [batch] on the log-odds, unsafe above it.
     """
     if threshold is not None:
         return (torch.softmax(pair, dim=-1)[:, UNSAFE] > threshold).long()
+    if limits is not None:
+        return (pair[:, UNSAFE] - pair[:, SAFE] > limits).long()
     if not settings.do_sample:
         return pair.argmax(dim=-1)
     no_ids = torch.zeros(pair.shape[0], 0, dtype=torch.long, device=pair.device)
@@ -113,10 +124,11 @@ def _gated(
     after_prefill = use.order == "prefill_first"
     batch = omni.encode(group, prefill=after_prefill)
     position = batch.last_position if after_prefill else batch.gate_position
-    prompt = gated_prompt(omni, batch, gate, position, use_cache)
+    prompt = gated_prompt(omni, batch, gate, position, use_cache, use.calibration.edits(batch, use.inference))
     check_decision("v_s", prompt.reading.v_s, group)
     check_decision("a safety token's logit", torch.cat([prompt.reading.raw_pair, prompt.reading.pair], dim=1), group)
-    return batch, prompt, choose_token(prompt.reading.pair, settings, use.threshold).tolist()
+    limits = use.calibration.limits(batch, use.inference)
+    return batch, prompt, choose_token(prompt.reading.pair, settings, use.threshold, limits).tolist()
 
 
 def _answer(

@@ -52,10 +52,15 @@ def reply_losses(targets: Targets, size: int) -> Tensor:
     return total / torch.bincount(targets.row, minlength=size).clamp(min=1)
 
 
-def class_weights(harmful: BoolTensor, beta: float) -> Tensor:
-    """Weight of each sequence [batch]: beta shared by the harmful ones, 1 - beta by the benign ones."""
+def class_weights(harmful: BoolTensor, beta: float, intervened: BoolTensor | None = None) -> Tensor:
+    """Weight of each sequence [batch]: beta shared by the harmful ones, 1 - beta by the benign ones.
+
+    A counterfactual (`intervened`, [batch]) comes on top with the weight of one benign sequence, so that the others
+    weigh what they weigh without it (docs/method.md §1.10).
+    """
+    benign = ~harmful if intervened is None else ~harmful & ~intervened
     n_harmful = harmful.sum().clamp(min=1)
-    n_benign = (~harmful).sum().clamp(min=1)
+    n_benign = benign.sum().clamp(min=1)
     return torch.where(harmful, beta / n_harmful, (1 - beta) / n_benign)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from casa_mech.casa import adapter as adapter_files
-from casa_mech.casa.config import OLD_NAMES, CasaConfig, LoraSettings, TrainSettings
+from casa_mech.casa.config import OLD_NAMES, CasaConfig, InferenceSettings, LoraSettings, TrainSettings
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni
@@ -21,10 +21,11 @@ from casa_mech.omni.finite import check_weights
 from casa_mech.queries import Example
 
 SCHEMA = 1
-CONFIG, ATTENTION, ROWS, CARD = (
+CONFIG, ATTENTION, ROWS, CALIBRATION, CARD = (
     "casa_config.json",
     "safety_attention.safetensors",
     "token_rows.safetensors",
+    "calibration.safetensors",
     "README.md",
 )
 
@@ -102,6 +103,8 @@ class Stored(BaseModel):
     """The model it was trained on."""
     training: TrainingRecord | None = None
     """How it was trained; None for a gate that was not."""
+    calibration: dict[str, dict[str, int]] | None = None
+    """Number of its calibration prompts by purpose and surface; None for a gate without a calibration."""
 
 
 def read_stored(directory: Path) -> Stored:
@@ -179,7 +182,12 @@ def fill(module: nn.Module, path: Path) -> None:
 
 def dump(module: nn.Module, path: Path) -> None:
     """Write a module's state as safetensors."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, path)
+    write_tensors(module.state_dict(), path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name as safetensors."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
 
 
 def share_files(folder: Path) -> None:
@@ -217,6 +225,14 @@ def model_card(stored: Stored) -> str:
         lora_line(config),
         f"| objective | beta {config.beta}, lambda {config.lambda_tok}, softmax {config.ce_support} |",
     ]
+    if config.counterfactual:
+        lines.append(f"| counterfactual examples | beside {config.counterfactual:.0%} of the benign ones |")
+    changed = [f"{name} {value}" for name, value in config.inference if value != InferenceSettings().model_dump()[name]]
+    if changed:
+        lines.append(f"| beyond the paper | {', '.join(changed)} |")
+    for purpose, sizes in (stored.calibration or {}).items():
+        if sizes:
+            lines.append(f"| {purpose} calibration prompts | {', '.join(f'{n} {name}' for name, n in sizes.items())} |")
     return "\n".join([*lines, *training_lines(stored.training), ""])
 
 

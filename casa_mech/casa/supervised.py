@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import BoolTensor, Tensor, nn
 
 from casa_mech.casa.adapter import Adapter
-from casa_mech.casa.config import CasaConfig, TrainSettings
-from casa_mech.casa.examples import CLASSES, BalancedBatches, check_examples, split_examples
+from casa_mech.casa.config import CasaConfig, InferenceSettings, TrainSettings
+from casa_mech.casa.examples import (
+    CLASSES,
+    BalancedBatches,
+    Counterfactual,
+    check_examples,
+    counterfactuals,
+    split_examples,
+)
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.casa.objective import class_weights, objective, sequence_losses
 from casa_mech.casa.tokens import SafetyTokens
@@ -32,6 +39,10 @@ class Trainable(Protocol):
     @property
     def beta(self) -> float:
         """Weight of the harmful sequences."""
+
+    @property
+    def counterfactual(self) -> float:
+        """Share of the benign examples with a counterfactual beside them."""
 
     @property
     def key(self) -> str:
@@ -66,9 +77,14 @@ class Parts:
         return self.config.beta
 
     @property
+    def counterfactual(self) -> float:
+        """Share of the benign examples with a counterfactual beside them."""
+        return self.config.counterfactual
+
+    @property
     def key(self) -> str:
-        """The configuration."""
-        return self.config.model_dump_json()
+        """The configuration, as far as training depends on it."""
+        return self.config.model_dump_json(exclude=set(InferenceSettings.model_fields))
 
     def groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """Trainable parameters by name: LoRA and token rows; safety attention, if there is one."""
@@ -78,20 +94,28 @@ class Parts:
         return self.adapter.parameters() | rows, attention
 
     def objective(self, examples: Sequence[Example], weights: Tensor, max_reply_tokens: int) -> tuple[Tensor, Row]:
-        """Safety token and reply, with the gate in the forward; sums of the loss parts, v_s and right tokens."""
+        """Safety token and reply, with the gate in the forward; sums of the loss parts, v_s and right tokens.
+
+        A counterfactual's token is an intervention, so it has no loss of the token and counts in none of its sums.
+        """
         omni, tokens = self.omni, self.tokens
-        harmful = is_harmful(examples).to(omni.device)
+        harmful, intervened = (mask.to(omni.device) for mask in (is_harmful(examples), is_counterfactual(examples)))
         ids = tokens.ids.tolist()
         targets = [
-            [ids[example.query.label == "harmful"], *omni.reply_ids(example.reply)[:max_reply_tokens]]
-            for example in examples
+            [ids[unsafe], *omni.reply_ids(example.reply)[:max_reply_tokens]]
+            for example, unsafe in zip(examples, (harmful | intervened).tolist(), strict=True)
         ]
         batch = omni.encode([example.query for example in examples], targets, prefill=False)
         forward = gated_targets(omni, batch, self.gate, tokens.rows)
         losses = sequence_losses(self.config, forward, harmful)
+        losses = replace(losses, token=losses.token.masked_fill(intervened, 0.0))
         loss = objective(losses, weights.to(omni.device), self.config.lambda_tok)
         columns = {"token": losses.token, "reply": losses.reply, "v": forward.reading.v_s, "right": losses.correct}
-        return loss, {"loss": loss.item(), **class_sums(columns, harmful)}
+        sums = class_sums({name: column[~intervened] for name, column in columns.items()}, harmful[~intervened])
+        if self.config.counterfactual:
+            sums |= {"reply_counterfactual": losses.reply[intervened].sum().item()}
+            sums |= {"n_counterfactual": float(intervened.sum())}
+        return loss, {"loss": loss.item(), **sums}
 
 
 class Supervised:
@@ -104,8 +128,14 @@ class Supervised:
     def __init__(self, parts: Trainable, examples: Sequence[Example], settings: TrainSettings) -> None:
         check_examples(examples)
         self._parts, self._settings = parts, settings
-        train, self._held_out = split_examples(examples, settings.validation, settings.seed)
-        self._batches = BalancedBatches(train, settings.batch_size, settings.seed)
+        train, held_out = split_examples(examples, settings.validation, settings.seed)
+        refusals = [example.reply for example in train if example.query.label == "harmful"]
+        added, added_held_out = (
+            counterfactuals(rows, parts.counterfactual, refusals, settings.seed) for rows in (train, held_out)
+        )
+        self._batches = BalancedBatches(train, settings.batch_size, settings.seed, added)
+        # The weights that are kept are those of the lowest validation loss, so it is the loss that is trained on.
+        self._held_out: list[Example] = [*held_out, *added_held_out.values()]
         self.steps = settings.max_steps or self._batches.steps(settings.epochs)
         self.validates = bool(self._held_out)
         self.key = (examples_digest(examples), settings.model_dump_json(), parts.key)
@@ -136,7 +166,7 @@ class Supervised:
         return class_means(sums)
 
     def _objectives(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, Row]]:
-        weights = class_weights(is_harmful(examples), self._parts.beta)
+        weights = class_weights(is_harmful(examples), self._parts.beta, is_counterfactual(examples))
         size, limit = self._settings.micro_batch_size, self._settings.max_reply_tokens
         for start in range(0, len(examples), size):
             yield self._parts.objective(examples[start : start + size], weights[start : start + size], limit)
@@ -145,6 +175,11 @@ class Supervised:
 def is_harmful(examples: Sequence[Example]) -> BoolTensor:
     """True for each example that is labelled harmful; bool [batch]."""
     return torch.tensor([example.query.label == "harmful" for example in examples])
+
+
+def is_counterfactual(examples: Sequence[Example]) -> BoolTensor:
+    """True for each example whose token is an intervention; bool [batch]."""
+    return torch.tensor([isinstance(example, Counterfactual) for example in examples])
 
 
 def class_sums(columns: Mapping[str, Tensor], harmful: BoolTensor) -> Row:
@@ -158,13 +193,18 @@ def class_sums(columns: Mapping[str, Tensor], harmful: BoolTensor) -> Row:
 
 
 def class_means(sums: Sequence[Row]) -> Row:
-    """Means of `class_sums` over the parts of one batch; right tokens of both classes become `token_accuracy`."""
+    """Means of `class_sums` over the parts of one batch; right tokens of both classes become `token_accuracy`.
+
+    Beside them the mean loss of the counterfactuals' replies, in a run with counterfactuals.
+    """
     total = {key: sum(row[key] for row in sums) for key in sums[0]}
     row = {"loss": total["loss"]}
     for key in total:
         name = key.removesuffix("_harmful")
         if name not in (key, "n", "right"):
             row |= {f"{name}_{label}": total[f"{name}_{label}"] / max(1.0, total[f"n_{label}"]) for label in CLASSES}
+    if "n_counterfactual" in total:
+        row["reply_counterfactual"] = total["reply_counterfactual"] / max(1.0, total["n_counterfactual"])
     if "right_harmful" in total:
         count = total["n_harmful"] + total["n_benign"]
         row["token_accuracy"] = (total["right_harmful"] + total["right_benign"]) / count

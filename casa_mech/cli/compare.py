@@ -11,7 +11,7 @@ import typer
 
 from casa_mech.cli.app import app, note
 from casa_mech.cli.checks import check_files
-from casa_mech.cli.options import Json, ModelOptions, command, parse_values
+from casa_mech.cli.options import BenignData, Json, ModelOptions, command, parse_values
 from casa_mech.cli.printing import show
 from casa_mech.errors import InputError
 
@@ -50,13 +50,14 @@ class TrainedOptions:
 
     examples: Annotated[int | None, typer.Option(min=4, help="Training examples [2000; ablations 600].")] = None
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training [200; ablations 60].")] = None
+    benign: BenignData = None
     train_option: Annotated[
         list[str] | None, typer.Option(help="Option of every supervised training, NAME=VALUE; repeatable.")
     ] = None
 
     def given(self) -> dict[str, Any]:
         """The options that were given. InputError for one that is no NAME=VALUE."""
-        named = {"n_examples": self.examples, "max_steps": self.steps}
+        named = {"n_examples": self.examples, "max_steps": self.steps, "benign": self.benign}
         return _given({**named, **parse_values(self.train_option, "--train-option")})
 
 

@@ -11,6 +11,7 @@ import typer
 from casa_mech.cli.app import app, note
 from casa_mech.cli.checks import check_files, check_trained
 from casa_mech.cli.options import (
+    BenignData,
     Data,
     GateFolder,
     Json,
@@ -103,6 +104,7 @@ class ExampleOptions:
         str | None, typer.Option(help="circuit-breaker: column of harmful rows' harmful completions.")
     ] = None
     examples: Annotated[int, typer.Option(min=4, help="How many of the micro-world's examples.")] = 2000
+    benign: BenignData = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,12 @@ class TrainingOptions:
         ),
     ] = None
     beta: Annotated[float | None, typer.Option(min=0, max=1, help="Weight of harmful sequences [0.5].")] = None
+    counterfactual: Annotated[
+        float | None,
+        typer.Option(
+            help="casa, ssft-token: share of benign examples given again with the unsafe token and a refusal [0].",
+        ),
+    ] = None
     option: Annotated[
         list[str] | None, typer.Option(help="Any other option of the training, NAME=VALUE; repeatable.")
     ] = None
@@ -147,6 +155,7 @@ class TrainingOptions:
             "batch_size": self.batch_size,
             "form": self.form,
             "rule": self.rule,
+            "counterfactual": self.counterfactual,
         }
         named |= {"beta": self.beta, "ce_support": "two_way" if self.rule == "replace" else None}
         named |= parse_values(self.option)
@@ -171,8 +180,8 @@ def train(
 
     columns = (data.column, data.reply_column, data.label_column, data.completion_column)
     trained = train_gate(
-        model.model, out, settings, data.data, columns, data.examples, defense=training.defense, seed=seed,
-        device=model.device, dtype=model.dtype,
+        model.model, out, settings, data.data, columns, data.examples, defense=training.defense,
+        benign=data.benign or "plain", seed=seed, device=model.device, dtype=model.dtype,
     )  # fmt: skip
     show(trained, as_json)
 

@@ -29,6 +29,13 @@ JudgeName = Annotated[
         rich_help_panel="Judge",
     ),
 ]
+BenignData = Annotated[
+    str | None,
+    typer.Option(
+        help="Benign half of the micro-world's examples: plain requests with one answer, or varied: all tasks, harmful "
+        "words in harmless uses, several answers [plain]."
+    ),
+]
 GateFolder = Annotated[Path | None, typer.Option(help="Folder that casa-mech train wrote [the model as it is].")]
 
 

@@ -57,7 +57,7 @@ class Request:
     axes: Sequence[str] = ()
     """Of the second grid; empty: all."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Options that all supervised trainings share, and `n_examples`."""
+    """Options that all supervised trainings share, `n_examples` and `benign`."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `GenerationSettings`."""
     rounds: int | None = None
@@ -186,11 +186,13 @@ def _seeds(request: Request, config: CompareConfig | None) -> tuple[int, ...]:
 def _plan(request: Request, config: CompareConfig | None) -> TrainingPlan:
     base = REDUCED if request.ablations else TrainingPlan()
     settings = dict(request.training)
-    n_examples = int(settings.pop("n_examples", base.n_examples))
-    if config is None or config.training is None:
-        return TrainingPlan(n_examples, {**base.settings, **settings})
-    plan = TrainingPlan(n_examples, {**config.training.settings, **settings}, config.training.examples)
-    return replace(plan, n_examples=len(plan.examples(0)))
+    n_examples, section = int(settings.pop("n_examples", base.n_examples)), config.training if config else None
+    benign = settings.pop("benign", section.benign if section else base.benign)
+    if section is None:
+        return TrainingPlan(n_examples, {**base.settings, **settings}, benign=benign)
+    own = section.settings if section.examples else {**base.settings, **section.settings}
+    plan = TrainingPlan(n_examples, {**own, **settings}, section.examples, benign)
+    return replace(plan, n_examples=len(plan.examples(0))) if section.examples else plan
 
 
 def _generation(request: Request, config: CompareConfig | None) -> GenerationSettings:

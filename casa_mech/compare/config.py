@@ -14,6 +14,7 @@ from casa_mech.attacks import attack_named
 from casa_mech.compare.systems import ComparedSystem, system_named
 from casa_mech.compare.weights import ExampleTable
 from casa_mech.errors import InputError
+from casa_mech.evaluation.training import Benign
 from casa_mech.judging.registry import BACKENDS, JUDGES
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import BENCHMARKS
@@ -117,8 +118,10 @@ class JudgeSection(_Section):
 class TrainingSection(_Section):
     """How trained rows are trained."""
 
-    examples: ExampleTable
-    """On what."""
+    examples: ExampleTable | None = None
+    """On what; None: the micro-world's examples."""
+    benign: Benign = "plain"
+    """The benign half of the micro-world's examples."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings that all supervised trainings share."""
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from casa_mech.casa.config import Settings, TrainSettings
 from casa_mech.defenses.registry import DEFENSES, DefenseEntry, defense_entry, options
 from casa_mech.errors import InputError
+from casa_mech.evaluation.training import Benign
 
 PROMPTED = "+safety-prompt"
 """End of a name on the command line that switches the safety prompt on."""
@@ -36,6 +37,8 @@ class ComparedSystem(Settings):
     """Its options in training, where they differ from those of all."""
     examples: int | None = Field(default=None, ge=4)
     """Number of training examples; None for as many as the others get."""
+    benign: Benign | None = None
+    """The benign half of the micro-world's examples; None for what the others get."""
     path: str | None = None
     """Folder of trained weights; `{seed}` stands for the seed. None: they are trained."""
     name: str = ""
@@ -76,8 +79,8 @@ class ComparedSystem(Settings):
     def _fits(self) -> Self:
         options(self.defense, (self.entry.settings,), self.options)
         recipe = self.entry.recipe
-        if recipe is None and (self.training or self.path or self.examples):
-            raise InputError(f"defense {self.defense!r} is not trained: leave out training, examples and path")
+        if recipe is None and (self.training or self.path or self.examples or self.benign):
+            raise InputError(f"defense {self.defense!r} is not trained: leave out training, examples, benign and path")
         if recipe is not None:
             options(self.defense, recipe.records, self.training)
         return self

@@ -17,9 +17,9 @@ from casa_mech.compare.systems import ComparedSystem, training_records
 from casa_mech.defenses.training import WORK, train_defense
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
+from casa_mech.evaluation.training import Benign, check_benign, world_examples
 from casa_mech.identity import examples_digest, folder_sha256, json_digest, key_digest
 from casa_mech.omni import Omni
-from casa_mech.organism.world import default_world
 from casa_mech.queries import Example
 from casa_mech.queries.files import read_examples
 from casa_mech.study.folder import RunFolder
@@ -59,15 +59,21 @@ class TrainingPlan:
     """Options that all supervised trainings share."""
     table: ExampleTable | None = None
     """Where the examples come from; None: the micro-world."""
+    benign: Benign = "plain"
+    """The benign half of the micro-world's examples."""
 
-    def examples(self, seed: int, n: int | None = None) -> list[Example]:
-        """The training set, or the first `n` of it with as many of each label.
+    def __post_init__(self) -> None:
+        check_benign(self.benign, "benign", own_table=self.table is not None)
+
+    def examples(self, seed: int, n: int | None = None, benign: Benign | None = None) -> list[Example]:
+        """The training set, or the first `n` of it with as many of each label; `benign` in the plan's place, if given.
 
         Raises:
             InputError: a table that cannot be read, or one without both labels.
         """
+        kind = check_benign(benign or self.benign, "benign", own_table=self.table is not None)
         if self.table is None:
-            return default_world().training_examples(n or self.n_examples, Draw.TRAINING + seed)
+            return world_examples(n or self.n_examples, Draw.TRAINING + seed, kind)
         table = self.table
         examples = read_examples(table.path, table.prompt, table.reply, table.label, table.completion).examples
         return list(examples) if n is None else _balanced(examples, n)
@@ -84,7 +90,7 @@ class Weights:
 
     def __init__(self, plan: TrainingPlan, folder: RunFolder, progress: bool = True) -> None:
         self.plan, self.folder, self.progress = plan, folder, progress
-        self._examples: dict[tuple[int, int | None], list[Example]] = {}
+        self._examples: dict[tuple[int, int | None, Benign | None], list[Example]] = {}
 
     def key(self, system: ComparedSystem, seed: int, omni: Omni) -> dict[str, Any]:
         """All that the weights depend on: the recipe, or the files of a row that has a folder of its own.
@@ -137,7 +143,7 @@ class Weights:
         return self.folder.artifact("trained", key_digest(key), key, build)
 
     def _training_set(self, system: ComparedSystem, seed: int) -> list[Example]:
-        key = seed, system.examples
+        key = seed, system.examples, system.benign
         if key not in self._examples:
             self._examples[key] = self.plan.examples(*key)
         return self._examples[key]

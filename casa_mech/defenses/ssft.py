@@ -46,6 +46,8 @@ class SsftTokenSettings(SsftSettings):
     """Weight of the safety token's loss beside the mean loss of the reply's tokens."""
     ce_support: Literal["full", "two_way"] = "full"
     """Softmax of the safety token's loss: over the whole vocabulary, or over the two tokens."""
+    counterfactual: float = Field(default=0.0, ge=0, le=1)
+    """Share of the benign examples that are given a second time with the unsafe token before a refusal."""
 
     def casa_config(self) -> CasaConfig:
         """CASA with a neutral gate."""
@@ -67,6 +69,11 @@ class FineTuning:
     def beta(self) -> float:
         """Weight of the harmful sequences."""
         return self.config.beta
+
+    @property
+    def counterfactual(self) -> float:
+        """None: a counterfactual is one of a token, and here is none."""
+        return 0.0
 
     @property
     def key(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from casa_mech.casa import TrainSettings
 from casa_mech.casa.checkpoint import METRICS
@@ -16,11 +16,40 @@ from casa_mech.errors import InputError
 from casa_mech.files import check_folder
 from casa_mech.omni import load_omni
 from casa_mech.omni.checkpoint import speaks_micro_world
+from casa_mech.organism.premises import varied_training_examples
 from casa_mech.organism.world import default_world
+from casa_mech.queries import Example
 from casa_mech.queries.files import LoadedExamples, read_examples
 
+Benign = Literal["plain", "varied"]
+"""The benign half of the micro-world's examples: requests with one stub answer, or questions of all tasks, harmless
+uses of harmful words among them, with answers of several openings."""
 STEPS = 200
 """Steps of a supervised training that names none: enough for the organism. Circuit breakers have their own number."""
+
+
+def check_benign(benign: str, option: str, own_table: bool = False) -> Benign:
+    """`benign`, if it is a choice of benign data; `option` names it in the message.
+
+    Raises:
+        InputError: another name, or `varied` beside a table of one's own (`own_table`).
+    """
+    if benign not in get_args(Benign):
+        raise InputError(f"{option} must be one of {', '.join(get_args(Benign))}, not {benign!r}")
+    if own_table and benign != "plain":
+        raise InputError(f"{option} {benign} is for the micro-world's examples; a table has benign rows of its own")
+    return cast(Benign, benign)
+
+
+def world_examples(n: int, seed: int, benign: Benign = "plain") -> list[Example]:
+    """`n` training examples of the micro-world, half harmful with a refusal, the other half as `benign` says.
+
+    Raises:
+        InputError: as `check_benign`.
+    """
+    check_benign(benign, "benign")
+    world = default_world()
+    return varied_training_examples(world, n, seed) if benign == "varied" else world.training_examples(n, seed)
 
 
 def train_gate(
@@ -32,6 +61,7 @@ def train_gate(
     n_examples: int = 2000,
     *,
     defense: str = "casa",
+    benign: str = "plain",
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -46,6 +76,7 @@ def train_gate(
         columns: names of its prompt, reply and label columns and, for circuit breakers, of harmful completions.
         n_examples: how many of the micro-world's.
         defense: which of `DEFENSES`.
+        benign: the benign half of the micro-world's examples (see `Benign`).
         seed: of the micro-world's examples and of the training.
         device, dtype: as for `load_omni`.
 
@@ -62,6 +93,7 @@ def train_gate(
         raise InputError(f"--defense {defense} needs no training; those that do: {names}")
     if TrainSettings in recipe.records:
         settings = {"max_steps": STEPS, **settings}
+    kind = check_benign(benign, "--benign", own_table=data is not None)
     options(defense, recipe.records, settings)  # before the model is loaded
     check_folder(out, owned=[WORK])
     if data is None and not speaks_micro_world(model):
@@ -69,9 +101,7 @@ def train_gate(
             f"{model} is no organism, and the micro-world's examples are not for it: give --data, a table of prompts, "
             "replies and labels"
         )
-    loaded = (
-        read_examples(data, *columns) if data else LoadedExamples(default_world().training_examples(n_examples, seed))
-    )
+    loaded = read_examples(data, *columns) if data else LoadedExamples(world_examples(n_examples, seed, kind))
     omni = load_omni(model, device=device, dtype=dtype)
     train_defense(defense, omni, loaded.examples, out, seed=seed, **settings)
     log = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]

@@ -14,7 +14,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor
 
 from casa_mech.omni import Omni, OmniBatch
-from casa_mech.trace.sites import Site, site_module
+from casa_mech.trace.sites import Edit, Site, site_module
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,16 @@ class TokenRows(Protocol):
 
 
 @dataclass(frozen=True)
+class ReadEdits:
+    """What the gate reads instead of the states themselves, which go on through the model as they are."""
+
+    attended: Edit
+    """Of the states [batch, position, d_model] that safety attention reads."""
+    decided: Edit
+    """Of the final states [batch, d_model] at the gate's position, from which the head makes the pair."""
+
+
+@dataclass(frozen=True)
 class GatedPrompt:
     """A prompt's forward with the gate in it."""
 
@@ -66,9 +76,16 @@ class GatedPrompt:
 
 
 def gated_prompt(
-    omni: Omni, batch: OmniBatch, gate: SafetyGateLike, position: LongTensor, use_cache: bool = True
+    omni: Omni,
+    batch: OmniBatch,
+    gate: SafetyGateLike,
+    position: LongTensor,
+    use_cache: bool = True,
+    edits: ReadEdits | None = None,
 ) -> GatedPrompt:
     """One forward over `batch`'s prompts with the gate acting on the logits at `position` [batch].
+
+    With `edits` the gate reads other states; the cache is the same.
 
     Raises:
         InputError: a prompt without a position that the gate may read.
@@ -76,11 +93,17 @@ def gated_prompt(
     batch, position = batch.to(omni.device), position.to(omni.device)
     mask = gate.mask(batch)
     with torch.no_grad():
-        return _gated_prompt(omni, batch, gate, mask, position, use_cache)
+        return _gated_prompt(omni, batch, gate, mask, position, use_cache, edits)
 
 
 def _gated_prompt(
-    omni: Omni, batch: OmniBatch, gate: SafetyGateLike, mask: BoolTensor, position: LongTensor, use_cache: bool
+    omni: Omni,
+    batch: OmniBatch,
+    gate: SafetyGateLike,
+    mask: BoolTensor,
+    position: LongTensor,
+    use_cache: bool,
+    edits: ReadEdits | None,
 ) -> GatedPrompt:
     model, norm, head = omni.nnsight, omni.envoy("norm"), omni.envoy("head")
     site, _ = site_module(omni, gate.layer)
@@ -88,7 +111,10 @@ def _gated_prompt(
     with model.trace(**batch.inputs, use_cache=use_cache):
         states = site.output
         hidden = states if gate.layer == "norm" else norm.output
-        head.input = hidden[rows, position].unsqueeze(1)
+        last = hidden[rows, position]
+        if edits is not None:
+            states, last = edits.attended(states), edits.decided(last)
+        head.input = last.unsqueeze(1)
         logits, reading = gate(states, mask, head.output[:, 0])
         head.output = logits.unsqueeze(1)
         logits = nnsight.save(logits)

@@ -145,7 +145,7 @@ CONFIG = "sets:\n- {name: a, harmful: {set: advbench}}\n"
         (f"{CONFIG}defenses: [{{defense: coca, opts: {{}}}}]", "defenses.0: ComparedSystem has no field 'opts'"),
         (f"{CONFIG}judge: {{name: best}}", "judge.name: unknown judge 'best'; judges: micro-world, keyword"),
         (f"{CONFIG}generation: {{max_new_tokens: 0}}", "generation.max_new_tokens: Input should be greater"),
-        (f"{CONFIG}training: {{settings: {{}}}}", "training.examples: Field required"),
+        (f"{CONFIG}training: {{benign: mixed}}", "training.benign: Input should be 'plain' or 'varied'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_file_names_its_key(tmp_path: Path, text: str, message: str) -> None:
@@ -213,6 +213,7 @@ def test_the_command_adds_rows_and_ablates(
         (["--seeds", "0,a"], "--seeds 0,a: write whole numbers"),
         (["--ablations", "--defenses", "none"], "--ablations has rows of its own"),
         (["--ablations", "--axes", "forms"], "unknown ablation 'forms'"),
+        (["--benign", "mixed"], "benign must be one of plain, varied, not 'mixed'"),
         (["--queries-config", "none.yaml", "--n", "3"], "--queries-config none.yaml: no such file"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text(json.dumps({"schema_version": 9}))
     with pytest.raises(RunError, match="schema version 9"):
         open_folder(tmp_path)
+
+
+def test_benign_data_are_a_choice_of_the_plan_and_of_a_row(tmp_path: Path) -> None:
+    plan = TrainingPlan(40)
+    plain, varied = plan.examples(0), replace(plan, benign="varied").examples(0)
+    assert plan.examples(0, benign="varied") == varied != plain
+    assert [row for row in varied if row.query.label == "harmful"] == [
+        row for row in plain if row.query.label == "harmful"
+    ]
+    row = ComparedSystem(defense="casa", benign="varied")
+    assert Weights(plan, open_folder(tmp_path))._training_set(row, 0) == varied
+    with pytest.raises(InputError, match="benign must be one of plain, varied, not 'mixed'"):
+        replace(plan, benign="mixed")
+    with pytest.raises(InputError, match="benign varied is for the micro-world's examples"):
+        TrainingPlan(0, {}, ExampleTable(path=tmp_path / "t.csv"), benign="varied")
+    with pytest.raises(InputError, match="defense 'coca' is not trained: leave out training, examples, benign and"):
+        ComparedSystem(defense="coca", benign="varied")
