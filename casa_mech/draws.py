@@ -32,6 +32,8 @@ class Draw(IntEnum):
     """Requests that the tuned lens's translators are fitted on."""
     WHITE_BOX = 11_000
     """Requests that are attacked with the model's gradients; harmful ones alone."""
+    CALIBRATION = 22_000
+    """Requests that gates are calibrated on after their training."""
 
 
 BENIGN = 10_000

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -38,7 +38,7 @@ from casa_mech.organism.card import CARD
 from casa_mech.organism.premise_rows import SURFACES
 from casa_mech.organism.recipe import Recipe, stage_keys, train_organism
 from casa_mech.organism.training import Checkpoint
-from casa_mech.queries import Example, Query
+from casa_mech.queries import Query
 from casa_mech.study.folder import RunFolder, is_complete
 from casa_mech.study.manifest import now
 from casa_mech.study.settings import slug
@@ -114,8 +114,7 @@ class MemberRun:
             gated = {**key, "sizes": sizes, "gate_seed": seed}
             parts.append(Part(f"{AUDIT}-{seed}", gated, ("transfer", "split")))
             parts += [
-                Part(f"{MENDED}-{seed}-{slug(mend.name)}", {**gated, "mend": mend.name, **mend.key}, ("mends",))
-                for mend in self._mends
+                Part(f"{MENDED}-{seed}-{slug(mend.name)}", {**gated, **mend.key}, ("mends",)) for mend in self._mends
             ]
         return parts
 
@@ -254,8 +253,8 @@ class MemberRun:
 
     def _mend(self, seed: int, mend: Mend, new: Path) -> None:
         with self._gate(seed, mend) as casa:
-            options = mend.use(casa, self._sizes.seed) if mend.use else {}
-            replies = casa.generate(self._queries, self._generation, **options)
+            mend.apply(casa, self._sizes.audit, self._sizes.seed)
+            replies = casa.generate(self._queries, self._generation)
         table = answered_table(self._queries, replies, self._sizes.seed)
         _write(self._named(table, gate_seed=seed, mend=mend.name), new / "mends.csv")
 
@@ -268,13 +267,14 @@ class MemberRun:
             casa = Casa.from_pretrained(folder, self._omni)
         else:
             sizes = self._sizes
-            draw = (trained.examples if trained else None) or _plain_examples
-            options: dict[str, Any] = {
-                "max_steps": sizes.steps, "batch_size": sizes.batch, "micro_batch_size": min(32, sizes.batch),
+            options = {"max_steps": sizes.steps, "batch_size": sizes.batch, "micro_batch_size": min(32, sizes.batch)}
+            examples = TrainingPlan(n_examples=sizes.examples).examples(
+                seed, benign=trained.benign if trained else None
+            )
+            gate = train_defense(
+                "casa", self._omni, examples, folder, seed=seed, progress=self._progress, **options,
                 **(trained.training if trained else {}),
-            }  # fmt: skip
-            examples = draw(sizes.examples, seed)
-            gate = train_defense("casa", self._omni, examples, folder, seed=seed, progress=self._progress, **options)
+            )  # fmt: skip
             assert isinstance(gate, CasaDefense)
             casa = gate.casa
         try:
@@ -295,10 +295,6 @@ class MemberRun:
         """`table` with the member's name, and `columns`, before its own."""
         first = {"member": self.member.name, **columns}
         return table.assign(**first)[[*first, *table.columns]]
-
-
-def _plain_examples(n: int, seed: int) -> Sequence[Example]:
-    return TrainingPlan(n_examples=n).examples(seed)
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

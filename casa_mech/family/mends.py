@@ -1,27 +1,27 @@
-"""Ways to mend a gate: what each changes in the training and what it switches on when the gate answers.
+"""Ways to mend a gate, each alone and all together: what each changes in the training, and what it does at inference.
 
-`MENDS` is the one place that names them. A mend that changes neither examples nor options of training is a use of the
-gate that is trained as in the paper, and needs no training of its own.
+`MENDS` is the one place that names them. One that changes nothing of the training uses the gate of the paper again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
-from casa_mech.casa import Casa
+from casa_mech.attacks import apply_attack
+from casa_mech.casa import Casa, InferenceSettings
+from casa_mech.casa.config import MENDED
 from casa_mech.draws import BENIGN, Draw
-from casa_mech.organism.premises import varied_training_examples
+from casa_mech.evaluation.training import Benign
+from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
-from casa_mech.queries import Example
+from casa_mech.queries import Label, Query
 
-FALSE_POSITIVES = 0.05
-CALIBRATION = 300
-"""Benign plain requests that a threshold is set on; none of them is audited."""
+ON_SURFACES = ("plain", "image", "audio")
+"""Attacks under which calibration requests are put: text, and each surface that a calibration tells apart from it."""
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -30,44 +30,81 @@ class Mend:
 
     name: str
     """In tables."""
-    examples: Callable[[int, int], Sequence[Example]] | None = None
-    """From a number and a seed to the training examples; None: those of the gate of the paper."""
-    training: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Options of training (fields of `CasaConfig` and `TrainSettings`)."""
-    use: Callable[[Casa, int], Mapping[str, Any]] | None = None
-    """From the trained gate and a seed to options of `Casa.generate`; None: as in the paper."""
+    benign: Benign = "plain"
+    """The benign half of the training examples."""
+    training: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+    """Options of training, fields of `CasaConfig`, where they differ from the paper's."""
+    inference: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+    """What `Casa.use` switches on, fields of `InferenceSettings`."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """What its training depends on, beside its name, as JSON values."""
-        return {"training": dict(self.training)}
+        """What it does, as JSON values."""
+        return {
+            "mend": self.name, "benign": self.benign, "training": dict(self.training), "inference": dict(self.inference)
+        }  # fmt: skip
 
     @property
     def trains(self) -> bool:
         """True for a mend that needs a training of its own."""
-        return self.examples is not None or bool(self.training)
+        return self.benign != "plain" or bool(self.training)
+
+    def apply(self, casa: Casa, n: int, seed: int) -> None:
+        """Calibrate a trained gate on `n` requests of each kind (see `calibration_queries`) and switch it on."""
+        if not self.inference:
+            return
+        unlabelled, benign, labelled = calibration_queries(casa, n, seed)
+        casa.calibrate(unlabelled, benign=benign, labelled=labelled)
+        casa.use(**self.inference)
 
 
-def varied_benign_examples(n: int, seed: int) -> Sequence[Example]:
-    """Benign data of all tasks with several answers, harmless uses of harmful words among them."""
-    return varied_training_examples(default_world(), n, Draw.TRAINING + seed)
+def calibration_queries(casa: Casa, n: int, seed: int) -> tuple[list[Query], list[Query], list[Query]]:
+    """Requests that a gate is calibrated on, none of which is audited.
+
+    Returns:
+        `n` without labels on each of `ON_SURFACES`; `n` benign ones on each; `n` labelled ones as plain text.
+    """
+
+    def drawn(seed: int, label: Label | None) -> list[Query]:
+        return default_world().requests(n, Draw.CALIBRATION + seed, label, templates="held_out")
+
+    def shown(requests: list[Query]) -> list[Query]:
+        tokenizer = casa.omni.tokenizer
+        return [
+            query
+            for attack in ON_SURFACES
+            for query in apply_attack(
+                attack, requests, Draw.CALIBRATION + seed, tokenizer=tokenizer, wording=MICRO_WORLD
+            )
+        ]
+
+    labelled = drawn(seed, None)
+    unlabelled = [query.model_copy(update={"label": None}) for query in shown(labelled)]
+    return unlabelled, shown(drawn(seed + BENIGN, "benign")), labelled
 
 
-def text_threshold(casa: Casa, seed: int) -> Mapping[str, Any]:
-    """The unsafe token's share of the pair above which it is taken, so that `FALSE_POSITIVES` of benign text is."""
-    requests = default_world().requests(CALIBRATION, Draw.PROBING + BENIGN + seed, "benign", templates="held_out")
-    replies = casa.decide(requests)
-    odds = np.array([(reply.logit_unsafe or 0.0) - (reply.logit_safe or 0.0) for reply in replies])
-    return {"threshold": float(1 / (1 + np.exp(-np.quantile(odds, 1 - FALSE_POSITIVES))))}
+def _part(options: Mapping[str, Any], inference: bool) -> dict[str, Any]:
+    """The options that training does not depend on, or the others."""
+    return {name: value for name, value in options.items() if (name in InferenceSettings.model_fields) == inference}
 
 
+_COUNTERFACTUAL = {"counterfactual": MENDED["counterfactual"]}
+_ALL = {"recentre": True, "rescale": True, "fpr": 0.05, "drop_after_safe": True, "recheck_every": 8}
 MENDS: Mapping[str, Mend] = MappingProxyType(
     {
         mend.name: mend
         for mend in (
-            Mend("varied benign data", examples=varied_benign_examples),
-            Mend("threshold at 5 % false positives", use=text_threshold),
+            Mend("counterfactual tokens", training=_COUNTERFACTUAL),
+            Mend("varied benign data", benign="varied"),
+            Mend("re-centred", inference={"recentre": True}),
+            Mend("re-centred and rescaled", inference={"recentre": True, "rescale": True}),
+            Mend("threshold by text", inference={"fpr": 0.05, "fpr_by_surface": False}),
+            Mend("threshold by surface", inference={"fpr": 0.05}),
+            Mend("dropped after safe", inference={"drop_after_safe": True}),
+            Mend("header again", inference={"recheck_every": 8}),
+            Mend("mended", training=_part(MENDED, False), inference=_part(MENDED, True)),
+            Mend("all together", benign="varied", training=_COUNTERFACTUAL, inference=_ALL),
         )
     }
 )
-"""Each alone, and all together."""
+"""Each alone, those of `CasaConfig.mended`, and all together."""
