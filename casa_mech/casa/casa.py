@@ -16,7 +16,8 @@ from casa_mech.casa.attention import SafetyAttention
 from casa_mech.casa.calibration import Calibration, check_calibration, fit_means
 from casa_mech.casa.config import CasaConfig, InferenceSettings, TrainSettings
 from casa_mech.casa.gate import SafetyGate, class_embeddings
-from casa_mech.casa.generation import GateUse, Order, gate_decisions, gated_replies
+from casa_mech.casa.generation import GateUse, Order, gate_decisions, gated_drafts, write_as_base
+from casa_mech.casa.recheck import recheck
 from casa_mech.casa.storage import (
     ATTENTION,
     CALIBRATION,
@@ -233,6 +234,9 @@ class Casa:
     ) -> list[Reply]:
         """Replies behind the gate, in the order of the queries. The gate decides once, on the last assistant turn.
 
+        With `drop_after_safe` what the gate finds safe is answered by the base model, exactly as `Omni.generate` does;
+        with `recheck_every` it decides again while a reply goes on (see `InferenceSettings`).
+
         Args:
             queries: any mixture of text, image and audio.
             settings: as for `Omni.generate`; the safety token is chosen greedily or sampled as they say.
@@ -242,7 +246,8 @@ class Casa:
             threshold: choose unsafe where its share of the two tokens' probability is above this, instead of the
                 likelier one, and whatever `fpr` says.
             force: "safe" or "unsafe" puts that token before every reply whatever the gate decides; ids for each query
-                put any others in its place. The replies report the gate's own decision. Not with `hard`.
+                put any others in its place. The replies report the gate's own decision, and nothing is decided again
+                later. Not with `hard`.
             merge: add LoRA into copies of the weights for this call, which is faster and takes the memory of one more
                 set of the language model's linear layers; results with and without differ by rounding.
             attention: put safety attention's weight at each of the prompt's tokens (padding left out) into the replies.
@@ -257,8 +262,16 @@ class Casa:
             raise InputError("a hard gate answers unsafe queries itself: leave out hard=True to force the token")
         use = self._gate_use(order, refusal if hard else None, attention, threshold)
         forced = self._forced_ids(force, len(queries))
-        with self._parts.adapter.merged() if merge else nullcontext():
-            return gated_replies(self.omni, self._parts.gate, queries, settings, use, progress, forced)
+        gate, weights = self._parts.gate, self._parts.adapter.merged if merge else nullcontext
+        with weights():
+            drafts = gated_drafts(self.omni, gate, queries, settings, use, progress, forced)
+        if any(draft.by_base for draft in drafts):
+            with self.disabled():
+                write_as_base(self.omni, queries, drafts, settings, progress)
+        if use.inference.recheck_every:
+            with weights():
+                recheck(self.omni, gate, queries, drafts, settings, use, progress)
+        return [draft.reply for draft in drafts]
 
     def decide(
         self,

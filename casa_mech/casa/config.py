@@ -93,6 +93,11 @@ class InferenceSettings(Settings):
     fpr_by_surface: bool = True
     """Take that quantile over the benign prompts of the prompt's own surface, where the calibration has some; else over
     text's."""
+    drop_after_safe: bool = False
+    """After the safe token, write the reply with the base model from the plain prompt, without token and adapter."""
+    recheck_every: int = Field(default=0, ge=0)
+    """Decide again after every so many tokens of a reply, and after a prefill, at the assistant's header inserted anew;
+    0: decide once."""
 
     @property
     def reading(self) -> str:
@@ -106,7 +111,9 @@ class InferenceSettings(Settings):
         return self
 
 
-MENDED: Mapping[str, Any] = MappingProxyType({"counterfactual": 0.4, "recentre": True, "fpr": 0.05})
+MENDED: Mapping[str, Any] = MappingProxyType(
+    {"counterfactual": 0.4, "recentre": True, "fpr": 0.05, "drop_after_safe": True}
+)
 """The options beyond the paper that `CasaConfig.mended` and the defence casa-mended switch on."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from casa_mech.casa.attention import SAFE, UNSAFE
@@ -66,7 +66,23 @@ def choose_token(
     return torch.multinomial(torch.softmax(scores, dim=-1), 1)[:, 0]
 
 
-def gated_replies(
+@dataclass
+class Draft:
+    """A reply in the making."""
+
+    reply: Reply
+    """As far as it is written."""
+    before: list[int]
+    """Ids that stand before it, where the safety token's place is; none for a reply of the base model."""
+    ids: list[int]
+    """Its own ids, up to the end of the turn."""
+    by_base: bool = False
+    """It is the base model's to write (`drop_after_safe`)."""
+    final: bool = False
+    """It is not to be decided on again: it follows the unsafe token directly, or ids that were forced."""
+
+
+def gated_drafts(
     omni: Omni,
     gate: SafetyGate,
     queries: Sequence[Query],
@@ -74,20 +90,46 @@ def gated_replies(
     use: GateUse,
     progress: bool = False,
     forced: Sequence[Sequence[int]] | None = None,
-) -> list[Reply]:
+) -> list[Draft]:
     """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits.
+
+    Those that `drop_after_safe` leaves to the base model have no text yet (see `write_as_base`).
 
     `forced`: for each query the ids that stand in the safety token's place before the reply, whatever the gate decides
     (an intervention on the token alone); the replies report the gate's own decision all the same.
     """
-
     queries = with_system(queries, settings.system)
+    drafts: dict[int, Draft] = {}
 
     def answer(group: list[int]) -> list[Reply]:
         inserted = None if forced is None else [list(forced[index]) for index in group]
-        return _answer(omni, gate, [queries[index] for index in group], settings, use, inserted)
+        written = _answer(omni, gate, [queries[index] for index in group], settings, use, inserted)
+        drafts.update(zip(group, written, strict=True))
+        return [draft.reply for draft in written]
 
-    return omni.in_batches(queries, settings, answer, progress=progress)
+    omni.in_batches(queries, settings, answer, progress=progress)
+    return [drafts[index] for index in range(len(queries))]
+
+
+def write_as_base(
+    omni: Omni, queries: Sequence[Query], drafts: Sequence[Draft], settings: GenerationSettings, progress: bool = False
+) -> None:
+    """Write the replies that are left to the base model, exactly as `Omni.generate` does; nothing may be attached."""
+    rows = [row for row, draft in enumerate(drafts) if draft.by_base]
+    left = with_system([queries[row] for row in rows], settings.system)
+    ids_of: dict[int, list[int]] = {}
+
+    def decode(group: list[int]) -> list[list[int]]:
+        written = omni.write([left[index] for index in group], settings)
+        ids_of.update(zip(group, written, strict=True))
+        return written
+
+    for index, reply in enumerate(omni.decoded(left, settings, decode, progress=progress)):
+        draft = drafts[rows[index]]
+        draft.ids = omni.until_end(ids_of[index])
+        seconds = draft.reply.seconds + reply.seconds
+        written = {"text": reply.text, "tokens": reply.tokens, "seconds": seconds}
+        draft.reply = draft.reply.model_copy(update=written)
 
 
 def gate_decisions(
@@ -124,11 +166,30 @@ def _gated(
     after_prefill = use.order == "prefill_first"
     batch = omni.encode(group, prefill=after_prefill)
     position = batch.last_position if after_prefill else batch.gate_position
+    return batch, *decided(omni, gate, group, batch, position, settings, use, use_cache)
+
+
+def decided(
+    omni: Omni,
+    gate: SafetyGate,
+    group: list[Query],
+    batch: OmniBatch,
+    position: LongTensor,
+    settings: GenerationSettings,
+    use: GateUse,
+    use_cache: bool,
+) -> tuple[GatedPrompt, list[int]]:
+    """The gate's forward over `batch`, the prompts of `group`, with its decision at `position` [batch]: 0 safe, 1
+    unsafe for each.
+
+    Raises:
+        ModelError: v_s or a logit is not finite. InputError: a surface that the calibration lacks.
+    """
     prompt = gated_prompt(omni, batch, gate, position, use_cache, use.calibration.edits(batch, use.inference))
     check_decision("v_s", prompt.reading.v_s, group)
     check_decision("a safety token's logit", torch.cat([prompt.reading.raw_pair, prompt.reading.pair], dim=1), group)
     limits = use.calibration.limits(batch, use.inference)
-    return batch, prompt, choose_token(prompt.reading.pair, settings, use.threshold, limits).tolist()
+    return prompt, choose_token(prompt.reading.pair, settings, use.threshold, limits).tolist()
 
 
 def _answer(
@@ -138,26 +199,34 @@ def _answer(
     settings: GenerationSettings,
     use: GateUse,
     inserted: list[list[int]] | None = None,
-) -> list[Reply]:
+) -> list[Draft]:
     began = time.perf_counter()
     batch, prompt, classes = _gated(omni, gate, group, settings, use, use_cache=True)
     replies = _decisions(group, batch, prompt, classes, use)
-    rows = [row for row in range(len(group)) if use.refusal is None or classes[row] != UNSAFE]
-    texts = dict.fromkeys(range(len(group)), (use.refusal or "", 0))
+    tokens = inserted or [[int(gate.token_ids[index])] for index in classes]
+    safe = [int(gate.token_ids[SAFE])]
+    drafts = [Draft(reply, before, []) for reply, before in zip(replies, tokens, strict=True)]
+    for query, draft, index in zip(group, drafts, classes, strict=True):
+        draft.by_base = use.inference.drop_after_safe and draft.before == safe
+        refused = index == UNSAFE and (use.refusal is not None or use.order == "prefill_first" or not query.prefill)
+        draft.final = refused or inserted is not None
+    refused_rows = [row for row in range(len(group)) if use.refusal is not None and classes[row] == UNSAFE]
+    rows = [row for row, draft in enumerate(drafts) if row not in refused_rows and not draft.by_base]
+    texts = dict.fromkeys(refused_rows, use.refusal or "")
     if rows:
         prefills = prefill_ids(omni, group) if use.order == "gate_first" else [[] for _ in group]
-        tokens = inserted or [[int(gate.token_ids[index])] for index in classes]
         forced = [[*tokens[row], *prefills[row]] for row in rows]
         kwargs = settings.kwargs() | {"logits_processor": finite_logits([group[row] for row in rows])}
         new = continue_from(omni, batch, prompt.cache, forced, rows, kwargs)
         for row, ids in zip(rows, new.tolist(), strict=True):
-            ids = omni.until_end(ids)
-            texts[row] = (omni.decode(ids), len(ids))
+            drafts[row].ids = omni.until_end(ids)
+            texts[row] = omni.decode(drafts[row].ids)
     seconds = (time.perf_counter() - began) / len(group)
-    return [
-        reply.model_copy(update={"text": texts[row][0], "tokens": texts[row][1], "seconds": seconds})
-        for row, reply in enumerate(replies)
-    ]
+    for row, draft in enumerate(drafts):
+        draft.before = [] if draft.by_base else draft.before
+        written = {"text": texts.get(row, ""), "tokens": len(draft.ids), "seconds": seconds}
+        draft.reply = draft.reply.model_copy(update=written)
+    return drafts
 
 
 def prefill_ids(omni: Omni, queries: Sequence[Query]) -> list[list[int]]:

@@ -246,13 +246,16 @@ class Omni:
         queries = with_system(queries, settings.system)
 
         def decode(group: list[int]) -> list[list[int]]:
-            members = [queries[index] for index in group]
-            batch = self.encode(members)
-            ids = self.model.generate(**batch.inputs, **settings.kwargs(), logits_processor=finite_logits(members))
-            new: list[list[int]] = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
-            return new
+            return self.write([queries[index] for index in group], settings)
 
         return self.decoded(queries, settings, decode, progress=progress)
+
+    def write(self, queries: Sequence[Query], settings: GenerationSettings) -> list[list[int]]:
+        """Token ids that the model writes after each prompt, end-of-turn tokens and all; `queries` are one batch."""
+        batch = self.encode(queries)
+        ids = self.model.generate(**batch.inputs, **settings.kwargs(), logits_processor=finite_logits(queries))
+        new: list[list[int]] = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
+        return new
 
     def decoded(
         self,
