@@ -30,7 +30,7 @@ from casa_mech.family.mends import MENDS, Mend
 from casa_mech.family.plan import Member, Plan
 from casa_mech.family.predictors import predictor_table
 from casa_mech.files import TEMPORARY, write_text
-from casa_mech.identity import SHORT, digest_of
+from casa_mech.identity import SHORT, digest_of, key_digest
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.build import CHECKPOINT, build
@@ -143,7 +143,7 @@ class MemberRun:
             RunError: the folder cannot be written, or holds a build with other options.
         """
         for left in list(self.path.glob(f"**/{TEMPORARY}*")):  # of a killed process
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         organism, predictors, *gated = self.parts
         self._make(organism, self._measure)
         self._make(predictors, self._predict)
@@ -197,10 +197,19 @@ class MemberRun:
         """The folder of the organism's weights; built, or the build continued, where they are not there."""
         target = self.path / WEIGHTS / ORGANISM
         begun = (target / CARD).exists() or (target / CHECKPOINT).exists()
-        build(
+        card = build(
             self.member.name, target, self.member.premises, self.member.seed, self._sizes.card, self.member.scale,
             self._progress, start=None if begun else self._shared_start(),
         )  # fmt: skip
+        measured = self.path / ORGANISM / CARD
+        if not self._missing(self.parts[0]):
+            known = json.loads(measured.read_text(encoding="utf-8"))
+            if card["fingerprint"] != known["fingerprint"]:
+                raise RunError(f"{target} has other weights than {measured}: remove {self.path}, and it is made anew")
+        if card["n"] != self._sizes.card:
+            raise RunError(
+                f"{target} was measured with n={card['n']}, not {self._sizes.card}: remove it, or keep to it"
+            )
         return target
 
     def _shared_start(self) -> Path | None:
@@ -262,7 +271,8 @@ class MemberRun:
     def _gate(self, seed: int, mend: Mend | None = None) -> Iterator[Casa]:
         """A gate on the organism for the length of a block, trained as that of the default study or as `mend` says."""
         trained = mend if mend is not None and mend.trains else None
-        folder = self.path / WEIGHTS / (f"gate-{seed}" + (f"-{slug(trained.name)}" if trained else ""))
+        # Mends that differ at inference alone share a gate.
+        folder = self.path / WEIGHTS / (f"gate-{seed}" + (f"-{key_digest(trained.training_key)}" if trained else ""))
         if (folder / GATE_FILE).is_file():
             casa = Casa.from_pretrained(folder, self._omni)
         else:

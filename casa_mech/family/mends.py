@@ -38,11 +38,14 @@ class Mend:
     """What `Casa.use` switches on, fields of `InferenceSettings`."""
 
     @property
+    def training_key(self) -> dict[str, Any]:
+        """What it changes in the training, as JSON values."""
+        return {"benign": self.benign, "training": dict(self.training)}
+
+    @property
     def key(self) -> dict[str, Any]:
-        """What it does, as JSON values."""
-        return {
-            "mend": self.name, "benign": self.benign, "training": dict(self.training), "inference": dict(self.inference)
-        }  # fmt: skip
+        """What it changes, as JSON values."""
+        return {"mend": self.name, **self.training_key, "inference": dict(self.inference)}
 
     @property
     def trains(self) -> bool:

@@ -134,6 +134,25 @@ def test_a_member_that_another_process_holds_is_left_to_it(
     assert [line.split(":")[0] for line in lines] == 3 * ["full"] + 3 * ["all"]
 
 
+def test_a_member_of_other_weights_is_not_gone_on_with(begun: Path) -> None:
+    """Gates on a second build of an organism that came out otherwise would not be those its predictors are of."""
+    from casa_mech.omni import load_omni
+    from casa_mech.organism.build import save_organism
+    from casa_mech.organism.card import write_card
+
+    weights = begun / "members" / "all" / WEIGHTS / "organism"
+    record = json.loads((weights / "card.json").read_text())
+    with pytest.raises(RunError, match="was measured with n=2, not 3"):
+        family(Request(PLAN.model_copy(update={"sizes": SIZES.model_copy(update={"card": 3})}), begun), note=quiet)
+    omni = load_omni(weights, device="cpu", dtype="float32")
+    omni.embedding.weight.data[0] += 1
+    save_organism(omni, weights)
+    changed = load_omni(weights, device="cpu", dtype="float32").fingerprint()
+    write_card({**record, "fingerprint": changed}, weights)
+    with pytest.raises(RunError, match="has other weights than"):
+        family(Request(PLAN, begun), note=quiet)
+
+
 @contextmanager
 def _elsewhere(folder: Path) -> Iterator[threading.Event]:
     """A thread holds `folder` until the event is set."""
