@@ -38,6 +38,8 @@ SHAPE = OrganismShape(
 SIZES = Sizes(card=2, states=12, audit=2, examples=32, steps=1, batch=4, gate_seeds=(0, 1), max_new_tokens=2)
 PLAN = Plan(members=(Member(name="all", mends=True), Member(name="full", knobs=("alignment=full",))), sizes=SIZES)
 
+FEW = {name: MENDS[name] for name in ("counterfactual tokens", "re-centred", "mended")}
+
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +54,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return replace(recipe, stages=stages, shape=SHAPE)
 
+    monkeypatch.setattr(member, "MENDS", FEW)
     monkeypatch.setattr("casa_mech.family.plan.recipe_of", tiny_recipe)
     monkeypatch.setattr(import_module("casa_mech.organism.build"), "recipe_of", tiny_recipe)
 
@@ -86,6 +89,8 @@ def test_a_stopped_map_goes_on_and_leaves_whole_tables(begun: Path) -> None:
     assert kept["members"] == {"finished": 2, "in the plan": 2}
     assert (weights / "organism" / "model.safetensors").stat().st_mtime_ns == organism
     assert (weights / "gate-0" / "casa_config.json").stat().st_mtime_ns == gate
+    # One gate of the paper and one with counterfactual tokens for each seed: two mends share the second.
+    assert len(list(weights.glob("gate-0*"))) == 2
     # The two organisms have all stages but the last in common, which are trained once.
     assert len(list(begun.glob("stages/*/training.safetensors"))) == 1
 
@@ -98,7 +103,7 @@ def test_a_stopped_map_goes_on_and_leaves_whole_tables(begun: Path) -> None:
         == cells
     )
     assert set(tables["transfer"]["surface"]) == set(SURFACES)
-    assert len(tables["mends"]) == len(MENDS) * len(SIZES.gate_seeds) * len(SURFACES)
+    assert len(tables["mends"]) == len(FEW) * len(SIZES.gate_seeds) * len(SURFACES)
     assert set(tables["mends"]["member"]) == {"all"}
     assert set(SPLIT) < set(tables["split"]["part"]) and len(tables["split"]) == cells * 2 * (len(SPLIT) + 3)
     alignment = tables["organisms"].groupby("member")["alignment"].first().to_dict()
@@ -108,7 +113,7 @@ def test_a_stopped_map_goes_on_and_leaves_whole_tables(begun: Path) -> None:
     record = json.loads((begun / "plan.json").read_text())
     assert record["plan"] == PLAN.model_dump(mode="json") and record["versions"]["torch"]
     steps = [step["step"] for step in record["order"] if step["member"] == "all"]
-    assert steps[:3] == ["organism", "predictors", "audit-0"] and len(steps) == 4 + len(MENDS) * 2
+    assert steps[:3] == ["organism", "predictors", "audit-0"] and len(steps) == 4 + len(FEW) * 2
     check_order(record["order"])
 
     numbers = (begun / "transfer.csv").read_bytes()
