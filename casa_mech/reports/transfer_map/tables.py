@@ -17,7 +17,7 @@ from casa_mech.study.settings import CLONE
 FOLDER = CLONE / "figures" / "map"
 NOTE = (
     "The tables of the map are not here: make them with `casa-mech family --out runs/family` (about three hours on two "
-    "cores) and copy its .csv files to figures/map, or give their folder as map_tables."
+    "cores), copy its .csv files and plan.json to figures/map, or give their folder as map_tables."
 )
 AWAY = ("spelled", "image", "audio")
 """Surfaces that a gate trained on plain text has not seen; a jailbreak is plain text, too."""
