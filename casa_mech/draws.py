@@ -33,7 +33,7 @@ class Draw(IntEnum):
     WHITE_BOX = 11_000
     """Requests that are attacked with the model's gradients; harmful ones alone."""
     CALIBRATION = 22_000
-    """Requests that gates are calibrated on after their training."""
+    """Requests that a trained gate is calibrated on."""
 
 
 BENIGN = 10_000

@@ -16,7 +16,9 @@ from torch import LongTensor, Tensor
 from casa_mech.casa.config import InferenceSettings
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
 from casa_mech.omni import Omni, OmniBatch
+from casa_mech.omni.finite import check_decision
 from casa_mech.queries import Query, Reply
 from casa_mech.trace.capture import Cut, capture_cuts, make_cut
 from casa_mech.trace.gate import ReadEdits
@@ -42,18 +44,15 @@ class Calibration:
     odds: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """By reading (`InferenceSettings.reading`), then surface, [n]: log-odds of benign prompts."""
 
-    def check(self, settings: InferenceSettings) -> None:
-        """Refuse options for which these numbers are not enough.
-
-        Raises:
-            InputError: the message names the option and what to calibrate with.
-        """
+    def lacks(self, settings: InferenceSettings) -> str:
+        """What the options need that these numbers do not hold, with the way out; empty where nothing is missing."""
         if settings.recentre and "text" not in self.means:
-            raise InputError("recentre needs a calibration: call calibrate(queries) with unlabelled text and media")
+            return "recentre needs a calibration: call calibrate(queries) with unlabelled text and media"
         if settings.rescale and self.directions is None:
-            raise InputError("rescale needs a direction: call calibrate(queries, labelled=...) with labelled text")
+            return "rescale needs a direction: call calibrate(queries, labelled=...) with labelled text"
         if settings.fpr and "text" not in self.odds.get(settings.reading, {}):
-            raise InputError("fpr needs a calibration: call calibrate(queries, benign=...) with benign text prompts")
+            return "fpr needs a calibration: call calibrate(queries, benign=...) with benign text prompts"
+        return ""
 
     def edits(self, batch: OmniBatch, settings: InferenceSettings) -> ReadEdits | None:
         """What the gate reads of `batch` under `settings`; None for the states as they are.
@@ -118,6 +117,14 @@ class Calibration:
         flat |= {f"odds/{reading}/{name}": odds for reading, of in self.odds.items() for name, odds in of.items()}
         return flat if self.directions is None else {**flat, "directions": self.directions}
 
+    @property
+    def digest(self) -> str:
+        """Of all numbers; empty where there are none."""
+        tensors = sorted(self.tensors().items())
+        return (
+            digest_of(piece for name, value in tensors for piece in (name, value.numpy().tobytes())) if tensors else ""
+        )
+
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Calibration:
         """What `tensors` gave."""
@@ -139,6 +146,15 @@ class Calibration:
 def surfaces_of(batch: OmniBatch) -> LongTensor:
     """Index in `SURFACES` [batch] of each prompt."""
     return batch.modality["image"].any(dim=1).long() + 2 * batch.modality["audio"].any(dim=1).long()
+
+
+def prompts_by_use(queries: Sequence[Query]) -> tuple[list[Query], list[Query]]:
+    """`benign` and `labelled` for `Casa.calibrate` from one list of `queries`: the benign ones for the threshold, and
+    the labelled text for the direction, where both labels are among it."""
+    labelled = [query for query in queries if query.label is not None and _surface(query) == "text"]
+    both = {query.label for query in labelled} == {"harmful", "benign"}
+    benign = [query for query in queries if query.label == "benign"]
+    return benign, labelled if both else []
 
 
 def _surface(query: Query) -> str:
@@ -212,6 +228,7 @@ def prompt_states(omni: Omni, gate: SafetyGate, queries: Sequence[Query], batch_
             cuts = [Cut("mean", row, none, none, gate.mask(batch)), make_cut(batch, "last")]
             captured = capture_cuts(omni, batch, [gate.layer, "norm"], cuts)
             pair = torch.stack([captured[gate.layer][0], captured["norm"][1]], dim=1)
+            check_decision("a state that the gate is calibrated on", pair, [queries[index] for index in group])
             states[group] = pair.to("cpu", torch.float32)
             surfaces[group] = surfaces_of(batch).cpu()
     return states, surfaces

@@ -294,7 +294,9 @@ class Casa:
             return gate_decisions(self.omni, self._parts.gate, queries, settings, use, progress)
 
     def _gate_use(self, order: Order, refusal: str | None, attention: bool, threshold: float | None) -> GateUse:
-        self._calibration.check(self.config)
+        lacking = self._calibration.lacks(self.config)
+        if lacking:
+            raise InputError(lacking)
         return GateUse(order, refusal, attention, threshold, self.config.inference, self._calibration)
 
     def _forced_ids(

@@ -1,4 +1,4 @@
-"""`casa-mech generate`, `train` and `evaluate`: a model, with or without its gate."""
+"""`casa-mech generate`, `train`, `calibrate` and `evaluate`: a model, with or without its gate."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def train(
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Which queries are evaluated; each option is given once for all of `queries`, or once each, in their order."""
+    """Which queries are read; each option is given once for all of `queries`, or once each, in their order."""
 
     title: ClassVar[str] = "Queries"
 
@@ -222,7 +222,6 @@ class SourceOptions:
         int | None,
         typer.Option(min=1, help="At most so many from each --queries: the first, of a benchmark drawn by --seed."),
     ] = None
-    attack: Annotated[str, typer.Option(help="Name of the attack in the tables.")] = "none"
 
     def load(self, seed: int) -> list[LoadedQueries]:
         """The queries of each source, read.
@@ -239,6 +238,79 @@ class SourceOptions:
             self.queries, self.label or [], columns, self.text, self.limit, data=self.data, seed=seed
         )
         return load_sources(sources)
+
+
+@dataclass(frozen=True)
+class EvaluatedOptions(SourceOptions):
+    """Which queries are evaluated, and what they are called."""
+
+    attack: Annotated[str, typer.Option(help="Name of the attack in the tables.")] = "none"
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """What a gate does beyond the paper at inference; None leaves it as the gate was saved."""
+
+    title: ClassVar[str] = "Beyond the paper"
+
+    recentre: Annotated[
+        bool | None,
+        typer.Option("--recentre/--no-recentre", help="Shift what the gate reads of a surface onto text's mean."),
+    ] = None
+    rescale: Annotated[
+        bool | None,
+        typer.Option("--rescale/--no-rescale", help="After that, stretch it to text's spread between the classes."),
+    ] = None
+    fpr: Annotated[
+        float | None,
+        typer.Option(help="Share of benign prompts that the threshold lets be flagged; 0: the likelier token."),
+    ] = None
+    fpr_by_surface: Annotated[
+        bool | None,
+        typer.Option("--fpr-by-surface/--fpr-on-text", help="Benign prompts that set it: each surface's own, or text."),
+    ] = None
+    drop_after_safe: Annotated[
+        bool | None,
+        typer.Option("--drop-after-safe/--keep-after-safe", help="Leave safe replies to the base model."),
+    ] = None
+    recheck_every: Annotated[
+        int | None, typer.Option(help="Decide again after so many tokens of a reply; 0: decide once.")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@command(
+    app,
+    example="casa-mech calibrate --gate gate --recentre --fpr 0.05 --out gate-recentred   "
+    "(own prompts: --queries benign.csv --label benign --queries pictures/ --label - --queries clips/ --label -)",
+)
+def calibrate(
+    gate: Annotated[Path, typer.Option(help="Folder of a gate (casa-mech train).")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the result [in the gate's place].")] = None,
+    n: Annotated[int, typer.Option(min=2, help="Micro-world requests of each label and surface.")] = 50,
+    seed: Seed = 0,
+    as_json: Json = False,
+    inference: InferenceOptions = InferenceOptions(),
+    queries: SourceOptions = SourceOptions([]),
+    model: ModelOptions = ModelOptions(),
+) -> None:
+    """Switch options beyond the paper of a trained gate, and fit what they need on calibration prompts.
+
+    Prompts are text and media of every kind in use, read without their labels; those labelled benign also set the
+    threshold of --fpr, text of both labels the direction of --rescale. Without --queries they are the micro-world's.
+    """
+    model.check()
+    check_trained(gate, gate_only=True)
+    chosen = [query for source in queries.load(seed) for query in source.queries] if queries.queries else []
+    from casa_mech.evaluation.calibration import calibrate_gate
+
+    result = calibrate_gate(
+        model.model, gate, inference.given(), chosen, out, n, seed=seed, device=model.device, dtype=model.dtype
+    )
+    show(result, as_json)
 
 
 @dataclass(frozen=True)
@@ -260,7 +332,7 @@ class DefenseOptions:
     "(a public set: casa-mech evaluate --queries xstest:safe --data ~/sets)",
 )
 def evaluate(
-    queries: SourceOptions,
+    queries: EvaluatedOptions,
     out: Annotated[
         Path | None, typer.Option(help="Folder for replies and results as parquet and CSV; a stopped run continues.")
     ] = None,

@@ -104,6 +104,11 @@ class Grid:
                     "defense 'moras' needs queries to be fitted on: set its options prototypes and calibration, or "
                     "leave it out (--defenses)"
                 )
+            if system.calibrates and not self.omni.speaks_micro_world:
+                raise InputError(
+                    f"{system.label!r} needs queries to be calibrated on: set its option calibration, or leave it out "
+                    "(--defenses)"
+                )
 
     def fill(self) -> GridResult:
         """Compute what is missing, a defence at a time, and read the rest.

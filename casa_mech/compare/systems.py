@@ -9,8 +9,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from casa_mech.casa.calibration import Calibration
 from casa_mech.casa.config import Settings, TrainSettings
-from casa_mech.defenses.registry import DEFENSES, DefenseEntry, defense_entry, options
+from casa_mech.defenses.casa import CasaSettings
+from casa_mech.defenses.registry import DEFENSES, DefenseEntry, defense_entry, options, training_options
 from casa_mech.errors import InputError
 from casa_mech.evaluation.training import Benign
 
@@ -60,6 +62,17 @@ class ComparedSystem(Settings):
         """True where it has weights of its own."""
         return self.entry.trains
 
+    @property
+    def calibrates(self) -> bool:
+        """True where it is calibrated on requests of the micro-world: it needs a calibration and no queries are named
+        for it, nor a folder that may hold one."""
+        if self.entry.settings is not CasaSettings or self.path or self.options.get("calibration"):
+            return False
+        config = training_options(self.defense, self.training)[0]
+        (used,) = options(self.defense, (self.entry.settings,), self.options)
+        inference = config.changed(**used.changes).inference
+        return bool(Calibration().lacks(inference))
+
     def folder(self, seed: int) -> Path | None:
         """The folder of its trained weights where it has one (`path`), for this seed; else None."""
         return None if self.path is None else Path(self.path.replace("{seed}", str(seed)))
@@ -82,7 +95,7 @@ class ComparedSystem(Settings):
         if recipe is None and (self.training or self.path or self.examples or self.benign):
             raise InputError(f"defense {self.defense!r} is not trained: leave out training, examples, benign and path")
         if recipe is not None:
-            options(self.defense, recipe.records, self.training)
+            training_options(self.defense, self.training)
         return self
 
 
@@ -129,4 +142,4 @@ def training_records(system: ComparedSystem, shared: Mapping[str, Any], seed: in
         steps = shared.get("max_steps")
         settings = {} if steps is None else {"max_steps": min(int(steps), fields["max_steps"].default)}
     settings |= {"seed": seed, **system.training}
-    return settings, options(system.defense, recipe.records, settings)
+    return settings, training_options(system.defense, settings)

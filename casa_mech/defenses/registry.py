@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from casa_mech.casa.config import CasaConfig, TrainSettings
+from casa_mech.casa.config import MENDED, CasaConfig, TrainSettings
 from casa_mech.defenses.base import Defense
-from casa_mech.defenses.casa import CasaDefense, CasaSettings
+from casa_mech.defenses.casa import CasaDefense, CasaMended, CasaSettings
 from casa_mech.defenses.circuit_breaker import CircuitBreaker
 from casa_mech.defenses.coca import Coca, CocaSettings
 from casa_mech.defenses.moras import Moras, MorasSettings
@@ -39,6 +39,8 @@ class DefenseRecipe:
     """Builds it from the model, a folder, and the options at test time."""
     saved_as: str
     """The name under which its folders are saved; defences of one name share them."""
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    """Its options in training where they differ from the records' defaults."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,12 @@ _ENTRIES = (
         "safety tokens and safety attention",
         recipe=DefenseRecipe((CasaConfig, TrainSettings), CasaDefense.attach, CasaDefense.load, "casa"),
     ),
+    DefenseEntry(
+        "casa-mended",
+        CasaSettings,
+        "CASA with options beyond the paper",
+        recipe=DefenseRecipe((CasaConfig, TrainSettings), CasaMended.attach, CasaMended.load, "casa", MENDED),
+    ),
     # At decoding time.
     DefenseEntry("coca", CocaSettings, "a safety principle's effect on the logits, made larger", Coca),
     DefenseEntry(
@@ -176,6 +184,19 @@ def check_defense(name: str, path: Path | str | None, settings: Mapping[str, Any
     elif (saved := saved_as(path)) != entry.recipe.saved_as:
         raise ModelError(f"{path} holds the defense {saved!r}, not {name!r}; give the folder of one")
     return entry, record
+
+
+def training_options(name: str, settings: Mapping[str, Any]) -> list[Any]:
+    """`settings` over the preset of the defence `name`, as its records in training.
+
+    Raises:
+        InputError: as `options`, or a defence without training.
+    """
+    recipe = defense_entry(name).recipe
+    if recipe is None:
+        names = ", ".join(entry.name for entry in DEFENSES.values() if entry.trains)
+        raise InputError(f"defense {name!r} needs no training; those that do: {names}")
+    return options(name, recipe.records, {**recipe.preset, **settings})
 
 
 def options(name: str, kinds: Sequence[type[BaseModel]], settings: Mapping[str, Any]) -> list[Any]:

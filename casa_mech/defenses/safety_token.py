@@ -86,12 +86,16 @@ class SafetyTokenDefense(TrainedDefense):
         return scores
 
     def describe(self) -> Description:
-        """LoRA, two token rows and, in CASA, safety attention; one token more than the reply has."""
-        groups = self.casa.parts.groups()
+        """LoRA, two token rows and, in CASA, safety attention; one token more than the reply has.
+
+        A safe prompt that the base answers is read twice, and a re-check is a forward, too.
+        """
+        groups, inference = self.casa.parts.groups(), self.casa.config.inference
         return Description(
             name=self.name,
             changes=("weights", "logits"),
-            extra_forwards=1.0,
+            forwards_per_token=1.0 + (1 / inference.recheck_every if inference.recheck_every else 0.0),
+            extra_forwards=1.0 + inference.drop_after_safe,
             trained_parameters=sum(value.numel() for group in groups for value in group.values()),
             source=self.source,
             safety_prompt=self.safety_prompt,
@@ -102,7 +106,8 @@ class SafetyTokenDefense(TrainedDefense):
         """As for any defence, and safety attention, which is not among the model's weights."""
         weights = sorted(self.casa.parts.groups()[1].items())
         pieces = (piece for name, value in weights for piece in (name, value.detach().cpu().numpy().tobytes()))
-        return super().identity | {"gate": digest_of([self.casa.config.model_dump_json(), *pieces])}
+        config, calibration = self.casa.config.model_dump_json(), self.casa.calibration.digest
+        return super().identity | {"gate": digest_of([config, *pieces, *([calibration] if calibration else [])])}
 
     def close(self) -> None:
         """Detach it; the model is the base again."""

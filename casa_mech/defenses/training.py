@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from casa_mech.casa.checkpoint import METRICS
-from casa_mech.defenses.registry import DEFENSES, defense_entry, options
+from casa_mech.defenses.registry import DEFENSES, training_options
 from casa_mech.defenses.trained import TrainedDefense
-from casa_mech.errors import InputError
 from casa_mech.files import check_folder, write_text
 from casa_mech.locks import locked
 from casa_mech.omni import Omni
@@ -40,7 +39,7 @@ def train_defense(
             `metrics.jsonl`, a row each step.
         seed: of initial values, batches and dropout.
         progress: show a bar.
-        settings: options in training; fields of the records in `DEFENSES[name].recipe`.
+        settings: options in training; fields of the records in `DEFENSES[name].recipe`, over its preset.
 
     Raises:
         InputError: an unknown defence or option, one that does not train, or examples that cannot be used.
@@ -48,17 +47,15 @@ def train_defense(
             finite.
         ModelError: the model has an adapter already.
     """
-    entry = defense_entry(name)
-    if entry.recipe is None:
-        names = ", ".join(entry.name for entry in DEFENSES.values() if entry.trains)
-        raise InputError(f"defense {name!r} needs no training; those that do: {names}")
-    records = options(name, entry.recipe.records, {"seed": seed, **settings})
+    records = training_options(name, {"seed": seed, **settings})
+    recipe = DEFENSES[name].recipe
+    assert recipe is not None
     out = Path(out)
     check_folder(out, owned=[WORK])
     work = out / WORK
     with locked(work):
         check_folder(out, owned=[WORK])  # again: another process may have come to its end since
-        defense = entry.recipe.attach(omni, *records, seed=seed)
+        defense = recipe.attach(omni, *records, seed=seed)
         try:
             defense.train(examples, work, resume=True, progress=progress)
             metrics = (work / METRICS).read_text(encoding="utf-8")

@@ -135,6 +135,8 @@ def _replies(
     system: dict[str, Any] = {"system": dict(identity or {}), "settings": settings.model_dump(mode="json")}
     if isinstance(casa, Casa):
         system |= {"casa": casa.config.model_dump(mode="json"), "order": order}
+        if casa.calibration.digest:
+            system["calibration"] = casa.calibration.digest
         # Rows of their own: two of many thousand in the embedding, a sample of its values would miss them.
         attention = casa.safety_gate.attention
         modules += [casa.parts.tokens.rows, *([attention] if attention is not None else [])]

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 from casa_mech.casa import TrainSettings
 from casa_mech.casa.checkpoint import METRICS
 from casa_mech.defenses import DEFENSES, train_defense
-from casa_mech.defenses.registry import defense_entry, options
+from casa_mech.defenses.registry import defense_entry, training_options
 from casa_mech.defenses.training import WORK
 from casa_mech.errors import InputError
 from casa_mech.files import check_folder
@@ -94,7 +94,7 @@ def train_gate(
     if TrainSettings in recipe.records:
         settings = {"max_steps": STEPS, **settings}
     kind = check_benign(benign, "--benign", own_table=data is not None)
-    options(defense, recipe.records, settings)  # before the model is loaded
+    training_options(defense, settings)  # before the model is loaded
     check_folder(out, owned=[WORK])
     if data is None and not speaks_micro_world(model):
         raise InputError(

@@ -262,7 +262,7 @@ class MemberRun:
 
     def _mend(self, seed: int, mend: Mend, new: Path) -> None:
         with self._gate(seed, mend) as casa:
-            mend.apply(casa, self._sizes.audit, self._sizes.seed)
+            mend.apply(casa, max(2, self._sizes.audit // 2), self._sizes.seed)
             replies = casa.generate(self._queries, self._generation)
         table = answered_table(self._queries, replies, self._sizes.seed)
         _write(self._named(table, gate_seed=seed, mend=mend.name), new / "mends.csv")

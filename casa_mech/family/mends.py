@@ -10,17 +10,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from casa_mech.attacks import apply_attack
 from casa_mech.casa import Casa, InferenceSettings
+from casa_mech.casa.calibration import prompts_by_use
 from casa_mech.casa.config import MENDED
-from casa_mech.draws import BENIGN, Draw
+from casa_mech.defenses.casa import world_prompts
+from casa_mech.draws import Draw
 from casa_mech.evaluation.training import Benign
-from casa_mech.organism.wording import MICRO_WORLD
-from casa_mech.organism.world import default_world
-from casa_mech.queries import Label, Query
 
-ON_SURFACES = ("plain", "image", "audio")
-"""Attacks under which calibration requests are put: text, and each surface that a calibration tells apart from it."""
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -53,37 +49,13 @@ class Mend:
         return self.benign != "plain" or bool(self.training)
 
     def apply(self, casa: Casa, n: int, seed: int) -> None:
-        """Calibrate a trained gate on `n` requests of each kind (see `calibration_queries`) and switch it on."""
+        """Calibrate a trained gate on `n` requests of each label and surface, none of them audited, and switch it on."""
         if not self.inference:
             return
-        unlabelled, benign, labelled = calibration_queries(casa, n, seed)
-        casa.calibrate(unlabelled, benign=benign, labelled=labelled)
+        queries = world_prompts(n, Draw.CALIBRATION + seed)
+        benign, labelled = prompts_by_use(queries)
+        casa.calibrate(queries, benign=benign, labelled=labelled)
         casa.use(**self.inference)
-
-
-def calibration_queries(casa: Casa, n: int, seed: int) -> tuple[list[Query], list[Query], list[Query]]:
-    """Requests that a gate is calibrated on, none of which is audited.
-
-    Returns:
-        `n` without labels on each of `ON_SURFACES`; `n` benign ones on each; `n` labelled ones as plain text.
-    """
-
-    def drawn(seed: int, label: Label | None) -> list[Query]:
-        return default_world().requests(n, Draw.CALIBRATION + seed, label, templates="held_out")
-
-    def shown(requests: list[Query]) -> list[Query]:
-        tokenizer = casa.omni.tokenizer
-        return [
-            query
-            for attack in ON_SURFACES
-            for query in apply_attack(
-                attack, requests, Draw.CALIBRATION + seed, tokenizer=tokenizer, wording=MICRO_WORLD
-            )
-        ]
-
-    labelled = drawn(seed, None)
-    unlabelled = [query.model_copy(update={"label": None}) for query in shown(labelled)]
-    return unlabelled, shown(drawn(seed + BENIGN, "benign")), labelled
 
 
 def _part(options: Mapping[str, Any], inference: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from helpers.casa import SETTINGS, SHORT, examples, stir
 from helpers.model import SHAPE, WORDS
 from peft import PeftModel
 
-from casa_mech.casa import Casa, CasaConfig
+from casa_mech.casa import Casa, CasaConfig, InferenceSettings
 from casa_mech.errors import ModelError, RunError
 from casa_mech.omni import Omni
 from casa_mech.organism.architecture import new_omni
@@ -149,3 +149,23 @@ def test_a_gate_saved_under_the_old_names_loads(tiny_omni: Omni, mixed_queries: 
     again = Casa.from_pretrained(tmp_path / "gate", tiny_omni)
     assert (again.config.form, again.config.rule) == ("compete", "scale")
     assert [reply.v_s for reply in again.decide(mixed_queries)] == expected
+
+
+def test_a_gate_saved_before_the_options_beyond_the_paper_loads(
+    tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path
+) -> None:
+    casa = stir(Casa.attach(tiny_omni))
+    replies = casa.generate(mixed_queries, SHORT)
+    casa.save_pretrained(tmp_path)
+    casa.detach()
+    path = tmp_path / "casa_config.json"
+    stored = json.loads(path.read_text())
+    for name in ("counterfactual", *InferenceSettings.model_fields):
+        del stored["config"][name]
+    del stored["calibration"]
+    path.write_text(json.dumps(stored))
+    loaded = Casa.from_pretrained(tmp_path, tiny_omni)
+    assert loaded.config == CasaConfig() and loaded.calibration.tensors() == {}
+    times = {"seconds": 0.0}
+    again = loaded.generate(mixed_queries, SHORT)
+    assert [r.model_copy(update=times) for r in again] == [r.model_copy(update=times) for r in replies]

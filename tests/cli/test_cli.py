@@ -20,7 +20,7 @@ from casa_mech.defenses import trained
 
 COMMANDS = [
     "audit",
-    *("run", "generate", "train", "evaluate", "organism build", "organism card", "doctor", "bench"),
+    *("run", "generate", "train", "calibrate", "evaluate", "organism build", "organism card", "doctor", "bench"),
     *("attack", "compare", "figstep", "datasets", "datasets overlap", "judge run", "judge agreement"),
 ]
 

@@ -281,3 +281,31 @@ def test_benign_data_are_a_choice_of_the_plan_and_of_a_row(tmp_path: Path) -> No
         TrainingPlan(0, {}, ExampleTable(path=tmp_path / "t.csv"), benign="varied")
     with pytest.raises(InputError, match="defense 'coca' is not trained: leave out training, examples, benign and"):
         ComparedSystem(defense="coca", benign="varied")
+
+
+def test_casa_mended_and_single_options_are_rows(omni: Omni, tmp_path: Path) -> None:
+    """The options at inference share one training; the preset has its own."""
+    rows = [
+        ComparedSystem(defense="casa"),
+        ComparedSystem(defense="casa", name="re-centred", options={"recentre": True, "n_calibration": 2}),
+        ComparedSystem(defense="casa-mended", benign="varied"),
+    ]
+    assert [row.calibrates for row in rows] == [False, True, True]
+    grid = make(tmp_path / "grid", omni, ("none",))
+    grid.systems = rows
+    keys = [grid.weights.key(row, 0, omni) for row in rows]
+    assert keys[0] == keys[1] != keys[2] and keys[2]["records"][0]["counterfactual"] > 0
+    replies = grid.fill().replies
+    assert set(replies["defense"]) == {"casa", "re-centred", "casa-mended"}
+    scores = {
+        row: replies[(replies["defense"] == row) & (replies["attack"] == "image")]["v_s"]
+        for row in ("casa", "re-centred")
+    }
+    assert scores["casa"].tolist() != pytest.approx(scores["re-centred"].tolist(), abs=1e-6)
+    assert not hasattr(omni.model, "peft_config")
+
+
+def test_a_row_without_calibration_queries_is_refused_before_anything_runs(tiny_omni: Omni, tmp_path: Path) -> None:
+    tiny_omni.model.config.micro_world = False
+    with pytest.raises(InputError, match="'casa-mended' needs queries to be calibrated on: set its option calibration"):
+        make(tmp_path / "grid", tiny_omni, ("none", "casa-mended"))

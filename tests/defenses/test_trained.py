@@ -13,10 +13,12 @@ import torch
 from helpers.defenses import examples, logits_of, stir
 from torch.nn import functional
 
-from casa_mech.casa import Casa, CasaConfig
+from casa_mech.casa import Casa, CasaConfig, InferenceSettings
+from casa_mech.casa.config import MENDED
 from casa_mech.casa.trainer import Trainer
 from casa_mech.cli import main
 from casa_mech.defenses import DEFENSES, Defense, load_defense, train_defense
+from casa_mech.defenses.casa import CasaMended
 from casa_mech.defenses.circuit_breaker import CircuitBreaker
 from casa_mech.defenses.refusal_token import control_curve
 from casa_mech.defenses.rerouting import CircuitBreakerSettings
@@ -196,7 +198,7 @@ def test_train_save_load_and_give_back(
         reloaded = again.generate(mixed_queries, SHORT)
         assert [reply.text for reply in reloaded] == [reply.text for reply in replies[::-1]]
         assert again.identity == identity and json.dumps(identity)
-        assert again.has_scores == (name in ("ssft-token", "refusal-token", "casa"))
+        assert again.has_scores == (name in ("ssft-token", "refusal-token", "casa", "casa-mended"))
 
 
 @pytest.mark.parametrize("name", ["ssft", "circuit-breaker"])
@@ -397,3 +399,55 @@ def test_other_trained_defences_are_measured_against_their_base_too(
         assert kl_to_base(gated, mixed_queries, settings) == kl_to_base(gated.casa, mixed_queries, settings)
     with pytest.raises(InputError, match="the defence 'none' changes more than"):
         kl_to_base(load_defense("none", tiny_omni), mixed_queries, settings)
+
+
+# CASA with options beyond the paper
+
+
+def test_casa_mended_is_trained_with_the_preset_and_calibrated(
+    tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path
+) -> None:
+    defense = train_defense("casa-mended", tiny_omni, examples(), tmp_path / "gate", progress=False, seed=3, **FEW)
+    assert isinstance(defense, CasaMended) and defense.casa.config == CasaConfig.mended()
+    assert defense.casa.calibration.sizes() == {
+        "unlabelled": {"text": 100, "image": 100, "audio": 100, "image+audio": 100},
+        "benign": {"text": 50, "image": 50, "audio": 50, "image+audio": 50},
+    }
+    assert set(defense.casa.calibration.odds) == {"plain", "recentred", "rescaled"}
+    scores, identity, described = defense.scores(mixed_queries), defense.identity, defense.describe()
+    assert described.extra_forwards == 2.0 and described.forwards_per_token == 1.0
+    defense.close()
+    with load_defense("casa-mended", tiny_omni, path=tmp_path / "gate") as again:
+        assert again.identity == identity and again.scores(mixed_queries) == scores
+    # The same folder is a casa, too; its options can be switched off and on one by one.
+    off = {name: type(value)() for name, value in MENDED.items() if name != "counterfactual"}
+    with load_defense("casa", tiny_omni, path=tmp_path / "gate", **off) as plain:
+        assert isinstance(plain, SafetyTokenDefense) and plain.casa.config.inference == InferenceSettings()
+        assert plain.identity["gate"] != identity["gate"]
+        assert plain.scores(mixed_queries[1:]) != pytest.approx(scores[1:], abs=1e-6)
+
+
+def test_a_gate_is_calibrated_when_an_option_needs_it(
+    tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path
+) -> None:
+    casa = Casa.attach(tiny_omni)
+    casa.save_pretrained(tmp_path / "gate")
+    casa.detach()
+    rows = [{"prompt": f"{'please ' * i} what is it ?", "label": ("harmful", "benign")[i % 2]} for i in range(6)]
+    pd.DataFrame(rows).to_csv(tmp_path / "q.csv", index=False)
+    source = [{"path": tmp_path / "q.csv", "column": "prompt", "label_column": "label"}]
+    with load_defense("casa", tiny_omni, path=tmp_path / "gate", recheck_every=4) as defense:
+        assert isinstance(defense, SafetyTokenDefense) and not defense.casa.calibration.tensors()
+        assert defense.describe().forwards_per_token == 1.25
+    with load_defense("casa", tiny_omni, path=tmp_path / "gate", fpr=0.1, calibration=source) as defense:
+        assert isinstance(defense, SafetyTokenDefense)
+        assert defense.casa.calibration.sizes() == {"unlabelled": {"text": 6}, "benign": {"text": 3}}
+    with load_defense("casa", tiny_omni, path=tmp_path / "gate", recentre=True, n_calibration=2) as defense:
+        assert isinstance(defense, SafetyTokenDefense)
+        assert defense.casa.calibration.counts == {"text": 4, "image": 4, "audio": 4, "image+audio": 4}
+    tiny_omni.model.config.micro_world = False
+    with pytest.raises(InputError, match=r"fpr needs a calibration: .*, or set the option calibration to queries"):
+        load_defense("casa", tiny_omni, path=tmp_path / "gate", fpr=0.1)
+    with pytest.raises(InputError, match="rescale=True stretches states about text's mean"):
+        load_defense("casa", tiny_omni, path=tmp_path / "gate", rescale=True)
+    assert not hasattr(tiny_omni.model, "peft_config")

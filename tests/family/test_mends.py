@@ -4,9 +4,10 @@ import pytest
 
 from casa_mech.casa import Casa, CasaConfig, InferenceSettings
 from casa_mech.compare.sets import WorldSets
-from casa_mech.family.mends import MENDS, ON_SURFACES, Mend, calibration_queries
+from casa_mech.family.mends import MENDS, Mend
 from casa_mech.omni import Omni, load_omni
 from casa_mech.organism.premise_rows import SURFACES
+from casa_mech.queries import Query
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +28,22 @@ def test_each_changes_one_thing_and_the_last_all_of_them() -> None:
     assert set(InferenceSettings.model_fields).isdisjoint(everything.training)
 
 
-def test_calibration_requests_are_none_of_the_audited(omni: Omni) -> None:
+def test_calibration_requests_are_none_of_the_audited(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def calibrate(self: Casa, queries: list[Query], **others: list[Query]) -> None:
+        used.extend(query.id for group in (queries, *others.values()) for query in group)
+        assert {query.label for query in others["benign"]} == {"benign"}
+
+    monkeypatch.setattr(Casa, "calibrate", calibrate)
     casa = Casa.attach(omni, CasaConfig())
     try:
-        unlabelled, benign, labelled = calibration_queries(casa, 6, 0)
-        assert [len(queries) for queries in (unlabelled, benign, labelled)] == [6 * len(ON_SURFACES)] * 2 + [6]
-        assert {query.label for query in unlabelled} == {None} and {query.label for query in benign} == {"benign"}
-        assert {query.label for query in labelled} == {"harmful", "benign"}
-        assert {frozenset(query.modalities) for query in benign} == {
-            frozenset({"text"}), frozenset({"image", "text"}), frozenset({"audio", "text"})
-        }  # fmt: skip
-        sets = WorldSets(tuple(SURFACES.values()), 6)
-        audited = {query.id for cell in sets.cells() for query in sets.queries(cell, 0, omni)}
-        assert audited.isdisjoint(query.id for query in [*unlabelled, *benign, *labelled])
+        MENDS["re-centred"].apply(casa, 6, 0)
     finally:
         casa.detach()
+    sets = WorldSets(tuple(SURFACES.values()), 6)
+    audited = {query.id for cell in sets.cells() for query in sets.queries(cell, 0, omni)}
+    assert used and audited and audited.isdisjoint(used)
 
 
 @pytest.mark.parametrize("mend", MENDS.values(), ids=lambda mend: mend.name)
