@@ -49,7 +49,7 @@ class Mend:
         return self.benign != "plain" or bool(self.training)
 
     def apply(self, casa: Casa, n: int, seed: int) -> None:
-        """Calibrate a trained gate on `n` requests of each label and surface, none of them audited, and switch it on."""
+        """Calibrate a trained gate on `n` requests of each label and surface, none of them audited; switch it on."""
         if not self.inference:
             return
         queries = world_prompts(n, Draw.CALIBRATION + seed)
