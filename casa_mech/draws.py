@@ -32,7 +32,7 @@ class Draw(IntEnum):
     """Requests that the tuned lens's translators are fitted on."""
     WHITE_BOX = 11_000
     """Requests that are attacked with the model's gradients; harmful ones alone."""
-    CALIBRATION = 12_000
+    CALIBRATION = 22_000
     """Requests that a trained gate is calibrated on."""
 
 

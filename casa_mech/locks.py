@@ -17,6 +17,10 @@ from casa_mech.files import storage_error, write_text
 LOCK, HOLDER = ".lock", ".lock-holder.json"
 
 
+class InUseError(RunError):
+    """Another process or thread holds the folder."""
+
+
 @contextmanager
 def locked(folder: Path | str) -> Iterator[None]:
     """Hold `folder`, made if need be, for the length of a block; the same thread may hold it more than once.
@@ -24,8 +28,8 @@ def locked(folder: Path | str) -> Iterator[None]:
     The operating system lets go of a lock when its process ends, however that happens, so a crash leaves none behind.
 
     Raises:
-        RunError: another process or thread holds it (the message says which process, on which machine), or the folder
-            cannot be written.
+        InUseError: another process or thread holds it (the message says which process, on which machine).
+        RunError: the folder cannot be written.
     """
     # One object for each path: a second lock on the same file would shut out its own process.
     folder = Path(folder).resolve()
@@ -34,7 +38,7 @@ def locked(folder: Path | str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(
+        raise InUseError(
             f"{folder} is in use by {_holder(folder)}: wait for it or stop it, or give another folder"
         ) from None
     except OSError as error:

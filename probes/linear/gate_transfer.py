@@ -89,16 +89,16 @@ def transfer_prediction(points: pd.DataFrame, resamples: int = 2000, seed: int =
     count = int(gate.max()) + 1
     members = [np.flatnonzero(gate == index) for index in range(count)]
     draws = [np.concatenate([members[index] for index in rng.integers(count, size=count)]) for _ in range(resamples)]
-    low, high = _interval([_rank_correlation(x[rows], y[rows]) for rows in draws])
-    within_low, within_high = _interval([_rank_correlation(centred[0][rows], centred[1][rows]) for rows in draws])
+    low, high = interval([rank_correlation(x[rows], y[rows]) for rows in draws])
+    within_low, within_high = interval([rank_correlation(centred[0][rows], centred[1][rows]) for rows in draws])
     spearman = float(spearmanr(x, y).statistic)
-    chance = np.array([_rank_correlation(x, rng.permutation(y)) for _ in range(resamples)])
+    chance = np.array([rank_correlation(x, rng.permutation(y)) for _ in range(resamples)])
     return TransferPrediction(
         spearman=spearman,
         low=low,
         high=high,
         pearson=float(pearsonr(x, y).statistic),
-        within=_rank_correlation(*centred),
+        within=rank_correlation(*centred),
         within_low=within_low,
         within_high=within_high,
         p_value=float((1 + (np.abs(chance) >= abs(spearman) - 1e-12).sum()) / (1 + resamples)),
@@ -107,13 +107,15 @@ def transfer_prediction(points: pd.DataFrame, resamples: int = 2000, seed: int =
     )
 
 
-def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's correlation of `x` [n] and `y` [n]; NaN where one of them is the same everywhere."""
     x_ranks, y_ranks = rankdata(x) - (len(x) + 1) / 2, rankdata(y) - (len(y) + 1) / 2
     size = float(np.sqrt((x_ranks @ x_ranks) * (y_ranks @ y_ranks)))
     return float(x_ranks @ y_ranks) / size if size > 0 else float("nan")
 
 
-def _interval(values: list[float]) -> tuple[float, float]:
+def interval(values: list[float]) -> tuple[float, float]:
+    """The middle 95 % of the finite `values`; NaN where there are none."""
     finite = np.array(values)[np.isfinite(values)]
     if not len(finite):
         return float("nan"), float("nan")
