@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 INTERRUPTED = 130
 
 COMMANDS = (
-    "run", "generate", "train", "evaluate", "attack", "judge", "compare", "audit", "family", "datasets", "organism",
+    "run", "generate", "train", "calibrate", "evaluate", "attack", "judge", "compare", "audit", "family", "datasets", "organism",
     "figstep", "doctor", "bench",
 )  # fmt: skip
 """The subcommands in the order of the help."""

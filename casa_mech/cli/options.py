@@ -42,7 +42,7 @@ GateFolder = Annotated[Path | None, typer.Option(help="Folder that casa-mech tra
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
-ModelName = Annotated[str, typer.Option(help="organism, organism-split, a hub id, or a directory.")]
+ModelName = Annotated[str, typer.Option(help="organism, organism-split, organism-unasked, a hub id, or a directory.")]
 
 
 @dataclass(frozen=True)

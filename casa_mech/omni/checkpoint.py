@@ -9,7 +9,7 @@ from typing import Any
 from casa_mech.errors import ModelError
 from casa_mech.omni.architecture import architecture_of
 
-ORGANISMS = ("organism", "organism-split")
+ORGANISMS = ("organism", "organism-split", "organism-unasked")
 WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
 CONFIG = "config.json"
 MICRO_WORLD_FIELD = "micro_world"
