@@ -11,8 +11,8 @@ from typer.core import TyperGroup
 INTERRUPTED = 130
 
 COMMANDS = (
-    "run", "generate", "train", "calibrate", "evaluate", "attack", "judge", "compare", "audit", "family", "datasets", "organism",
-    "figstep", "doctor", "bench",
+    "run", "generate", "train", "calibrate", "evaluate", "attack", "judge", "compare", "audit", "family", "datasets",
+    "organism", "figstep", "doctor", "bench",
 )  # fmt: skip
 """The subcommands in the order of the help."""
 
