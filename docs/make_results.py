@@ -17,6 +17,9 @@ from probes.linear.gate_transfer import transfer_prediction
 DOCS = Path(__file__).parent
 FIGURES = DOCS.parent / "figures"
 MODELS = ("organism", "organism-split")
+DEFENCES = "defence_grid.csv"
+STUDY_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "prefill-12")
+"""Of the study's comparison of defences."""
 SURFACES = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
 PREFILLS = ("prefill-2", "prefill-4", "prefill-9", "prefill-12")
 GRID_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "split", "prefill-4", "prefill-12")
@@ -184,20 +187,19 @@ def attack_numbers(figures: Path) -> dict[str, str]:
     before, after = ("organism", "pretrained"), ("organism", "CASA")
     split = ("organism-split", "CASA")
     numbers = {
-        "audio_success_before": rates.percent(*before, "audio", "attack_success"),
-        "audio_success_after": rates.percent(*after, "audio", "attack_success"),
         "audio_refused": rates.percent(*after, "audio", "refused"),
         "audio_answered_before": rates.percent(*before, "audio", "benign_answered"),
         "audio_answered_after": rates.percent(*after, "audio", "benign_answered"),
-        "split_audio_success": rates.percent(*split, "audio", "attack_success"),
-        "split_audio_answered": rates.percent(*split, "audio", "benign_answered"),
         "prefill_success": rates.percent(*after, "prefill-12", "attack_success"),
         "prefill_success_b": rates.percent("organism", "CASA, prefill first", "prefill-12", "attack_success"),
     }
     for attack in ("image", "audio"):
+        numbers[f"{attack}_success_before"] = rates.percent(*before, attack, "attack_success")
+        numbers[f"{attack}_success_after"] = rates.percent(*after, attack, "attack_success")
+        numbers[f"split_{attack}_success"] = rates.percent(*split, attack, "attack_success")
         for name, model, metric in (
             (f"own_{attack}_gate", "organism", "gate_auroc"),
-            (f"own_{attack}_token", "organism", "token_auroc"),
+            (f"split_{attack}_token", "organism-split", "token_auroc"),
             (f"split_{attack}_gate", "organism-split", "gate_auroc"),
         ):
             numbers[name] = gate.interval(model, attack, metric, digits=2, percent=False)
@@ -245,14 +247,19 @@ def audit_numbers(figures: Path) -> dict[str, str]:
         for name in ("base", "base, random word")
     )
     media = {part: 100 * sum(rates.value(attack, "harmful", "fall", part) for attack in ("image", "audio")) / 2
-             for part in ("gate", "total")}  # fmt: skip
-    unsafe = [rates.percent(attack, "harmful", "refused", "do(unsafe)") for attack in surfaces]
+             for part in ("gate", "adapter", "total")}  # fmt: skip
+    forced = {
+        token: " / ".join(rates.percent(attack, "harmful", "refused", f"do({token})") for attack in surfaces) + " %"
+        for token in ("safe", "unsafe")
+    }
     return {
         "base_answered": f"{min(base):.0f}–{max(base):.0f}",
         "base_answered_word": f"{min(word):.0f}–{max(word):.0f}",
         "audit_media_gate": f"{media['gate']:.0f}",
         "audit_media_fall": f"{media['total']:.0f}",
-        "audit_unsafe": " / ".join(unsafe) + " %",
+        "audit_media_adapter": f"{media['adapter']:.0f}",
+        "audit_safe": forced["safe"],
+        "audit_unsafe": forced["unsafe"],
         "audit_benign_unsafe": rates.percent("plain", "benign", "refused", "do(unsafe)"),
     }
 
@@ -299,31 +306,45 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
     }
 
 
+def defence_table(figures: Path) -> str:
+    """Attack success of each defence by attack, and benign counterparts answered."""
+    rates = read_rates(figures, DEFENCES, "defense", "metric", "scope")
+    rows = [
+        (
+            DEFENSES[defense],
+            *(rates.percent(defense, "attack_success", attack) for attack in STUDY_ATTACKS),
+            rates.interval(defense, "attack_success", "all"),
+            rates.interval(defense, "benign_answered", "all"),
+        )
+        for defense in DEFENSES
+    ]
+    return markdown(("defence", *STUDY_ATTACKS, "mean", "answered"), rows)
+
+
+def defence_numbers(figures: Path) -> dict[str, str]:
+    """The numbers of the study's comparison of defences in the text."""
+    rates = read_rates(figures, DEFENCES, "defense", "metric", "scope")
+    numbers = {
+        "defence_n": str(rates.row("casa", "attack_success", "plain")["n"]),
+        "coca_answered_now": rates.percent("coca", "benign_answered", "all"),
+    }
+    for defense in ("casa", "ssft"):
+        media = [rates.percent(defense, "attack_success", attack) for attack in ("spelled", "image", "audio")]
+        numbers[f"{defense}_media"] = " / ".join(media)
+        numbers[f"{defense}_prefill_now"] = rates.percent(defense, "attack_success", "prefill-12")
+    return numbers
+
+
 def grid_numbers(figures: Path) -> dict[str, str]:
-    """The numbers of the section on defences."""
+    """What attention adds to the tokens on the first organisms."""
     numbers: dict[str, str] = {}
-    ahead: list[float] = []
     for model, name in zip(MODELS, ("own", "split"), strict=True):
-        folder = figures / "grid"
-        tests = pd.read_csv(folder / f"compare-{model}-tests.csv").query(
+        tests = pd.read_csv(figures / "grid" / f"compare-{model}-tests.csv").query(
             "defense == 'ssft-token' and against == 'casa' and metric == 'attack_success' and scope == 'all'"
         )
         row = tests.iloc[0]
         difference, low, high = (-100 * row[key] for key in ("difference", "high", "low"))
-        numbers[f"{name}_attention"] = f"{difference:.1f} points [{low:.1f}, {high:.1f}] (p = {row['p_holm']:.3f})"
-        rates = pd.read_csv(folder / f"compare-{model}-results.csv").query("metric == 'attack_success'")
-        mean = rates.groupby(["defense", "seed"])["value"].mean()
-        ahead += list(100 * (mean["casa"] - mean["ssft-token"]))
-    numbers["attention_ahead"] = f"{min(ahead):.1f} to {max(ahead):.1f}"
-    numbers["attention_pairs"] = str(len(ahead))
-    own = read_rates(figures, "grid/compare-organism-summary.csv", "defense", "metric", "scope")
-    for defense in ("casa", "moras"):
-        numbers[f"{defense}_prefill"] = own.percent(defense, "attack_success", "prefill-12")
-    for defense in ("casa", "moras", "coca"):
-        numbers[f"{defense}_answered"] = own.percent(defense, "benign_answered", "all")
-    numbers["breaker_prefill"] = own.interval("circuit-breaker", "attack_success", "prefill-9", digits=0)
-    split = read_rates(figures, "grid/compare-organism-split-summary.csv", "defense", "metric", "scope")
-    numbers["prompt_answered"] = split.percent("casa + safety prompt", "benign_answered", "all")
+        numbers[f"{name}_attention"] = f"{difference:.1f} points [{low:.1f}, {high:.1f}]"
     return numbers
 
 
@@ -346,11 +367,12 @@ def places(figures: Path = FIGURES) -> dict[str, str]:
         "prefill_table": prefill_table(figures),
         "audit_table": audit_table(figures),
         "benchmark_table": benchmark_table(figures),
+        "defence_table": defence_table(figures),
         "grid_organism": grid_table(figures, "organism"),
         "grid_split": grid_table(figures, "organism-split"),
         "english_table": english_table(figures),
     }
-    numbers = (attack_numbers, audit_numbers, analysis_numbers, grid_numbers, english_numbers)
+    numbers = (attack_numbers, audit_numbers, analysis_numbers, defence_numbers, grid_numbers, english_numbers)
     return tables | {name: text for part in numbers for name, text in part(figures).items()}
 
 
