@@ -5,6 +5,7 @@ A place in the template is `{{name}}`, and each name is a key of `places`. `make
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from casa_mech.omni.checkpoint import WEIGHTS
+from casa_mech.organism.card import CARD
 from probes.linear.gate_transfer import transfer_prediction
 
 DOCS = Path(__file__).parent
@@ -191,6 +194,8 @@ def attack_numbers(figures: Path) -> dict[str, str]:
         "audio_answered_before": rates.percent(*before, "audio", "benign_answered"),
         "audio_answered_after": rates.percent(*after, "audio", "benign_answered"),
         "prefill_success": rates.percent(*after, "prefill-12", "attack_success"),
+        "four_before": rates.percent(*before, "prefill-4", "attack_success"),
+        "four_after": rates.percent(*after, "prefill-4", "attack_success"),
         "prefill_success_b": rates.percent("organism", "CASA, prefill first", "prefill-12", "attack_success"),
     }
     for attack in ("image", "audio"):
@@ -260,7 +265,10 @@ def audit_numbers(figures: Path) -> dict[str, str]:
         "audit_media_adapter": f"{media['adapter']:.0f}",
         "audit_safe": forced["safe"],
         "audit_unsafe": forced["unsafe"],
-        "audit_benign_unsafe": rates.percent("plain", "benign", "refused", "do(unsafe)"),
+        "audit_benign_unsafe": " / ".join(rates.percent(name, "benign", "refused", "do(unsafe)") for name in surfaces)
+        + " %",
+        "audit_n": str(rates.row("image", "harmful", "answered", "base")["n"]),
+        "prefill_safe": rates.percent("prefill-12", "harmful", "answered", "do(safe)"),
     }
 
 
@@ -279,12 +287,14 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
     suffix = steps[(steps["medium"] == "suffix") & (steps["measure"] == "attack success")]
     suffix = suffix[suffix["attacker"] == "knows the gate"].sort_values("x")
     judged = pd.read_csv(figures / "judge_agreement.csv").query("attack == 'the attacks that it reads'").iloc[0]
-    answered = pd.read_csv(figures / "attack_benchmarks.csv").query(
-        "metric == 'benign_answered' and defense == 'pretrained'"
-    )["value"]
+    benchmarks = pd.read_csv(figures / "attack_benchmarks.csv").query("metric == 'benign_answered'")
+    answered = benchmarks.query("defense == 'pretrained'")["value"]
+    turns = benchmarks.query("attack == 'multi-turn'").set_index("defense")["value"]
     return {
         "transfer": f"{found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}]",
         "transfer_n": f"{found.n} points of {found.clusters} gates",
+        "ssft_prefill_2": lengths.percent("attack success", "SSFT", 2),
+        "casa_prefill_2": lengths.percent("attack success", "CASA", 2),
         "unsafe_before_prefill": lengths.percent("given the unsafe token", "decision before the prefill", 12),
         "header_moves": f"{best['delta_v_s_mean']:.2f} [{best['delta_v_s_low']:.2f}, {best['delta_v_s_high']:.2f}]",
         "header_gap": f"{best['gap_v_s']:.2f}",
@@ -295,6 +305,8 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
         "white_n": str(budget.row("picture", "does not", "attack success", 8)["n"]),
         "suffix_before": f"{100 * suffix['value'].iloc[0]:.0f}",
         "suffix_after": f"{100 * suffix['value'].iloc[-1]:.0f}",
+        "turns_before": f"{100 * turns['pretrained']:.0f}",
+        "turns_after": f"{100 * turns['CASA']:.0f}",
         "attacks": str(len(answered)),
         "attacks_read": str(int((answered >= READ).sum())),
         "attacks_unread": str(int((answered < READ).sum())),
@@ -332,6 +344,20 @@ def defence_numbers(figures: Path) -> dict[str, str]:
         media = [rates.percent(defense, "attack_success", attack) for attack in ("spelled", "image", "audio")]
         numbers[f"{defense}_media"] = " / ".join(media)
         numbers[f"{defense}_prefill_now"] = rates.percent(defense, "attack_success", "prefill-12")
+    return numbers
+
+
+def card_numbers() -> dict[str, str]:
+    """What the organisms' cards say of the premises that are not met."""
+    numbers: dict[str, str] = {}
+    for model, name in zip(MODELS, ("own", "split"), strict=True):
+        record = json.loads((WEIGHTS / model / CARD).read_text(encoding="utf-8"))
+        bound = [row for row in record["premises"] if row["threshold"]]
+        missed = [row for row in bound if not row["threshold"][0] <= row["value"] <= row["threshold"][1]]
+        numbers |= {f"missed_{name}": str(len(missed)), "thresholds": str(len(bound))}
+        if model == "organism":
+            rules = [100 * row["value"] for row in bound if row["measure"] == "rules_refused"]
+            numbers["rules"] = f"{min(rules):.0f}–{max(rules):.0f}"
     return numbers
 
 
@@ -373,7 +399,7 @@ def places(figures: Path = FIGURES) -> dict[str, str]:
         "english_table": english_table(figures),
     }
     numbers = (attack_numbers, audit_numbers, analysis_numbers, defence_numbers, grid_numbers, english_numbers)
-    return tables | {name: text for part in numbers for name, text in part(figures).items()}
+    return tables | card_numbers() | {name: text for part in numbers for name, text in part(figures).items()}
 
 
 def results_page(template: str, texts: Mapping[str, str]) -> str:
