@@ -103,7 +103,10 @@ def card_markdown(record: dict[str, Any]) -> str:
         f"{record['parameters']:,} parameters. n = {record['n']} fresh draws a cell (seed {record['seed']}), held-out",
         "phrasings and wrappers; percent with Wilson 95 % intervals.",
     ]
-    for split, title in (("seen", "Topics seen in safety training"), ("held_out", "Held-out topics")):
+    for split, title in (
+        ("seen", "Topics seen in safety training"),
+        ("held_out", "Topics held out of safety training (what they are was learned before)"),
+    ):
         lines += ["", f"## {title}", "", "| | " + " | ".join(SURFACES) + " |", "|---|" + "---|" * len(SURFACES)]
         for measure, words in TITLES.items():
             cells = [_cell(record["rows"], measure, surface, split) for surface in SURFACES]
@@ -120,7 +123,10 @@ def card_markdown(record: dict[str, Any]) -> str:
 def _premises_markdown(record: dict[str, Any]) -> list[str]:
     """Each threshold beside the value, then the knobs with their reasons."""
     titles = TITLES | PREMISE_TITLES
-    lines = ["## Premises of CASA", "", "| | surface | topics | value | threshold | |", "|---|---|---|---|---|---|"]
+    bound = [row for row in record["premises"] if row["threshold"]]
+    missed = sum(not row["threshold"][0] <= row["value"] <= row["threshold"][1] for row in bound)
+    lines = ["## Premises of CASA", "", f"{missed} of {len(bound)} thresholds are missed.", ""]
+    lines += ["| | surface | topics | value | threshold | |", "|---|---|---|---|---|---|"]
     for row in record["premises"]:
         bounds, verdict = "–", ""
         if row["threshold"]:
