@@ -204,10 +204,10 @@ def attack_numbers(figures: Path) -> dict[str, str]:
         numbers[f"split_{attack}_success"] = rates.percent(*split, attack, "attack_success")
         for name, model, metric in (
             (f"own_{attack}_gate", "organism", "gate_auroc"),
-            (f"split_{attack}_token", "organism-split", "token_auroc"),
             (f"split_{attack}_gate", "organism-split", "gate_auroc"),
         ):
             numbers[name] = gate.interval(model, attack, metric, digits=2, percent=False)
+    numbers["split_image_token"] = gate.interval("organism-split", "image", "token_auroc", digits=2, percent=False)
     pairs = [(gate.value(m, a, "token_auroc"), gate.value(m, a, "gate_auroc")) for m in MODELS for a in SURFACES]
     numbers["token_better"] = f"{sum(token > v_s for token, v_s in pairs)} of {len(pairs)}"
     return numbers
@@ -280,8 +280,6 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
         "direction == 'insert harm' and surface == 'text' and span == 'header'"
     )
     best = patching.loc[patching["delta_v_s_mean"].idxmax()]
-    bias = pd.read_csv(figures / "gate_calibration.csv").drop_duplicates("attack").set_index("attack")["bias"]
-    low = -bias.drop("plain")
     budget = read_rates(figures, "white_box_budget.csv", "medium", "attacker", "measure", "x")
     steps = pd.read_csv(figures / "white_box_steps.csv")
     suffix = steps[(steps["medium"] == "suffix") & (steps["measure"] == "attack success")]
@@ -299,7 +297,6 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
         "header_moves": f"{best['delta_v_s_mean']:.2f} [{best['delta_v_s_low']:.2f}, {best['delta_v_s_high']:.2f}]",
         "header_gap": f"{best['gap_v_s']:.2f}",
         "header_n": f"{best['n']}",
-        "bias": f"{low.mean():.2f} on average, {low.min():.2f} to {low.max():.2f} by attack",
         "white_known": budget.percent("picture", "knows the gate", "attack success", 8),
         "white_unknown": budget.percent("picture", "does not", "attack success", 8),
         "white_n": str(budget.row("picture", "does not", "attack success", 8)["n"]),

@@ -223,7 +223,7 @@ def test_parameters_are_checked_before_a_kernel_starts(tmp_path: Path, monkeypat
         with pytest.raises(InputError, match=message):
             run_study(StudySettings(), tmp_path / "run", parameters=given)
     with pytest.raises(InputError, match="01_separability, 02_casa_training, 03_attack_success"):
-        run_study(StudySettings(), tmp_path / "run", only=["11"])
+        run_study(StudySettings(), tmp_path / "run", only=["99"])
     assert not (tmp_path / "run").exists()
 
 
