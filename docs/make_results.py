@@ -272,6 +272,26 @@ def audit_numbers(figures: Path) -> dict[str, str]:
     }
 
 
+def unasked_numbers(figures: Path) -> dict[str, str]:
+    """The audit of `organism-unasked`, in percent and points, for the four attacks that it has."""
+    folder, attacks = "audit_unasked", ("plain", "spelled", "image", "audio")
+    rates = read_rates(figures, f"{folder}/effects.csv", "attack", "label", "intervention", "outcome")
+    falls = read_rates(figures, f"{folder}/split.csv", "attack", "label", "part")
+
+    def each(label: str, intervention: str, outcome: str) -> str:
+        return " / ".join(rates.percent(name, label, intervention, outcome) for name in attacks) + " %"
+
+    return {
+        "unasked_n": str(rates.row("image", "harmful", "own", "refused")["n"]),
+        "unasked_unsafe": each("harmful", "do(unsafe)", "refused"),
+        "unasked_safe": each("harmful", "do(safe)", "refused"),
+        "unasked_own": each("harmful", "own", "answered"),
+        "unasked_benign": each("benign", "own", "answered"),
+        "unasked_token": " / ".join(falls.percent(name, "harmful", "gate") for name in attacks),
+        "unasked_fall": " / ".join(falls.percent(name, "harmful", "total") for name in attacks),
+    }
+
+
 def analysis_numbers(figures: Path) -> dict[str, str]:
     """The numbers of the findings on transfer prediction, patching, calibration, the white box and the judge."""
     found = transfer_prediction(pd.read_csv(figures / "transfer_prediction.csv"), seed=0)
@@ -395,7 +415,15 @@ def places(figures: Path = FIGURES) -> dict[str, str]:
         "grid_split": grid_table(figures, "organism-split"),
         "english_table": english_table(figures),
     }
-    numbers = (attack_numbers, audit_numbers, analysis_numbers, defence_numbers, grid_numbers, english_numbers)
+    numbers = (
+        attack_numbers,
+        audit_numbers,
+        unasked_numbers,
+        analysis_numbers,
+        defence_numbers,
+        grid_numbers,
+        english_numbers,
+    )
     return tables | card_numbers() | {name: text for part in numbers for name, text in part(figures).items()}
 
 
