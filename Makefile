@@ -36,13 +36,19 @@ docs: $(STAMP)
 results: $(STAMP)
 	$(BIN)/python docs/make_results.py
 
-# The committed figures: the default study's, and the smoke profile's numbers that a test makes again.
+# The committed figures: the default study's, the smoke profile's numbers that a test makes again, and one more organism's audit.
 gallery: $(STAMP)
 	$(BIN)/casa-mech run --out runs/gallery
 	$(BIN)/casa-mech run --profile smoke --out runs/gallery-smoke
 	mkdir -p figures/smoke
 	cp runs/gallery/figures/* runs/gallery/manifest.json figures/
 	cp runs/gallery-smoke/figures/*.csv runs/gallery-smoke/manifest.json figures/smoke/
+	rm -rf runs/unasked-gate runs/unasked-audit
+	$(BIN)/casa-mech train --model organism-unasked --out runs/unasked-gate
+	$(BIN)/casa-mech audit --model organism-unasked --gate runs/unasked-gate --attacks plain,spelled,image,audio --n 100 \
+	  --out runs/unasked-audit
+	mkdir -p figures/audit_unasked
+	cp runs/unasked-audit/effects.csv figures/audit_unasked/
 	$(BIN)/python docs/make_results.py
 
 $(STAMP): pyproject.toml constraints.txt

@@ -255,7 +255,7 @@ def audit_numbers(figures: Path) -> dict[str, str]:
              for part in ("gate", "adapter", "total")}  # fmt: skip
     forced = {
         token: " / ".join(rates.percent(attack, "harmful", "refused", f"do({token})") for attack in surfaces) + " %"
-        for token in ("safe", "unsafe")
+        for token in ("safe", "unsafe", "random word")
     }
     return {
         "base_answered": f"{min(base):.0f}–{max(base):.0f}",
@@ -264,6 +264,7 @@ def audit_numbers(figures: Path) -> dict[str, str]:
         "audit_media_fall": f"{media['total']:.0f}",
         "audit_media_adapter": f"{media['adapter']:.0f}",
         "audit_safe": forced["safe"],
+        "audit_word": forced["random word"],
         "audit_unsafe": forced["unsafe"],
         "audit_benign_unsafe": " / ".join(rates.percent(name, "benign", "refused", "do(unsafe)") for name in surfaces)
         + " %",
@@ -273,10 +274,9 @@ def audit_numbers(figures: Path) -> dict[str, str]:
 
 
 def unasked_numbers(figures: Path) -> dict[str, str]:
-    """The audit of `organism-unasked`, in percent and points, for the four attacks that it has."""
-    folder, attacks = "audit_unasked", ("plain", "spelled", "image", "audio")
-    rates = read_rates(figures, f"{folder}/effects.csv", "attack", "label", "intervention", "outcome")
-    falls = read_rates(figures, f"{folder}/split.csv", "attack", "label", "part")
+    """The audit of `organism-unasked` in percent, for its four attacks."""
+    attacks = ("plain", "spelled", "image", "audio")
+    rates = read_rates(figures, "audit_unasked/effects.csv", "attack", "label", "intervention", "outcome")
 
     def each(label: str, intervention: str, outcome: str) -> str:
         return " / ".join(rates.percent(name, label, intervention, outcome) for name in attacks) + " %"
@@ -287,8 +287,8 @@ def unasked_numbers(figures: Path) -> dict[str, str]:
         "unasked_safe": each("harmful", "do(safe)", "refused"),
         "unasked_own": each("harmful", "own", "answered"),
         "unasked_benign": each("benign", "own", "answered"),
-        "unasked_token": " / ".join(falls.percent(name, "harmful", "gate") for name in attacks),
-        "unasked_fall": " / ".join(falls.percent(name, "harmful", "total") for name in attacks),
+        "unasked_word": each("harmful", "do(random word)", "refused"),
+        "unasked_benign_unsafe": each("benign", "do(unsafe)", "refused"),
     }
 
 

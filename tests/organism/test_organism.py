@@ -199,4 +199,4 @@ def test_the_control_reads_as_the_organism_does() -> None:
     cards = [json.loads((WEIGHTS / name / "card.json").read_text()) for name in ORGANISMS]
     for surface in ("text", "spelled", "image", "audio"):
         names = [rate(record, "names", surface, "seen") for record in cards]
-        assert min(names) >= 0.9, surface
+        assert min(names) >= 0.9, surface  # the control's and speech's shortfall is in the cards
