@@ -10,7 +10,7 @@ import pandas as pd
 
 from casa_mech.compare.grid import GridResult
 from casa_mech.compare.intervals import macro_interval, over_seeds
-from casa_mech.evaluation.evaluate import RESAMPLES
+from casa_mech.judging.bootstrap import RESAMPLES
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.merit import BESIDE, NOT_REFUSED, OUTCOME_METRICS, outcome_rows, with_not_refused
 from casa_mech.judging.results import Row, result_table, value_row
@@ -38,7 +38,7 @@ def grid_rows(result: GridResult) -> pd.DataFrame:
     for (model, defense, seed, attack, surface), group in result.replies.groupby(keys, sort=False):
         where = {"model": model, "defense": defense, "attack": attack, "surface": surface, "seed": int(seed)}
         for label, of_label in group.groupby("label", sort=False):
-            rows += outcome_rows(of_label.drop(columns=["split"]), {**where, "label": label}, "cluster")
+            rows += outcome_rows(of_label.drop(columns=["split"]), {**where, "label": label})
         auroc = _auroc(group, int(seed))
         if auroc is not None:
             scored = int(group["gate_score"].notna().sum())
