@@ -43,19 +43,6 @@ def cluster_counts(n_clusters: int, resamples: int, rng: np.random.Generator) ->
     return np.bincount(picks.ravel(), minlength=resamples * n_clusters).reshape(resamples, n_clusters)
 
 
-def by_run(statistic: Statistic, runs: Sequence[Hashable] | None, n: int) -> Statistic:
-    """The statistic of each training run alone: weights [resample, n] to values [resample, run].
-
-    Args:
-        statistic: of all items together. runs: [n], the training run of each item; None: all are one run's.
-    """
-    if runs is None:
-        return lambda weights: statistic(weights)[:, None]
-    number = members(runs, n)
-    masks = np.eye(number.max() + 1)[:, number]
-    return lambda weights: np.stack([statistic(weights * mask) for mask in masks], axis=1)
-
-
 def bootstrap_draws(
     statistic: Statistic,
     clusters: Sequence[Hashable] | None,
@@ -76,11 +63,58 @@ def bootstrap_draws(
     Raises:
         InputError: no item, or resamples that nearly never allow the statistic.
     """
-    if not n:
+    member, run = members(clusters, n), _runs(runs, n)
+    masks = np.eye(int(run.max(initial=0)) + 1)[:, run]
+
+    def by_run(counts: np.ndarray) -> np.ndarray:
+        weights = counts[:, member]
+        if len(masks) == 1:
+            return statistic(weights)[:, None]
+        return np.stack([statistic(weights * mask) for mask in masks], axis=1)
+
+    return _draws(by_run, member, seed, resamples)
+
+
+def mean_draws(
+    values: np.ndarray,
+    clusters: Sequence[Hashable] | None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    runs: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | None = None,
+) -> tuple[float, np.ndarray]:
+    """`bootstrap_draws` of the mean of `values` [n]; of the mean of the groups' means where `groups` [n] are given.
+
+    It works on the sums of topics, not on items: a table of thousands of rows costs no more than one of its topics.
+    """
+    member, run, group = members(clusters, len(values)), _runs(runs, len(values)), _runs(groups, len(values))
+    cells, cell = np.unique(np.stack([run, group]), axis=1, return_inverse=True)
+    place = (cell.ravel(), member)
+    sums, sizes = (np.zeros((cells.shape[1], int(member.max(initial=0)) + 1)) for _ in range(2))
+    np.add.at(sums, place, values)
+    np.add.at(sizes, place, 1)
+    # Each run is the mean of its groups: [cell, run].
+    shares = np.eye(int(run.max(initial=0)) + 1)[cells[0]]
+    shares = shares / np.maximum(shares.sum(axis=0), 1)
+
+    def by_run(counts: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            means: np.ndarray = (counts @ sums.T) / (counts @ sizes.T)
+        return means @ shares
+
+    return _draws(by_run, member, seed, resamples)
+
+
+def _runs(runs: Sequence[Hashable] | None, n: int) -> np.ndarray:
+    return np.zeros(n, dtype=int) if runs is None else members(runs, n)
+
+
+def _draws(by_run: Statistic, member: np.ndarray, seed: int, resamples: int) -> tuple[float, np.ndarray]:
+    """The mean of the runs' values and its resamples; `by_run`: from counts [resample, cluster] to [resample, run]."""
+    if not len(member):
         raise InputError("a bootstrap needs at least one item")
-    member, of_runs = members(clusters, n), by_run(statistic, runs, n)
     count = int(member.max()) + 1
-    own = of_runs(np.ones((1, n)))[0]
+    own = by_run(np.ones((1, count)))[0]
     spread = float(own.std(ddof=1)) / math.sqrt(len(own)) if len(own) > 1 else 0.0
     rng = np.random.default_rng(seed)
     values: list[np.ndarray] = []
@@ -88,7 +122,7 @@ def bootstrap_draws(
     # Resamples that lack a class, say, are drawn again; after twenty times as many we give up.
     for _ in range(20 * max(1, -(-resamples // _BLOCK))):
         size = min(_BLOCK, resamples)
-        block = of_runs(cluster_counts(count, size, rng)[:, member]).mean(axis=1)
+        block = by_run(cluster_counts(count, size, rng)).mean(axis=1)
         if spread:
             block = block + spread * rng.standard_t(len(own) - 1, size)
         values.append(block[np.isfinite(block)])
@@ -113,17 +147,6 @@ def bootstrap_interval(
     _, draws = bootstrap_draws(statistic, clusters, n, seed, resamples, runs)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def mean_of(values: np.ndarray) -> Statistic:
-    """The mean of `values` [n] under weights; NaN where they are all 0."""
-
-    def means(weights: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore"):
-            of_weights: np.ndarray = weights @ values / weights.sum(axis=1)
-        return of_weights
-
-    return means
 
 
 def exact_reach(draws: int, level: float = 0.95) -> float:
@@ -159,7 +182,7 @@ def mean_interval(
         value, reach = float(numbers[0]), exact_reach(int(members(clusters, len(numbers)).max()) + 1, level)
         return Estimate(value, value - reach * (value - limits[0]), value + reach * (limits[1] - value))
 
-    value, draws = bootstrap_draws(mean_of(numbers), clusters, len(numbers), seed, resamples, runs)
+    value, draws = mean_draws(numbers, clusters, seed, resamples, runs)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     if limits is not None:
         low, high = max(limits[0], low), min(limits[1], high)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import RESAMPLES, bootstrap_draws, exact_reach, mean_interval, mean_of, members
+from casa_mech.judging.bootstrap import RESAMPLES, exact_reach, mean_draws, mean_interval, members
 from casa_mech.judging.estimate import Estimate
 
 PERMUTATIONS = 999
@@ -34,8 +34,6 @@ def permutation_test(
     Raises:
         InputError: no pair, or another number of values on one side.
     """
-    from scipy.stats import permutation_test as test
-
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise InputError(f"a paired test compares the same queries: got values of shape {a.shape} and {b.shape}")
@@ -43,13 +41,14 @@ def permutation_test(
     sums = sums[np.abs(sums) > 1e-12]
     if not len(sums):
         return 1.0
-    if len(sums) == 1:
-        return 1.0  # one cluster, two swaps of equal size: scipy refuses, the answer is known
-    result = test(
-        (sums, np.zeros_like(sums)), lambda x, y, axis: (x - y).sum(axis=axis), permutation_type="samples",
-        vectorized=True, n_resamples=resamples, batch=1000, rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(result.pvalue)
+    exact = 2 ** len(sums) <= resamples
+    if exact:
+        signs = 1.0 - 2.0 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(resamples, len(sums)))
+    # 1e-12: the same sum in another order is not a smaller one.
+    extreme = int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12 * np.abs(sums).sum()).sum())
+    return extreme / len(signs) if exact else (1 + extreme) / (1 + resamples)
 
 
 def mean_difference(
@@ -99,25 +98,32 @@ def difference_p(
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
     runs: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | None = None,
     resamples: int = 9999,
 ) -> float:
-    """Two-sided p of the mean difference of `first` [n] and `second` [n], each training run counted once.
+    """Two-sided p of the mean difference of `first` [n] and `second` [n], each training run and group counted once.
 
     With one run it is that of `permutation_test`. With several it is the larger of two: that permutation of topics, and
-    how often the hierarchical bootstrap (`bootstrap_draws`: topics and Student's t over the runs) strays from its mean
-    by as much as the mean is away from 0. Topics alone cannot tell a difference from one of the trainings.
+    how often the hierarchical bootstrap (`mean_draws`: topics and Student's t over the runs) strays from its mean by as
+    much as the mean is away from 0. Topics alone cannot tell a difference between systems from one between trainings.
 
     Raises:
         InputError: as `permutation_test`.
     """
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    shares = np.ones(len(first))
+    if groups is not None or runs is not None:
+        # Weights under which the mean over rows is that over runs and their groups.
+        run = members(runs, len(first)) if runs is not None else np.zeros(len(first), dtype=int)
+        cells, cell = np.unique(
+            np.stack([run, members(groups, len(first)) if groups is not None else 0 * run]), axis=1, return_inverse=True
+        )
+        shares = len(first) / (np.bincount(cell.ravel()) * np.bincount(cells[0])[cells[0]])[cell.ravel()]
+    p = permutation_test(first * shares, second * shares, clusters, seed, resamples)
     if runs is None or len(set(runs)) < 2:
-        return permutation_test(first, second, clusters, seed, resamples)
-    run = members(runs, len(differences))
-    shares = differences / np.bincount(run)[run]
-    mean, draws = bootstrap_draws(mean_of(differences), clusters, len(differences), seed, resamples, runs)
-    strayed = (1 + int((np.abs(draws - mean) >= abs(mean) - 1e-12).sum())) / (1 + resamples)
-    return max(strayed, permutation_test(shares, np.zeros_like(shares), clusters, seed, resamples))
+        return p
+    mean, draws = mean_draws(first - second, clusters, seed, resamples, runs, groups)
+    return max(p, (1 + int((np.abs(draws - mean) >= abs(mean) - 1e-12).sum())) / (1 + resamples))
 
 
 def permuted_labels(

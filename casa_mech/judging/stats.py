@@ -51,6 +51,8 @@ def cluster_of(item: Query | Mapping[str, Any]) -> Hashable:
     are together under whatever ids. What has neither is told apart by its id. Of a row `topic`, `meta`, `surface`,
     `prompt` and `query_id` are read.
     """
+    surface: Any
+    text: Any
     if isinstance(item, Query):
         topic, request, own = item.meta.get("topic"), item.meta.get("request"), item.id
         surface, text = item.surface, item.text
@@ -59,8 +61,9 @@ def cluster_of(item: Query | Mapping[str, Any]) -> Hashable:
         # Without `meta` a wrapped prompt's request is not known, and its id is what it shares with others.
         surface, text = item.get("surface"), item.get("prompt") if "meta" in item else None
     # An empty cell of a table can come back as NaN.
-    written = text if surface == "text" and isinstance(text, str) else ""
-    return topic if isinstance(topic, str) and topic else normalised(request or written) or own
+    if isinstance(topic, str) and topic:
+        return topic
+    return normalised(request or (text if surface == "text" and isinstance(text, str) else "")) or own
 
 
 def _meta(cell: Any) -> Mapping[str, str]:
