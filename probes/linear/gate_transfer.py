@@ -97,8 +97,8 @@ def transfer_prediction(points: pd.DataFrame, resamples: int = 2000, seed: int =
     count = int(gate.max()) + 1
     members = [np.flatnonzero(gate == index) for index in range(count)]
     draws = [np.concatenate([members[index] for index in rng.integers(count, size=count)]) for _ in range(resamples)]
-    low, high = interval([rank_correlation(x[rows], y[rows]) for rows in draws])
-    within_low, within_high = interval([rank_correlation(centred[0][rows], centred[1][rows]) for rows in draws])
+    low, high = interval(_rank_correlations(x, y, draws))
+    within_low, within_high = interval(_rank_correlations(*centred, draws))
     by_model = {}
     for model, own in points.groupby("model", sort=False):
         own_x, own_y, _, own_moved = _sides(own, resamples, rng)
@@ -153,6 +153,18 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     x_ranks, y_ranks = rankdata(x) - (len(x) + 1) / 2, rankdata(y) - (len(y) + 1) / 2
     size = float(np.sqrt((x_ranks @ x_ranks) * (y_ranks @ y_ranks)))
     return float(x_ranks @ y_ranks) / size if size > 0 else float("nan")
+
+
+def _rank_correlations(x: np.ndarray, y: np.ndarray, draws: list[np.ndarray]) -> list[float]:
+    """`rank_correlation` of each of `draws`, rows of x and y; those of one length at once."""
+    values: list[float] = []
+    for length in {len(rows) for rows in draws}:
+        places = np.stack([rows for rows in draws if len(rows) == length])
+        x_ranks, y_ranks = (rankdata(side[places], axis=1) - (length + 1) / 2 for side in (x, y))
+        size = np.sqrt((x_ranks**2).sum(axis=1) * (y_ranks**2).sum(axis=1))
+        with np.errstate(invalid="ignore"):
+            values += (np.where(size > 0, (x_ranks * y_ranks).sum(axis=1), np.nan) / size).tolist()
+    return values
 
 
 def interval(values: list[float]) -> tuple[float, float]:
