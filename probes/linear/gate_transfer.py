@@ -43,7 +43,8 @@ class TransferPrediction:
     """Of `within`, likewise; the check that `spearman` has to pass: it also grows when one surface is easier for both
     probes and gates."""
     by_model: dict[str, tuple[float, float, int]]
-    """For each model the rank correlation of its own points, its p, and its gates; NaN where one side is the same."""
+    """For each model the rank correlation of its own gates, less each surface's mean, its p, and how many gates there
+    are; NaN where one side is the same."""
     n: int
     """Points."""
     clusters: int
@@ -90,20 +91,19 @@ def transfer_prediction(points: pd.DataFrame, resamples: int = 2000, seed: int =
     x, y = points["probe"].to_numpy(float), points["casa"].to_numpy(float)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         raise InputError("one side is the same at every point: there is nothing to predict")
-    points = points.sort_values(["model", "steps", "site", "surface"], kind="stable").reset_index(drop=True)
     rng = np.random.default_rng(seed)
-    x, y, centred, moved = _sides(points, resamples, rng)
     gate = points.groupby(_GATE, sort=False).ngroup().to_numpy()
     count = int(gate.max()) + 1
     members = [np.flatnonzero(gate == index) for index in range(count)]
     draws = [np.concatenate([members[index] for index in rng.integers(count, size=count)]) for _ in range(resamples)]
+    x, y, centred, moved = _sides(points, resamples, rng)
     low, high = interval(_rank_correlations(x, y, draws))
     within_low, within_high = interval(_rank_correlations(*centred, draws))
     by_model = {}
     for model, own in points.groupby("model", sort=False):
-        own_x, own_y, _, own_moved = _sides(own, resamples, rng)
+        _, _, sides, own_moved = _sides(own, resamples, rng)
         gates = own.groupby(_GATE, sort=False).ngroups
-        by_model[str(model)] = (rank_correlation(own_x, own_y), _permutation_p(own_x, own_y, own_moved), gates)
+        by_model[str(model)] = (rank_correlation(*sides), _permutation_p(*sides, own_moved), gates)
     return TransferPrediction(
         spearman=rank_correlation(x, y), low=low, high=high,
         pearson=float(pearsonr(x, y).statistic),

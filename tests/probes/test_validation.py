@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
+from casa_mech.reports.separability.claims import prediction_claim
 from casa_mech.timing.probes import AGREEMENT, measure_memory, sklearn_loop
 from probes.linear.gate_transfer import POINT_COLUMNS, join_points, transfer_prediction
 from probes.linear.validation import (
@@ -249,3 +250,17 @@ def test_points_join_probe_and_gate() -> None:
 def test_memory_stays_flat(tiny_omni: Omni) -> None:
     found = measure_memory(tiny_omni, batches=40, batch_size=2)
     assert found["batches"] == 40 and found["grown_mb"] <= found["allowed_mb"]
+
+
+def test_the_check_that_fails_is_shown() -> None:
+    """Two models whose gates are related; with a third whose gates are not the claim falls, and says where."""
+
+    class Named:
+        name, settings = "study", type("Settings", (), {"seed": 0})
+
+    strong = prediction_claim(Named(), _points(0.8))  # type: ignore[arg-type]
+    assert "predicts CASA's transfer" in strong.title and "each model alone holds" in strong.statement
+    without = pd.concat([_points(0.8), _points(0.0, 1).query("model == 'a'").assign(model="c")], ignore_index=True)
+    weak = prediction_claim(Named(), without)  # type: ignore[arg-type]
+    assert weak.p < 0.05 and "is not shown to predict" in weak.title, "pooled it would have passed"
+    assert "each model alone fails" in weak.statement and "c " in weak.statement
