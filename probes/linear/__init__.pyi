@@ -24,14 +24,14 @@ from .separability import Plane, controls, fisher_ratio, pca_plane, separability
 from .validation import (
     CrossValidated,
     Folds,
-    Selectivity,
+    ProbeControls,
     auroc_of,
     chance_of,
     chance_p,
     cross_validate,
     make_folds,
     matched_auroc,
-    selectivity,
+    probe_controls,
 )
 
 __all__ = [
@@ -49,7 +49,7 @@ __all__ = [
     "RefusalDirection",
     "RidgeProbe",
     "Selection",
-    "Selectivity",
+    "ProbeControls",
     "TransferPrediction",
     "auroc_of",
     "chance_of",
@@ -68,7 +68,7 @@ __all__ = [
     "pca_plane",
     "refusal_score",
     "save_probe",
-    "selectivity",
+    "probe_controls",
     "separability_table",
     "transfer_matrix",
     "transfer_prediction",

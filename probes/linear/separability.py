@@ -24,7 +24,7 @@ from casa_mech.judging.stats import auroc_interval
 from probes.activations.memory import Activations
 from probes.linear.estimators import ProbeKind
 from probes.linear.gaussian import fisher_ratios
-from probes.linear.validation import PENALTIES, CrossValidated, Rows, chance_of, cross_validate, selectivity
+from probes.linear.validation import PENALTIES, CrossValidated, Rows, chance_of, cross_validate, probe_controls
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def controls(activations: Activations, folds: int = 5, seed: int = 0, deals: int
         deals: how often labels are dealt anew.
 
     Returns:
-        Columns `site, surface`, those of `Selectivity` (the probe, permuted labels, prompt length,
+        Columns `site, surface`, those of `ProbeControls` (the probe, permuted labels, prompt length,
         the probe among prompts of equal length), `permuted_low, permuted_high` (the middle 95 % of the deals),
         `mean_difference` (that probe's AUROC), `fisher` (shrinkage Fisher ratio), `explained` (the first two
         components' share of the variance) and `silhouette` (of the classes in their plane).
@@ -151,7 +151,7 @@ def controls(activations: Activations, folds: int = 5, seed: int = 0, deals: int
             (means,) = _cross_validate(subset, subset.sites, "mean_difference", folds, seed, [])
             (chance,) = chance_of(_rows(subset, subset.sites), deals=deals, folds=folds, seed=seed)
             for place, site in enumerate(subset.sites):
-                against = selectivity(
+                against = probe_controls(
                     logistic.scores[place], chance.aurocs[place], float(chance.p_value[place]), harmful, lengths,
                     topics, seed,
                 )  # fmt: skip

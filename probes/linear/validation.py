@@ -327,7 +327,7 @@ def matched_auroc(
 
 
 @dataclass(frozen=True)
-class Selectivity:
+class ProbeControls:
     """A probe's AUROC beside what it should be compared with."""
 
     auroc: float
@@ -336,7 +336,7 @@ class Selectivity:
     high: float
     permuted: float
     """Mean AUROC on permuted labels."""
-    selectivity: float
+    above_permuted: float
     """`auroc` minus `permuted`."""
     p_value: float
     """Of the permutation test, one-sided."""
@@ -356,7 +356,7 @@ class Selectivity:
     """Queries whose length is not known."""
 
 
-def selectivity(
+def probe_controls(
     scores: np.ndarray,
     permuted: np.ndarray,
     p_value: float,
@@ -364,7 +364,7 @@ def selectivity(
     lengths: np.ndarray,
     clusters: np.ndarray,
     seed: int = 0,
-) -> Selectivity:
+) -> ProbeControls:
     """Comparison of held-out `scores` [row] with permuted labels and lengths.
 
     Args:
@@ -380,8 +380,8 @@ def selectivity(
         by_length = auroc_interval(list(lengths[known]), list(labels[known]), list(clusters[known]), seed)
     chance = float(permuted.mean())
     matched, matched_low, matched_high, pairs = matched_auroc(scores, labels, lengths, clusters, seed)
-    return Selectivity(
-        auroc=value, low=low, high=high, permuted=chance, selectivity=value - chance, p_value=p_value,
+    return ProbeControls(
+        auroc=value, low=low, high=high, permuted=chance, above_permuted=value - chance, p_value=p_value,
         length=by_length[0], length_low=by_length[1], length_high=by_length[2],
         matched=matched, matched_low=matched_low, matched_high=matched_high, pairs=pairs, n=len(labels),
         lengths_missing=int((~known).sum()),

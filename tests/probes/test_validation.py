@@ -21,7 +21,7 @@ from probes.linear.validation import (
     cross_validate,
     make_folds,
     matched_auroc,
-    selectivity,
+    probe_controls,
 )
 
 TOPICS, PER, WIDTH = 24, 5, 12
@@ -96,8 +96,8 @@ def test_permutations_and_p_values_know_chance() -> None:
     assert chance.p_value[0] == 1 / 40 and chance.p_value[1] > 0.05, "the second site holds nothing"
     (own,) = cross_validate(states, labels, topics)
     lengths = np.arange(len(labels)) % 3
-    against = selectivity(own.scores[0], chance.aurocs[0], chance.p_value[0], labels, lengths, topics)
-    assert against.p_value == 1 / 40 and against.selectivity > 0.3
+    against = probe_controls(own.scores[0], chance.aurocs[0], chance.p_value[0], labels, lengths, topics)
+    assert against.p_value == 1 / 40 and against.above_permuted > 0.3
     assert (
         against.low <= against.auroc <= against.high and against.matched_low <= against.matched <= against.matched_high
     )
@@ -169,11 +169,11 @@ def test_a_length_that_is_not_known_is_missing_and_passes_nothing() -> None:
     (own,) = cross_validate(states, labels, topics)
     chance = np.array([0.4, 0.5, 0.6])
     unknown = np.full(len(labels), np.nan)
-    none = selectivity(own.scores[0], chance, 0.25, labels, unknown, topics)
+    none = probe_controls(own.scores[0], chance, 0.25, labels, unknown, topics)
     assert none.lengths_missing == len(labels) and none.pairs == 0
     assert all(np.isnan(value) for value in (none.length, none.length_low, none.matched, none.matched_high))
     half = np.where(np.arange(len(labels)) % 2 == 0, np.where(labels, 7.0, 5.0), np.nan)
-    known = selectivity(own.scores[0], chance, 0.25, labels, half, topics)
+    known = probe_controls(own.scores[0], chance, 0.25, labels, half, topics)
     assert known.lengths_missing == len(labels) // 2 and known.length == 1.0, "of those that are known"
     assert np.isnan(known.matched) and known.pairs == 0, "no two classes share a known length"
 
