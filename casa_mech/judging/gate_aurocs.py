@@ -11,7 +11,7 @@ import pandas as pd
 from casa_mech.judging.bootstrap import RESAMPLES, bootstrap_draws, exact_reach
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import label_permutation_test
-from casa_mech.judging.stats import aurocs_by_labels, weighted_auroc
+from casa_mech.judging.stats import _weighted_auroc, aurocs_by_labels
 
 
 def mean_auroc(readings: pd.DataFrame, seed: int = 0, score: str = "v_s") -> tuple[Estimate, float]:
@@ -76,7 +76,7 @@ def _bootstrap(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a set of another gate than the one that is weighed
             value = sum(
-                sign * np.nanmean([weighted_auroc(row, labels, of_set[:, k]) for k, row in enumerate(scores)], axis=0)
+                sign * np.nanmean([_weighted_auroc(row, labels, of_set[:, k]) for k, row in enumerate(scores)], axis=0)
                 for sign, scores in sides
             )
         return np.asarray(value)

@@ -143,7 +143,7 @@ def auroc_interval(
     member = members(clusters, len(values))
     harmful, benign = (len(np.unique(member[truth == label])) for label in (1, 0))
     pairs = max(1, min(harmful, benign, (int(member.max()) + 1) // 2))
-    return _bounded(lambda weights: weighted_auroc(values, truth, weights), pairs, clusters, len(values), seed, level,
+    return _bounded(lambda weights: _weighted_auroc(values, truth, weights), pairs, clusters, len(values), seed, level,
                     resamples, runs)  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def _sums(values: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> tuple[n
     return np.add.reduceat(ranked * harmful, starts, axis=1), np.add.reduceat(ranked * ~harmful, starts, axis=1)
 
 
-def weighted_auroc(values: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _weighted_auroc(values: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AUROC [resample] of `values` [n] under each row of `weights` [resample, n]; NaN where a class has no weight.
 
     The same as scikit-learn's with sample weights, for all resamples at once: the share of pairs in which the harmful

@@ -13,7 +13,7 @@ from casa_mech.judging import KeywordJudge, MicroWorldJudge, read_table, write_t
 from casa_mech.judging.hypothesis import holm
 from casa_mech.judging.refusals import find_refusal
 from casa_mech.judging.results import RESULT_COLUMNS, auroc_row, result_table, value_row
-from casa_mech.judging.stats import auroc, auroc_interval, cluster_of, rate, weighted_auroc, wilson
+from casa_mech.judging.stats import _weighted_auroc, auroc, auroc_interval, cluster_of, rate, wilson
 from casa_mech.organism.world import World
 from casa_mech.queries import Query, Reply
 
@@ -256,5 +256,5 @@ def test_bootstrap_of_all_resamples_at_once_is_scikit_learns() -> None:
     values, truth = rng.integers(0, 6, 40).astype(float), rng.integers(0, 2, 40)
     weights = rng.integers(0, 4, (5, 40))
     expected = [roc_auc_score(truth[row > 0], values[row > 0], sample_weight=row[row > 0]) for row in weights]
-    np.testing.assert_allclose(weighted_auroc(values, truth, weights), expected)
-    assert np.isnan(weighted_auroc(values, truth, weights * truth)).all()
+    np.testing.assert_allclose(_weighted_auroc(values, truth, weights), expected)
+    assert np.isnan(_weighted_auroc(values, truth, weights * truth)).all()

@@ -37,8 +37,8 @@ def plot_gate(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Distribution of v_s by surface, harmful beside benign: median, middle half, and the middle 90 %.
 
     Args:
-        data: columns `surface, label, v_s`, one row a query and gate, and optionally `moment` (before or after training)
-            and `gate_seed`.
+        data: columns `surface, label, v_s`, one row a query and gate, and optionally `moment` (before or after
+            training) and `gate_seed`.
         title: the claim.
         caption: what stands behind it.
     """

@@ -28,7 +28,7 @@ def training_data(logs: pd.DataFrame) -> pd.DataFrame:
 
 
 def gate_rows(study: Study, readings: pd.DataFrame) -> list[dict[str, object]]:
-    """AUROC of v_s, before and after training, by surface and by the topics' split, averaged over gates: result rows."""
+    """AUROC of v_s, before and after training, by surface and topics' split, averaged over gates: result rows."""
     rows: list[dict[str, object]] = []
     for (moment, surface), of_surface in readings.groupby(["moment", "surface"], sort=False):
         for split in ("", "seen", "held_out"):
