@@ -73,7 +73,7 @@ def plot_paths(data: pd.DataFrame, names: Mapping[str, str], title: str, caption
     """
     models, attacks = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["attack"]))
     defenses = list(dict.fromkeys(data["defense"]))
-    shares = data.set_index(["model", "defense", "attack", "path"])["value"]
+    shares = data.set_index(["model", "defense", "attack", "path"])["value"].to_dict()
     with style():
         size = (6.4 * len(models), 1.6 + 0.5 * len(attacks))
         figure, axes = plt.subplots(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
