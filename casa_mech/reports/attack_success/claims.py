@@ -133,9 +133,9 @@ def _paired_replies(study: Study, model: str, attacks: tuple[str, ...], label: L
 
 def _change(study: Study, replies: pd.DataFrame, after: pd.Series, before: pd.Series) -> tuple[Estimate, float]:
     """The mean of `after` less `before`, row by row of `replies`, and the p of its paired test."""
-    sides = (side.astype(float).to_numpy() for side in (after, before))
+    first, second = (side.astype(float).to_numpy() for side in (after, before))
     topics, runs = replies["topic"].tolist(), replies["gate_seed"].tolist()
-    return paired_difference(*sides, topics, study.settings.seed, outcomes=True, runs=runs)
+    return paired_difference(first, second, topics, study.settings.seed, outcomes=True, runs=runs)
 
 
 def _from_to(before: pd.Series, after: pd.Series) -> str:
