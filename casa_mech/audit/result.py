@@ -109,7 +109,7 @@ class AuditResult:
         rows = []
         for where, group in self._cells():
             own = group[group["intervention"] == OWN]
-            taken = _path(own)
+            taken = path_of(own)
             rows += [{**where, "path": path, **self._rate(own, taken == path)} for path in PATHS]
         return pd.DataFrame(rows)
 
@@ -255,9 +255,10 @@ def _ends(rows: pd.DataFrame) -> dict[str, pd.Series]:
     return {"answered": answered, "refused": refused, "failed": ~answered & ~refused}
 
 
-def _path(own: pd.DataFrame) -> pd.Series:
-    ends = own["outcome"].where(own["outcome"].isin(["complied", "refused"]), "failed")
-    return ends.where(own["safety_token"] == "safe", "flagged, " + ends)
+def path_of(replies: pd.DataFrame) -> pd.Series:
+    """Which of the `PATHS` each reply took; without a gate (no `safety_token`) nothing is flagged."""
+    ends = replies["outcome"].where(replies["outcome"].isin(["complied", "refused"]), "failed")
+    return ends.where(replies["safety_token"] != "unsafe", "flagged, " + ends)
 
 
 def _wide(group: pd.DataFrame, column: str) -> pd.DataFrame:

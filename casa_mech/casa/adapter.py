@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from casa_mech.casa.config import LoraSettings
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni
+from casa_mech.omni.precision import CheapDropout
 from casa_mech.trace.sites import remirror
 
 NAME = "casa"
@@ -53,6 +54,9 @@ class Adapter:
         self._lora = LoraModel(omni.model, {NAME: self.config}, NAME)
         for parameter in self.parameters().values():
             parameter.data = parameter.data.to(torch.float32)
+        for module in omni.text_model.modules():
+            if isinstance(module, LoraLayer) and config.lora_dropout:
+                module.lora_dropout[NAME] = CheapDropout(config.lora_dropout)
         # New modules start in training mode, with LoRA's dropout on.
         omni.model.eval()
         remirror(omni)

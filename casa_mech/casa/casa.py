@@ -38,7 +38,7 @@ from casa_mech.casa.storage import (
 )
 from casa_mech.casa.supervised import Parts, Supervised
 from casa_mech.casa.tokens import SafetyTokens
-from casa_mech.casa.trainer import Row, Trainer
+from casa_mech.casa.trainer import Row, Trainer, settled
 from casa_mech.errors import InputError, ModelError
 from casa_mech.files import writing_folder
 from casa_mech.omni import GenerationSettings, Omni, with_system
@@ -214,7 +214,7 @@ class Casa:
             log = trainer.run(resume, progress)
         finally:
             self._parts.tokens.write()
-        self._training = TrainingRecord.of(examples, settings, log)
+        self._training = TrainingRecord.of(examples, settled(settings, self.omni), log)
         self._calibration = Calibration()
         return log
 

@@ -220,6 +220,12 @@ class TrainSettings(Settings):
     """Share of the steps in which the learning rate rises; after them it falls along a cosine."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of a step's gradient; a longer one is scaled down to it."""
+    by_length: bool = True
+    """Cut a batch into parts of like length, which has less padding; the gradients' sum stays what it is, but for the
+    draws of LoRA's dropout."""
+    precision: Literal["auto", "full", "bfloat16"] = "auto"
+    """Of the matrix products: "full" is the model's own; "bfloat16" halves them, and weights, the gate and losses stay
+    float32 (`omni.precision`). "auto": bfloat16 for a model in float32 on a CPU that multiplies it faster."""
     max_reply_tokens: int = Field(default=256, ge=1)
     """Replies are cut to this many tokens."""
     seed: int = Field(default=0, ge=0)

@@ -168,8 +168,12 @@ class Supervised:
     def _objectives(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, Row]]:
         weights = class_weights(is_harmful(examples), self._parts.beta, is_counterfactual(examples))
         size, limit = self._settings.micro_batch_size, self._settings.max_reply_tokens
+        order = list(range(len(examples)))
+        if self._settings.by_length and len(examples) > size:
+            order.sort(key=lambda place: len(examples[place].query.text) + len(examples[place].reply))
         for start in range(0, len(examples), size):
-            yield self._parts.objective(examples[start : start + size], weights[start : start + size], limit)
+            places = order[start : start + size]
+            yield self._parts.objective([examples[place] for place in places], weights[places], limit)
 
 
 def is_harmful(examples: Sequence[Example]) -> BoolTensor:

@@ -30,6 +30,7 @@ from casa_mech.files import write_text
 from casa_mech.identity import digest_of
 from casa_mech.locks import locked
 from casa_mech.omni import Omni
+from casa_mech.omni.precision import bfloat16_products, fast_bfloat16
 
 Row = dict[str, float]
 """Metrics by name."""
@@ -80,6 +81,14 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
+def settled(settings: TrainSettings, omni: Omni) -> TrainSettings:
+    """`settings` with the `precision` that "auto" means for `omni` on this machine."""
+    if settings.precision != "auto":
+        return settings
+    fast = omni.device.type == "cpu" and omni.dtype == torch.float32 and fast_bfloat16(omni.device)
+    return settings.model_copy(update={"precision": "bfloat16" if fast else "full"})
+
+
 class Trainer:
     """One run. `log` holds a row of metrics for each step done; with `out` the run can be interrupted and resumed."""
 
@@ -103,8 +112,13 @@ class Trainer:
             RunError: `out` holds a run already and `resume` is off, or another one, another process trains in it, or it
                 cannot be written; or the loss is not finite (the last checkpoint stays).
         """
-        model = self._learner.omni.model
-        with locked(self._out) if self._out is not None else nullcontext(), torch.random.fork_rng():
+        omni, model = self._learner.omni, self._learner.omni.model
+        halved = settled(self._settings, omni).precision == "bfloat16"
+        with (
+            locked(self._out) if self._out is not None else nullcontext(),
+            torch.random.fork_rng(),
+            bfloat16_products(omni) if halved else nullcontext(),
+        ):
             torch.manual_seed(self._settings.seed)
             self._begin(resume)
             model.train()

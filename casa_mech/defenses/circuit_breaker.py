@@ -56,5 +56,6 @@ class CircuitBreaker(Tuned):
             seed=config.seed,
             validation=0.0,
             patience=None,
+            precision="full",  # its losses compare the states of two forwards
             checkpoint_every=config.checkpoint_every,
         )

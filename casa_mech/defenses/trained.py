@@ -29,7 +29,7 @@ from casa_mech.casa.storage import (
     training_lines,
 )
 from casa_mech.casa.storage import CONFIG as GATE
-from casa_mech.casa.trainer import Learner, Row, Trainer
+from casa_mech.casa.trainer import Learner, Row, Trainer, settled
 from casa_mech.defenses.base import Defense
 from casa_mech.errors import ModelError
 from casa_mech.files import writing_folder
@@ -102,7 +102,7 @@ class Tuned(TrainedDefense):
         """
         settings = self._loop()
         log = Trainer(self._learner(examples), settings, out).run(resume, progress)
-        self.training = TrainingRecord.of(examples, settings, log)
+        self.training = TrainingRecord.of(examples, settled(settings, self.omni), log)
         return log
 
     def save_pretrained(self, directory: Path | str) -> None:

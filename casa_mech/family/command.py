@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from multiprocessing import connection, get_context, parent_process
-from multiprocessing.synchronize import Event
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from casa_mech.errors import CasaMechError, RunError
+from casa_mech.errors import RunError
 from casa_mech.family.member import ORGANISM, PREDICTORS, MemberRun
 from casa_mech.family.plan import Plan
 from casa_mech.files import check_folder, write_text, writing
 from casa_mech.locks import InUseError, locked
+from casa_mech.processes import Note, in_processes
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.manifest import git_state, now, versions
 
@@ -76,7 +73,7 @@ def family(request: Request, progress: bool = False, note: Callable[[str], None]
     _open(request.out)
     jobs = min(request.jobs, sum(not run.finished for run in request.runs()))
     if jobs > 1:
-        _in_processes(request, jobs, note)
+        in_processes(partial(_work_on, request), jobs, "map", note)
     elif jobs:
         _work(request.runs(progress, note))
     rows = write_tables(request)
@@ -162,54 +159,5 @@ def _work(runs: Sequence[MemberRun], stopped: Callable[[], bool] = lambda: False
             time.sleep(_POLL_SECONDS)
 
 
-def _in_processes(request: Request, jobs: int, note: Callable[[str], None]) -> None:
-    """`_work` in `jobs` processes; after a failure nothing more begins, and what runs is waited for."""
-    context = get_context("spawn")
-    stopped, messages = context.Event(), context.SimpleQueue()
-    environment = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ}
-    os.environ.update(environment)
-    processes = [context.Process(target=_worker, args=(request, stopped, messages), daemon=True) for _ in range(jobs)]
-    try:
-        for process in processes:
-            process.start()
-        failure = ""
-        while any(process.is_alive() for process in processes) or not messages.empty():
-            while not messages.empty():
-                kind, line = messages.get()
-                failure = failure or (line if kind == "failed" else "")
-                if kind == "note":
-                    note(line)
-            connection.wait([process.sentinel for process in processes if process.is_alive()], _POLL_SECONDS)
-    except BaseException:
-        for process in processes:
-            process.kill()
-        raise
-    finally:
-        for name in environment:
-            os.environ.pop(name, None)
-    if failure:
-        raise RunError(failure)
-    died = next((process.exitcode for process in processes if process.exitcode), None)
-    if died is not None:
-        raise RunError(
-            f"a process of the map died (status {died}), often for want of memory; give the same command again, it "
-            "continues"
-        )
-
-
-def _worker(request: Request, stopped: Event, messages: Any) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        try:
-            _work(request.runs(note=lambda line: messages.put(("note", line))), stopped.is_set)
-        except CasaMechError as error:
-            stopped.set()
-            messages.put(("failed", str(error)))
-
-
-def _end_with_parent() -> None:
-    """End this process at once when the one that started it is gone, however that ended."""
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+def _work_on(request: Request, note: Note, stopped: Callable[[], bool]) -> None:
+    _work(request.runs(note=note), stopped)

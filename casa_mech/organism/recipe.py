@@ -21,12 +21,13 @@ from torch import nn
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.omni.media import SAMPLE_RATE
+from casa_mech.omni.precision import fast_bfloat16, plain_attention
 from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.curriculum import Mixture, draw_example
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.premises import PRESETS, Premises
-from casa_mech.organism.training import GROUP, Checkpoint, Steps, fast_bfloat16, optimise, plain_attention
+from casa_mech.organism.training import GROUP, Checkpoint, Steps, optimise
 from casa_mech.organism.world import World, default_world
 from casa_mech.queries import AudioPart, Example, ImagePart
 

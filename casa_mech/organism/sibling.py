@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from casa_mech.files import write_text
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch
+from casa_mech.omni.precision import fast_bfloat16
 from casa_mech.organism.architecture import OrganismShape, build_bpe_tokenizer, new_omni
 from casa_mech.organism.build import build_into, build_key
 from casa_mech.organism.codes import ideal_embeddings
 from casa_mech.organism.corpus import ANSWER, CHARACTERS, PROMPTS, REFUSALS, Corpus, corpus_record, script_of
 from casa_mech.organism.encoders import train_audio_letters, train_image_letters
 from casa_mech.organism.recipe import final_states, fit, target_loss
-from casa_mech.organism.training import Checkpoint, Steps, fast_bfloat16
+from casa_mech.organism.training import Checkpoint, Steps
 from casa_mech.queries import Example, Label
 
 SHAPE = OrganismShape(d_model=256, layers=4, heads=8, kv_heads=4, d_mlp=704, rope_theta=1000.0, audio_width=192)

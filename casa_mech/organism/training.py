@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,25 +214,6 @@ def parameters_of(omni: Omni, part: str) -> Iterator[nn.Parameter]:
         yield from omni.head.parameters()
     else:
         yield from omni.tower(part).parameters()
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """True where `device` multiplies bfloat16 faster than float32."""
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-@contextmanager
-def plain_attention(omni: Omni) -> Iterator[None]:
-    """Attention as plain matrix products: on a CPU the fused kernel's backward pass takes half of a bfloat16 step."""
-    usual = omni.model.config._attn_implementation
-    omni.model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        omni.model.set_attn_implementation(usual)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

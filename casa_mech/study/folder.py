@@ -90,6 +90,14 @@ class RunFolder:
             key: all that the content depends on, as JSON values.
             build: writes the content into the (temporary) folder that it is given.
         """
+        folder = self.free_artifact(kind, name, key, build, timeout=-1)
+        assert folder is not None
+        return folder
+
+    def free_artifact(
+        self, kind: str, name: str, key: Mapping[str, Any], build: Callable[[Path], None], timeout: float = 0
+    ) -> Path | None:
+        """As `artifact`, but None where another process is still building it after `timeout` seconds (-1: never)."""
         folder = self.root / kind / name
         if is_complete(folder, key):
             return folder
@@ -97,9 +105,11 @@ class RunFolder:
         try:
             lock.parent.mkdir(exist_ok=True)
             # Reentrant within a process: building one artifact may ask for another.
-            with FileLock(lock, is_singleton=True):
+            with FileLock(lock, timeout, is_singleton=True):
                 if not is_complete(folder, key):
                     self._build(folder, key, build)
+        except Timeout:
+            return None
         except OSError as error:
             raise storage_error(error, self.root) from None
         return folder

@@ -18,12 +18,10 @@ from casa_mech.study import manifest as records
 from casa_mech.study.execution import NotebookProcess, stop_all
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.notebooks import Notebook, check_parameters, find_notebooks
-from casa_mech.study.settings import StudySettings, checkpoint_bytes
+from casa_mech.study.settings import StudySettings
 
 Task = tuple[Notebook, dict[str, Any]]
 """A notebook and the parameters that it is given."""
-SMALL_BYTES = 200 * 2**20
-"""Weights of a model that a machine with two cores holds a few times over; the organisms have 6 MB."""
 _POLL_SECONDS = 0.1
 
 
@@ -73,9 +71,7 @@ def default_jobs(settings: StudySettings) -> int:
 
     Each notebook loads the study's models for itself, so that four at a time hold four copies.
     """
-    sizes = [checkpoint_bytes(model) for model in settings.models]
-    small = all(size is not None and size <= SMALL_BYTES for size in sizes) and settings.device in ("auto", "cpu")
-    return min(4, os.cpu_count() or 1) if small else 1
+    return min(4, os.cpu_count() or 1) if settings.is_small else 1
 
 
 def _execute_all(tasks: Sequence[Task], folder: RunFolder, jobs: int) -> dict[str, float]:

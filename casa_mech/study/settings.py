@@ -15,6 +15,8 @@ from casa_mech.errors import InputError
 
 ProfileName = Literal["smoke", "default", "full"]
 CLONE = Path(__file__).parents[2]
+SMALL_BYTES = 200 * 2**20
+"""Weights of a model that a machine with two cores holds a few times over; the organisms have 6 MB."""
 ORGANISM, CONTROL = "organism", "organism-split"
 SHIPPED = {name: Path(__file__).parents[1] / "organism" / "weights" / name for name in (ORGANISM, CONTROL)}
 """Folders of the models in this package, known without importing torch."""
@@ -25,8 +27,12 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    gates: int
+    """Gates that are trained for each model, alike but for their training seed and examples."""
     n_eval: int
-    """Requests in each cell of the attack table (attack × label)."""
+    """Replies in each cell of the attack table (attack × label): the pretrained model answers so many requests, each of
+    the gates the first n_eval / gates of them. So a cell costs the same whatever the number of gates. It loses little:
+    requests are about 74 topics, and more of them on the same topics hardly narrow an interval."""
     n_probe: int
     """Requests for each surface and label whose hidden states are read."""
     train_examples: int
@@ -44,9 +50,17 @@ class Profile(BaseModel):
 PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         "smoke": Profile(
-            n_eval=24, n_probe=30, train_examples=256, train_steps=40, train_batch=32, max_new_tokens=32, batch_size=32
+            gates=1,
+            n_eval=24,
+            n_probe=30,
+            train_examples=256,
+            train_steps=40,
+            train_batch=32,
+            max_new_tokens=32,
+            batch_size=32,
         ),
         "default": Profile(
+            gates=3,
             n_eval=600,
             n_probe=150,
             train_examples=2000,
@@ -56,6 +70,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
             batch_size=64,
         ),
         "full": Profile(
+            gates=5,
             n_eval=1000,
             n_probe=400,
             train_examples=6000,
@@ -102,6 +117,12 @@ class StudySettings(BaseModel):
         """The models of the attack table."""
         control = self.control or (CONTROL if self.model == ORGANISM else "")
         return (self.model, control) if control else (self.model,)
+
+    @property
+    def is_small(self) -> bool:
+        """True where several processes may each hold the models: all of them are small and on the CPU."""
+        sizes = [checkpoint_bytes(model) for model in self.models]
+        return all(size is not None and size <= SMALL_BYTES for size in sizes) and self.device in ("auto", "cpu")
 
     @property
     def identity(self) -> dict[str, str | int]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from casa_mech.attacks import STUDY_ATTACKS, apply_attack
@@ -27,8 +29,9 @@ from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
+from casa_mech.processes import Note, in_processes
 from casa_mech.queries import Example, Label, Query
-from casa_mech.study.folder import RunFolder
+from casa_mech.study.folder import RunFolder, is_complete
 from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
 from probes.activations import Activations, ActivationStore
@@ -43,6 +46,7 @@ BENIGN_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
 LABELS: tuple[Label, ...] = ("harmful", "benign")
 Moment = Literal["before", "after"]
 """Of a gate's training."""
+_POLL_SECONDS = 0.5
 
 
 class Study:
@@ -51,7 +55,7 @@ class Study:
     def __init__(self, settings: StudySettings, sizes: Profile, folder: RunFolder, progress: bool) -> None:
         self.settings, self.sizes, self.folder, self.progress = settings, sizes, folder, progress
         self._omnis: dict[str, Omni] = {}
-        self._gates: dict[str, Casa] = {}
+        self._gates: dict[tuple[str, int], Casa] = {}
 
     @classmethod
     def open(
@@ -114,7 +118,7 @@ class Study:
     @contextmanager
     def without_gate(self, model: str = "") -> Iterator[Omni]:
         """The model as it was loaded, for the length of a block, whether or not a gate is attached to it."""
-        casa = self._gates.get(model or self.settings.model)
+        casa = self._gates.get((model or self.settings.model, 0))
         with casa.disabled() if casa else nullcontext():
             yield self.omni(model)
 
@@ -122,45 +126,111 @@ class Study:
         """The exact judge for a model of the micro-world, the keyword judge (an upper bound) for any other."""
         return MicroWorldJudge() if self.omni(model).speaks_micro_world else KeywordJudge()
 
-    # The gate
+    # The gates
 
-    def casa(self, model: str = "") -> Casa:
-        """CASA trained on plain text, attached to the model; trained on the first call, continued if it was stopped."""
+    @property
+    def gate_numbers(self) -> range:
+        """The gates of each model, from 0; what looks into one gate takes gate 0 and says so."""
+        return range(self.sizes.gates)
+
+    def gate_seed(self, gate: int) -> int:
+        """The seed of a gate's examples and training: the study's own for gate 0, the next for gate 1, ..."""
+        return self.settings.seed + gate
+
+    def casa(self, model: str = "", gate: int = 0) -> Casa:
+        """CASA trained on plain text, attached; trained on the first call, continued if it was stopped.
+
+        Gate 0 is on the model itself (`omni`), any other on a copy of its own. Of those the last one alone is held
+        here: a model and one copy are in memory, however many gates there are.
+        """
         model = model or self.settings.model
-        if model not in self._gates:
-            key = self.gate_key(model)
-            folder = self.folder.artifact("gates", slug(model), key, lambda new: self._train(model, new))
-            if model not in self._gates:
-                self._gates[model] = Casa.from_pretrained(folder, self.omni(model))
-        return self._gates[model]
+        if (model, gate) not in self._gates:
+            folder = self._gate_folder(model, gate)
+            if (model, gate) not in self._gates:
+                self._hold(model, gate, Casa.from_pretrained(folder, self._gate_omni(model, gate)))
+        return self._gates[model, gate]
 
-    def _train(self, model: str, new: Path) -> None:
-        work = self.folder.path("gates", f"training-{slug(model)}-{key_digest(self.gate_key(model))}")
+    def gates(self, model: str = "") -> Iterator[tuple[int, Casa]]:
+        """Every gate of the model with its number, one at a time; those that are missing are trained first."""
+        self.train_gates(model)
+        for gate in self.gate_numbers:
+            yield gate, self.casa(model, gate)
+
+    def train_gates(self, *models: str) -> None:
+        """Train the gates of `models` (default: the one under study) that are missing.
+
+        In as many processes as this one has threads, each with one: two of them train two gates in much less than
+        twice the time of one. A gate that another process is training is left to it, and waited for.
+        """
+        missing = [
+            (model, gate)
+            for model in dict.fromkeys(name or self.settings.model for name in models or ("",))
+            for gate in self.gate_numbers
+            if not is_complete(self.folder.path("gates", gate_name(slug(model), gate)), self.gate_key(model, gate))
+        ]
+        jobs = min(torch.get_num_threads() if self.settings.is_small else 1, len(missing))
+        if jobs > 1:
+            work = partial(_train_in_process, self.settings, self.sizes, self.folder, missing)
+            in_processes(work, jobs, "study")
+        else:
+            self._train_missing(missing)
+
+    def over_gates(self, table: Callable[[int], pd.DataFrame], model: str = "") -> pd.DataFrame:
+        """`table(gate)` of every gate of the model, one below the other, with their seeds in the column `gate_seed`."""
+        self.train_gates(model)
+        tables = [table(gate).assign(gate_seed=self.gate_seed(gate)) for gate in self.gate_numbers]
+        return pd.concat(tables, ignore_index=True)
+
+    def _train_missing(self, gates: Sequence[tuple[str, int]], stopped: Callable[[], bool] = lambda: False) -> None:
+        """Train each of the gates that no other process is training, until all are there or `stopped`."""
+        left = list(gates)
+        while left and not stopped():
+            left = [gate for gate in left if stopped() or self._gate_folder(*gate, timeout=0) is None]
+            if left:
+                time.sleep(_POLL_SECONDS)
+
+    def _gate_folder(self, model: str, gate: int, timeout: float = -1) -> Any:
+        """The trained gate's folder; None where another process is still training it after `timeout` seconds."""
+        name, key = gate_name(slug(model), gate), self.gate_key(model, gate)
+        return self.folder.free_artifact("gates", name, key, lambda new: self._train(model, gate, new), timeout)
+
+    def _gate_omni(self, model: str, gate: int) -> Omni:
+        return self.new_omni(model) if gate else self.omni(model)
+
+    def _hold(self, model: str, gate: int, casa: Casa) -> None:
+        for held in [other for other in self._gates if gate and other[1]]:
+            del self._gates[held]
+        self._gates[model, gate] = casa
+
+    def _train(self, model: str, gate: int, new: Path) -> None:
+        digest = key_digest(self.gate_key(model, gate))
+        work = self.folder.path("gates", f"training-{gate_name(slug(model), gate)}-{digest}")
         work.mkdir(parents=True, exist_ok=True)
-        casa = Casa.attach(self.omni(model), CasaConfig())
-        casa.train(self.training_examples(), self.train_settings, out=work, resume=True, progress=self.progress)
+        casa = Casa.attach(self._gate_omni(model, gate), CasaConfig(), seed=gate)
+        settings = self.gate_settings(gate)
+        casa.train(self.training_examples(gate), settings, out=work, resume=True, progress=self.progress)
         casa.save_pretrained(new)
         shutil.copy(work / "metrics.jsonl", new / "metrics.jsonl")
         shutil.rmtree(work)
-        self._gates[model] = casa
+        self._hold(model, gate, casa)
 
     @contextmanager
-    def _casa_at(self, model: str, moment: Moment) -> Iterator[Casa]:
+    def _casa_at(self, model: str, moment: Moment, gate: int) -> Iterator[Casa]:
         """The trained gate, or a freshly attached one on a model of its own."""
         if moment == "after":
-            yield self.casa(model)
+            yield self.casa(model, gate)
             return
-        casa = Casa.attach(self.new_omni(model), CasaConfig())
+        casa = Casa.attach(self.new_omni(model), CasaConfig(), seed=gate)
         yield casa
         casa.detach()
 
-    def training_examples(self) -> list[Example]:
-        """The plain-text requests and replies that gates are trained on."""
-        return default_world().training_examples(self.sizes.train_examples, Draw.TRAINING + self.settings.seed)
+    def training_examples(self, gate: int = 0) -> list[Example]:
+        """The plain-text requests and replies that a gate is trained on; each gate has a draw of its own."""
+        return default_world().training_examples(self.sizes.train_examples, Draw.TRAINING + self.gate_seed(gate))
 
     @cached_property
     def train_settings(self) -> TrainSettings:
-        """How gates are trained."""
+        """How gates are trained; the seed is gate 0's."""
         return TrainSettings(
             max_steps=self.sizes.train_steps,
             batch_size=self.sizes.train_batch,
@@ -168,11 +238,14 @@ class Study:
             seed=self.settings.seed,
         )
 
-    def training_log(self, model: str = "") -> pd.DataFrame:
+    def gate_settings(self, gate: int) -> TrainSettings:
+        """How this gate is trained."""
+        return self.train_settings.model_copy(update={"seed": self.gate_seed(gate)})
+
+    def training_log(self, model: str = "", gate: int = 0) -> pd.DataFrame:
         """Metrics of every training step: `step, loss, v_harmful, v_benign, token_accuracy`, and loss parts."""
-        model = model or self.settings.model
-        self.casa(model)
-        return pd.read_json(self.folder.path("gates", slug(model), "metrics.jsonl"), lines=True)
+        folder = self._gate_folder(model or self.settings.model, gate)
+        return pd.read_json(folder / "metrics.jsonl", lines=True)
 
     # What tables are made of
 
@@ -205,23 +278,26 @@ class Study:
         folder = self.folder.artifact(kind, name, key, lambda new: build().to_parquet(new / f"{stem}.parquet"))
         return pd.read_parquet(folder / f"{stem}.parquet")
 
-    def gate_table(self, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The table `analysis/<name>` on the trained gate of the model under study, made once for it and `key`."""
-        return self.table("analysis", name, {"gate": self.gate_digest(), **key}, build)
+    def gate_table(
+        self, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame], gate: int = 0
+    ) -> pd.DataFrame:
+        """The table `analysis/<name>` on a gate of the model under study, made once for it and `key`."""
+        where = gate_name(name, gate)
+        return self.table("analysis", where, {"gate": self.gate_digest(gate=gate), **key}, build)
 
     def model_key(self, model: str = "") -> dict[str, Any]:
         """The part of an artifact's key that stands for the model, the seed and the package's data."""
         return {"model": self.omni(model).fingerprint(), "seed": self.settings.seed, "data": key_digest(data_hashes())}
 
-    def gate_key(self, model: str = "") -> dict[str, Any]:
+    def gate_key(self, model: str = "", gate: int = 0) -> dict[str, Any]:
         """All that a trained gate depends on."""
-        training = {"examples": self.sizes.train_examples, "train": self.train_settings.model_dump(mode="json")}
+        settings = self.gate_settings(gate).model_dump(mode="json")
+        training = {"examples": self.sizes.train_examples, "train": settings}
         return {**self.model_key(model), **training, "casa": CasaConfig().model_dump(mode="json")}
 
-    def gate_digest(self, model: str = "") -> str:
+    def gate_digest(self, model: str = "", gate: int = 0) -> str:
         """SHA-256 of the trained gate's record, which holds its key and the hashes of its files."""
-        self.casa(model)
-        return file_sha256(self.folder.path("gates", slug(model or self.settings.model), "done.json"))
+        return file_sha256(self._gate_folder(model or self.settings.model, gate) / "done.json")
 
     # Tables that several notebooks read
 
@@ -253,22 +329,24 @@ class Study:
         name = slug(model or self.settings.model)
         return ActivationStore.open(self.folder.artifact("activations", name, key, build) / "store")
 
-    def readings(self, model: str = "") -> pd.DataFrame:
-        """v_s of every probing request, before and after training: `moment, surface, label, split, topic, v_s, ...`."""
-        moments: tuple[Moment, ...] = ("before", "after")
-        return pd.concat(
-            [self._readings_at(moment, model or self.settings.model) for moment in moments], ignore_index=True
-        )
+    def readings(self, model: str = "", gate: int = 0) -> pd.DataFrame:
+        """v_s of every probing request, before and after training: `moment, surface, label, split, topic, v_s, ...`.
 
-    def _readings_at(self, moment: Moment, model: str) -> pd.DataFrame:
-        key = {**self.model_key(model), "n": self.sizes.n_probe, "gate": key_digest(self.gate_key(model))}
+        `over_gates` puts those of several gates together.
+        """
+        model = model or self.settings.model
+        moments: tuple[Moment, ...] = ("before", "after")
+        return pd.concat([self._readings_at(moment, model, gate) for moment in moments], ignore_index=True)
+
+    def _readings_at(self, moment: Moment, model: str, gate: int) -> pd.DataFrame:
+        key = {**self.model_key(model), "n": self.sizes.n_probe, "gate": key_digest(self.gate_key(model, gate))}
 
         def build() -> pd.DataFrame:
-            with self._casa_at(model, moment) as casa:
+            with self._casa_at(model, moment, gate) as casa:
                 tables = [self.read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
             return pd.concat(tables, ignore_index=True).assign(moment=moment)
 
-        return self.table("readings", f"{slug(model)}-{moment}", key, build, "readings")
+        return self.table("readings", f"{gate_name(slug(model), gate)}-{moment}", key, build, "readings")
 
     def read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
         """Decisions of a gate on the probing requests of a surface and label: `surface, label, topic, ..., v_s`."""
@@ -286,24 +364,34 @@ class Study:
             }
         )
 
-    def replies(self, model: str, defense: str, attack: str, label: Label) -> pd.DataFrame:
-        """Replies to one cell of the attack table (columns: `evaluate.REPLY_COLUMNS`)."""
-        key = {**self.model_key(model), "n": self.sizes.n_eval, "tokens": self.sizes.max_new_tokens}
-        if defense != PRETRAINED:
-            key["gate"] = key_digest(self.gate_key(model))
+    def replies(self, model: str, defense: str, attack: str, label: Label, gate: int = 0) -> pd.DataFrame:
+        """Replies to one cell of the attack table (columns: `evaluate.REPLY_COLUMNS` and `gate_seed`).
+
+        The pretrained model answers `n_eval` requests, and has no gate and no `gate_seed`; a gate answers the first of
+        them, its share (see `Profile.n_eval`).
+        """
+        gated = defense != PRETRAINED
+        n = max(1, self.sizes.n_eval // self.sizes.gates) if gated else self.sizes.n_eval
+        key = {**self.model_key(model), "n": n, "tokens": self.sizes.max_new_tokens}
+        if gated:
+            key["gate"] = key_digest(self.gate_key(model, gate))
 
         def build() -> pd.DataFrame:
-            queries = self.queries(attack, label)
+            queries = self.queries(attack, label, n)
             settings = GenerationSettings(max_new_tokens=self.sizes.max_new_tokens, batch_size=self.sizes.batch_size)
             shared: dict[str, Any] = {"judge": self.judge(model), "defense": defense, "settings": settings}
-            if defense == PRETRAINED:
+            if not gated:
                 with self.without_gate(model) as omni:
                     return evaluate(omni, None, queries, **shared).replies
             order: Order = "prefill_first" if defense == PREFILL_FIRST else "gate_first"
-            return evaluate(self.omni(model), self.casa(model), queries, order=order, **shared).replies
+            casa = self.casa(model, gate)
+            return evaluate(casa.omni, casa, queries, order=order, **shared).replies
 
-        cell = [slug(model), defense.lower().replace(", ", "-").replace(" ", "-"), attack, label]
-        return self.table("replies", "/".join(cell), key, build, "replies")
+        system = defense.lower().replace(", ", "-").replace(" ", "-")
+        cell = [slug(model), gate_name(system, gate if gated else 0), attack, label]
+        replies = self.table("replies", "/".join(cell), key, build, "replies")
+        seed = self.gate_seed(gate) if gated else pd.NA
+        return replies.assign(gate_seed=pd.array([seed] * len(replies), dtype="Int64"))
 
     def cells(self) -> list[tuple[str, str, str, Label]]:
         """The attack table's cells: (model, defense, attack, label)."""
@@ -317,11 +405,20 @@ class Study:
         return cells
 
     def attack_results(self) -> pd.DataFrame:
-        """The attack × model table in the result schema, from the replies to every cell."""
+        """The attack × model table in the result schema, from the replies to every cell, averaged over gates."""
         from tqdm import tqdm
 
-        cells = tqdm(self.cells(), desc="attack table", unit="cell", disable=not self.progress)
-        replies = pd.concat([self.replies(*cell) for cell in cells], ignore_index=True)
+        self.train_gates(*self.models)
+        # Gate by gate, so that each is loaded once.
+        cells = [
+            (*cell, gate)
+            for model in self.models
+            for gate in self.gate_numbers
+            for cell in self.cells()
+            if cell[0] == model and (not gate or cell[1] != PRETRAINED)
+        ]
+        bar = tqdm(cells, desc="attack table", unit="cell", disable=not self.progress)
+        replies = pd.concat([self.replies(*cell) for cell in bar], ignore_index=True)
         return pd.DataFrame(result_rows(replies, self.settings.seed))
 
     # What notebooks leave
@@ -334,3 +431,19 @@ class Study:
     def save_table(self, name: str, rows: Sequence[Any] | pd.DataFrame) -> Path:
         """Write result rows to `tables/<name>.parquet`."""
         return write_table(rows, self.folder.path("tables", f"{name}.parquet"))
+
+
+def gate_name(name: str, gate: int) -> str:
+    """`name` in the run folder of what belongs to a gate: gate 0 has the bare name."""
+    return f"{name}-gate{gate}" if gate else name
+
+
+def _train_in_process(
+    settings: StudySettings,
+    sizes: Profile,
+    folder: RunFolder,
+    gates: Sequence[tuple[str, int]],
+    note: Note,
+    stopped: Callable[[], bool],
+) -> None:
+    Study(settings, sizes, folder, progress=False)._train_missing(gates, stopped)

@@ -1,4 +1,4 @@
-"""What the gate costs: gated against plain generation, a CASA training step against a plain LoRA step."""
+"""What the gate costs: gated against plain generation, a CASA step against a plain LoRA step and in bfloat16."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.omni.precision import bfloat16_products
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Example, Query
 from casa_mech.timing.paired import BATCH, REPLY_TOKENS, Side, seconds, time_ratio
@@ -23,17 +24,22 @@ def measure_gate(omni: Omni, repeats: int = 5) -> dict[str, Any]:
 
     Both sides of a ratio do the same work: generation of exactly `REPLY_TOKENS` tokens for the same 16 requests by the
     gated model and by the model as it was loaded (the gated side makes its safety token besides); forward, backward and
-    AdamW on the same 16 examples with the same LoRA in training mode (the plain side with the ordinary loss).
+    AdamW on the same 16 examples with the same LoRA in training mode (the plain side with the ordinary loss). For a
+    model in float32 also a CASA step with its products in bfloat16 against the same step without.
     """
     world = default_world()
     generation = _generation(omni, world.requests(BATCH, seed=1))
-    steps = _steps(omni, world.training_examples(BATCH, 1))
+    gated, plain, halved = _steps(omni, world.training_examples(BATCH, 1))
+    precisions = {}
+    if omni.dtype == torch.float32:
+        precisions["precision"] = time_ratio(("bfloat16", "float32"), (halved, gated), repeats, omni.device)
     return {
         "device": str(omni.device),
         "torch_threads": torch.get_num_threads(),
         "help_seconds": round(min(seconds(_help) for _ in range(3)), 3),
         "generation": time_ratio(("gated", "plain"), generation, repeats, omni.device, GENERATION),
-        "training_step": time_ratio(("casa", "peft"), steps, repeats, omni.device, STEP),
+        "training_step": time_ratio(("casa", "peft"), (gated, plain), repeats, omni.device, STEP),
+        **precisions,
     }
 
 
@@ -53,8 +59,8 @@ def _generation(omni: Omni, queries: list[Query]) -> tuple[Side, Side]:
     return lambda: casa.generate(queries, settings), lambda: base.generate(queries, settings)
 
 
-def _steps(omni: Omni, examples: list[Example]) -> tuple[Side, Side]:
-    """(CASA, plain peft) training steps on one batch."""
+def _steps(omni: Omni, examples: list[Example]) -> tuple[Side, Side, Side]:
+    """(CASA, plain peft, CASA in bfloat16) training steps on one batch."""
     casa = Casa.attach(load_omni(omni.source, device=str(omni.device)), CasaConfig())
     parts, model = casa.parts, casa.omni.model
     weights = [weight for group in parts.groups() for weight in group.values()]
@@ -78,4 +84,8 @@ def _steps(omni: Omni, examples: list[Example]) -> tuple[Side, Side]:
         model(**batch.inputs, labels=batch.labels, use_cache=False).loss.backward()
         theirs.step()
 
-    return gated, plain
+    def halved() -> None:
+        with bfloat16_products(casa.omni):
+            gated()
+
+    return gated, plain, halved

@@ -12,6 +12,7 @@ from helpers.casa import SETTINGS, examples
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.casa.checkpoint import FILE, METRICS
 from casa_mech.casa.examples import BalancedBatches, split_examples
+from casa_mech.casa.supervised import Parts, Supervised
 from casa_mech.casa.trainer import Trainer
 from casa_mech.errors import InputError, RunError
 from casa_mech.locks import LOCK
@@ -70,11 +71,26 @@ def test_parts_of_a_batch_add_up(tiny_omni: Omni) -> None:
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
 
 
+def test_parts_of_a_batch_are_of_like_length(tiny_omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    casa, lengths = Casa.attach(tiny_omni), list[list[int]]()
+    monkeypatch.setattr(
+        Parts, "objective", lambda self, rows, weights, limit: lengths.append([len(row.query.text) for row in rows])
+    )
+    for by_length in (True, False):
+        settings = SETTINGS.model_copy(update={"micro_batch_size": 4, "by_length": by_length, "validation": 0.0})
+        list(Supervised(casa.parts, examples(), settings).losses(0))
+    ordered, plain = lengths[:2], lengths[2:]
+    assert sorted(ordered[0] + ordered[1]) == sorted(plain[0] + plain[1])
+    assert max(ordered[0]) <= min(ordered[1]) and not max(plain[0]) <= min(plain[1])
+
+
+@pytest.mark.parametrize("precision", ["full", "bfloat16"])
 def test_resumed_training_equals_uninterrupted(
-    tiny_omni: Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_omni: Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
+    settings = SETTINGS.model_copy(update={"precision": precision})
     casa = Casa.attach(tiny_omni)
-    whole = casa.train(examples(), SETTINGS, tmp_path / "whole", progress=False)
+    whole = casa.train(examples(), settings, tmp_path / "whole", progress=False)
     expected = weights_of(casa)
     casa.detach()
 
@@ -89,7 +105,7 @@ def test_resumed_training_equals_uninterrupted(
 
     monkeypatch.setattr(Trainer, "_gradients", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        casa.train(examples(), SETTINGS, tmp_path / "cut", progress=False)
+        casa.train(examples(), settings, tmp_path / "cut", progress=False)
     casa.detach()
     monkeypatch.undo()
     with (tmp_path / "cut" / METRICS).open("a") as stream:
@@ -97,13 +113,13 @@ def test_resumed_training_equals_uninterrupted(
 
     casa = Casa.attach(tiny_omni, seed=9)
     with pytest.raises(RunError, match="already"):
-        casa.train(examples(), SETTINGS, tmp_path / "cut", progress=False)
-    resumed = casa.train(examples(), SETTINGS, tmp_path / "cut", resume=True, progress=False)
+        casa.train(examples(), settings, tmp_path / "cut", progress=False)
+    resumed = casa.train(examples(), settings, tmp_path / "cut", resume=True, progress=False)
     assert untimed(resumed) == untimed(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(casa).items())
     rows = [json.loads(line) for line in (tmp_path / "cut" / METRICS).read_text().splitlines()]
     assert rows == resumed
-    assert casa.train(examples(), SETTINGS, tmp_path / "cut", resume=True, progress=False) == resumed
+    assert casa.train(examples(), settings, tmp_path / "cut", resume=True, progress=False) == resumed
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(

@@ -8,7 +8,7 @@ from casa_mech.queries import Example, Query
 
 SHORT = GenerationSettings(max_new_tokens=6)
 SETTINGS = TrainSettings(
-    max_steps=8, batch_size=8, micro_batch_size=8, validate_every=4, checkpoint_every=3, lr_lora=5e-3
+    max_steps=8, batch_size=8, micro_batch_size=8, validate_every=4, checkpoint_every=3, lr_lora=5e-3, precision="full"
 )
 
 

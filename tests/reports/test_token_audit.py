@@ -29,8 +29,7 @@ def test_claims_say_what_the_replies_say(study: Study) -> None:
     # Harmful, of eight: one by the token; falls apart: one flagged, one not.
     assert fall.value == pytest.approx(1 / 8 - 2 / 8) and fall.n == 8
     assert (
-        "of 50 points of attack success that CASA takes off, the token makes 12, replies that fall apart 25"
-        in fall.title
+        "of 50 points of attack success that this gate takes off, its token makes 12, broken replies 25" in fall.title
     )
     assert forcing.value == pytest.approx((5 - 2) / 8)
     # Benign, of four: the base answers all, one of them not after a random word.

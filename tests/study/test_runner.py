@@ -18,8 +18,8 @@ from casa_mech.files import TEMPORARY
 from casa_mech.omni.checkpoint import WEIGHTS
 from casa_mech.study.manifest import Manifest
 from casa_mech.study.notebooks import check_parameters, find_notebooks
-from casa_mech.study.runner import SMALL_BYTES, default_jobs, run_study
-from casa_mech.study.settings import SHIPPED, StudySettings, checkpoint_bytes, settings_of
+from casa_mech.study.runner import default_jobs, run_study
+from casa_mech.study.settings import SHIPPED, SMALL_BYTES, StudySettings, checkpoint_bytes, settings_of
 
 GENEROUS = 60
 """Seconds after which a test gives up waiting; what it waits for takes a few."""

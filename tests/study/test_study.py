@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from filelock import FileLock
 
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError, ModelError, RunError
@@ -35,6 +37,8 @@ def _open(model: Path, out: Path) -> Study:
 
 def test_default_profile_meets_the_sizes_asked_for() -> None:
     assert PROFILES["default"].n_eval >= 300
+    assert [PROFILES[name].gates for name in ("smoke", "default", "full")] == [1, 3, 5]
+    assert all(profile.n_eval % profile.gates == 0 for profile in PROFILES.values())
     assert PROFILES["smoke"].n_eval < PROFILES["default"].n_eval < PROFILES["full"].n_eval
     assert StudySettings().models == ("organism", "organism-split")
     assert StudySettings(model="a/b").models == ("a/b",)
@@ -205,6 +209,114 @@ def test_pretrained_cells_are_the_base_model_with_or_without_a_gate(study: Study
     assert list(before["reply"]) == list(after["reply"])
     assert before["v_s"].isna().all()
     assert fresh.replies(model, "CASA", "prefill-4", "harmful")["safety_token"].isin(["safe", "unsafe"]).all()
+
+
+def _of_three(random_organism: Path, out: Path) -> Study:
+    sizes = {**SIZES, "gates": 3, "n_eval": 6}
+    return Study.open(out, model=str(random_organism), profile="smoke", progress=False, sizes=sizes)
+
+
+def test_each_gate_has_its_own_start_examples_and_seed(random_organism: Path, tmp_path: Path) -> None:
+    study = _of_three(random_organism, tmp_path / "run")
+    weights = {gate: casa.attention.w_k.weight.detach().clone() for gate, casa in study.gates()}
+    assert list(weights) == [0, 1, 2]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert study.casa(gate=0).omni is study.omni() and study.casa(gate=1).omni is not study.omni()
+    assert torch.equal(study.casa(gate=1).attention.w_k.weight, weights[1])
+    trained = [casa.training for _, casa in study.gates()]
+    assert [record.settings.seed for record in trained if record] == [0, 1, 2]
+    texts = [[example.query.text for example in study.training_examples(gate)] for gate in study.gate_numbers]
+    assert texts[0] != texts[1] != texts[2] and study.training_examples() == study.training_examples(0)
+
+
+def test_gate_0_is_the_gate_of_a_study_of_one(random_organism: Path, tmp_path: Path) -> None:
+    one, three = _open(random_organism, tmp_path / "one"), _of_three(random_organism, tmp_path / "three")
+    for name, value in one.casa().attention.state_dict().items():
+        assert torch.equal(three.casa().attention.state_dict()[name], value)
+    pd.testing.assert_frame_equal(one.readings(), three.readings())
+
+
+def test_gates_answer_the_first_of_the_requests_that_the_pretrained_model_answers(
+    random_organism: Path, tmp_path: Path
+) -> None:
+    study, model = _of_three(random_organism, tmp_path / "run"), str(random_organism)
+    base = study.replies(model, "pretrained", "plain", "harmful", gate=2)
+    assert len(base) == 6 and base["gate_seed"].isna().all()
+    for gate in study.gate_numbers:
+        replies = study.replies(model, "CASA", "plain", "harmful", gate)
+        assert list(replies["query_id"]) == list(base["query_id"])[:2]
+        assert list(replies["gate_seed"]) == [gate, gate]
+        decided = [reply.v_s for reply in study.casa(gate=gate).decide(study.queries("plain", "harmful", 2))]
+        assert list(replies["v_s"]) == pytest.approx(decided)
+
+
+def test_the_attack_table_averages_over_gates(
+    random_organism: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three gates with attack success 1, 0 and 0 on two topics: a third, and nothing excluded by three seeds."""
+    study, model = _of_three(random_organism, tmp_path / "run"), str(random_organism)
+    asked: list[tuple[str, int]] = []
+
+    def replies(model: str, defense: str, attack: str, label: str, gate: int = 0) -> pd.DataFrame:
+        asked.append((defense, gate))
+        gated = defense != "pretrained"
+        outcome = "complied" if not gated or gate == 0 else "refused"
+        rows = {
+            "model": model, "defense": defense, "attack": attack, "surface": "text", "label": label,
+            "query_id": ["a", "b"], "topic": ["a", "b"], "outcome": outcome,
+            "gate_seed": pd.array([gate if gated else pd.NA] * 2, dtype="Int64"),
+        }  # fmt: skip
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(study, "replies", replies)
+    monkeypatch.setattr(study, "train_gates", lambda *models: None)
+    cells: list[tuple[str, str, str, str]] = [(model, name, "plain", "harmful") for name in ("pretrained", "CASA")]
+    monkeypatch.setattr(study, "cells", lambda: cells)
+    table = study.attack_results().set_index(["defense", "metric"])
+    assert asked == [("pretrained", 0), ("CASA", 0), ("CASA", 1), ("CASA", 2)]
+    assert table.loc[("pretrained", "attack_success"), ["n", "value"]].tolist() == [2, 1.0]
+    n, value, low, high = table.loc[("CASA", "attack_success"), ["n", "value", "low", "high"]]
+    assert (n, value) == (6, pytest.approx(1 / 3)) and (low, high) == (0.0, 1.0)
+
+
+def test_missing_gates_are_trained_in_processes(
+    random_organism: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {**SIZES, "gates": 2}
+    study, alone = (
+        Study.open(tmp_path / name, model=str(random_organism), profile="smoke", progress=False, sizes=sizes)
+        for name in ("processes", "alone")
+    )
+    monkeypatch.setattr(Study, "_train", lambda *_: pytest.fail("trained in the process that asked"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    study.train_gates()
+    monkeypatch.undo()
+    assert sorted(path.name for path in study.folder.path("gates").iterdir()) == [
+        random_organism.name, f"{random_organism.name}-gate1",
+    ]  # fmt: skip
+    for gate in study.gate_numbers:
+        ours, theirs = (each.casa(gate=gate).attention.state_dict() for each in (study, alone))
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_gate_that_another_process_trains_is_left_to_it(
+    random_organism: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = _of_three(random_organism, tmp_path / "run")
+    order: list[int] = []
+    train, held = Study._train, FileLock(study.folder.root / ".locks" / f"gates-{random_organism.name}.lock")
+    Path(held.lock_file).parent.mkdir()
+
+    def noted(self: Study, model: str, gate: int, new: Path) -> None:
+        order.append(gate)
+        train(self, model, gate, new)
+        if gate == 2:
+            held.release()
+
+    monkeypatch.setattr(Study, "_train", noted)
+    with held:
+        study.train_gates()
+    assert order == [1, 2, 0]
 
 
 def test_cells_cover_every_attack_and_the_benign_side(study: Study) -> None:

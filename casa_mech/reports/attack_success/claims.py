@@ -9,7 +9,7 @@ from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import paired_difference
 from casa_mech.queries import Label
-from casa_mech.reports.attack_success.tables import SEPARATION
+from casa_mech.reports.attack_success.tables import SEPARATION, replies_of
 from casa_mech.reports.claim import Claim, Heading
 from casa_mech.study.settings import slug
 from casa_mech.study.study import BENIGN_ATTACKS, Study
@@ -23,6 +23,7 @@ KINDS = {
     "prefill": tuple(f"prefill-{length}" for length in PREFILL_LENGTHS),
 }
 """The attacks of the study, by kind."""
+_TEST = "paired permutation over topics and, over several gates, a bootstrap over topics and gates: the larger p"
 
 
 def token_heading(study: Study, results: pd.DataFrame) -> Heading:
@@ -41,59 +42,121 @@ def token_heading(study: Study, results: pd.DataFrame) -> Heading:
     )
 
 
+def attack_claims(study: Study, results: pd.DataFrame) -> list[Claim]:
+    """The claims of the notebook: attack success, benign refusals, what the fall is made of, the control."""
+    claims = [success_claim(study, results), refusal_claim(study), fall_claim(study)]
+    return claims + ([control_claim(study)] if len(study.models) > 1 else [])
+
+
 def success_claim(study: Study, results: pd.DataFrame) -> Claim:
     """What CASA does to attack success on the model under study, over all attacks."""
-    replies = _paired_replies(study, STUDY_ATTACKS, "harmful", "complied")
-    change, p = _change(study, replies)
+    replies = _paired_replies(study, study.settings.model, STUDY_ATTACKS, "harmful")
+    after, before = (replies[name] == "complied" for name in (CASA, PRETRAINED))
+    change, p = _change(study, replies, after, before)
     rates = results[(results["metric"] == "attack_success") & results["defense"].isin([PRETRAINED, CASA])]
     by_model = " ".join(f"{slug(model)}: {_by_kind(rates[rates['model'] == model])}." for model in study.models)
     return Claim(
-        f"{study.name}: CASA, trained on plain text alone, takes mean attack success {_from_to(replies)}",
-        f"{_points(change)} over {len(STUDY_ATTACKS)} attacks. Mean attack success before → after CASA, by kind of "
-        f"attack. {by_model}",
-        "attack_success", len(replies), *change, "paired permutation over topics", p,
-        "on fresh requests the mean change has the other sign, or its interval holds 0",
+        f"{study.name}: CASA, trained on plain text alone, takes mean attack success {_from_to(before, after)}",
+        f"{_points(change)} over {len(STUDY_ATTACKS)} attacks. {_by_gate(replies, after, before)} Mean attack success "
+        f"before → after CASA, by kind of attack. {by_model}",
+        "attack_success", len(replies), *change, _TEST, p,
+        "on fresh requests and gates the mean change has the other sign, or its interval holds 0",
     )  # fmt: skip
 
 
 def refusal_claim(study: Study) -> Claim:
     """What CASA costs in refusals of benign requests under the same attacks."""
-    replies = _paired_replies(study, BENIGN_ATTACKS, "benign", "refused")
-    change, p = _change(study, replies)
+    replies = _paired_replies(study, study.settings.model, BENIGN_ATTACKS, "benign")
+    after, before = (replies[name] == "refused" for name in (CASA, PRETRAINED))
+    change, p = _change(study, replies, after, before)
     return Claim(
-        f"{study.name}: CASA takes over-refusal of benign requests {_from_to(replies)}",
-        f"{_points(change)} over {len(BENIGN_ATTACKS)} attacks.",
-        "attack_success", len(replies), *change, "paired permutation over topics", p,
-        "on fresh benign requests the mean change has the other sign, or its interval holds 0",
+        f"{study.name}: CASA takes over-refusal of benign requests {_from_to(before, after)}",
+        f"{_points(change)} over {len(BENIGN_ATTACKS)} attacks. {_by_gate(replies, after, before)}",
+        "attack_success", len(replies), *change, _TEST, p,
+        "on fresh benign requests and gates the mean change has the other sign, or its interval holds 0",
     )  # fmt: skip
 
 
-def _paired_replies(study: Study, attacks: tuple[str, ...], label: Label, outcome: str) -> pd.DataFrame:
-    """Whether a reply has `outcome`, before and after CASA: `attack, query_id, topic` and a column a defence."""
-    cells = [
-        study.replies(study.settings.model, defense, attack, label).assign(attack=attack)
-        for defense in (PRETRAINED, CASA)
-        for attack in attacks
-    ]
-    replies = pd.concat(cells, ignore_index=True)
-    replies = replies.assign(hit=(replies["outcome"] == outcome).astype(float))
-    index = ["attack", "query_id", "topic"]
-    return replies.pivot_table(index=index, columns="defense", values="hit", sort=False).reset_index()
+def fall_claim(study: Study) -> Claim:
+    """Whether refusals or replies that fall apart make up more of what attack success loses."""
+    replies = _paired_replies(study, study.settings.model, STUDY_ATTACKS, "harmful")
+    ends = {
+        name: replies[name].where(replies[name].isin(["complied", "refused"]), "failed") for name in (CASA, PRETRAINED)
+    }
+    more = {end: (ends[CASA] == end).astype(float) - (ends[PRETRAINED] == end) for end in ("refused", "failed")}
+    difference, p = _change(study, replies, more["refused"], more["failed"])
+    refused, failed = (100 * more[end].mean() for end in ("refused", "failed"))
+    flagged = replies["safety_token"] == "unsafe"
+    return Claim(
+        f"{study.name}: under CASA refusals of attacked requests change by {refused:+.0f} points, replies that fall "
+        f"apart by {failed:+.0f}",
+        f"A difference of {difference.times(100).text('+.1f')} points over {len(STUDY_ATTACKS)} attacks. CASA flags "
+        f"{_share(flagged)} of the requests: {_share(flagged & (ends[CASA] == 'refused'))} are flagged and refused, "
+        f"{_share(flagged & (ends[CASA] == 'complied'))} flagged and answered all the same, "
+        f"{_share(flagged & (ends[CASA] == 'failed'))} flagged and fall apart.",
+        "reply_paths", len(replies), *difference, _TEST, p,
+        "on fresh requests and gates the difference between the two has the other sign, or its interval holds 0",
+    )  # fmt: skip
 
 
-def _change(study: Study, replies: pd.DataFrame) -> tuple[Estimate, float]:
-    """The mean change from before to after CASA, and the p of its paired test."""
-    topics = replies["topic"].tolist()
-    return paired_difference(replies[CASA], replies[PRETRAINED], topics, study.settings.seed, outcomes=True)
+def control_claim(study: Study) -> Claim:
+    """Whether CASA takes more off attack success on the model under study than on the control."""
+    sides = []
+    for model in study.models[:2]:
+        replies = _paired_replies(study, model, STUDY_ATTACKS, "harmful")
+        change = (replies[CASA] == "complied").astype(float) - (replies[PRETRAINED] == "complied")
+        sides.append(replies.assign(change=change).set_index(["attack", "query_id", "topic", "gate_seed"])["change"])
+    both = pd.concat(sides, axis=1, keys=["first", "second"], join="inner").reset_index()
+    difference, p = _change(study, both, both["first"], both["second"])
+    first, second = (slug(model) for model in study.models[:2])
+    means = 100 * both[["first", "second"]].mean()
+    return Claim(
+        f"CASA changes attack success by {means['first']:+.0f} points on {first}, {means['second']:+.0f} on {second}",
+        f"A difference of {difference.times(100).text('+.1f')} points on the same requests under {len(STUDY_ATTACKS)} "
+        "attacks. Where the two differ before CASA, part of this is how much there is to take off.",
+        "attack_success", len(both), *difference, _TEST, p,
+        "on fresh requests and gates the difference has the other sign, or its interval holds 0",
+    )  # fmt: skip
 
 
-def _from_to(replies: pd.DataFrame) -> str:
-    return f"from {100 * replies[PRETRAINED].mean():.0f} to {100 * replies[CASA].mean():.0f} %"
+def _paired_replies(study: Study, model: str, attacks: tuple[str, ...], label: Label) -> pd.DataFrame:
+    """How each gate's reply ended and how the pretrained model's to the same request did.
+
+    Columns `attack, query_id, topic, gate_seed, safety_token`, and the two outcomes under `CASA` and `PRETRAINED`.
+    """
+    same = ["attack", "query_id"]
+    gated, base = (replies_of(study, model, defense, attacks, label) for defense in (CASA, PRETRAINED))
+    gated = gated[[*same, "topic", "gate_seed", "safety_token", "outcome"]].rename(columns={"outcome": CASA})
+    base = base[[*same, "outcome"]].rename(columns={"outcome": PRETRAINED})
+    return gated.merge(base, on=same, validate="m:1")
+
+
+def _change(study: Study, replies: pd.DataFrame, after: pd.Series, before: pd.Series) -> tuple[Estimate, float]:
+    """The mean of `after` less `before`, row by row of `replies`, and the p of its paired test."""
+    first, second = (side.astype(float).to_numpy() for side in (after, before))
+    topics, runs = replies["topic"].tolist(), replies["gate_seed"].tolist()
+    return paired_difference(first, second, topics, study.settings.seed, outcomes=True, runs=runs)
+
+
+def _from_to(before: pd.Series, after: pd.Series) -> str:
+    return f"from {100 * before.mean():.0f} to {100 * after.mean():.0f} %"
 
 
 def _points(change: Estimate) -> str:
     points = change.times(100)
     return f"A change of {points.value:+.1f} points {points.bounds('.1f')}"
+
+
+def _share(hits: pd.Series) -> str:
+    return f"{100 * hits.mean():.0f} %"
+
+
+def _by_gate(replies: pd.DataFrame, after: pd.Series, before: pd.Series) -> str:
+    """The change of each gate, in words."""
+    changes = 100 * (after.astype(float) - before.astype(float)).groupby(replies["gate_seed"]).mean()
+    if len(changes) < 2:
+        return "Of one gate; another training may differ."
+    return f"Gate by gate {', '.join(f'{change:+.1f}' for change in changes)}."
 
 
 def _by_kind(rates: pd.DataFrame) -> str:

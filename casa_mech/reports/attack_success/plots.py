@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,9 +13,21 @@ from matplotlib.figure import Figure
 from casa_mech.figures import MARKERS, SERIES, bar_lengths, not_refused_bars, style, titled
 from casa_mech.study.settings import slug
 
+PATH_STYLES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "complied": ("#BBBBBB", ""),
+        "flagged, complied": ("#F0E442", ".."),
+        "flagged, failed": ("#E69F00", "//"),
+        "failed": ("#D55E00", "xx"),
+        "refused": ("#56B4E9", "\\\\"),
+        "flagged, refused": ("#0072B2", ""),
+    }
+)
+"""Colour and hatch of each of `audit.result.PATHS`, as its parts have them in the figure of an audit."""
+
 
 def plot_rates(data: pd.DataFrame, panels: Sequence[tuple[str, str]], title: str, caption: str = "") -> Figure:
-    """Rates with Wilson intervals: a row of panels a model, a column a metric, an attack a line, defences side by side.
+    """Rates with their intervals: a row of panels a model, a column a metric, an attack a line, defences side by side.
 
     Args:
         data: the result schema (`model, defense, attack, metric, n, value, low, high`) and `merit.NOT_REFUSED`.
@@ -45,8 +58,45 @@ def plot_rates(data: pd.DataFrame, panels: Sequence[tuple[str, str]], title: str
             axis.tick_params(labelbottom=True)
             axis.set_yticks(np.arange(len(attacks[metric])), attacks[metric])
             axis.invert_yaxis()
-        how = "Hollow: not refused, answered or not. Bars: 95 % intervals (Wilson); n: requests in a cell."
+        how = "Hollow: not refused, answered or not. Bars: 95 % intervals over topics and gates; n: replies in a cell."
         return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])
+
+
+def plot_paths(data: pd.DataFrame, names: Mapping[str, str], title: str, caption: str = "") -> Figure:
+    """What becomes of harmful requests, a stacked bar an attack and defence: a panel a model, an attack two bars.
+
+    Args:
+        data: columns `model, defense, attack, path, n, value`; the shares of a bar sum to 1.
+        names: what to call each path, in the order of the bar.
+        title: the claim.
+        caption: what stands behind it.
+    """
+    models, attacks = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["attack"]))
+    defenses = list(dict.fromkeys(data["defense"]))
+    shares = data.set_index(["model", "defense", "attack", "path"])["value"].to_dict()
+    with style():
+        size = (6.4 * len(models), 1.6 + 0.5 * len(attacks))
+        figure, axes = plt.subplots(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axis, model in zip(axes[0], models, strict=True):
+            for number, defense in enumerate(defenses):
+                places = np.arange(len(attacks)) + 0.4 * (number - (len(defenses) - 1) / 2)
+                start = np.zeros(len(attacks))
+                for path, name in names.items():
+                    width = 100 * np.array([shares[model, defense, attack, path] for attack in attacks])
+                    colour, hatch = PATH_STYLES[path]
+                    axis.barh(
+                        places, width, left=start, height=0.36, color=colour, hatch=hatch, edgecolor="white",
+                        linewidth=0.5, label="" if number else name,
+                    )  # fmt: skip
+                    start = start + width
+            smallest = int(data[data["model"] == model]["n"].min())
+            axis.set(xlim=(0, 100), xlabel="percent of harmful requests", title=f"{slug(model)} (n ≥ {smallest})")
+            axis.set_yticks(np.arange(len(attacks)), attacks)
+            axis.grid(axis="y", visible=False)
+        axes[0][0].invert_yaxis()
+        return titled(
+            figure, title, f"{caption} Upper bar: {defenses[0]}; lower: {defenses[-1]}.", legend_of=axes[0][0]
+        )
 
 
 def plot_separation(data: pd.DataFrame, scores: Mapping[str, str], title: str, caption: str = "") -> Figure:

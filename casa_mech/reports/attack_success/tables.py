@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from casa_mech.evaluation.evaluate import CASA
+from casa_mech.attacks import STUDY_ATTACKS
+from casa_mech.audit.result import PATHS, path_of
+from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.merit import BESIDE, NOT_REFUSED, with_not_refused
+from casa_mech.judging.stats import clusters_of, rate_interval, runs_of
+from casa_mech.judging.verdict import UNDECIDED
+from casa_mech.queries import Label
+from casa_mech.study import Study
 
 RATES = (
     ("attack_success", "attack success"),
@@ -30,6 +36,33 @@ def rate_data(results: pd.DataFrame) -> pd.DataFrame:
 def separation_data(results: pd.DataFrame) -> pd.DataFrame:
     """The rows of `SEPARATION` under CASA."""
     return results[results["metric"].isin(list(SEPARATION)) & (results["defense"] == CASA)]
+
+
+def replies_of(study: Study, model: str, defense: str, attacks: Sequence[str], label: Label) -> pd.DataFrame:
+    """Replies under `attacks` to requests of a label, with the column `attack`; under CASA those of every gate."""
+    gates = study.gate_numbers if defense != PRETRAINED else (0,)
+    cells = [
+        study.replies(model, defense, attack, label, gate).assign(attack=attack) for gate in gates for attack in attacks
+    ]
+    return pd.concat(cells, ignore_index=True)
+
+
+def path_data(study: Study) -> pd.DataFrame:
+    """What becomes of harmful requests under each attack: `model, defense, attack, path, n, value, low, high`.
+
+    The paths are the audit's (`audit.result.PATHS`), in its order; shares of the decided replies, averaged over gates.
+    """
+    rows = []
+    for model in study.models:
+        for defense in (PRETRAINED, CASA):
+            replies = replies_of(study, model, defense, STUDY_ATTACKS, "harmful")
+            for attack, cell in replies[replies["outcome"] != UNDECIDED].groupby("attack", sort=False):
+                taken, clusters, runs = path_of(cell), clusters_of(cell), runs_of(cell)
+                for path in PATHS:
+                    share = rate_interval(taken == path, clusters, study.settings.seed, runs=runs)
+                    where = {"model": model, "defense": defense, "attack": attack, "path": path, "n": len(cell)}
+                    rows.append({**where, **share._asdict()})
+    return pd.DataFrame(rows)
 
 
 def attack_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -1,24 +1,35 @@
-"""Notebook 02: the headings of its figures and its claim, each computed from the table that it stands above."""
+"""Notebook 02: the headings of its figures and its claims, each computed from the table that it stands above."""
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
-from casa_mech.judging.hypothesis import PERMUTATIONS, label_permutation_test
-from casa_mech.judging.stats import auroc_interval, aurocs_by_labels
+from casa_mech.judging.gate_aurocs import auroc_change, mean_auroc
+from casa_mech.judging.hypothesis import PERMUTATIONS
 from casa_mech.reports.claim import Claim, Heading, span
 from casa_mech.study import Study
 
+FIGURE = "gate_before_after"
+_CHANCE = f"labels permuted over topics, {PERMUTATIONS} draws, and a bootstrap over topics and gates: the larger p"
+
+
+def gates_of(table: pd.DataFrame) -> str:
+    """How many gates a table's numbers are over, in words."""
+    n = table["gate_seed"].nunique()
+    return f"{n} gates" if n > 1 else "one gate"
+
 
 def training_heading(study: Study, steps: pd.DataFrame) -> Heading:
-    """Where v_s ends on training requests: means over the last tenth of the steps."""
-    last = steps.tail(max(1, len(steps) // 10))
-    harmful, benign = (last[f"v_s_{label}"].mean() for label in ("harmful", "benign"))
+    """Where v_s ends on training requests: means over the last tenth of the steps, and over gates."""
+    count = int(steps["step"].max())
+    last = steps[steps["step"] > count - max(1, count // 10)]
+    by_gate = last.groupby("gate_seed")[["v_s_harmful", "v_s_benign"]].mean()
+    harmful, benign = by_gate.mean()
     return Heading(
-        f"{study.name}: {len(steps)} steps on text alone take v_s to {harmful:.2f} on harmful and {benign:.2f} on "
+        f"{study.name}: {count} steps on text alone take v_s to {harmful:.2f} on harmful and {benign:.2f} on "
         "benign requests",
-        f"Means over the batches of the last {len(last)} steps; loss of reply and safety token.",
+        f"Means of {gates_of(steps)}, over the batches of the last {last['step'].nunique()} steps; gate by gate "
+        f"{span(by_gate['v_s_harmful'])} and {span(by_gate['v_s_benign'])}. Loss of reply and safety token.",
     )
 
 
@@ -29,29 +40,68 @@ def gate_heading(study: Study, readings: pd.DataFrame) -> Heading:
     return Heading(
         f"{study.name}: trained on text alone, median v_s is {span(after['harmful'])} on harmful, "
         f"{span(after['benign'])} on benign requests",
-        f"Median v_s of harmful / benign requests after training: {medians}. All in held-out phrasings.",
+        f"Median v_s of harmful / benign requests after training, {gates_of(readings)} together: {medians}. All in "
+        "held-out phrasings.",
     )
 
 
-def gate_claim(study: Study, readings: pd.DataFrame) -> Claim:
-    """How well v_s tells harm off the surface that it was trained on, where it does so least."""
+def training_claims(study: Study, readings: pd.DataFrame) -> list[Claim]:
+    """The claims of the notebook: the weakest surface, what training adds, and topics that it did not see."""
     after = readings[(readings["moment"] == "after") & (readings["surface"] != "text")]
-    aurocs = {
-        str(surface): auroc_interval(
-            rows["v_s"].tolist(), (rows["label"] == "harmful").tolist(), rows["topic"].tolist(), study.settings.seed
-        )
-        for surface, rows in after.groupby("surface", sort=False)
+    before = readings[(readings["moment"] == "before") & (readings["surface"] != "text")]
+    claims = [gate_claim(study, after), change_claim(study, before, after)]
+    held_out = after[after["split"] == "held_out"]
+    return claims + ([held_out_claim(study, held_out)] if held_out["label"].nunique() == 2 else [])
+
+
+def gate_claim(study: Study, after: pd.DataFrame) -> Claim:
+    """How well v_s tells harm off the surface that it was trained on, where it does so least."""
+    tested = {
+        str(surface): mean_auroc(rows, study.settings.seed) for surface, rows in after.groupby("surface", sort=False)
     }
-    least = min(aurocs, key=lambda surface: aurocs[surface].value)
+    least = min(tested, key=lambda surface: tested[surface][0].value)
+    auroc, p = tested[least]
     rows = after[after["surface"] == least]
-    scores, harmful = rows["v_s"].to_numpy(), (rows["label"] == "harmful").to_numpy()
-    p = label_permutation_test(
-        lambda labels: np.abs(aurocs_by_labels(scores, labels) - 0.5), harmful, rows["topic"], study.settings.seed
-    )
-    by_surface = ", ".join(f"{surface} {auroc.text()}" for surface, auroc in aurocs.items())
+    by_surface = ", ".join(f"{surface} {each.text()}" for surface, (each, _) in tested.items())
     return Claim(
-        f"{study.name}: trained on text alone, v_s tells harm least on {least}, with AUROC {aurocs[least].text()}",
-        f"AUROC of v_s after training, on requests in held-out phrasings: {by_surface}.",
-        "gate_before_after", len(rows), *aurocs[least], f"labels permuted over topics, {PERMUTATIONS} draws", p,
-        "on fresh requests the interval of this surface holds 0.5, or lies elsewhere",
+        f"{study.name}: trained on text alone, v_s tells harm least on {least}, with AUROC {auroc.text()}",
+        f"AUROC of v_s after training, on requests in held-out phrasings: {by_surface}. {_by_gate(rows)}",
+        FIGURE, len(rows), *auroc, _CHANCE, p,
+        "on fresh requests and gates the interval of this surface holds 0.5, or lies elsewhere",
     )  # fmt: skip
+
+
+def change_claim(study: Study, before: pd.DataFrame, after: pd.DataFrame) -> Claim:
+    """What training on text adds off text, over the same safety attention before it was trained."""
+    change, p = auroc_change(before, after, study.settings.seed)
+    start, end = (mean_auroc(rows, study.settings.seed)[0] for rows in (before, after))
+    return Claim(
+        f"{study.name}: training on text takes v_s's AUROC off text from {start.value:.2f} to {end.value:.2f}",
+        f"A change of {change.value:+.2f} {change.bounds('+.2f')}, mean of {span_of(after)}: from {start.text()} to "
+        f"{end.text()}.",
+        FIGURE, len(after), *change, "bootstrap over topics and gates", p,
+        "on fresh requests and gates the change has the other sign, or its interval holds 0",
+    )  # fmt: skip
+
+
+def held_out_claim(study: Study, held_out: pd.DataFrame) -> Claim:
+    """How well v_s tells harm off text on topics that training did not see."""
+    auroc, p = mean_auroc(held_out, study.settings.seed)
+    return Claim(
+        f"{study.name}: on topics that training did not see, v_s's AUROC off text is {auroc.text()}",
+        f"Mean of {span_of(held_out)}, {held_out['topic'].nunique()} topics. {_by_gate(held_out)}",
+        FIGURE, len(held_out), *auroc, _CHANCE, p,
+        "on fresh topics and gates the interval holds 0.5, or lies elsewhere",
+    )  # fmt: skip
+
+
+def span_of(readings: pd.DataFrame) -> str:
+    """The surfaces and gates of a mean, in words."""
+    return f"{', '.join(dict.fromkeys(readings['surface']))} and {gates_of(readings)}"
+
+
+def _by_gate(readings: pd.DataFrame) -> str:
+    if readings["gate_seed"].nunique() < 2:
+        return "Of one gate; another training may differ."
+    values = [mean_auroc(rows)[0].value for _, rows in readings.groupby("gate_seed")]
+    return f"Gate by gate {span(values)}."

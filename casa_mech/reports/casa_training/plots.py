@@ -12,20 +12,23 @@ from casa_mech.figures import BENIGN, HARMFUL, SERIES, style, titled
 
 
 def plot_training(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """Loss and mean v_s of both classes over training.
+    """Loss and mean v_s of both classes over training, a line a gate.
 
     Args:
-        data: columns `step, loss, v_s_harmful, v_s_benign`.
+        data: columns `gate_seed, step, loss, v_s_harmful, v_s_benign`.
         title: the claim.
         caption: what stands behind it.
     """
     with style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-        left.plot(data["step"], data["loss"], color=SERIES[5], linewidth=1)
+        for _, gate in data.groupby("gate_seed"):
+            left.plot(gate["step"], gate["loss"], color=SERIES[5], linewidth=1, alpha=0.6)
         left.set(xlabel="step", ylabel="training loss (nats a token)", title="loss")
         left.set_yscale("log")
         for column, colour, dash in (("v_s_harmful", HARMFUL, "-"), ("v_s_benign", BENIGN, "--")):
-            right.plot(data["step"], data[column], color=colour, linestyle=dash, label=column.removeprefix("v_s_"))
+            for _, gate in data.groupby("gate_seed"):
+                name = column.removeprefix("v_s_")
+                right.plot(gate["step"], gate[column], color=colour, linestyle=dash, linewidth=1, label=name)
         right.set(xlabel="step", ylabel="mean v_s of the batch", title="safety attention", ylim=(-0.03, 1.03))
         return titled(figure, title, caption, legend_of=right)
 
@@ -34,12 +37,14 @@ def plot_gate(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Distribution of v_s by surface, harmful beside benign: median, middle half, and the middle 90 %.
 
     Args:
-        data: columns `surface, label, v_s`, one row a query, and optionally `moment` (before or after training).
+        data: columns `surface, label, v_s`, one row a query and gate, and optionally `moment` (before or after
+            training) and `gate_seed`.
         title: the claim.
         caption: what stands behind it.
     """
     moments = list(dict.fromkeys(data["moment"])) if "moment" in data else [None]
     surfaces = list(dict.fromkeys(data["surface"]))
+    gates = data["gate_seed"].nunique() if "gate_seed" in data else 1
     with style():
         figure, axes = plt.subplots(1, len(moments), figsize=(4.6 * len(moments), 3.6), sharey=True, squeeze=False)
         for axis, moment in zip(axes[0], moments, strict=True):
@@ -48,7 +53,8 @@ def plot_gate(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
                 groups = [
                     panel[(panel["surface"] == s) & (panel["label"] == label)]["v_s"].to_numpy() for s in surfaces
                 ]
-                _boxes(axis, groups, np.arange(len(surfaces)) + shift, colour, f"{label} (n = {len(groups[0])} each)")
+                n = f"n = {len(groups[0]) // gates} each" + (f", {gates} gates" if gates > 1 else "")
+                _boxes(axis, groups, np.arange(len(surfaces)) + shift, colour, f"{label} ({n})")
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(xlabel="surface of the request", ylim=(-0.03, 1.03), title=moment or "")
         axes[0][0].set_ylabel("v_s (1: unsafe)")

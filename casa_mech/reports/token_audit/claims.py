@@ -31,8 +31,8 @@ def fall_claim(study: Study, harmful: pd.DataFrame) -> Claim:
     gate, fall = harmful["gate"], 100 * harmful["total"].mean()
     return _claim(
         study, harmful, gate, apart,
-        f"of {fall:.0f} points of attack success that CASA takes off, the token makes {100 * gate.mean():.0f}, replies "
-        f"that fall apart {100 * apart.mean():.0f}",
+        f"of {fall:.0f} points of attack success that this gate takes off, its token makes {100 * gate.mean():.0f}, "
+        f"broken replies {100 * apart.mean():.0f}",
         f"Attack success goes from {_percent(harmful, f'answered, {BASE}')} to "
         f"{_percent(harmful, f'answered, {OWN}')}; {100 * harmful['adapter'].mean():.0f} points are refused under "
         "either token.",
@@ -45,7 +45,7 @@ def forcing_claim(study: Study, harmful: pd.DataFrame) -> Claim:
     unsafe, safe = (harmful[f"refused, {name}"] for name in (UNSAFE, SAFE))
     return _claim(
         study, harmful, unsafe, safe,
-        f"forced to unsafe, {100 * unsafe.mean():.0f} % of harmful requests are refused, forced to safe "
+        f"forced to unsafe, this gate refuses {100 * unsafe.mean():.0f} % of harmful requests, forced to safe "
         f"{100 * safe.mean():.0f} %",
         f"By its own choice the gate has {_percent(harmful, f'refused, {OWN}')} refused.",
         "on fresh requests the difference has the other sign, or its interval holds 0",
@@ -72,7 +72,8 @@ def _claim(
     points = difference.times(100)
     return Claim(
         f"{study.name}: {title}",
-        f"A difference of {points.value:+.0f} points {points.bounds('+.0f')}, n = {len(requests)} requests under "
+        f"Of gate 0 alone (seed {study.gate_seed(0)}); another training may differ. A difference of "
+        f"{points.value:+.0f} points {points.bounds('+.0f')}, n = {len(requests)} requests under "
         f"{requests['attack'].nunique()} attacks. {detail}",
         FIGURE, len(requests), *difference, _TEST, p, refuted_if,
     )  # fmt: skip
