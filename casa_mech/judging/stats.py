@@ -118,6 +118,30 @@ def auroc_interval(
     return Estimate(auroc(scores, labels), low, high)
 
 
+def auroc_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    labels: Sequence[int | bool],
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """AUROC of `first` [n] minus that of `second` [n], scores of the same queries, bootstrapped together over clusters.
+
+    Raises:
+        InputError: as `auroc`.
+    """
+    ranked, truth = _checked(first, labels)
+    other, _ = _checked(second, labels)
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return _weighted_auroc(ranked, truth, weights) - _weighted_auroc(other, truth, weights)
+
+    low, high = bootstrap_interval(difference, clusters, len(ranked), seed, level, resamples)
+    return Estimate(auroc(first, labels) - auroc(second, labels), low, high).widened()
+
+
 def aurocs_by_labels(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """AUROC [draw] of `scores` [n] under each row of `labels`, bool [draw, n]; ties count half."""
     from scipy.stats import rankdata
