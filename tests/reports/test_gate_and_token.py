@@ -56,6 +56,13 @@ def test_the_pair_is_scored_before_and_after_v_s(results: pd.DataFrame) -> None:
     assert gains.loc["helped", "low"] >= 0
 
 
+def test_two_perfect_rankings_differ_by_less_than_so_few_requests_could_show() -> None:
+    rows = result_rows(replies("plain", RISING, V_S, [2 * value for value in RISING]))
+    gain = next(row for row in rows if row["metric"] == tables.GAIN)
+    # Four pairs of a harmful and a benign topic: 1 - 0.025 ** (1 / 4).
+    assert gain["value"] == 0 and gain["high"] == pytest.approx(0.602, abs=1e-3) and gain["low"] == -gain["high"]
+
+
 def test_the_heading_follows_the_sign_of_the_gain(results: pd.DataFrame) -> None:
     halves = tables.separation_data(results)
     assert set(halves["metric"]) == {*tables.SEPARATION, tables.GAIN}
