@@ -15,6 +15,7 @@ from casa_mech.reports.prefill_dynamics import claims as prefill_claims
 from casa_mech.reports.prefill_dynamics import plots as prefill_plots
 from casa_mech.reports.prefill_dynamics import tables as prefill_analysis
 from casa_mech.reports.safety_attention import claims as gate_claims
+from casa_mech.reports.safety_attention import patch_plots, patch_tables
 from casa_mech.reports.safety_attention import plots as gate_plots
 from casa_mech.reports.safety_attention import tables as gate_analysis
 from casa_mech.study import Study
@@ -31,7 +32,7 @@ def study(random_organism: Path, tmp_path_factory: pytest.TempPathFactory) -> St
 
 @pytest.mark.parametrize("attack", ["plain", "image", "audio"])
 def test_matched_pairs_differ_in_the_key_word_alone(study: Study, attack: str) -> None:
-    pairs = gate_analysis.matched_pairs(study, attack, 3)
+    pairs = patch_tables.matched_pairs(study, attack, 3)
     assert 1 <= len(pairs) <= 3
     omni = study.omni()
     for pair in pairs:
@@ -58,17 +59,25 @@ def test_directions_are_found_or_said_to_be_second_best(study: Study) -> None:
     assert table["cosine"].abs().max() <= 1 and len(table) == 9
     ablated = gate_analysis.ablation(study, 2)
     assert set(ablated["run"]) == set(gate_analysis.RUNS)
-    assert (ablated.groupby(["surface", "run"])["query_id"].count() == [4, 4, 20, 4] * 3).all()
+    counts = ablated.groupby(["surface", "run"])["query_id"].count().unstack()
+    assert (counts[list(gate_analysis.RUNS[:3])] == 4).all(axis=None)
+    assert (counts[list(gate_analysis.RUNS[3:])] == 4 * gate_analysis.CONTROL_DIRECTIONS).all(axis=None)
+    shares = gate_analysis.ablation_data(ablated, 0)
+    assert ((shares["least"] <= shares["value"]) & (shares["value"] <= shares["most"])).all()
 
 
 def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
     readings = gate_analysis.v_s_by_attack(study)
-    effects = gate_analysis.patching(study, 2)
+    effects = patch_tables.patching(study, 2)
+    points, moved = patch_tables.estimates(effects), patch_tables.moved_states(study, 2)
+    agreement = patch_tables.agreement(points, 0)
     calibration = gate_analysis.calibration(study, readings)
     claims = [
         gate_claims.patching_claim(study, effects),
         gate_claims.ablation_claim(study, gate_analysis.ablation(study, 2)),
         gate_claims.calibration_claim(study, readings, calibration),
+        gate_claims.agreement_claim(study, points, agreement),
+        gate_claims.moved_claim(study, moved),
     ]
     for claim in claims:
         assert 0 <= claim.p <= 1 and claim.n > 0 and claim.low <= claim.high and claim.refuted_if
@@ -76,11 +85,20 @@ def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
     rows = claim_rows(study, claims)
     assert all(tuple(row) == RESULT_COLUMNS or set(row) == set(RESULT_COLUMNS) for row in rows)
     study.save_table("gate", rows)
-    summary = gate_analysis.patch_summary(study, effects)
-    residual, heads = gate_analysis.residual_rows(summary), gate_analysis.head_rows(summary)
+    summary = patch_tables.patch_summary(study, effects)
+    residual, heads = patch_tables.residual_rows(summary), patch_tables.head_rows(summary)
     assert len(heads) == 3 * 4 and set(residual["site"]) == {"embeddings", "0", "1"}
-    assert len(gate_plots.plot_patching(residual, *claims[0].heading).axes) == 6
-    assert gate_plots.plot_heads(heads, *gate_claims.head_heading(study, heads)).axes
+    assert len(patch_plots.plot_patching(residual, *claims[0].heading).axes) == 6
+    assert patch_plots.plot_heads(heads, *gate_claims.head_heading(study, heads)).axes
+    assert patch_plots.plot_agreement(points, agreement, *claims[3].heading).axes
+    assert len(patch_plots.plot_moved(patch_tables.moved_data(moved, 0), *claims[4].heading).axes) == 8
+    spans = patch_tables.span_data(effects, 1, 0)
+    assert len(patch_plots.plot_spans(spans, *gate_claims.span_heading(study, spans)).axes) == 3
+    paths = patch_tables.path_data(effects, patch_tables.paths(study, 2), 0)
+    assert len(paths) == 3 * 4 * 3
+    assert len(patch_plots.plot_paths(paths, *gate_claims.path_heading(study, paths)).axes) == 6
+    for heading in (gate_claims.span_heading(study, spans), gate_claims.path_heading(study, paths)):
+        assert_one_line(heading.title)
     assert gate_plots.plot_reliability(calibration, *claims[2].heading).axes
     parts = gate_analysis.attribution(study, 2).table()
     assert gate_plots.plot_attribution(parts, *gate_claims.attribution_heading(study, parts)).axes
