@@ -97,7 +97,14 @@ def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
     paths = patch_tables.path_data(effects, patch_tables.paths(study, 2), 0)
     assert len(paths) == 3 * 4 * 3
     assert len(patch_plots.plot_paths(paths, *gate_claims.path_heading(study, paths)).axes) == 6
-    for heading in (gate_claims.span_heading(study, spans), gate_claims.path_heading(study, paths)):
+    shares = gate_analysis.share_data(gate_analysis.maps_by_surface(study, 2), 0)
+    headings = [
+        gate_claims.span_heading(study, spans),
+        gate_claims.path_heading(study, paths),
+        gate_claims.share_heading(study, shares),
+        gate_claims.head_heading(study, heads),
+    ]
+    for heading in headings:
         assert_one_line(heading.title)
     assert gate_plots.plot_reliability(calibration, *claims[2].heading).axes
     parts = gate_analysis.attribution(study, 2).table()

@@ -80,8 +80,9 @@ def span_heading(study: Study, spans: pd.DataFrame) -> Heading:
         f"{row['surface']} {Estimate.of(row).text('.0%')} of a gap of {row['gap']:.1f}" for _, row in header.iterrows()
     )
     return Heading(
-        f"{study.name}: after the last block v_s takes harm from {_by_surface(most)}",
-        f"The header's share of the gap in the log-odds of v_s: {by_surface}.",
+        f"{study.name}: v_s takes harm from {_by_surface(most)}",
+        "Where one span's harmful states after the last block move the log-odds of v_s most. The header's share of the "
+        f"gap: {by_surface}.",
     )
 
 
@@ -231,8 +232,8 @@ def agreement_claim(study: Study, points: pd.DataFrame, agreement: pd.DataFrame)
     )
     where = f"It explains less than half of the variance at {len(failing)} of {len(parts)} parts"
     return Claim(
-        f"{study.name}: attribution patching of v_s's log-odds correlates with patching at {own['value']:.2f} on text; "
-        f"it fails at {len(failing)} of {len(parts)} parts",
+        f"{study.name}: on text attribution patching and patching correlate at r = {own['value']:.2f}; it fails at "
+        f"{len(failing)} of {len(parts)} parts",
         f"Pearson's r of estimated and patched change. {by_measure}. {where}{': ' if names else ''}{'; '.join(names)}.",
         "gate_attribution_patching", int(own["n"]), *Estimate.of(own), "targets of the estimates permuted, text",
         agreement_p(points, study.settings.seed),
@@ -262,9 +263,10 @@ def moved_claim(study: Study, moved: pd.DataFrame) -> Claim:
         sentences.append(f"{surface}: {', '.join(parts)}")
     change, difference, p = tests["audio", "log_odds"]
     return Claim(
-        f"{study.name}: a harmful text's header after block {middle} moves speech's log-odds of v_s by "
-        f"{change[HARMFUL_TEXT].mean():+.1f}, a benign one's by {change[BENIGN_TEXT].mean():+.1f}",
-        f"Header states of the request's own text against those of its benign counterpart. {'; '.join(sentences)}.",
+        f"{study.name}: a harmful text's header moves speech's log-odds of v_s by "
+        f"{change[HARMFUL_TEXT].mean():+.1f}, a benign text's by {change[BENIGN_TEXT].mean():+.1f}",
+        f"Header states after block {middle}, of the request's own text against those of its benign counterpart. "
+        f"{'; '.join(sentences)}.",
         "gate_moved_states", len(change), *difference,
         "permutation over topics: harmful against benign text, speech", p,
         "on fresh requests the difference between the two texts' states has an interval that holds 0",
@@ -289,11 +291,11 @@ def calibration_claim(study: Study, readings: pd.DataFrame, calibrations: Mappin
 
 
 def _by_surface(most: Mapping[str, pd.Series]) -> str:
-    """The `span` of each surface's row, in words: `the header (text, image) and the audio (audio)`."""
+    """The `span` of each surface's row, in words: `header (text, image) and audio (audio)`."""
     spans: dict[str, list[str]] = {}
     for surface, row in most.items():
         spans.setdefault(str(row["span"]), []).append(surface)
-    return listed([f"the {name} ({', '.join(surfaces)})" for name, surfaces in spans.items()])
+    return listed([f"{name} ({', '.join(surfaces)})" for name, surfaces in spans.items()])
 
 
 def _telling_heads(heads: pd.DataFrame, measure: str) -> dict[str, pd.Series]:
