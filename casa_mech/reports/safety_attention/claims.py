@@ -66,8 +66,8 @@ def share_heading(study: Study, shares: pd.DataFrame) -> Heading:
         for surface, row in header.iterrows()
     )
     return Heading(
-        f"{study.name}: most safety attention on harmful requests goes to {_by_surface(most)}",
-        "The header's share (that of an even spread): "
+        f"{study.name}: safety attention lies most on {_by_surface(most)}",
+        "Of harmful requests. The header's share (that of an even spread): "
         f"{by_surface}. It gets more than an even spread gives on {listed(above) if above else 'no surface'}.",
     )
 
