@@ -207,7 +207,7 @@ def ablation_claim(study: Study, ablated: pd.DataFrame) -> Claim:
         "Harmful requests given the unsafe token, before → after the refusal direction is ablated, beside directions "
         f"along which states vary as much: {by_surface}. Of {len(each)} such directions {as_low} leave as few texts "
         f"flagged. Without the {OWN} {text[OWN].mean():.0%} of the texts are flagged, without those {PERMUTED_LABELS} "
-        f"{text[PERMUTED_LABELS].mean():.0%}: a difference of {own.text('+.2f')}, p = {own_p:.3f}.",
+        f"{text[PERMUTED_LABELS].mean():.0%}: a difference of {own.text('+.2f')}, p = {own_p:.2g}.",
         "gate_ablation", len(text), *difference,
         "permutation over topics: refusal against random directions of equal variance, text", p,
         "on fresh requests the difference between refusal and random directions has an interval that holds 0",
@@ -216,25 +216,24 @@ def ablation_claim(study: Study, ablated: pd.DataFrame) -> Claim:
 
 def agreement_claim(study: Study, points: pd.DataFrame, agreement: pd.DataFrame) -> Claim:
     """How far attribution patching can be trusted: its correlation with true patching, and the parts where it fails."""
-    total = agreement[agreement["part"] == "all"].set_index(["measure", "surface"])
-    own = total.loc[("log_odds", "text")]
-    failing = agreement[(agreement["part"] != "all") & (agreement["value"] < math.sqrt(0.5))]
-    names = [
-        f"{measure} {surface}: "
-        + ", ".join(f"{row['part']} {row['value']:.2f}" for _, row in rows.sort_values("value").iterrows())
-        for (measure, surface), rows in failing.groupby(["measure", "surface"], sort=False)
-    ]
-    parts = agreement[agreement["part"] != "all"]
-    by_measure = "; ".join(
-        f"{measure}: "
-        + ", ".join(f"{surface} {Estimate.of(row).text()}, {row['same_sign']:.0%} of one sign" for surface, row in rows)
-        for measure, rows in ((name, total.loc[name].iterrows()) for name in total.index.unique("measure"))
+    rows = agreement[agreement["measure"] == "log_odds"]
+    total, parts = rows[rows["part"] == "all"].set_index("surface"), rows[rows["part"] != "all"]
+    failing = parts[parts["value"] < math.sqrt(0.5)].sort_values("value")
+    names = "; ".join(
+        f"{surface}: " + ", ".join(f"{part} {r:.2f}" for part, r in zip(group["part"], group["value"], strict=True))
+        for surface, group in failing.groupby("surface", sort=False)
     )
-    where = f"It explains less than half of the variance at {len(failing)} of {len(parts)} parts"
+    by_surface = "; ".join(
+        f"{surface} {Estimate.of(row).text()}, {row['same_sign']:.0%} of one sign, patched changes "
+        f"{row['slope']:.1f} times as large"
+        for surface, row in total.iterrows()
+    )
+    own = total.loc["text"]
     return Claim(
         f"{study.name}: on text attribution patching and patching correlate at r = {own['value']:.2f}; it fails at "
         f"{len(failing)} of {len(parts)} parts",
-        f"Pearson's r of estimated and patched change. {by_measure}. {where}{': ' if names else ''}{'; '.join(names)}.",
+        f"Pearson's r of estimated and patched change of v_s's log-odds: {by_surface}. It explains less than half of "
+        f"the variance at {len(failing)} of {len(parts)} parts of the model and surface{': ' if names else ''}{names}.",
         "gate_attribution_patching", int(own["n"]), *Estimate.of(own), "targets of the estimates permuted, text",
         agreement_p(points, study.settings.seed),
         "on fresh pairs the correlation on text has an interval that holds 0",
@@ -258,9 +257,10 @@ def moved_claim(study: Study, moved: pd.DataFrame) -> Claim:
             tests[surface, measure] = (change, difference, p)
             parts.append(
                 f"{name} {change[HARMFUL_TEXT].mean():+.1f} against {change[BENIGN_TEXT].mean():+.1f} (a difference of "
-                f"{difference.text('+.1f')}, p = {p:.3f})"
+                f"{difference.text('+.1f')}, p = {p:.2g})"
             )
-        sentences.append(f"{surface}: {', '.join(parts)}")
+        gap = (of_surface["log_odds_donor"] - of_surface["log_odds"])[of_surface["donor"] == HARMFUL_TEXT].mean()
+        sentences.append(f"{surface}: {', '.join(parts)}; its own text's log-odds of v_s are {gap:+.1f} away")
     change, difference, p = tests["audio", "log_odds"]
     return Claim(
         f"{study.name}: a harmful text's header moves speech's log-odds of v_s by "

@@ -174,12 +174,12 @@ def estimates(effects: pd.DataFrame) -> pd.DataFrame:
 
 
 def _part(site: str) -> str:
-    """A site in words."""
+    """A site in words; attentions and MLPs, of which a block has one each, together."""
     kind, _, layer = site.partition(".")
-    names = {"z": "heads", "attention": "attention", "mlp": "MLP"}
-    if kind in names:
-        return f"{names[kind]} of block {layer}"
-    return "input" if site == "embeddings" else f"stream after block {site}"
+    if kind == "z":
+        return f"heads of block {layer}"
+    single = {"attention": "attention", "mlp": "MLP", "embeddings": "input"}
+    return single.get(kind, f"stream after block {site}")
 
 
 def agreement(points: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -218,23 +218,23 @@ def agreement(points: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def agreement_p(points: pd.DataFrame, seed: int, surface: str = "text", measure: str = "log_odds") -> float:
-    """p of the correlation of estimated and patched changes: how often permuted targets correlate as much.
+def agreement_p(points: pd.DataFrame, seed: int, draws: int = PERMUTATIONS) -> float:
+    """p of the correlation of estimated and patched changes on text: how often permuted targets correlate as much.
 
     Estimates are dealt to other targets, in every pair alike, so that the pairs of a target stay together. Targets that
-    some pair lacks are left out.
+    some pair lacks are left out. The changes are those of the log-odds of v_s.
 
     Args:
-        points: of `estimates`. seed: of the permutations. surface, measure: which of them.
+        points: of `estimates`. seed, draws: of the permutations.
     """
-    rows = points[(points["surface"] == surface) & (points["measure"] == measure)]
+    rows = points[(points["surface"] == "text") & (points["measure"] == "log_odds")]
     wide = rows.pivot(index="pair", columns="target", values=["patched", "estimated"]).dropna(axis=1)
     true, estimated = (wide[name][wide["patched"].columns].to_numpy() for name in ("patched", "estimated"))
     rng = np.random.default_rng(seed)
-    orders = rng.permuted(np.tile(np.arange(true.shape[1]), (PERMUTATIONS, 1)), axis=1)
+    orders = rng.permuted(np.tile(np.arange(true.shape[1]), (draws, 1)), axis=1)
     own = np.corrcoef(true.ravel(), estimated.ravel())[0, 1]
     dealt = [np.corrcoef(true.ravel(), estimated[:, order].ravel())[0, 1] for order in orders]
-    return float((1 + (np.array(dealt) >= own - 1e-12).sum()) / (1 + PERMUTATIONS))
+    return float((1 + (np.array(dealt) >= own - 1e-12).sum()) / (1 + draws))
 
 
 def _correlations(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
