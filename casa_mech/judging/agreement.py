@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import bootstrap_interval
+from casa_mech.judging.bootstrap import RESAMPLES, bootstrap_interval
 from casa_mech.judging.verdict import UNDECIDED
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def agreement(
     level: Level = "nominal",
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
 ) -> Agreement:
     """Agreement of a judge's column with one or more human columns.
 
