@@ -169,7 +169,7 @@ def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
     """
     seed, last = study.settings.seed, str(study.omni().n_layers - 1)
     rows = effects[(effects["direction"] == INSERT) & (effects["site"] == last) & (effects["head"] < 0)]
-    rows = rows.assign(delta=rows["v_s_patched"] - rows["v_s"], gap=rows["v_s_donor"] - rows["v_s"])
+    rows = rows.assign(delta=rows["log_odds_patched"] - rows["log_odds"], gap=rows["log_odds_donor"] - rows["log_odds"])
     rows = rows[rows["span"] != WHOLE]
     topics = np.random.default_rng(seed).permutation(sorted(set(rows["topic"])))
     choosing = rows["topic"].isin(topics[::2])
@@ -178,7 +178,7 @@ def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
         best = _by_delta(of_surface[choosing])[0]
         pairs = of_surface[~choosing & (of_surface["span"] == best)]
         delta = mean_interval(pairs["delta"].to_numpy(), pairs["topic"].tolist(), seed)
-        by_surface.append(f"{surface}: {best} {delta.text()} of {pairs['gap'].mean():.2f} (n = {len(pairs)})")
+        by_surface.append(f"{surface}: {best} {delta.text('.1f')} of {pairs['gap'].mean():.1f} (n = {len(pairs)})")
     of_text = rows["surface"] == "text"
     first, second = _by_delta(rows[of_text & choosing])[:2]
     text = rows[of_text & ~choosing].pivot(index=["pair", "topic"], columns="span", values="delta")[[first, second]]
@@ -186,10 +186,10 @@ def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
     tested = list(text.index.get_level_values("topic"))
     difference, p = paired_difference(text[first].to_numpy(), text[second].to_numpy(), tested, seed)
     return Claim(
-        f"{study.name}: after the last block, harmful states at the {first} move a benign text's v_s by "
-        f"{text[first].mean():+.2f}",
+        f"{study.name}: after the last block, harmful {first} states move a benign text's log-odds of v_s by "
+        f"{text[first].mean():+.1f}",
         "One span's states are exchanged for those of a harmful request that differs in the key word alone. The span "
-        "that raises v_s most is chosen on half of the topics; on the other half, of the whole gap: "
+        "that raises the log-odds most is chosen on half of the topics; on the other half, of the whole gap: "
         f"{'; '.join(by_surface)}.",
         "gate_patching", len(text), *difference,
         f"permutation over topics that did not choose the spans: {first} against {second}, text", p,
@@ -198,7 +198,7 @@ def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
 
 
 def _by_delta(rows: pd.DataFrame) -> list[str]:
-    """The spans, the one that moves v_s up most first."""
+    """The spans, the one that moves the log-odds of v_s up most first."""
     return [str(span) for span in rows.groupby("span")["delta"].mean().sort_values(ascending=False).index]
 
 
