@@ -1,3 +1,4 @@
+from .control_directions import equal_variance_directions, permuted_differences
 from .estimators import (
     PROBES,
     DifferenceInMeans,
@@ -11,7 +12,6 @@ from .estimators import (
     load_probe,
     save_probe,
 )
-from .control_directions import equal_variance_directions, permuted_differences
 from .gate_transfer import TransferPrediction, join_points, transfer_prediction
 from .prompt_probe import PromptProbe, fit_probe
 from .refusal_direction import (
