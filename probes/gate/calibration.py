@@ -26,7 +26,7 @@ class Reliability:
     """Brier score: mean squared error of the score; a constant 1/2 scores 0.25."""
     ece: Estimate
     """Expected calibration error: mean over queries of their bin's |share - mean score|. Biased upwards where bins are
-    small, so its interval can lie above its value."""
+    small; its interval is widened to hold its value."""
     bias: Estimate
     """Mean score minus share of harmful queries."""
     n: int
@@ -60,9 +60,9 @@ def reliability(
     low, high = bootstrap_interval(error, clusters, len(values), seed)
     return Reliability(
         curve=_curve(values, truth, bin_of, bins, clusters, seed),
-        brier=mean_interval((values - truth) ** 2, clusters, seed),
-        ece=Estimate(value, low, high),
-        bias=mean_interval(values - truth, clusters, seed),
+        brier=mean_interval((values - truth) ** 2, clusters, seed, limits=(0.0, 1.0)),
+        ece=Estimate(value, low, high).widened(),
+        bias=mean_interval(values - truth, clusters, seed, limits=(-1.0, 1.0)),
         n=len(values),
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.figures import assert_one_line
+from scipy import stats
 
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.reports.claim import claim_rows
@@ -19,6 +20,7 @@ from casa_mech.reports.safety_attention import patch_plots, patch_tables
 from casa_mech.reports.safety_attention import plots as gate_plots
 from casa_mech.reports.safety_attention import tables as gate_analysis
 from casa_mech.study import Study
+from probes.gate.patching import INSERT
 from probes.gate.positions import position_roles
 
 SIZES = {"n_probe": 6, "train_examples": 16, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
@@ -56,7 +58,7 @@ def test_directions_are_found_or_said_to_be_second_best(study: Study) -> None:
     direction = gate_analysis.refusal_direction(study)
     assert direction.difference.shape == (64,) and not direction.rules_met
     table = gate_analysis.cosines(study)
-    assert table["cosine"].abs().max() <= 1 and len(table) == 9
+    assert len(table) == 9
     ablated = gate_analysis.ablation(study, 2)
     assert set(ablated["run"]) == set(gate_analysis.RUNS)
     counts = ablated.groupby(["surface", "run"])["query_id"].count().unstack()
@@ -80,10 +82,13 @@ def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
         gate_claims.moved_claim(study, moved),
     ]
     for claim in claims:
-        assert 0 <= claim.p <= 1 and claim.n > 0 and claim.low <= claim.high and claim.refuted_if
+        assert claim.refuted_if
         assert_one_line(claim.title)
     rows = claim_rows(study, claims)
-    assert all(tuple(row) == RESULT_COLUMNS or set(row) == set(RESULT_COLUMNS) for row in rows)
+    assert [(row["metric"], row["n"], row["value"]) for row in rows] == [
+        (claim.figure, claim.n, claim.value) for claim in claims
+    ]
+    assert {frozenset(row) for row in rows} == {frozenset(RESULT_COLUMNS)}
     study.save_table("gate", rows)
     summary = patch_tables.patch_summary(study, effects)
     residual, heads = patch_tables.residual_rows(summary), patch_tables.head_rows(summary)
@@ -109,6 +114,68 @@ def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
     assert gate_plots.plot_reliability(calibration, *claims[2].heading).axes
     parts = gate_analysis.attribution(study, 2).table()
     assert gate_plots.plot_attribution(parts, *gate_claims.attribution_heading(study, parts)).axes
+
+
+def patched(study: Study, deltas: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Effects after the last block on text, a pair a topic: for each span by how much it moves the log-odds from -4."""
+    where = {"direction": INSERT, "site": str(study.omni().n_layers - 1), "head": -1, "surface": "text"}
+    return pd.DataFrame(
+        {**where, "span": span, "pair": f"p{number}", "topic": f"t{number:02d}", "log_odds": -4.0,
+         "log_odds_donor": 4.0, "log_odds_patched": delta - 4}
+        for span, values in deltas.items() for number, delta in enumerate(values)
+    )  # fmt: skip
+
+
+def test_the_span_through_which_harm_passes_is_measured_where_it_was_not_chosen(study: Study) -> None:
+    """Of twenty topics ten choose; on the others the word moves v_s's log-odds by 5, the header by 2: exact p = 2 / 2**10."""
+    effects = patched(study, {"word": np.full(20, 5.0), "header": np.full(20, 2.0), "system": np.zeros(20)})
+    claim = gate_claims.patching_claim(study, effects)
+    assert (claim.n, claim.value, claim.p) == (10, pytest.approx(3), 2 / 2**10)
+    assert "harmful word states move a benign text's log-odds of v_s by +5.0" in claim.title
+    assert "of 8.0 (n = 10)" in claim.statement
+    other = gate_claims.patching_claim(study, patched(study, {"word": np.zeros(20), "header": np.full(20, -2.0)}))
+    assert other.value == pytest.approx(2), "the sign is first minus second, not their sizes"
+
+
+def test_the_best_of_spans_without_a_difference_is_no_better(study: Study) -> None:
+    """Eight spans alike but for chance: chosen and compared on the same pairs most would differ; 5 % of 200 may."""
+    rng, p_values = np.random.default_rng(12), []
+    for _ in range(200):
+        effects = patched(study, {f"span {number}": rng.normal(size=20) for number in range(8)})
+        p_values.append(gate_claims.patching_claim(study, effects).p)
+    least, most = stats.binom.ppf([0.0005, 0.9995], 200, 0.05)
+    assert least <= np.sum(np.array(p_values) <= 0.05) <= most
+
+
+def test_what_the_ablated_direction_costs_has_its_sign(study: Study) -> None:
+    """Five topics of two texts: none is flagged without the direction, all without random ones."""
+    flagged = dict(zip(gate_analysis.RUNS, (1.0, 0.0, 0.5, 1.0, 0.75), strict=True))
+    ablated = pd.DataFrame(
+        {"label": "harmful", "surface": "text", "query_id": f"q{number}", "topic": f"t{number // 2}", "run": run,
+         "ablated": 0, "unsafe": share}
+        for number in range(10) for run, share in flagged.items()
+    )  # fmt: skip
+    claim = gate_claims.ablation_claim(study, ablated)
+    assert (claim.n, claim.value, claim.p) == (10, -1.0, 2 / 2**5)
+    assert "0% of harmful texts are flagged without the refusal direction, 100% without a random one" in claim.title
+    assert "text 100% → 0%" in claim.statement and "Of 1 such directions 0 leave as few" in claim.statement
+    assert "a difference of -0.25 [-0.25, -0.25], p = 0.062" in claim.statement
+
+
+def test_calibration_says_which_way_and_counts_requests_once(study: Study) -> None:
+    """Twelve requests of either label under three attacks, all scored 0.3: half are harmful, so 0.2 too low."""
+    readings = pd.DataFrame(
+        {"attack": attack, "label": label, "topic": f"{label}{number}", "v_s": 0.3}
+        for attack in ("plain", "image", "audio", "spelled") for label in ("harmful", "benign") for number in range(12)
+    )  # fmt: skip
+    claim = gate_claims.calibration_claim(study, readings, {})
+    assert claim.n == 72 and claim.value == pytest.approx(0.2) and "0.20 too low" in claim.title
+    # Each of 24 topics adds three times 0.4 * (1 - 0.3) or 0.4 * (0 - 0.3): Z is their sum over their own spread.
+    sums = np.repeat([3 * 0.4 * 0.7, -3 * 0.4 * 0.3], 12)
+    assert claim.p == pytest.approx(2 * stats.t.sf(sums.sum() / np.sqrt(24 * sums.var(ddof=1)), 23))
+    assert "is not a calibrated probability" not in claim.title, "24 draws do not show what 72 would"
+    turned = gate_claims.calibration_claim(study, readings.assign(v_s=0.7), {})
+    assert "0.20 too high" in turned.title and turned.p == pytest.approx(claim.p)
 
 
 def test_prefill_tables_and_claims(study: Study) -> None:

@@ -151,7 +151,7 @@ def _against(
     shared: dict[str, Any] = {"clusters": both["topic"].tolist(), "seed": seed}
     occurs = (both[[judge, reference]] == COMPLIED).any(axis=None)
     success = agreement(both, judge, [reference], positive=(COMPLIED,) if occurs else (), **shared)
-    # All outcomes, for the confusion table alone: its intervals are Wilson's, no resample is looked at.
+    # All outcomes, for the confusion table alone: no measure of it is looked at.
     whole = agreement(both, judge, [reference], resamples=1, **shared)
     confusion = whole.confusion.rename(columns={"human": "reference", "judge": "judged"})
     groups = [((ALL, which), both), *(both.groupby(["defense", "attack"], sort=False) if which == ALL else ())]

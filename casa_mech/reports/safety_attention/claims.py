@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import paired_difference
@@ -171,20 +172,19 @@ def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
     rows = effects[(effects["direction"] == INSERT) & (effects["site"] == last) & (effects["head"] < 0)]
     rows = rows.assign(delta=rows["log_odds_patched"] - rows["log_odds"], gap=rows["log_odds_donor"] - rows["log_odds"])
     rows = rows[rows["span"] != WHOLE]
-    topics = np.random.default_rng(seed).permutation(sorted(set(rows["topic"])))
-    choosing = rows["topic"].isin(topics[::2])
     by_surface = []
     for surface, of_surface in rows.groupby("surface", sort=False):
-        best = _by_delta(of_surface[choosing])[0]
-        pairs = of_surface[~choosing & (of_surface["span"] == best)]
+        choosing, tested = _halves(of_surface, seed)
+        best = _by_delta(choosing)[0]
+        pairs = tested[tested["span"] == best]
         delta = mean_interval(pairs["delta"].to_numpy(), pairs["topic"].tolist(), seed)
         by_surface.append(f"{surface}: {best} {delta.text('.1f')} of {pairs['gap'].mean():.1f} (n = {len(pairs)})")
-    of_text = rows["surface"] == "text"
-    first, second = _by_delta(rows[of_text & choosing])[:2]
-    text = rows[of_text & ~choosing].pivot(index=["pair", "topic"], columns="span", values="delta")[[first, second]]
+    choosing, tested = _halves(rows[rows["surface"] == "text"], seed)
+    first, second = _by_delta(choosing)[:2]
+    text = tested.pivot(index=["pair", "topic"], columns="span", values="delta")[[first, second]]
     text = text.dropna()
-    tested = list(text.index.get_level_values("topic"))
-    difference, p = paired_difference(text[first].to_numpy(), text[second].to_numpy(), tested, seed)
+    topics = list(text.index.get_level_values("topic"))
+    difference, p = paired_difference(text[first].to_numpy(), text[second].to_numpy(), topics, seed)
     return Claim(
         f"{study.name}: after the last block, harmful {first} states move a benign text's log-odds of v_s by "
         f"{text[first].mean():+.1f}",
@@ -195,6 +195,19 @@ def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
         f"permutation over topics that did not choose the spans: {first} against {second}, text", p,
         f"on fresh pairs the difference between {first} and {second} has an interval that holds 0",
     )  # fmt: skip
+
+
+def _halves(rows: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of every second topic in a random order, and those of the others.
+
+    Raises:
+        InputError: all rows are of one topic.
+    """
+    topics = np.random.default_rng(seed).permutation(sorted(set(rows["topic"])))
+    if len(topics) < 2:
+        raise InputError("spans are chosen on one topic's pairs and measured on another's: ask for more pairs")
+    choosing = rows["topic"].isin(topics[::2])
+    return rows[choosing], rows[~choosing]
 
 
 def _by_delta(rows: pd.DataFrame) -> list[str]:
