@@ -127,7 +127,7 @@ def patched(study: Study, deltas: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def test_the_span_through_which_harm_passes_is_measured_where_it_was_not_chosen(study: Study) -> None:
-    """Of twenty topics ten choose; on the others the word moves v_s's log-odds by 5, the header by 2: exact p = 2 / 2**10."""
+    """Of twenty topics ten choose; on the others the word moves the log-odds by 5, the header by 2: p = 2 / 2**10."""
     effects = patched(study, {"word": np.full(20, 5.0), "header": np.full(20, 2.0), "system": np.zeros(20)})
     claim = gate_claims.patching_claim(study, effects)
     assert (claim.n, claim.value, claim.p) == (10, pytest.approx(3), 2 / 2**10)
