@@ -70,7 +70,7 @@ def plot_separation(data: pd.DataFrame, scores: Mapping[str, str], gain: str, ti
             panel = data[data["model"] == model]
             for number, (metric, name) in enumerate(scores.items()):
                 rows = panel[panel["metric"] == metric].set_index("attack").reindex(attacks)
-                y = np.arange(len(rows)) + 0.16 * (2 * number - len(scores) + 1)
+                y = np.arange(len(rows)) + 0.12 * (2 * number - len(scores) + 1)
                 axis.errorbar(
                     rows["value"], y, xerr=bar_lengths(rows), fmt=MARKERS[number], color=SERIES[number], capsize=2,
                     markersize=4.5, label=name,
