@@ -250,6 +250,13 @@ def test_mme_sums_ten_subtasks_and_four() -> None:
     assert totals.loc["perception", "n"] == 40 and (totals["low"] < totals["score"]).all()
     best = mme_scores(mme_frame({name: [right] * 3 for names in MME_GROUPS.values() for name in names}))
     assert best.query("subtask == 'all'")["score"].to_list() == [2000, 800]
+    # Three images a subtask, thirty a group of ten: all right, and not certain.
+    assert best.set_index("subtask").loc["OCR", ["low", "high"]].tolist() == pytest.approx(
+        [200 * 0.025 ** (1 / 3), 200]
+    )
+    assert best.query("group == 'perception' and subtask == 'all'")["low"].item() == pytest.approx(
+        2000 * 0.025 ** (1 / 30)
+    )
     table = result_table(mme_rows(mme_scores(frame), model="m", defense="d"))
     assert {"mme_perception", "mme_cognition", "mme:OCR"} <= set(table["metric"]) and len(table) == 16
 
