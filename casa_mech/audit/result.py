@@ -57,7 +57,7 @@ SPLIT: Mapping[str, str] = MappingProxyType(
 """The parts of a fall of attack success; they sum to the base's rate minus the gated model's."""
 COLUMNS = (
     "query_id", "attack", "surface", "label", "topic", "split", "intervention", "inserted", "reply", "outcome",
-    "safety_token", "v_s", "logit_safe", "logit_unsafe", "meta",
+    "safety_token", "v_s", "logit_safe", "logit_unsafe", "raw_logit_safe", "raw_logit_unsafe", "meta",
 )  # fmt: skip
 GROUPS = ["attack", "surface", "label"]
 
@@ -68,7 +68,7 @@ class AuditResult:
 
     replies: pd.DataFrame
     """`COLUMNS`, a row for each query and intervention. `inserted`: what stood before the reply; `safety_token`, `v_s`
-    and the logits: the gate's own decision, whatever was inserted."""
+    and the logits, rewritten and raw: the gate's own decision, whatever was inserted."""
     model: str
     """Where the model came from."""
     defense: str

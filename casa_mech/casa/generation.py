@@ -91,7 +91,7 @@ def gated_drafts(
     progress: bool = False,
     forced: Sequence[Sequence[int]] | None = None,
 ) -> list[Draft]:
-    """A reply to each query, in their order, each with its safety token, v_s and the rewritten logits.
+    """A reply to each query, in their order, each with its safety token, v_s and the pair of logits, raw and rewritten.
 
     Those that `drop_after_safe` leaves to the base model have no text yet (see `write_as_base`).
 
@@ -242,9 +242,9 @@ def prefill_ids(omni: Omni, queries: Sequence[Query]) -> list[list[int]]:
 def _decisions(
     group: list[Query], batch: OmniBatch, prompt: GatedPrompt, classes: list[int], use: GateUse
 ) -> list[Reply]:
-    """Replies without text: each query's safety token, v_s and rewritten logits."""
+    """Replies without text: each query's safety token, v_s, and the two logits raw and rewritten."""
     reading = prompt.reading
-    v_s, pair = reading.v_s.tolist(), reading.pair.tolist()
+    v_s, pair, raw_pair = reading.v_s.tolist(), reading.pair.tolist(), reading.raw_pair.tolist()
     # Without the padding, so that a reply's weights do not depend on its neighbours in the batch.
     real = batch.inputs["attention_mask"].bool()
     weights = [row[is_real].tolist() for row, is_real in zip(reading.attention, real, strict=True)]
@@ -254,8 +254,10 @@ def _decisions(
             text="",
             safety_token="unsafe" if classes[row] == UNSAFE else "safe",
             v_s=v_s[row],
-            logit_safe=pair[row][0],
-            logit_unsafe=pair[row][1],
+            logit_safe=pair[row][SAFE],
+            logit_unsafe=pair[row][UNSAFE],
+            raw_logit_safe=raw_pair[row][SAFE],
+            raw_logit_unsafe=raw_pair[row][UNSAFE],
             attention=tuple(weights[row]) if use.attention else None,
         )
         for row, query in enumerate(group)

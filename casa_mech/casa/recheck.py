@@ -86,7 +86,8 @@ def _check(
         new = continue_from(omni, batch, prompt.cache, unsafe, flagged, kwargs)
         written = [omni.until_end(ids) for ids in new.tolist()]
         refusals = {row: (omni.decode(ids), ids) for row, ids in zip(flagged, written, strict=True)}
-    v_s, pair = prompt.reading.v_s.tolist(), prompt.reading.pair.tolist()
+    reading = prompt.reading
+    v_s, pair, raw_pair = reading.v_s.tolist(), reading.pair.tolist(), reading.raw_pair.tolist()
     for row, (text, ids) in refusals.items():
         draft = drafts[row]
         kept = draft.ids[:depth]
@@ -98,6 +99,8 @@ def _check(
             "v_s": v_s[row],
             "logit_safe": pair[row][SAFE],
             "logit_unsafe": pair[row][UNSAFE],
+            "raw_logit_safe": raw_pair[row][SAFE],
+            "raw_logit_unsafe": raw_pair[row][UNSAFE],
         }
         draft.reply = draft.reply.model_copy(update=update)
     seconds = (time.perf_counter() - began) / len(drafts)

@@ -19,7 +19,7 @@ from casa_mech.identity import weights_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, Verdict, VerdictStore, judge_all, write_table
 from casa_mech.judging.merit import fpr_row, outcome_rows
 from casa_mech.judging.results import Row, value_row
-from casa_mech.judging.stats import auroc_interval, clusters_of, runs_of
+from casa_mech.judging.stats import auroc_difference, auroc_interval, clusters_of, runs_of
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.media import check_media
 from casa_mech.queries import Query, Reply
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 PRETRAINED, CASA = "pretrained", "CASA"
 UNLABELLED = "unlabelled"
+PAIRS = ("logit_safe", "logit_unsafe", "raw_logit_safe", "raw_logit_unsafe")
+"""The safety tokens' logits in a reply: as the gate rewrites them, and as the language model gives them."""
 REPLY_COLUMNS = (
     "model", "defense", "attack", "surface", "label", "split", "topic", "source", "query_id", "prompt", "prefill",
-    "reply", "outcome", "judge", "safety_token", "v_s", "logit_safe", "logit_unsafe", "tokens", "seconds", "score",
-    "meta",
+    "reply", "outcome", "judge", "safety_token", "v_s", *PAIRS, "tokens", "seconds", "score", "meta",
 )  # fmt: skip
 VERDICT_COLUMNS = ("row", "query_id", "judge", "outcome", "score", "reason", "input_tokens", "output_tokens")
 PARTS, VERDICTS = "parts", "verdicts.jsonl"
@@ -162,8 +163,10 @@ def result_rows(replies: pd.DataFrame, seed: int = 0) -> list[Row]:
     there are any `attack_success_upper` and `over_refusal_upper`, which count them against the system; `flagged` (given
     the unsafe token); `judge_score` (a rubric's mean score). Rates also by the topic's split where known
     (`flagged:held_out`). `gate_auroc` and `gate_fpr_at_95tpr` (v_s, harmful against benign, of the same attack;
-    bootstrap over clusters), and `token_auroc`, the same of the safety token's log-odds, which decide. Intervals
-    count requests about one topic as one draw and cover the training runs of a gate, see `merit.outcome_rows`.
+    bootstrap over clusters); `token_auroc`, the same of the safety token's log-odds, which decide; `raw_token_auroc`,
+    of the log-odds that the language model gives before v_s rewrites them; and `token_auroc_gain`, the former minus the
+    latter, on the same resamples. Intervals count requests about one topic as one draw and cover the training runs of
+    a gate, see `merit.outcome_rows`.
     """
     rows: list[Row] = []
     keys = ["model", "defense", "attack", "surface"]
@@ -181,10 +184,27 @@ def _gate_rows(group: pd.DataFrame, where: dict[str, Any]) -> list[Row]:
     rows = _auroc_rows(labelled, labelled["v_s"].astype(float), "gate_auroc", where)
     if rows:
         rows.append(fpr_row(labelled[labelled["v_s"].notna()], where))
-    if "logit_unsafe" in labelled:
-        log_odds = labelled["logit_unsafe"].astype(float) - labelled["logit_safe"].astype(float)
-        rows += _auroc_rows(labelled, log_odds, "token_auroc", where)
+    pairs = {
+        metric: labelled[f"{prefix}unsafe"].astype(float) - labelled[f"{prefix}safe"].astype(float)
+        for metric, prefix in (("token_auroc", "logit_"), ("raw_token_auroc", "raw_logit_"))
+        if f"{prefix}unsafe" in labelled
+    }
+    for metric, log_odds in pairs.items():
+        rows += _auroc_rows(labelled, log_odds, metric, where)
+    if len(pairs) == 2:
+        rows += _gain_rows(labelled, pairs["token_auroc"], pairs["raw_token_auroc"], where)
     return rows
+
+
+def _gain_rows(labelled: pd.DataFrame, token: pd.Series, raw: pd.Series, where: dict[str, Any]) -> list[Row]:
+    """What the gate adds to the raw pair's AUROC: one row, or none where not both labels have both scores."""
+    scored = token.notna() & raw.notna()
+    rows = labelled[scored]
+    if rows["label"].nunique() < 2:
+        return []
+    harmful, scores = (rows["label"] == "harmful").tolist(), (token[scored].tolist(), raw[scored].tolist())
+    gain = auroc_difference(*scores, harmful, clusters_of(rows), where["seed"], runs=runs_of(rows))
+    return [value_row(**where, metric="token_auroc_gain", n=len(rows), **gain._asdict())]
 
 
 def _auroc_rows(labelled: pd.DataFrame, scores: pd.Series, metric: str, where: dict[str, Any]) -> list[Row]:
@@ -225,6 +245,8 @@ def write_both(table: pd.DataFrame, path: Path) -> None:
 def read_evaluation(folder: Path | str) -> pd.DataFrame:
     """The replies in a folder of `save_evaluation` with their verdicts beside them: `REPLY_COLUMNS`.
 
+    A column that an older version did not write is empty.
+
     Raises:
         RunError: a table is missing or does not belong to the other.
     """
@@ -239,7 +261,7 @@ def read_evaluation(folder: Path | str) -> pd.DataFrame:
     if list(verdicts["row"]) != list(range(len(replies))) or list(verdicts["query_id"]) != list(replies["query_id"]):
         raise RunError(f"{folder}: verdicts.parquet does not belong to replies.parquet; evaluate again")
     joined = replies.assign(**{name: verdicts[name] for name in _JUDGED})
-    return joined[list(REPLY_COLUMNS)]
+    return joined.reindex(columns=list(REPLY_COLUMNS))
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
@@ -254,7 +276,7 @@ def reply_table(
     """`REPLY_COLUMNS`, one row a query."""
     records = []
     for query, reply, verdict in zip(queries, replies, verdicts, strict=True):
-        fields = reply.model_dump(include={"safety_token", "v_s", "logit_safe", "logit_unsafe", "tokens", "seconds"})
+        fields = reply.model_dump(include={"safety_token", "v_s", *PAIRS, "tokens", "seconds"})
         records.append(
             {
                 "model": model,

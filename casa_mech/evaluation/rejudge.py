@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from casa_mech.errors import InputError
-from casa_mech.evaluation.evaluate import UNLABELLED, VERDICTS, result_rows, verdict_table, write_both
+from casa_mech.evaluation.evaluate import PAIRS, UNLABELLED, VERDICTS, result_rows, verdict_table, write_both
 from casa_mech.files import check_folder
 from casa_mech.judging import Judge, Verdict, VerdictStore, agreement, judge_all, write_table
 from casa_mech.judging.agreement import LEVELS, Level
@@ -161,7 +161,7 @@ def _judged(table: pd.DataFrame, queries: Sequence[Query], verdicts: Sequence[Ve
         score=pd.array([verdict.score for verdict in verdicts], dtype="Float64").to_numpy(float, na_value=float("nan")),
     )
     # The cells of a CSV are text: an empty one is no number and no token.
-    for name in {"v_s", "logit_safe", "logit_unsafe"} & set(judged):
+    for name in {"v_s", *PAIRS} & set(judged):
         judged[name] = pd.to_numeric(judged[name], errors="coerce")
     if "safety_token" in judged:
         judged["safety_token"] = judged["safety_token"].map(lambda token: _text(token) or None)

@@ -140,11 +140,47 @@ def auroc_interval(
     values, truth = _checked(scores, labels)
     for run in dict.fromkeys(runs or ()):
         _checked(values[(of_run := np.array([name == run for name in runs or ()]))], truth[of_run])
-    member = members(clusters, len(values))
-    harmful, benign = (len(np.unique(member[truth == label])) for label in (1, 0))
-    pairs = max(1, min(harmful, benign, (int(member.max()) + 1) // 2))
+    pairs = _apart(truth, members(clusters, len(values)))
     return _bounded(lambda weights: _weighted_auroc(values, truth, weights), pairs, clusters, len(values), seed, level,
                     resamples, runs)  # fmt: skip
+
+
+def _apart(truth: np.ndarray, member: np.ndarray) -> int:
+    """How many pairs of a harmful and a benign draw can be made without using a cluster twice, at least 1."""
+    harmful, benign = (len(np.unique(member[truth == label])) for label in (1, 0))
+    return max(1, min(harmful, benign, (int(member.max()) + 1) // 2))
+
+
+def auroc_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    labels: Sequence[int | bool],
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    runs: Sequence[Hashable] | None = None,
+) -> Estimate:
+    """AUROC of `first` [n] minus that of `second` [n], scores of the same queries, on the same resamples.
+
+    Clusters and runs are drawn as for `auroc_interval`. Where no resample changes the difference (two perfect rankings)
+    the interval reaches as far to either side as that of one of them.
+
+    Raises:
+        InputError: as `auroc`.
+    """
+    ranked, truth = _checked(first, labels)
+    other, _ = _checked(second, labels)
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return _weighted_auroc(ranked, truth, weights) - _weighted_auroc(other, truth, weights)
+
+    value, draws = bootstrap_draws(difference, clusters, len(ranked), seed, resamples, runs)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    if low == high:
+        reach = exact_reach(_apart(truth, members(clusters, len(ranked))), level)
+        low, high = value - reach, value + reach
+    return Estimate(value, max(-1.0, float(low)), min(1.0, float(high))).widened()
 
 
 def aurocs_by_labels(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

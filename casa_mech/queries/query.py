@@ -145,6 +145,10 @@ class Reply(_Record):
     """The safe token's logit, as rewritten by the gate."""
     logit_unsafe: float | None = None
     """The unsafe token's, likewise."""
+    raw_logit_safe: float | None = None
+    """The safe token's logit as the language model gives it, before the gate rewrites it."""
+    raw_logit_unsafe: float | None = None
+    """The unsafe token's, likewise."""
     tokens: int = 0
     """Tokens generated, up to the end of the turn."""
     seconds: float = 0.0

@@ -36,6 +36,7 @@ def edited_prompt(
     gate: SafetyGateLike | None = None,
     hidden: BoolTensor | None = None,
     embeddings: Tensor | None = None,
+    gradient: bool = False,
 ) -> EditedPrompt:
     """One forward over `batch` with `edits` put in, and the gate, if given, acting on the logits at `position` [batch].
 
@@ -49,6 +50,7 @@ def edited_prompt(
             keep their place in the rotary embedding. `position` itself must not be hidden.
         embeddings: [batch, position, d_model], the merged embeddings (site `"embeddings"`) if they are known: the
             encoders, most of the work where there are media, are then left out.
+        gradient: keep the autograd graph, so that what an edit brings in can be differentiated by.
 
     Raises:
         InputError: a site that the model does not have, an encoder's, or a prompt with nothing for the gate to read.
@@ -68,7 +70,7 @@ def edited_prompt(
         hidden = hidden.to(omni.device)
         seen = batch.inputs["attention_mask"].masked_fill(hidden, 0)
         mask = None if mask is None else mask & ~hidden
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradient):
         return EditedPrompt(*_edited_prompt(omni, batch, position, order, gate, mask, seen))
 
 

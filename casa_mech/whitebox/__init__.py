@@ -8,7 +8,7 @@ Success is always measured on the real input, a PNG, a 16-bit clip or a text, th
 from casa_mech.whitebox.ablation import ablate, ablated
 from casa_mech.whitebox.front_end import log_mel, patches, processed_picture
 from casa_mech.whitebox.gcg import SuffixSettings, ordinary_words, suffix_attack
-from casa_mech.whitebox.objective import AWARE, Aim, Losses, Objective, OpenGate
+from casa_mech.whitebox.objective import AWARE, Aim, Losses, Objective
 from casa_mech.whitebox.pgd import PgdSettings, pgd_pixels, pgd_waveform
 from casa_mech.whitebox.results import AttackResult, Measured, measure, result_frame, save_media
 
@@ -19,7 +19,6 @@ __all__ = [
     "Losses",
     "Measured",
     "Objective",
-    "OpenGate",
     "PgdSettings",
     "SuffixSettings",
     "ablate",

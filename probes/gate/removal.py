@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,8 @@ from probes.gate.positions import KEY, ROLES, key_positions, position_roles
 from probes.gate.safety_attention import gate_inputs, whole_states
 
 Removal = Literal["model", "gate"]
+SCORES, PERMUTED = "greedy", "greedy on permuted scores"
+"""A search by what each removal does to the decision, and one in which these scores are dealt to other positions."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class MinimalSet:
     """Number of positions that safety attention reads."""
     v_s: tuple[float, ...]
     """Before, and after each removal."""
-    chance: float
-    """Share of random sets of as many positions that flip the decision too."""
+    permuted: tuple[tuple[int, bool], ...]
+    """Of each search on permuted scores: how many positions it removed, and whether that flipped the decision."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def minimal_sets(
     queries: Sequence[Query],
     removed_from: Removal = "model",
     largest: int = 12,
-    draws: int = 20,
+    draws: int = 8,
     seed: int = 0,
 ) -> list[MinimalSet]:
     """For each query a small set of positions that the gate must not lose, in the order of the queries.
@@ -109,8 +111,8 @@ def minimal_sets(
             header's last token, from which the decision is predicted, always stays); `"gate"`: only the gate does not
             read them, while the model's states and its own two logits stay.
         largest: the number of removals after which the search gives up.
-        draws: random sets of the same size to compare with.
-        seed: of the draws.
+        draws: searches of the same kind with the scores of the positions permuted at every step, to compare with.
+        seed: of the permutations.
 
     Raises:
         InputError: a gate without safety attention.
@@ -121,7 +123,6 @@ def minimal_sets(
     for query in queries:
         prompt = _prompt(casa, query, removed_from)
         removed, v_s, margins = _greedy(prompt, largest)
-        flipped = prompt.read(_random_sets(prompt.removable, len(removed), draws, rng))[1] * margins[0] < 0
         tokens, roles = _named(casa, prompt.batch, query, removed)
         sets.append(
             MinimalSet(
@@ -135,35 +136,35 @@ def minimal_sets(
                 roles=roles,
                 readable=int(prompt.readable.sum()),
                 v_s=tuple(v_s),
-                chance=float(flipped.float().mean()),
+                permuted=tuple(_permuted(prompt, largest, draws, rng, margins[0])),
             )
         )
     return sets
 
 
 def sets_table(sets: Sequence[MinimalSet]) -> pd.DataFrame:
-    """One row a set: `query_id, label, topic, decision, flipped, size, readable, chance, first, v_s, v_s_after`.
+    """One row a search: `query_id, label, topic, decision, readable, v_s, search, flipped, size, first, v_s_after`.
 
-    `first` is the role of the position that was removed first; `v_s_after` is v_s when all were.
+    `search` is `SCORES` (one row a query) or `PERMUTED`; `size`: the positions removed when it ended. Of the former
+    also `first`, the role of the position that was removed first, and `v_s_after`, v_s when all were.
 
     Raises:
         InputError: no sets.
     """
     if not sets:
         raise InputError("there are no minimal sets: give at least one query")
-    names = ("query_id", "label", "topic", "decision", "flipped", "readable", "chance")
-    return pd.DataFrame(
-        [
-            {
-                **{name: getattr(minimal, name) for name in names},
-                "size": len(minimal.positions),
-                "first": minimal.roles[0].replace("text", "other text") if minimal.roles else "",
-                "v_s": minimal.v_s[0],
-                "v_s_after": minimal.v_s[-1],
-            }
-            for minimal in sets
+    rows: list[dict[str, Any]] = []
+    for minimal in sets:
+        names = ("query_id", "label", "topic", "decision", "readable")
+        shared = {**{name: getattr(minimal, name) for name in names}, "v_s": minimal.v_s[0]}
+        first = minimal.roles[0].replace("text", "other text") if minimal.roles else ""
+        searched = {"search": SCORES, "flipped": minimal.flipped, "size": len(minimal.positions)}
+        rows.append({**shared, **searched, "first": first, "v_s_after": minimal.v_s[-1]})
+        rows += [
+            {**shared, "search": PERMUTED, "flipped": flipped, "size": size, "first": "", "v_s_after": np.nan}
+            for size, flipped in minimal.permuted
         ]
-    )
+    return pd.DataFrame(rows)
 
 
 def _prompt(casa: Casa, query: Query, removed_from: Removal) -> _Prompt:
@@ -197,8 +198,7 @@ def _greedy(prompt: _Prompt, largest: int) -> tuple[list[int], list[float], list
     removed: list[int] = []
     v_s, margins = (value.tolist() for value in prompt.read([[]]))
     sign = 1.0 if margins[0] > 0 else -1.0
-    # The gate must keep something to read.
-    while margins[-1] * sign > 0 and len(removed) < min(largest, int(prompt.readable.sum()) - 1) and remaining:
+    while margins[-1] * sign > 0 and len(removed) < _most(prompt, largest):
         v_s_without, margins_without = prompt.read([[*removed, position] for position in remaining])
         best = int((margins_without * sign).argmin())
         removed.append(remaining.pop(best))
@@ -207,9 +207,26 @@ def _greedy(prompt: _Prompt, largest: int) -> tuple[list[int], list[float], list
     return removed, v_s, margins
 
 
-def _random_sets(removable: BoolTensor, size: int, draws: int, rng: np.random.Generator) -> list[list[int]]:
-    positions = removable.nonzero()[:, 0].cpu().numpy()
-    return [rng.choice(positions, size, replace=False).tolist() for _ in range(draws)]
+def _permuted(
+    prompt: _Prompt, largest: int, draws: int, rng: np.random.Generator, margin: float
+) -> list[tuple[int, bool]]:
+    """Size and success of `draws` searches with permuted scores; `margin` is the decision's before any removal.
+
+    With its score dealt anew at every step each position is as likely as any other to be the next, so a search is a
+    random order, which ends where the decision flips. The scores themselves need not be computed.
+    """
+    most, positions = _most(prompt, largest), prompt.removable.nonzero()[:, 0].cpu().numpy()
+    orders = [rng.permutation(positions)[:most].tolist() for _ in range(draws)]
+    if not most or not orders:
+        return [(0, False)] * draws
+    prefixes = [order[: size + 1] for order in orders for size in range(most)]
+    flips = (prompt.read(prefixes)[1] * margin < 0).reshape(draws, most).cpu().numpy()
+    return [(int(row.argmax()) + 1, True) if row.any() else (most, False) for row in flips]
+
+
+def _most(prompt: _Prompt, largest: int) -> int:
+    """The most positions that a search removes: the gate must keep something to read."""
+    return min(largest, int(prompt.readable.sum()) - 1, int(prompt.removable.sum()))
 
 
 def _named(

@@ -1,3 +1,4 @@
+from .control_directions import equal_variance_directions, permuted_differences
 from .estimators import (
     PROBES,
     DifferenceInMeans,
@@ -56,6 +57,7 @@ __all__ = [
     "chance_p",
     "controls",
     "cross_validate",
+    "equal_variance_directions",
     "find_refusal_direction",
     "fisher_ratio",
     "fit_batch",
@@ -66,6 +68,7 @@ __all__ = [
     "matched_auroc",
     "opening_ids",
     "pca_plane",
+    "permuted_differences",
     "refusal_score",
     "save_probe",
     "probe_controls",

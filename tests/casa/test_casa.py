@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -232,6 +233,9 @@ def test_neutral_gate_is_the_base_model(tiny_omni: Omni, mixed_queries: list[Que
             pair = tiny_omni.model(**batch.inputs).logits[0, -1, list(casa.token_ids)]
         assert reply.v_s == 0.5
         assert reply.logit_safe is not None and reply.logit_unsafe is not None
+        torch.testing.assert_close(torch.tensor([reply.raw_logit_safe, reply.raw_logit_unsafe]), pair)
+        # Rule add_log adds log ½ to both.
+        torch.testing.assert_close(torch.tensor([reply.logit_safe, reply.logit_unsafe]), pair + math.log(0.5))
         mine = torch.tensor([reply.logit_safe, reply.logit_unsafe]).softmax(-1)
         torch.testing.assert_close(mine, pair.softmax(-1))
         forced = tiny_omni.encode([query], [[casa.token_ids[int(pair.argmax())]]])

@@ -163,6 +163,9 @@ def test_verdicts_stand_beside_replies_in_their_own_table(
     assert "outcome" not in replies and list(verdicts["row"]) == [0, 1, 2, 3, 4]
     assert set(verdicts["judge"]) == {"micro-world"} and verdicts["reason"].str.len().gt(0).all()
     pd.testing.assert_frame_equal(read_evaluation(tmp_path), found.replies, check_dtype=False)
+    # A folder of an older version lacks the raw pair.
+    replies.drop(columns=["raw_logit_safe", "raw_logit_unsafe"]).to_parquet(tmp_path / "replies.parquet")
+    assert read_evaluation(tmp_path)[["raw_logit_safe", "raw_logit_unsafe"]].isna().all(axis=None)
     verdicts.iloc[::-1].to_parquet(tmp_path / "verdicts.parquet")
     with pytest.raises(RunError, match="does not belong to"):
         read_evaluation(tmp_path)

@@ -51,7 +51,7 @@ def by_hand() -> AuditResult:
                         "query_id": f"{label}{number}", "attack": "plain", "surface": "text", "label": label,
                         "topic": f"{label}-topic{number}", "split": "", "intervention": intervention, "inserted": "",
                         "reply": "", "outcome": outcome, "safety_token": token, "v_s": 0.5, "logit_safe": 0.0,
-                        "logit_unsafe": odds, "meta": "{}",
+                        "logit_unsafe": odds, "raw_logit_safe": 0.0, "raw_logit_unsafe": odds / 2, "meta": "{}",
                     }
                 )  # fmt: skip
     return AuditResult(pd.DataFrame(rows, columns=list(COLUMNS)), "model", "CASA", 0)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.patching import request
 from scipy import stats
 
 from casa_mech.casa import Casa, CasaConfig
@@ -18,7 +19,7 @@ from probes.gate.calibration import reliability, spiegelhalter
 from probes.gate.pairs import MatchedPair, aligned_pairs, pair_spans
 from probes.gate.patching import INSERT, REMOVE, PatchEffects, Target, ablate_directions, patch_effects
 from probes.gate.positions import KEY, position_roles
-from probes.gate.removal import minimal_sets, sets_table
+from probes.gate.removal import PERMUTED, SCORES, _permuted, minimal_sets, sets_table
 from probes.gate.safety_attention import (
     attention_maps,
     attention_shares,
@@ -44,10 +45,6 @@ def stirred(omni: Omni, config: CasaConfig = CasaConfig()) -> Casa:
 @pytest.fixture
 def casa(tiny_omni: Omni) -> Casa:
     return stirred(tiny_omni)
-
-
-def request(word: str, label: str, id: str) -> Query:
-    return Query.from_text(f"how do i make the {word} ?", id=id, label=label, meta={"topic": word})
 
 
 @pytest.fixture
@@ -133,6 +130,8 @@ def test_whole_exchanges_make_the_whole_difference(casa: Casa, pairs: list[Match
     assert set(table["direction"]) == {INSERT, REMOVE} and table["span"].nunique() == 4
     whole = table[(table["span"] == "whole prompt") & table["site"].isin(["embeddings", "0", "1"])]
     np.testing.assert_allclose(whole["v_s_patched"], whole["v_s_donor"], atol=1e-5)
+    np.testing.assert_allclose(whole["log_odds_patched"], whole["log_odds_donor"], atol=1e-3)
+    np.testing.assert_allclose(table["v_s_patched"], 1 / (1 + np.exp(-table["log_odds_patched"])), atol=1e-5)
     np.testing.assert_allclose(whole["logit_patched"], whole["logit_donor"], atol=1e-4)
     entering = table[table["site"] == "embeddings"]
     key = entering[entering["span"] == KEY]
@@ -210,9 +209,12 @@ def test_minimal_sets_are_greedy_and_flip(casa: Casa, pairs: list[MatchedPair], 
     for entry in found:
         assert len(entry.v_s) == len(entry.positions) + 1 == len(entry.tokens) + 1
         assert len(set(entry.positions)) == len(entry.positions) < entry.readable
-        assert entry.flipped or entry.chance == 0 or len(entry.positions) in (9, entry.readable - 1)
+        most = min(9, entry.readable - 1)
+        assert entry.flipped or len(entry.positions) == most
+        assert all(1 <= size <= most and (flipped or size == most) for size, flipped in entry.permuted)
     table = sets_table(found)
-    assert (table["size"] == [len(entry.positions) for entry in found]).all()
+    assert (table[table["search"] == SCORES]["size"] == [len(entry.positions) for entry in found]).all()
+    assert (table[table["search"] == PERMUTED]["query_id"].value_counts() == 8).all()
 
 
 def test_removals_are_those_of_brute_force(tiny_omni: Omni) -> None:
@@ -232,6 +234,26 @@ def test_removals_are_those_of_brute_force(tiny_omni: Omni) -> None:
     best = min(places, key=lambda place: found[place] if before > 0.5 else -found[place])
     assert entry.positions[0] == best and entry.v_s[1] == pytest.approx(found[best], abs=1e-6)
     assert (len(entry.positions) == 1) == ((found[best] > 0.5) != (before > 0.5))
+
+
+def test_searches_on_permuted_scores_take_positions_as_they_come() -> None:
+    """Of twelve positions one decides alone: a random order meets it at each size alike, and within 3 in a quarter."""
+
+    class Prompt:
+        readable = torch.ones(13, dtype=torch.bool)
+        removable = torch.arange(13) < 12
+
+        def read(self, removed: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+            margins = torch.tensor([-1.0 if 5 in positions else 1.0 for positions in removed])
+            return margins.sigmoid(), margins
+
+    every = _permuted(Prompt(), 12, 3000, np.random.default_rng(0), 1.0)  # type: ignore[arg-type]
+    sizes = np.array([size for size, _ in every])
+    assert all(flipped for _, flipped in every)
+    np.testing.assert_allclose(np.bincount(sizes, minlength=13)[1:] / 3000, 1 / 12, atol=0.02)
+    few = _permuted(Prompt(), 3, 3000, np.random.default_rng(1), 1.0)  # type: ignore[arg-type]
+    assert np.mean([flipped for _, flipped in few]) == pytest.approx(0.25, abs=0.03)
+    assert {size for size, flipped in few if not flipped} == {3}
 
 
 def test_a_gate_without_attention_is_refused(tiny_omni: Omni, pairs: list[MatchedPair]) -> None:
@@ -289,7 +311,17 @@ def test_reliability_names_what_it_cannot_use() -> None:
 
 def test_effects_can_be_summarised_by_hand() -> None:
     row = {"direction": INSERT, "site": "0", "head": -1, "span": KEY}
-    table = pd.DataFrame([{**row, "pair": str(i), "topic": str(i % 3), "v_s": 0.1, "v_s_donor": 0.9, "v_s_patched": 0.5, "logit": -1.0, "logit_donor": 1.0, "logit_patched": 0.0} for i in range(6)])  # fmt: skip  # noqa: E501
+    readings = {
+        "v_s": 0.1,
+        "v_s_donor": 0.9,
+        "v_s_patched": 0.5,
+        "logit": -1.0,
+        "logit_donor": 1.0,
+        "logit_patched": 0.0,
+    }
+    odds = {"log_odds": -9.0, "log_odds_donor": 11.0, "log_odds_patched": -4.0}
+    table = pd.DataFrame([{**row, **readings, **odds, "pair": str(i), "topic": str(i % 3)} for i in range(6)])
     found = PatchEffects(table).summary().iloc[0]
     assert found["delta_v_s_mean"] == pytest.approx(0.4) and found["gap_v_s"] == pytest.approx(0.8)
+    assert found["delta_log_odds_mean"] == pytest.approx(5) and found["gap_log_odds"] == pytest.approx(20)
     assert found["delta_logit_low"] == pytest.approx(1.0) and found["n"] == 6

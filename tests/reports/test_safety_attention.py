@@ -16,6 +16,7 @@ from casa_mech.reports.prefill_dynamics import claims as prefill_claims
 from casa_mech.reports.prefill_dynamics import plots as prefill_plots
 from casa_mech.reports.prefill_dynamics import tables as prefill_analysis
 from casa_mech.reports.safety_attention import claims as gate_claims
+from casa_mech.reports.safety_attention import patch_plots, patch_tables
 from casa_mech.reports.safety_attention import plots as gate_plots
 from casa_mech.reports.safety_attention import tables as gate_analysis
 from casa_mech.study import Study
@@ -33,7 +34,7 @@ def study(random_organism: Path, tmp_path_factory: pytest.TempPathFactory) -> St
 
 @pytest.mark.parametrize("attack", ["plain", "image", "audio"])
 def test_matched_pairs_differ_in_the_key_word_alone(study: Study, attack: str) -> None:
-    pairs = gate_analysis.matched_pairs(study, attack, 3)
+    pairs = patch_tables.matched_pairs(study, attack, 3)
     assert 1 <= len(pairs) <= 3
     omni = study.omni()
     for pair in pairs:
@@ -60,17 +61,25 @@ def test_directions_are_found_or_said_to_be_second_best(study: Study) -> None:
     assert len(table) == 9
     ablated = gate_analysis.ablation(study, 2)
     assert set(ablated["run"]) == set(gate_analysis.RUNS)
-    assert (ablated.groupby(["surface", "run"])["query_id"].count() == [4, 4, 20, 4] * 3).all()
+    counts = ablated.groupby(["surface", "run"])["query_id"].count().unstack()
+    assert (counts[list(gate_analysis.RUNS[:3])] == 4).all(axis=None)
+    assert (counts[list(gate_analysis.RUNS[3:])] == 4 * gate_analysis.CONTROL_DIRECTIONS).all(axis=None)
+    shares = gate_analysis.ablation_data(ablated, 0)
+    assert ((shares["least"] <= shares["value"]) & (shares["value"] <= shares["most"])).all()
 
 
 def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
     readings = gate_analysis.v_s_by_attack(study)
-    effects = gate_analysis.patching(study, 2)
+    effects = patch_tables.patching(study, 2)
+    points, moved = patch_tables.estimates(effects), patch_tables.moved_states(study, 2)
+    agreement = patch_tables.agreement(points, 0)
     calibration = gate_analysis.calibration(study, readings)
     claims = [
         gate_claims.patching_claim(study, effects),
         gate_claims.ablation_claim(study, gate_analysis.ablation(study, 2)),
         gate_claims.calibration_claim(study, readings, calibration),
+        gate_claims.agreement_claim(study, points, agreement),
+        gate_claims.moved_claim(study, moved),
     ]
     for claim in claims:
         assert claim.refuted_if
@@ -81,36 +90,51 @@ def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
     ]
     assert {frozenset(row) for row in rows} == {frozenset(RESULT_COLUMNS)}
     study.save_table("gate", rows)
-    summary = gate_analysis.patch_summary(study, effects)
-    residual, heads = gate_analysis.residual_rows(summary), gate_analysis.head_rows(summary)
+    summary = patch_tables.patch_summary(study, effects)
+    residual, heads = patch_tables.residual_rows(summary), patch_tables.head_rows(summary)
     assert len(heads) == 3 * 4 and set(residual["site"]) == {"embeddings", "0", "1"}
-    assert len(gate_plots.plot_patching(residual, *claims[0].heading).axes) == 6
-    assert gate_plots.plot_heads(heads, *gate_claims.head_heading(study, heads)).axes
+    assert len(patch_plots.plot_patching(residual, *claims[0].heading).axes) == 6
+    assert patch_plots.plot_heads(heads, *gate_claims.head_heading(study, heads)).axes
+    assert patch_plots.plot_agreement(points, agreement, *claims[3].heading).axes
+    assert len(patch_plots.plot_moved(patch_tables.moved_data(moved, 0), *claims[4].heading).axes) == 8
+    spans = patch_tables.span_data(effects, 1, 0)
+    assert len(patch_plots.plot_spans(spans, *gate_claims.span_heading(study, spans)).axes) == 3
+    paths = patch_tables.path_data(effects, patch_tables.paths(study, 2), 0)
+    assert len(paths) == 3 * 4 * 3
+    assert len(patch_plots.plot_paths(paths, *gate_claims.path_heading(study, paths)).axes) == 6
+    shares = gate_analysis.share_data(gate_analysis.maps_by_surface(study, 2), 0)
+    headings = [
+        gate_claims.span_heading(study, spans),
+        gate_claims.path_heading(study, paths),
+        gate_claims.share_heading(study, shares),
+        gate_claims.head_heading(study, heads),
+    ]
+    for heading in headings:
+        assert_one_line(heading.title)
     assert gate_plots.plot_reliability(calibration, *claims[2].heading).axes
     parts = gate_analysis.attribution(study, 2).table()
     assert gate_plots.plot_attribution(parts, *gate_claims.attribution_heading(study, parts)).axes
 
 
 def patched(study: Study, deltas: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Effects after the last block on text, a pair a topic: for each span by how much it moves v_s from 0.1."""
+    """Effects after the last block on text, a pair a topic: for each span by how much it moves the log-odds from -4."""
     where = {"direction": INSERT, "site": str(study.omni().n_layers - 1), "head": -1, "surface": "text"}
     return pd.DataFrame(
-        {**where, "span": span, "pair": f"p{number}", "topic": f"t{number:02d}", "v_s": 0.1, "v_s_donor": 0.9,
-         "v_s_patched": 0.1 + delta}
+        {**where, "span": span, "pair": f"p{number}", "topic": f"t{number:02d}", "log_odds": -4.0,
+         "log_odds_donor": 4.0, "log_odds_patched": delta - 4}
         for span, values in deltas.items() for number, delta in enumerate(values)
     )  # fmt: skip
 
 
 def test_the_span_through_which_harm_passes_is_measured_where_it_was_not_chosen(study: Study) -> None:
-    """Of twenty topics ten choose; on the others the word moves v_s by 0.5, the header by 0.2: exact p = 2 / 2**10."""
-    effects = patched(study, {"the word": np.full(20, 0.5), "the header": np.full(20, 0.2), "system": np.zeros(20)})
+    """Of twenty topics ten choose; on the others the word moves the log-odds by 5, the header by 2: p = 2 / 2**10."""
+    effects = patched(study, {"word": np.full(20, 5.0), "header": np.full(20, 2.0), "system": np.zeros(20)})
     claim = gate_claims.patching_claim(study, effects)
-    assert (claim.n, claim.value, claim.p) == (10, pytest.approx(0.3), 2 / 2**10)
-    assert "the word move a benign text's v_s by +0.50" in claim.title and "of 0.80 (n = 10)" in claim.statement
-    other = gate_claims.patching_claim(
-        study, patched(study, {"the word": np.zeros(20), "the header": np.full(20, -0.2)})
-    )
-    assert other.value == pytest.approx(0.2), "the sign is first minus second, not their sizes"
+    assert (claim.n, claim.value, claim.p) == (10, pytest.approx(3), 2 / 2**10)
+    assert "harmful word states move a benign text's log-odds of v_s by +5.0" in claim.title
+    assert "of 8.0 (n = 10)" in claim.statement
+    other = gate_claims.patching_claim(study, patched(study, {"word": np.zeros(20), "header": np.full(20, -2.0)}))
+    assert other.value == pytest.approx(2), "the sign is first minus second, not their sizes"
 
 
 def test_the_best_of_spans_without_a_difference_is_no_better(study: Study) -> None:
@@ -125,15 +149,17 @@ def test_the_best_of_spans_without_a_difference_is_no_better(study: Study) -> No
 
 def test_what_the_ablated_direction_costs_has_its_sign(study: Study) -> None:
     """Five topics of two texts: none is flagged without the direction, all without random ones."""
-    flagged = {gate_claims.NOTHING: 1.0, gate_claims.REFUSAL: 0.0, gate_claims.OWN: 0.5, gate_claims.RANDOM: 1.0}
+    flagged = dict(zip(gate_analysis.RUNS, (1.0, 0.0, 0.5, 1.0, 0.75), strict=True))
     ablated = pd.DataFrame(
         {"label": "harmful", "surface": "text", "query_id": f"q{number}", "topic": f"t{number // 2}", "run": run,
-         "unsafe": share}
+         "ablated": 0, "unsafe": share}
         for number in range(10) for run, share in flagged.items()
     )  # fmt: skip
     claim = gate_claims.ablation_claim(study, ablated)
     assert (claim.n, claim.value, claim.p) == (10, -1.0, 2 / 2**5)
-    assert "without the refusal direction 0% of harmful texts get the unsafe token, with it 100%" in claim.title
+    assert "0% of harmful texts are flagged without the refusal direction, 100% without a random one" in claim.title
+    assert "text 100% → 0%" in claim.statement and "Of 1 such directions 0 leave as few" in claim.statement
+    assert "a difference of -0.25 [-0.25, -0.25], p = 0.062" in claim.statement
 
 
 def test_calibration_says_which_way_and_counts_requests_once(study: Study) -> None:

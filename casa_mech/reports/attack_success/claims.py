@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from casa_mech.attacks import PREFILL_LENGTHS, STUDY_ATTACKS
@@ -9,8 +11,8 @@ from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import paired_difference
 from casa_mech.queries import Label
-from casa_mech.reports.attack_success.tables import SEPARATION, replies_of
-from casa_mech.reports.claim import Claim, Heading
+from casa_mech.reports.attack_success.tables import GAIN, SEPARATION, replies_of, separation_data
+from casa_mech.reports.claim import Claim, Heading, span
 from casa_mech.study.settings import slug
 from casa_mech.study.study import BENIGN_ATTACKS, Study
 
@@ -27,19 +29,29 @@ _TEST = "paired permutation over topics and, over several gates, a bootstrap ove
 
 
 def token_heading(study: Study, results: pd.DataFrame) -> Heading:
-    """How well v_s tells harm apart against how well the token's log-odds do."""
-    sentences = []
+    """What v_s adds to the ranking by the raw pair, attack by attack, and the mean AUROCs of the three."""
+    rows = separation_data(results)
+    titles, sentences = [], []
     for model in study.models:
-        rows = results[(results["model"] == model) & (results["defense"] == CASA)]
-        aurocs = rows.pivot_table(index="attack", columns="metric", values="value")[list(SEPARATION)].dropna()
-        ahead, means = int((aurocs["token_auroc"] > aurocs["gate_auroc"]).sum()), aurocs.mean()
-        sentences.append(
-            f"{slug(model)}: the token's log-odds beat v_s under {ahead} of {len(aurocs)} attacks (AUROC "
-            f"{means['token_auroc']:.2f} against {means['gate_auroc']:.2f})"
+        of_model = rows[rows["model"] == model]
+        gains = of_model[of_model["metric"] == GAIN].set_index("attack")
+        above, below = gains[gains["low"] > 0], gains[gains["high"] < 0]
+        titles.append(
+            f"{slug(model)}: no raw pair in these replies, made by an older version; remove them to compare"
+            if gains.empty
+            else f"{slug(model)}: attention raises the raw pair's AUROC under {len(above)} of {len(gains)} attacks, "
+            f"lowers it under {len(below)}"
         )
-    return Heading(
-        sentences[0], " ".join(["AUROCs are means over the attacks.", *(f"{each}." for each in sentences[1:])])
+        parts = (("raised", above), ("lowered", below))
+        named = [f"{name} ({', '.join(part.index)})" for name, part in parts if len(part)]
+        means = of_model.groupby("metric")["value"].mean()
+        aurocs = " / ".join(f"{means.get(metric, math.nan):.2f}" for metric in SEPARATION)
+        change = f"; by {span(gains['value'], '+.3f')}" if len(gains) else ""
+        sentences.append(f"{slug(model)}: {aurocs}{change}{''.join(f'; {text}' for text in named)}.")
+    caption = (
+        "Mean AUROC over the attacks of raw pair / v_s / both; the change is counted where its interval leaves 0 out. "
     )
+    return Heading(titles[0], caption + " ".join([*(f"{title}." for title in titles[1:]), *sentences]))
 
 
 def attack_claims(study: Study, results: pd.DataFrame) -> list[Claim]:

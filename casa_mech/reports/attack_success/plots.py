@@ -99,32 +99,45 @@ def plot_paths(data: pd.DataFrame, names: Mapping[str, str], title: str, caption
         )
 
 
-def plot_separation(data: pd.DataFrame, scores: Mapping[str, str], title: str, caption: str = "") -> Figure:
-    """AUROC of several scores with their intervals: a panel a model, an attack a line, the scores side by side.
+def plot_separation(data: pd.DataFrame, scores: Mapping[str, str], gain: str, title: str, caption: str = "") -> Figure:
+    """AUROC of several scores with their intervals, an attack a line; beside it what one adds to another.
+
+    Two panels a model: left the scores side by side, right the difference.
 
     Args:
         data: the result schema (`model, attack, metric, n, value, low, high`).
         scores: what to call each metric.
+        gain: the metric of the difference.
         title: the claim.
         caption: what stands behind it.
     """
     models, attacks = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["attack"]))
     with style():
-        size = (4.2 * len(models), 1.6 + 0.36 * len(attacks))
-        figure, axes = plt.subplots(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
-        for axis, model in zip(axes[0], models, strict=True):
+        size = (6.6 * len(models), 1.6 + 0.4 * len(attacks))
+        ratios = {"width_ratios": [1.5, 1] * len(models)}
+        figure, axes = plt.subplots(1, 2 * len(models), figsize=size, sharey=True, squeeze=False, gridspec_kw=ratios)
+        for axis, difference, model in zip(axes[0][::2], axes[0][1::2], models, strict=True):
             panel = data[data["model"] == model]
             for number, (metric, name) in enumerate(scores.items()):
                 rows = panel[panel["metric"] == metric].set_index("attack").reindex(attacks)
-                y = np.arange(len(rows)) + 0.16 * (2 * number - len(scores) + 1)
-                error = bar_lengths(rows)
+                y = np.arange(len(rows)) + 0.12 * (2 * number - len(scores) + 1)
                 axis.errorbar(
-                    rows["value"], y, xerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2, markersize=4.5,
-                    label=name,
+                    rows["value"], y, xerr=bar_lengths(rows), fmt=MARKERS[number], color=SERIES[number], capsize=2,
+                    markersize=4.5, label=name,
                 )  # fmt: skip
             axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
             axis.set(xlabel="AUROC", title=f"{slug(model)} (n ≥ {int(panel['n'].min())} an attack)")
             axis.set_yticks(np.arange(len(attacks)), attacks)
+            rows = panel[panel["metric"] == gain].set_index("attack").reindex(attacks)
+            difference.errorbar(
+                rows["value"], np.arange(len(rows)), xerr=bar_lengths(rows), fmt=MARKERS[len(scores)],
+                color=SERIES[len(scores)], capsize=2, markersize=4.5,
+            )  # fmt: skip
+            difference.axvline(0, color="black", linewidth=0.8, linestyle=":")
+            difference.set(xlabel="what attention adds to it", title="rewritten minus raw")
         axes[0][0].invert_yaxis()
-        how = "Bars: 95 % intervals by bootstrap over topics; dotted: chance."
+        how = (
+            "Bars: 95 % intervals by bootstrap over topics, the difference's on the same resamples; dotted: chance, "
+            "and no difference."
+        )
         return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])

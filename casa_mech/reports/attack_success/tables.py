@@ -24,8 +24,14 @@ RATES = (
     ("benign_answered", "benign requests answered"),
 )
 """The rates that are drawn, each with what to call it; beside attack success stands what was not refused."""
-SEPARATION = {"gate_auroc": "v_s", "token_auroc": "log-odds of the safety token, which decide"}
-"""The two halves of the gate, by the metric that says how well they tell harm apart."""
+SEPARATION = {
+    "raw_token_auroc": "raw pair: the token's log-odds before v_s",
+    "gate_auroc": "v_s",
+    "token_auroc": "rewritten pair: both, which decide",
+}
+"""The two halves of the gate and what they make together, by the metric that says how well they tell harm apart."""
+GAIN = "token_auroc_gain"
+"""What safety attention adds to the raw pair: the rewritten pair's AUROC minus the raw pair's."""
 
 
 def rate_data(results: pd.DataFrame) -> pd.DataFrame:
@@ -34,8 +40,8 @@ def rate_data(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def separation_data(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `SEPARATION` under CASA."""
-    return results[results["metric"].isin(list(SEPARATION)) & (results["defense"] == CASA)]
+    """The rows of `SEPARATION` and `GAIN` under CASA; replies of an older version have none of the raw pair."""
+    return results[results["metric"].isin([*SEPARATION, GAIN]) & (results["defense"] == CASA)]
 
 
 def replies_of(study: Study, model: str, defense: str, attacks: Sequence[str], label: Label) -> pd.DataFrame:

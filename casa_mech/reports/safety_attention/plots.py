@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from casa_mech.figures import LABEL_COLOURS, MARKERS, SERIES, bar_lengths, style, titled
 from casa_mech.reports.safety_attention.tables import word_shares
 from probes.gate.calibration import Reliability
+from probes.gate.removal import PERMUTED, SCORES
 from probes.gate.safety_attention import AttentionMap
 
 LABELS = ("harmful", "benign")
@@ -138,79 +139,6 @@ def plot_shares(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         return titled(figure, title, f"{caption} Bars: 95 % intervals.", legend_of=axes[0][0])
 
 
-def plot_patching(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """Effect of exchanged states on v_s and on the model's own token difference, by depth and span; a column a surface.
-
-    Solid: harm put into benign runs; dashed: taken out of harmful ones.
-
-    Args:
-        data: `PatchEffects.summary` with `surface`, of the residual stream by span.
-        title: the claim.
-        caption: what stands behind it.
-    """
-    surfaces, sites = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["site"]))
-    spans = list(dict.fromkeys(data["span"]))
-    names = {"v_s": "change of v_s", "logit": "change of the token\nlogit difference"}
-    with style():
-        size = (3.3 * len(surfaces), 5.4)
-        figure, axes = plt.subplots(2, len(surfaces), figsize=size, sharex=True, sharey="row", squeeze=False)
-        for line, (measure, label) in zip(axes, names.items(), strict=True):
-            for axis, surface in zip(line, surfaces, strict=True):
-                for (span, direction), rows in data[data["surface"] == surface].groupby(["span", "direction"]):
-                    number = spans.index(str(span))
-                    rows = rows.set_index("site").reindex(sites)
-                    inserted = direction == "insert harm"
-                    mean, low, high = (rows[f"delta_{measure}_{end}"] for end in ("mean", "low", "high"))
-                    axis.plot(
-                        np.arange(len(sites)), mean, "-" if inserted else "--", color=SERIES[number % 6],
-                        marker=MARKERS[number % 6], markersize=4, label=span if inserted else None,
-                    )  # fmt: skip
-                    axis.fill_between(
-                        np.arange(len(sites)), low, high, color=SERIES[number % 6], alpha=0.15, linewidth=0
-                    )
-                axis.axhline(0, color="grey", linewidth=0.8)
-                if measure == "v_s":
-                    axis.set_title(f"{surface} (n = {int(data[data['surface'] == surface]['n'].max())} pairs)")
-                else:
-                    axis.set_xlabel("residual stream after block")
-                    axis.set_xticks(
-                        np.arange(len(sites)), ["input" if site == "embeddings" else site for site in sites]
-                    )
-            line[0].set_ylabel(label)
-        how = "Solid: harm put into benign runs; dashed: taken out of harmful ones. Bands: 95 % intervals over pairs."
-        return titled(figure, title, f"{caption} {how}", legend_of=axes[0])
-
-
-def plot_heads(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """Effect of one head's exchanged output on v_s: a panel a surface, blocks down, heads across.
-
-    Args:
-        data: `PatchEffects.summary` with `surface`, of single heads in one direction.
-        title: the claim.
-        caption: what stands behind it.
-    """
-    surfaces = list(dict.fromkeys(data["surface"]))
-    reach = max(float(data["delta_v_s_mean"].abs().max()), 1e-6)
-    with style():
-        figure, axes = plt.subplots(1, len(surfaces), figsize=(3.6 * len(surfaces), 2.9), squeeze=False)
-        for axis, surface in zip(axes[0], surfaces, strict=True):
-            panel = data[data["surface"] == surface]
-            grid = panel.assign(layer=panel["site"].str.removeprefix("z.").astype(int))
-            values = grid.pivot(index="layer", columns="head", values="delta_v_s_mean")
-            image = axis.imshow(values, cmap="PuOr", vmin=-reach, vmax=reach, aspect="auto")
-            low, high = (
-                grid.pivot(index="layer", columns="head", values=f"delta_v_s_{end}") for end in ("low", "high")
-            )
-            for row, column in zip(*np.nonzero((low.to_numpy() > 0) | (high.to_numpy() < 0)), strict=True):
-                axis.text(column, row, f"{values.iloc[row, column]:.2f}", ha="center", va="center", fontsize=7)
-            axis.grid(False)
-            axis.set_xticks(np.arange(values.shape[1]), values.columns)
-            axis.set_yticks(np.arange(values.shape[0]), values.index)
-            axis.set(xlabel="head", ylabel="block", title=f"{surface} (n = {int(panel['n'].max())} pairs)")
-            figure.colorbar(image, ax=axis, label="change of v_s")
-        return titled(figure, title, f"{caption} Numbers stand where the 95 % interval leaves 0 out.")
-
-
 def plot_attribution(data: pd.DataFrame, title: str, caption: str = "", shown: int = 14) -> Figure:
     """The components of the token difference that differ most between the classes, with intervals.
 
@@ -241,32 +169,38 @@ def plot_attribution(data: pd.DataFrame, title: str, caption: str = "", shown: i
 
 
 def plot_removals(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """Share of requests whose decision flips when at most so many positions are hidden, by surface.
+    """Share of searches whose decision flips when at most so many positions are hidden, by surface.
+
+    Solid: greedy; dashed: the same search on permuted scores.
 
     Args:
-        data: columns `surface, flipped, size, chance`, a row a request.
+        data: `removal.sets_table` with `surface`.
         title: the claim.
         caption: what stands behind it.
     """
+    surfaces = list(dict.fromkeys(data["surface"]))
     with style():
-        figure, axis = plt.subplots(figsize=(7.4, 3.4))
-        largest = int(data["size"].max())
-        for number, (surface, panel) in enumerate(data.groupby("surface", sort=False)):
-            sizes = np.arange(largest + 1)
-            share = [(panel["flipped"] & (panel["size"] <= size)).mean() for size in sizes]
-            name = f"{surface} (n = {len(panel)}; random: {panel['chance'].mean():.0%})"
-            axis.step(sizes, share, where="post", color=SERIES[number], label=name)
-            axis.plot(sizes, share, MARKERS[number], color=SERIES[number], markersize=4)
-        axis.set(xlabel="positions removed, greedily", ylabel="share of decisions flipped", ylim=(-0.03, 1.03))
-        how = "In the legend: how often as many positions, taken at random, flip the decision."
-        return titled(figure, title, f"{caption} {how}", legend_of=axis)
+        size = (3.3 * len(surfaces), 3.2)
+        figure, axes = plt.subplots(1, len(surfaces), figsize=size, sharex=True, sharey=True, squeeze=False)
+        sizes = np.arange(int(data["size"].max()) + 1)
+        for number, (axis, surface) in enumerate(zip(axes[0], surfaces, strict=True)):
+            panel = data[data["surface"] == surface]
+            for search, line in ((SCORES, "-"), (PERMUTED, "--")):
+                rows = panel[panel["search"] == search]
+                share = [(rows["flipped"] & (rows["size"] <= size)).mean() for size in sizes]
+                axis.step(sizes, share, line, where="post", color=SERIES[number])
+                axis.plot(sizes, share, MARKERS[number], color=SERIES[number], markersize=4)
+            axis.set(xlabel="positions removed", title=f"{surface} (n = {panel['query_id'].nunique()})")
+        axes[0][0].set(ylabel="share of decisions flipped", ylim=(-0.03, 1.03))
+        how = "Solid: greedily; dashed: the same search on scores that are dealt to other positions at every step."
+        return titled(figure, title, f"{caption} {how}")
 
 
 def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Left: share given the unsafe token, by what is ablated. Right: cosines of the gate's directions with others.
 
     Args:
-        data: columns `surface, label, run, value, low, high, n`.
+        data: columns `surface, label, run, value, low, high, least, most, n`.
         cosines: of `probes.gate.safety_attention.cosine_table`.
         title: the claim.
         caption: what stands behind it.
@@ -277,8 +211,9 @@ def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str, caption
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), gridspec_kw={"width_ratios": [1.3, 1]})
         for number, run in enumerate(runs):
             rows = data[data["run"] == run].set_index(["surface", "label"]).reindex(groups)
-            x = np.arange(len(groups)) + 0.19 * (number - (len(runs) - 1) / 2)
+            x = np.arange(len(groups)) + 0.16 * (number - (len(runs) - 1) / 2)
             error = bar_lengths(rows)
+            left.vlines(x, rows["least"], rows["most"], color=SERIES[number], linewidth=5, alpha=0.2)
             left.errorbar(x, rows["value"], yerr=error, fmt=MARKERS[number], color=SERIES[number], capsize=2, label=run)
         left.set_xticks(np.arange(len(groups)), [f"{surface}\n{label}" for surface, label in groups], fontsize=8)
         left.set(ylabel="share given the unsafe token", ylim=(-0.03, 1.03), title=f"ablated (n ≥ {data['n'].min()})")
@@ -292,8 +227,8 @@ def plot_ablation(data: pd.DataFrame, cosines: pd.DataFrame, title: str, caption
         right.invert_yaxis()
         right.set(xlim=(-1.03, 1.03), xlabel="cosine")
         how = (
-            "Left: bars are 95 % intervals over topics. Right: cosines of the gate's directions with others; grey: "
-            "where 95 % of random directions lie."
+            "Left: bars are 95 % intervals over topics, pale ones the range of a control's directions. Right: cosines "
+            "of the gate's directions with others; grey: where 95 % of random directions lie."
         )
         return titled(figure, title, f"{caption} {how}", legend_of=left)
 

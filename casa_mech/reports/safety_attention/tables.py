@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from casa_mech.attacks import apply_to_pairs
-from casa_mech.attacks.seeding import query_rng
 from casa_mech.casa import Casa
 from casa_mech.casa.casa import REFUSAL
 from casa_mech.draws import Draw
@@ -18,28 +16,25 @@ from casa_mech.errors import InputError
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.stats import rate_interval
-from casa_mech.organism.wording import MICRO_WORLD
-from casa_mech.organism.world import Topic, default_world
-from casa_mech.queries import Query, TextPart
+from casa_mech.organism.world import default_world
+from casa_mech.reports.safety_attention.patch_tables import PATCHED
 from casa_mech.study.study import BENIGN_ATTACKS, LABELS, SURFACES, Study
 from casa_mech.trace.sites import Site
 from probes.activations import Activations, collect
 from probes.gate.attribution import Attribution, attribute_token_difference
 from probes.gate.calibration import Reliability, reliability
-from probes.gate.pairs import MatchedPair, aligned_pairs
-from probes.gate.patching import INSERT, PatchEffects, ablate_directions, patch_effects
-from probes.gate.removal import minimal_sets, sets_table
+from probes.gate.patching import ablate_directions
+from probes.gate.removal import PERMUTED, minimal_sets, sets_table
 from probes.gate.safety_attention import AttentionMap, attention_maps, attention_shares, cosine_table, gate_directions
+from probes.linear.control_directions import equal_variance_directions, permuted_differences
 from probes.linear.estimators import LogisticProbe
 from probes.linear.refusal_direction import RefusalDirection, find_refusal_direction
 
-PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
-"""Surfaces on which states are exchanged, and their attacks."""
-RANDOM_DIRECTIONS = 5
-WHOLE = "whole prompt"
-"""The span of a patch that exchanges all of them."""
-RUNS = ("nothing", "refusal direction", "gated model's own", "random direction")
-"""What is ablated."""
+CONTROL_DIRECTIONS = 10
+"""Directions of each control of an ablation."""
+RUNS = ("nothing", "refusal direction", "gated model's own", "random, equal variance", "of permuted labels")
+"""What is ablated. The random directions are those along which states vary as much as along the refusal direction; the
+last are made as the gated model's own, with labels that are dealt anew."""
 
 
 def v_s_by_attack(study: Study) -> pd.DataFrame:
@@ -51,71 +46,6 @@ def v_s_by_attack(study: Study) -> pd.DataFrame:
         return pd.concat(tables, ignore_index=True)
 
     return study.gate_table("v_s-by-attack", {"n": study.sizes.n_probe}, build)
-
-
-def matched_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[MatchedPair]:
-    """Up to `n` harmful requests under `attack`, each with a benign counterpart that differs in the key word alone.
-
-    The two prompts have the same layout: phrasing, verb, article, and on a picture or in a clip as many tokens.
-
-    Raises:
-        InputError: no request has such a counterpart.
-    """
-    omni = study.omni()
-    # Half of the clips or more have no counterpart of as many tokens.
-    requests = study.queries("plain", "harmful", 2 * n, Draw.GATE_MEASUREMENT)
-    waiting = list(requests)
-    pairs: dict[str, MatchedPair] = {}
-    for attempt in range(tries):
-        proposed = [(query, other) for query in waiting if (other := _counterpart(query, attempt)) is not None]
-        if not proposed:
-            break
-        harmful, benign = (list(side) for side in zip(*proposed, strict=True))
-        options = {"tokenizer": omni.tokenizer, "wording": MICRO_WORLD}
-        both = apply_to_pairs(attack, harmful, benign, study.settings.seed, **options)
-        candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
-        try:
-            pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}
-        except InputError:
-            continue
-        waiting = [query for query in waiting if query.id not in pairs]
-    if not pairs:
-        raise InputError(f"no request under {attack!r} has a benign counterpart of the same layout: add requests")
-    return [pairs[query.id] for query in requests if query.id in pairs][:n]
-
-
-def patching(study: Study, n: int) -> pd.DataFrame:
-    """`PatchEffects` of every surface in `PATCHED`, `n` pairs at most each: its columns and `surface`."""
-
-    def build() -> pd.DataFrame:
-        casa = study.casa()
-        tables = [
-            patch_effects(casa, matched_pairs(study, attack, n)).effects.assign(surface=surface)
-            for surface, attack in PATCHED.items()
-        ]
-        return pd.concat(tables, ignore_index=True)
-
-    return study.gate_table("patching", {"n": n}, build)
-
-
-def patch_summary(study: Study, effects: pd.DataFrame) -> pd.DataFrame:
-    """Mean effects with intervals, surface by surface (see `PatchEffects.summary`)."""
-    tables = [
-        PatchEffects(rows).summary(study.settings.seed).assign(surface=surface)
-        for surface, rows in effects.groupby("surface", sort=False)
-    ]
-    return pd.concat(tables, ignore_index=True)
-
-
-def residual_rows(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a patching summary that exchange the residual stream."""
-    sites = summary["site"].str.fullmatch(r"embeddings|\d+")
-    return summary[sites & (summary["span"] != WHOLE)].reset_index(drop=True)
-
-
-def head_rows(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows that put one head of the harmful run into the benign one."""
-    return summary[(summary["head"] >= 0) & (summary["direction"] == INSERT)].reset_index(drop=True)
 
 
 def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
@@ -204,7 +134,8 @@ def removals(study: Study, n: int) -> pd.DataFrame:
             raise InputError("the gate flags no harmful request, so there is no decision to take away; train it longer")
         return pd.concat(tables, ignore_index=True)
 
-    return study.gate_table("minimal-sets", {"n": n, "flagged_of": study.sizes.n_probe}, build)
+    key = {"n": n, "flagged_of": study.sizes.n_probe, "control": PERMUTED}
+    return study.gate_table("minimal-sets", key, build)
 
 
 def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
@@ -283,7 +214,8 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
     """Decisions of the gate with a direction projected out of every write to the residual stream.
 
     The directions: the refusal direction that the model had before CASA, the one that separates the classes in the
-    gated model after its middle block, and random ones.
+    gated model after its middle block, and `CONTROL_DIRECTIONS` of each kind of control (`RUNS`). The variance that a
+    random direction is matched in is that of the states at the gate's position after the middle block, of both classes.
 
     Returns:
         The columns of `ablate_directions`, `surface` and `run`, one of `RUNS`.
@@ -291,9 +223,13 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
 
     def build() -> pd.DataFrame:
         casa, middle = study.casa(), study.omni().n_layers // 2
-        own = _mean_difference(states_for_directions(study, [middle]), str(middle))
-        random = np.random.default_rng(study.settings.seed).standard_normal((RANDOM_DIRECTIONS, len(own)))
-        directions = np.vstack([refusal_direction(study).unit, own, random])
+        activations, refusal = states_for_directions(study, [middle]), refusal_direction(study).unit
+        states, harmful = activations.states[str(middle)].astype(np.float64), activations.harmful
+        rng = np.random.default_rng(study.settings.seed)
+        random = equal_variance_directions(states, refusal, CONTROL_DIRECTIONS, rng)
+        permuted = permuted_differences(states, harmful, list(activations.topics), CONTROL_DIRECTIONS, rng)
+        directions = np.vstack([refusal, _mean_difference(activations, str(middle)), random, permuted])
+        runs = [RUNS[0], *RUNS[1:3], *RUNS[3:4] * CONTROL_DIRECTIONS, *RUNS[4:] * CONTROL_DIRECTIONS]
         tables = [
             ablate_directions(casa, study.queries(attack, label, n, Draw.GATE_MEASUREMENT), directions).assign(
                 surface=surface
@@ -302,18 +238,22 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
             for label in LABELS
         ]
         table = pd.concat(tables, ignore_index=True)
-        return table.assign(run=[RUNS[min(index, 2) + 1] for index in table["ablated"]])
+        return table.assign(run=[runs[index + 1] for index in table["ablated"]])
 
-    return study.gate_table("ablation", {"n": n, "random": RANDOM_DIRECTIONS, "runs": list(RUNS)}, build)
+    return study.gate_table("ablation", {"n": n, "controls": CONTROL_DIRECTIONS, "runs": list(RUNS)}, build)
 
 
 def ablation_data(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Share of requests given the unsafe token, by surface, label and run."""
+    """Share of requests given the unsafe token, by surface, label and run.
+
+    `least` and `most`: the lowest and highest share under one of a run's directions.
+    """
     rows = []
     for (surface, label, run), group in table.groupby(["surface", "label", "run"], sort=False):
         share = rate_interval(group["unsafe"].to_numpy(), group["topic"].tolist(), seed)
         where = {"surface": surface, "label": label, "run": run, "n": group["query_id"].nunique()}
-        rows.append({**where, **share._asdict()})
+        each = group.groupby("ablated")["unsafe"].mean()
+        rows.append({**where, **share._asdict(), "least": each.min(), "most": each.max()})
     return pd.DataFrame(rows)
 
 
@@ -358,24 +298,3 @@ def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame
             "unsafe": [reply.safety_token == "unsafe" for reply in replies],
         }
     )
-
-
-def _counterpart(query: Query, attempt: int) -> Query | None:
-    """`query` about a benign topic with the same article and, where there is one, as many letters; another one at each
-    `attempt`. None when there are no more."""
-    world = default_world()
-    topic = next(entry for entry in world.topics if entry.word == query.meta["topic"])
-    fitting = [entry for entry in world.topics_of("all", "benign") if entry.article == topic.article]
-    order = query_rng(query, 0, "twin").permutation(len(fitting))
-    ranked: list[Topic] = sorted(
-        (fitting[place] for place in order), key=lambda entry: abs(len(entry.word) - len(topic.word))
-    )
-    if attempt >= len(ranked):
-        return None
-    other = ranked[attempt]
-    answer = world.answer("request", other, query.meta["verb"])
-    changed = {"topic": other.word, "category": other.category, "danger": "no", "split": other.split}
-    meta = {**query.meta, **changed, "answer": answer, "compliance": answer}
-    words = [other.word if word == topic.word else word for word in query.text.split(" ")]
-    parts = (TextPart(text=" ".join(words)),)
-    return query.model_copy(update={"id": f"{query.id}-twin", "label": "benign", "parts": parts, "meta": meta})
