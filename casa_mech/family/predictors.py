@@ -27,7 +27,8 @@ def predictor_table(omni: Omni, card: Mapping[str, Any], n: int, seed: int) -> p
     """`PREDICTOR_COLUMNS` of the base model, all states at the last token of the assistant's header.
 
     `CARD_MEASURES` are the card's own rows; the probes of surfaces that it leaves out are fitted and judged as its.
-    `shrinkage` and `cosine`: see `probes.linear.mean_differences`. Intervals are 95 %, of the states by bootstrap over topics.
+    `shrinkage` and `cosine`: see `probes.linear.mean_differences`. Intervals are 95 %, of the states by bootstrap over
+    topics.
 
     Args:
         omni: without a gate.

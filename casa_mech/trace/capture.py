@@ -17,8 +17,8 @@ from casa_mech.trace.sites import ENCODERS, Site, check_sites, site_module
 Positions = str
 """A name for the positions that are read:
 
-* `"last"`: the gate's position, the assistant header's last token; `"last:user"`: the last token of the user's turn, before
-  the template's tokens;
+* `"last"`: the gate's position, the assistant header's last token; `"last:user"`: the last token of the user's turn,
+  before the template's;
 * `"mean"`: mean over the prompt positions (content of user turns and the header); `"mean:text"`, `"mean:image"`,
   `"mean:audio"`: mean over that modality's positions of the user's turns;
 * `"all"`: every position of the prompt, template included; `"every:4"`: every fourth of them, from the first;

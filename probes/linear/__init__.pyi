@@ -1,3 +1,4 @@
+from .control_task import ControlTask, control_task
 from .estimators import (
     PROBES,
     DifferenceInMeans,
@@ -12,6 +13,9 @@ from .estimators import (
     save_probe,
 )
 from .gate_transfer import TransferPrediction, join_points, transfer_prediction
+from .harm_and_refusal import Dissociation, contrasts, direction_table, double_dissociation, held_out_coordinates
+from .kinds import left_out_kinds
+from .mean_differences import mean_difference_table, mean_differences
 from .prompt_probe import PromptProbe, fit_probe
 from .refusal_direction import (
     RefusalDirection,
@@ -21,20 +25,33 @@ from .refusal_direction import (
     refusal_score,
 )
 from .separability import Plane, controls, fisher_ratio, pca_plane, separability_table, transfer_matrix
+from .thresholds import carried_scores, threshold_table
 from .validation import (
     CrossValidated,
     Folds,
-    Selectivity,
+    ProbeControls,
     auroc_of,
     chance_p,
     cross_validate,
     make_folds,
     matched_auroc,
     permuted_aurocs,
-    selectivity,
+    probe_controls,
 )
 
 __all__ = [
+    "ControlTask",
+    "control_task",
+    "Dissociation",
+    "contrasts",
+    "direction_table",
+    "double_dissociation",
+    "held_out_coordinates",
+    "left_out_kinds",
+    "mean_difference_table",
+    "mean_differences",
+    "carried_scores",
+    "threshold_table",
     "PROBES",
     "CrossValidated",
     "DifferenceInMeans",
@@ -49,7 +66,7 @@ __all__ = [
     "RefusalDirection",
     "RidgeProbe",
     "Selection",
-    "Selectivity",
+    "ProbeControls",
     "TransferPrediction",
     "auroc_of",
     "chance_p",
@@ -68,7 +85,7 @@ __all__ = [
     "permuted_aurocs",
     "refusal_score",
     "save_probe",
-    "selectivity",
+    "probe_controls",
     "separability_table",
     "transfer_matrix",
     "transfer_prediction",

@@ -33,7 +33,7 @@ Contrast = tuple[np.ndarray, np.ndarray]
 
 
 def contrasts(harmful: np.ndarray, outcomes: np.ndarray) -> dict[str, Contrast]:
-    """The groups of `DIRECTIONS`, from labels bool [row] and the judge's outcomes of the model's own replies, str [row].
+    """The groups of `DIRECTIONS`, from labels bool [row] and outcomes str [row] of the model's own replies.
 
     Requests with other outcomes than "complied" and "refused", and benign ones that are refused, are in no group.
     """
@@ -99,9 +99,11 @@ class Dissociation:
     """How far each of two directions is the better one on its own contrast, in AUROC."""
 
     harm: Estimate
-    """AUROC of the harm direction minus that of the refusal direction, answered requests harmful against benign."""
+    """AUROC of the harm direction minus that of the refusal direction, in whichever sense this one reads more; answered
+    requests, harmful against benign."""
     refusal: Estimate
-    """AUROC of the refusal direction minus that of the harm direction, harmful requests refused against answered."""
+    """AUROC of the refusal direction minus that of the harm direction, in whichever sense this one reads more; harmful
+    requests, refused against answered."""
     p_value: float
     """That both are above 0: the larger of their two one-sided p."""
     n: int
@@ -135,9 +137,9 @@ def double_dissociation(
     for own, other in ((HARM, REFUSAL), (REFUSAL, HARM)):
         positive, negative = groups[own]
         judged = positive | negative
-        both = [coordinates[name][judged] for name in (own, other)]
-        estimates[own] = auroc_advantage(*both, positive[judged], topics[judged], seed)
-        p_values.append(swap_test(*both, positive[judged], topics[judged], seed))
+        first, second = coordinates[own][judged], coordinates[other][judged]
+        estimates[own] = auroc_advantage(first, second, positive[judged], topics[judged], seed)
+        p_values.append(swap_test(first, second, positive[judged], topics[judged], seed))
     judged = np.logical_or.reduce([side for groups_of in groups.values() for side in groups_of])
     return Dissociation(estimates[HARM], estimates[REFUSAL], max(p_values), int(judged.sum()))
 
@@ -145,15 +147,20 @@ def double_dissociation(
 def auroc_advantage(
     first: np.ndarray, second: np.ndarray, labels: np.ndarray, topics: Sequence[str] | np.ndarray, seed: int = 0
 ) -> Estimate:
-    """AUROC of `first` [row] minus that of `second` [row] for labels bool [row], with a bootstrap over topics."""
+    """How much better `first` [row] ranks labels bool [row] than `second` [row] does in either sense.
+
+    AUROC of the first minus the greater of the second's and one minus the second's, with a bootstrap over topics: a
+    direction that ranks the labels the wrong way round reads them all the same, and is no proof that they are apart.
+    """
     wins = [_wins(scores, labels) for scores in (first, second)]
 
     def difference(weights: np.ndarray) -> np.ndarray:
-        sides = weights[:, labels].astype(np.float64), weights[:, ~labels].astype(np.float64)
-        pairs = sides[0].sum(axis=1) * sides[1].sum(axis=1)
+        harmful, benign = weights[:, labels].astype(np.float64), weights[:, ~labels].astype(np.float64)
         with np.errstate(invalid="ignore"):
-            values: np.ndarray = ((sides[0] @ (wins[0] - wins[1])) * sides[1]).sum(axis=1) / pairs
-        return values
+            aurocs = [
+                ((harmful @ pairs) * benign).sum(axis=1) / (harmful.sum(axis=1) * benign.sum(axis=1)) for pairs in wins
+            ]
+        return _advantage(*aurocs)
 
     low, high = bootstrap_interval(difference, list(topics), len(labels), seed)
     return Estimate(float(difference(np.ones((1, len(labels))))[0]), low, high).widened()
@@ -167,7 +174,7 @@ def swap_test(
     seed: int = 0,
     draws: int = PERMUTATIONS,
 ) -> float:
-    """One-sided p that `first` [row] has the greater AUROC for labels bool [row].
+    """One-sided p of `auroc_advantage`.
 
     Under the null the two rankings can be exchanged for any topic: the ranks of all its requests change sides together.
     """
@@ -176,10 +183,14 @@ def swap_test(
     ranks = np.stack([rankdata(first), rankdata(second)])
     _, member = np.unique(np.asarray(topics), return_inverse=True)
     swap = np.random.default_rng(seed).integers(2, size=(draws, member.max() + 1)).astype(bool)[:, member]
-    sides = [np.where(swap, ranks[1 - side], ranks[side]) for side in (0, 1)]
-    gap = auroc_of(ranks[0], labels) - auroc_of(ranks[1], labels)
-    dealt = auroc_of(sides[0], labels) - auroc_of(sides[1], labels)
-    return float((1 + (dealt >= gap - 1e-12).sum()) / (1 + draws))
+    own = _advantage(*(auroc_of(side, labels) for side in ranks))
+    dealt = _advantage(*(auroc_of(np.where(swap, ranks[1 - side], ranks[side]), labels) for side in (0, 1)))
+    return float((1 + (dealt >= own - 1e-12).sum()) / (1 + draws))
+
+
+def _advantage(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """An AUROC minus another's, in whichever sense this one is greater."""
+    return first - np.maximum(second, 1 - second)
 
 
 def _auroc(scores: np.ndarray, labels: np.ndarray, topics: np.ndarray, seed: int) -> dict[str, float]:

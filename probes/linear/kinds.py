@@ -10,7 +10,7 @@ import pandas as pd
 from casa_mech.errors import InputError
 from casa_mech.judging.stats import auroc_interval
 from probes.activations.memory import Activations
-from probes.linear.validation import PENALTIES, cross_validate, make_folds
+from probes.linear.validation import PENALTIES, chance_p, cross_validate, make_folds
 
 ALL = "all"
 
@@ -30,8 +30,8 @@ def left_out_kinds(
         sites: which; all when not given.
 
     Returns:
-        Columns `site, surface, kind, auroc, low, high, n`. For a kind of harm: its requests against the benign ones of
-        its fold, the interval over topics. For "all": all requests, the interval over kinds.
+        Columns `site, surface, kind, auroc, low, high, n, p`. For a kind of harm: its requests against the benign ones
+        of its fold, interval and labels' permutation over topics. For "all": all requests, both over kinds.
 
     Raises:
         InputError: fewer than three kinds of a label, or states that are not finite.
@@ -69,4 +69,5 @@ def _kinds(activations: Activations) -> np.ndarray:
 
 def _auroc(scores: np.ndarray, harmful: np.ndarray, clusters: np.ndarray, seed: int) -> dict[str, float]:
     auroc, low, high = auroc_interval(list(scores), list(harmful), list(clusters), seed).widened()
-    return {"auroc": auroc, "low": low, "high": high, "n": len(scores)}
+    p_value = chance_p(scores, harmful, clusters, seed)
+    return {"auroc": auroc, "low": low, "high": high, "n": len(scores), "p": p_value}

@@ -23,7 +23,14 @@ from casa_mech.judging.stats import auroc_interval
 from probes.activations.memory import Activations
 from probes.linear.estimators import ProbeKind
 from probes.linear.gaussian import fisher_ratios
-from probes.linear.validation import PENALTIES, CrossValidated, chance_p, cross_validate, permuted_aurocs, selectivity
+from probes.linear.validation import (
+    PENALTIES,
+    CrossValidated,
+    chance_p,
+    cross_validate,
+    permuted_aurocs,
+    probe_controls,
+)
 
 RESAMPLES = 200
 """Bootstrap draws for a probe's interval."""
@@ -126,7 +133,7 @@ def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: i
         repeats: how often labels are permuted.
 
     Returns:
-        Columns `site, surface`, those of `Selectivity` (the probe, permuted labels, prompt length,
+        Columns `site, surface`, those of `ProbeControls` (the probe, permuted labels, prompt length,
         the probe among prompts of equal length), `permuted_low, permuted_high` (extremes over the permutations),
         `mean_difference` (that probe's AUROC), `fisher` (shrinkage Fisher ratio), `explained` (the first two
         components' share of the variance) and `silhouette` (of the classes in their plane).
@@ -143,7 +150,7 @@ def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: i
             (means,) = _cross_validate(subset, subset.sites, "mean_difference", folds, seed, [])
             chance = permuted_aurocs(states, harmful, topics, PENALTIES[1], repeats, folds=folds, seed=seed)
             for place, site in enumerate(subset.sites):
-                against = selectivity(logistic.scores[place], chance[place], harmful, lengths, topics, seed)
+                against = probe_controls(logistic.scores[place], chance[place], harmful, lengths, topics, seed)
                 rows.append(
                     {
                         "site": site,

@@ -7,66 +7,83 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from casa_mech.judging.stats import auroc_interval, rate_interval
 from probes.activations.memory import Activations
 from probes.linear.validation import PENALTIES, cross_validate
 
-AS_IT_IS, MOVED = "as it is", "mean moved onto text's"
+AS_IT_IS, MOVED = "as it is", "mean moved"
 HARMFUL_FLAGGED, BENIGN_FLAGGED, RANKING = "harmful flagged", "benign flagged", "auroc"
 
 
-def threshold_table(
+def carried_scores(
     activations: Activations, fit: str = "text", folds: int = 5, seed: int = 0, sites: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Shares of harmful and benign requests that a logistic probe flags (score above 0) on each surface.
+    """Scores on every surface of a logistic probe of one, each request's topic unseen; what is above 0 is flagged.
 
-    The probe is fitted on the surface `fit` alone and judged on topics that it has not seen. On the other surfaces also
-    after the difference of the two surfaces' means is added to the states. The means are over all requests, labels
-    unknown: that is a fair correction as long as both surfaces have the same share of harmful requests.
+    On the other surfaces also after the difference of the two surfaces' means is added to the states ("mean moved").
+    The means are over all requests, labels unknown: a fair correction as long as both surfaces have the same share of
+    harmful requests.
 
     Args:
         activations: several surfaces; index column `surface`.
         fit: on which the probe is fitted.
-        folds, seed: of the cross-validation; the seed also of the intervals.
+        folds, seed: of the cross-validation.
         sites: which; all when not given.
 
     Returns:
-        Columns `site, surface, states` ("as it is" or "mean moved onto text's", by the name of `fit`), `measure`
-        ("harmful flagged", "benign flagged" or "auroc"), `n, value, low, high`; intervals over topics.
+        One row a site, request and state: `site, surface, states` ("as it is" or "mean moved"), `query_id, label,
+        topic, score`.
 
     Raises:
         InputError: one class only, fewer topics of a class than folds, or states that are not finite.
     """
     names = list(sites or activations.sites)
     own = activations.where(surface=fit)
-    moved_onto = MOVED.replace("text", fit)
-    cases = [(fit, AS_IT_IS, own, own.stacked(names))]
+    fitted = own.stacked(names)
+    cases = [(fit, AS_IT_IS, own, fitted)]
     for surface in (name for name in dict.fromkeys(activations.index["surface"]) if name != fit):
         there = activations.where(surface=surface)
         states = there.stacked(names)
-        shift = own.stacked(names).mean(axis=1, keepdims=True) - states.mean(axis=1, keepdims=True)
-        cases += [(surface, AS_IT_IS, there, states), (surface, moved_onto, there, states + shift)]
+        shift = fitted.mean(axis=1, keepdims=True) - states.mean(axis=1, keepdims=True)
+        cases += [(surface, AS_IT_IS, there, states), (surface, MOVED, there, states + shift)]
     others = [(states, there.topics) for _, _, there, states in cases[1:]]
-    results = cross_validate(cases[0][3], own.harmful, own.topics, "logistic", PENALTIES, folds, seed, others)
+    results = cross_validate(fitted, own.harmful, own.topics, "logistic", PENALTIES, folds, seed, others)
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "site": site, "surface": surface, "states": moment, "query_id": there.index["query_id"],
+                    "label": there.index["label"], "topic": there.topics, "score": scores,
+                }
+            )
+            for (surface, moment, there, _), result in zip(cases, results, strict=True)
+            for site, scores in zip(names, result.scores, strict=True)
+        ],
+        ignore_index=True,
+    )  # fmt: skip
+
+
+def threshold_table(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Shares of harmful and benign requests that are flagged, and the AUROC that goes with them, over topics.
+
+    Args:
+        scores: of `carried_scores`.
+        seed: of the bootstrap over topics.
+
+    Returns:
+        Columns `site, surface, states`, `measure` ("harmful flagged", "benign flagged" or "auroc"), `n, value, low,
+        high`.
+    """
     rows = []
-    for (surface, moment, there, _), result in zip(cases, results, strict=True):
-        for site, scores in zip(names, result.scores, strict=True):
-            for measure, n, estimate in _measures(scores, there.harmful, list(there.topics), seed):
-                where = {"site": site, "surface": surface, "states": moment, "measure": measure, "n": n}
-                rows.append({**where, **estimate._asdict()})
-    order = {site: place for place, site in enumerate(names)}
-    table = pd.DataFrame(rows)
-    return table.sort_values("site", key=lambda column: column.map(order), kind="stable").reset_index(drop=True)
-
-
-def _measures(scores: np.ndarray, harmful: np.ndarray, topics: Sequence[str], seed: int) -> list[tuple]:
-    flagged, groups = scores > 0, np.asarray(topics)
-    rates = [
-        (name, int(side.sum()), rate_interval(flagged[side], list(groups[side]), seed))
-        for name, side in ((HARMFUL_FLAGGED, harmful), (BENIGN_FLAGGED, ~harmful))
-    ]
-    ranking = auroc_interval(list(scores), list(harmful), list(groups), seed)
-    return [*rates, (RANKING, len(scores), ranking.widened())]
+    for where, part in scores.groupby(["site", "surface", "states"], sort=False):
+        harmful = part["label"] == "harmful"
+        for measure, side in ((HARMFUL_FLAGGED, part[harmful]), (BENIGN_FLAGGED, part[~harmful]), (RANKING, part)):
+            if measure == RANKING:
+                estimate = auroc_interval(part["score"].tolist(), harmful.tolist(), part["topic"].tolist(), seed)
+            else:
+                estimate = rate_interval((side["score"] > 0).to_numpy(), side["topic"].tolist(), seed)
+            names = dict(zip(("site", "surface", "states"), where, strict=True))
+            rows.append({**names, "measure": measure, "n": len(side), **estimate.widened()._asdict()})
+    return pd.DataFrame(rows)

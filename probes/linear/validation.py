@@ -222,7 +222,7 @@ def matched_auroc(
 
 
 @dataclass(frozen=True)
-class Selectivity:
+class ProbeControls:
     """A probe's AUROC beside what it should be compared with."""
 
     auroc: float
@@ -231,7 +231,7 @@ class Selectivity:
     high: float
     permuted: float
     """Mean AUROC on permuted labels."""
-    selectivity: float
+    above_permuted: float
     """`auroc` minus `permuted`."""
     p_value: float
     """Of the permutation test, one-sided."""
@@ -248,14 +248,14 @@ class Selectivity:
     """Queries."""
 
 
-def selectivity(
+def probe_controls(
     scores: np.ndarray,
     permuted: np.ndarray,
     labels: np.ndarray,
     lengths: np.ndarray,
     clusters: np.ndarray,
     seed: int = 0,
-) -> Selectivity:
+) -> ProbeControls:
     """Comparison of held-out `scores` [row] with permuted labels (`permuted_aurocs`, [repeat]) and lengths [row]."""
     groups = list(clusters)
     value, low, high = auroc_interval(list(scores), list(labels), groups, seed, resamples=200)
@@ -263,8 +263,8 @@ def selectivity(
     chance = float(permuted.mean())
     p_value = (1 + int((permuted >= value).sum())) / (1 + len(permuted))
     matched, matched_low, matched_high, pairs = matched_auroc(scores, labels, lengths, clusters, seed)
-    return Selectivity(
-        auroc=value, low=low, high=high, permuted=chance, selectivity=value - chance, p_value=p_value,
+    return ProbeControls(
+        auroc=value, low=low, high=high, permuted=chance, above_permuted=value - chance, p_value=p_value,
         length=by_length[0], length_low=by_length[1], length_high=by_length[2],
         matched=matched, matched_low=matched_low, matched_high=matched_high, pairs=pairs, n=len(labels),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from probes.linear.validation import (
     make_folds,
     matched_auroc,
     permuted_aurocs,
-    selectivity,
+    probe_controls,
 )
 
 TOPICS, PER, WIDTH = 24, 5, 12
@@ -87,8 +87,8 @@ def test_permutations_and_p_values_know_chance() -> None:
     chance = permuted_aurocs(states, labels, topics, repeats=30)
     assert abs(chance.mean() - 0.5) < 0.08
     (found,) = cross_validate(states, labels, topics)
-    against = selectivity(found.scores[0], chance[0], labels, np.arange(len(labels)) % 3, topics)
-    assert against.p_value == 1 / 31 and against.selectivity > 0.3
+    against = probe_controls(found.scores[0], chance[0], labels, np.arange(len(labels)) % 3, topics)
+    assert against.p_value == 1 / 31 and against.above_permuted > 0.3
     assert (
         against.low <= against.auroc <= against.high and against.matched_low <= against.matched <= against.matched_high
     )
