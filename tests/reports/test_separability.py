@@ -45,17 +45,19 @@ def read() -> Activations:
 
 
 def test_threshold_claim_counts_what_is_flagged(study: Study, read: Activations) -> None:
-    scores = tables.score_data([read], 0)
+    scores = tables.score_data({study.name: [read]}, 0)
     thresholds = tables.threshold_data(scores, 0)
     claim = claims.threshold_claim(study, scores, thresholds)
     assert "flags 0% of harmful image requests, 100% of texts" in claim.title
     assert claim.value == 1 and claim.p < 0.001 and claim.n == int(HARMFUL.sum())
-    assert "image 0% / 0%, AUROC 1.00, with its mean moved onto text's 100% / 0%" in claim.statement
+    assert "image 0% / 0% (AUROC 1.00), moved 100% / 0%, audio" in claim.statement
     assert len(plots.plot_thresholds(thresholds, *claim.heading).axes) == 1
     # A surface on which as many are flagged: the claim says so, and its test does not reject.
     same = activations({"text": states(4), "image": states(4, 0, 1)}, HARMFUL, NAMES)
-    scores = tables.score_data([same], 0)
-    claim = claims.threshold_claim(study, scores, tables.threshold_data(scores, 0))
+    scores = tables.score_data({study.name: [same], "other": [same]}, 0)
+    thresholds = tables.threshold_data(scores, 0)
+    claim = claims.threshold_claim(study, scores, thresholds)
+    assert len(plots.plot_thresholds(thresholds, *claim.heading).axes) == 2 and "other: text 100%" in claim.statement
     assert abs(claim.value) < 0.02 and claim.low <= 0 <= claim.high and claim.p > 0.05
 
 
@@ -78,10 +80,10 @@ def test_kinds_claim_sets_new_kinds_beside_new_topics(study: Study) -> None:
 
 def test_differences_are_named_by_surface(study: Study, read: Activations) -> None:
     half = activations({"text": states(4), "image": states(4) / 2, "audio": -states(4)}, HARMFUL, NAMES)
-    differences = tables.difference_data([half], 0)
+    differences = tables.difference_data({study.name: [half], "other": [half]}, 0)
     heading = claims.differences_heading(study, differences)
     assert "0.50 to 1.00 of text's length, cosine -1.00 to 1.00" in heading.title
-    assert len(plots.plot_differences(differences, *heading).axes) == 3
+    assert len(plots.plot_differences(differences, *heading).axes) == 6
     assert_one_line(heading.title)
 
 

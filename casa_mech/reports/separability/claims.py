@@ -102,24 +102,33 @@ def transfer_claim(study: Study, matrix: pd.DataFrame) -> Claim:
 
 def threshold_claim(study: Study, scores: pd.DataFrame, thresholds: pd.DataFrame) -> Claim:
     """What a text probe still flags at its own threshold on the surface where it flags least."""
-    cells = thresholds[thresholds["positions"] == POSITIONS].set_index(["surface", "states", "measure"])["value"]
+    here = thresholds[thresholds["positions"] == POSITIONS].set_index(["model", "surface", "states", "measure"])[
+        "value"
+    ]
+    cells = here[study.name]
     surfaces = [surface for surface in dict.fromkeys(thresholds["surface"]) if surface != "text"]
     least = min(surfaces, key=lambda surface: cells[surface, AS_IT_IS, HARMFUL_FLAGGED])
-    harmful = scores[(scores["positions"] == POSITIONS) & (scores["label"] == "harmful")]
+    own = scores[(scores["model"] == study.name) & (scores["positions"] == POSITIONS)]
+    harmful = own[own["label"] == "harmful"]
     rows = harmful[harmful["states"] == AS_IT_IS].set_index(["surface", "query_id"])
     text, there = ((rows.loc[surface, "score"] > 0).astype(float) for surface in ("text", least))
     topics = rows.loc["text", "topic"].tolist()
     lost, p = paired_difference(text, there.loc[text.index], topics, study.settings.seed, outcomes=True)
-    numbers = "; ".join(
-        f"{surface} {_flagged(cells, surface, AS_IT_IS)}, AUROC {cells[surface, AS_IT_IS, RANKING]:.2f}"
-        + (f", with its mean moved onto text's {_flagged(cells, surface, MOVED)}" if surface != "text" else "")
-        for surface in ("text", *surfaces)
+    numbers = ". ".join(
+        f"{model}: text {_flagged(here[model], 'text', AS_IT_IS)}"
+        + "".join(
+            f", {surface} {_flagged(here[model], surface, AS_IT_IS)} "
+            f"(AUROC {here[model, surface, AS_IT_IS, RANKING]:.2f}), moved {_flagged(here[model], surface, MOVED)}"
+            for surface in surfaces
+        )
+        for model in dict.fromkeys(thresholds["model"])
     )
     return Claim(
         f"{study.name}: at its own threshold a text probe flags {there.mean():.0%} of harmful {least} requests, "
         f"{text.mean():.0%} of texts",
-        f"{lost.times(100).value:.0f} points {lost.times(100).bounds('.0f')} fewer. Harmful / benign requests flagged: "
-        f"{numbers}. The mean is moved without labels, on as many harmful as benign requests.",
+        f"{lost.times(100).value:.0f} points {lost.times(100).bounds('.0f')} fewer. Harmful / benign flagged, as it "
+        f"is and with its mean moved onto text's: {numbers}. The mean is moved without labels, on as many harmful as "
+        "benign requests.",
         "probe_thresholds", len(text), *lost, "paired permutation over topics", p,
         "on fresh requests as many are flagged there as on text: the difference's interval holds 0",
     )  # fmt: skip
@@ -138,7 +147,7 @@ def kinds_claim(study: Study, kinds: pd.DataFrame) -> Claim:
         f"{study.name}: on kinds of harm it has not met a text probe has AUROC {overall.value:.2f}, on new topics "
         f"alone {topics.value:.2f}",
         f"It {finds} harm of a new kind: AUROC {overall.text()} over kinds; with topics alone left out "
-        f"{topics.text()}. Hardest kind: {hardest}, {_auroc(single.loc[hardest]).text()}. On other surfaces: {carried}.",
+        f"{topics.text()}. Hardest kind: {hardest}, {_auroc(single.loc[hardest]).text()}. Elsewhere: {carried}.",
         "probe_kinds", int(rows.at[ALL, "n"]), *overall, "labels permuted over kinds, 999 draws",
         float(rows.at[ALL, "p"]), "on further kinds of harm the interval holds 0.5",
     )  # fmt: skip
@@ -147,18 +156,20 @@ def kinds_claim(study: Study, kinds: pd.DataFrame) -> Claim:
 def differences_heading(study: Study, differences: pd.DataFrame) -> Heading:
     """How long the difference of class means is behind the final norm, and whether it points text's way."""
     rows = differences[(differences["site"] == SITE) & (differences["positions"] == POSITIONS)]
-    cells = rows.set_index(["surface", "measure"])
-    others = [surface for surface in dict.fromkeys(rows["surface"]) if surface != "text"]
-    shrinkage, cosine = (
-        ", ".join(f"{surface} {Estimate.of(cells.loc[(surface, measure)]).text()}" for surface in others)
-        for measure in ("shrinkage", "cosine")
+    cells = rows.set_index(["model", "surface", "measure"])
+    others = rows[rows["surface"] != "text"][["model", "surface"]].drop_duplicates().itertuples(index=False, name=None)
+    numbers = "; ".join(
+        f"{model}, {surface} {Estimate.of(cells.loc[(model, surface, 'shrinkage')]).text()}, "
+        f"{Estimate.of(cells.loc[(model, surface, 'cosine')]).text()}"
+        for model, surface in others
     )
-    span_of = {name: span(rows[rows["measure"] == name]["value"]) for name in ("shrinkage", "cosine")}
+    own = rows[rows["model"] == study.name]
+    span_of = {name: span(own[own["measure"] == name]["value"]) for name in ("shrinkage", "cosine")}
     return Heading(
         f"{study.name}: off text the difference of class means has {span_of['shrinkage']} of text's length, "
         f"cosine {span_of['cosine']}",
-        f"Behind the final norm at the last position. Length as a share of text's: {shrinkage}. Cosine with text's: "
-        f"{cosine}. Sampling noise of the topics is taken off; every feature is in units of its spread on text.",
+        f"Behind the final norm at the last position. Length as a share of text's, cosine with text's: {numbers}. "
+        "Sampling noise of the topics is taken off; every feature is in units of its spread on text.",
     )
 
 

@@ -218,36 +218,38 @@ def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -
 
 
 def plot_thresholds(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """Shares that a text probe flags at its own threshold: a panel a choice of positions, bars by surface and state.
+    """Shares that a text probe flags at its own threshold: a row a model, a column a choice of positions.
 
     Args:
-        data: columns `positions, surface, states, measure, n, value, low, high` (`tables.threshold_data`).
+        data: columns `model, positions, surface, states, measure, n, value, low, high` (`tables.threshold_data`).
         title: the claim.
         caption: what stands behind it.
     """
-    rows = list(dict.fromkeys(data["positions"]))
-    bars = ((HARMFUL_FLAGGED, HARMFUL, "//"), (BENIGN_FLAGGED, BENIGN, ""))
+    models, columns = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["positions"]))
     with style():
-        figure, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 3.4), sharey=True, squeeze=False)
-        for axis, positions in zip(axes[0], rows, strict=True):
-            panel = data[data["positions"] == positions]
-            groups = list(dict.fromkeys(zip(panel["surface"], panel["states"], strict=True)))
-            cells = panel.set_index(["measure", "surface", "states"])
-            for shift, (measure, colour, hatch) in zip((-0.2, 0.2), bars, strict=True):
-                there = cells.loc[[(measure, *group) for group in groups]]
-                axis.bar(
-                    np.arange(len(groups)) + shift, 100 * there["value"], 0.38, yerr=100 * bar_lengths(there),
-                    capsize=2, color=colour, hatch=hatch, label=f"{measure} (n = {int(there['n'].min())} a bar)",
-                )  # fmt: skip
-            ranking = [cells.loc[(RANKING, *group), "value"] for group in groups]
-            names = [
-                f"{surface}\n{states}\nAUROC {value:.2f}"
-                for (surface, states), value in zip(groups, ranking, strict=True)
-            ]
-            axis.set_xticks(np.arange(len(groups)), names, fontsize=8)
-            axis.set(title=POSITIONS.get(positions, positions), ylim=(0, 104))
-        axes[0][0].set_ylabel("flagged by a probe of text, %")
+        size = (5 * len(columns), 3.1 * len(models))
+        figure, axes = plt.subplots(len(models), len(columns), figsize=size, sharey=True, squeeze=False)
+        for line, model in zip(axes, models, strict=True):
+            for axis, positions in zip(line, columns, strict=True):
+                _flagged(axis, data[(data["model"] == model) & (data["positions"] == positions)])
+                axis.set(title=f"{model}, {POSITIONS.get(positions, positions)}", ylim=(0, 104))
+            line[0].set_ylabel("flagged by a probe of text, %")
         return titled(figure, title, f"{caption} Bars: 95 % intervals over topics.", legend_of=axes[0][0])
+
+
+def _flagged(axis: Axes, panel: pd.DataFrame) -> None:
+    groups = list(dict.fromkeys(zip(panel["surface"], panel["states"], strict=True)))
+    cells = panel.set_index(["measure", "surface", "states"])
+    for shift, measure, colour, hatch in ((-0.2, HARMFUL_FLAGGED, HARMFUL, "//"), (0.2, BENIGN_FLAGGED, BENIGN, "")):
+        bars = cells.loc[[(measure, *group) for group in groups]]
+        axis.bar(
+            np.arange(len(groups)) + shift, 100 * bars["value"], 0.38, yerr=100 * bar_lengths(bars), capsize=2,
+            color=colour, hatch=hatch, label=f"{measure} (n = {int(bars['n'].min())} a bar)",
+        )  # fmt: skip
+    names = [
+        f"{surface}\n{states}\nAUROC {cells.loc[(RANKING, surface, states), 'value']:.2f}" for surface, states in groups
+    ]
+    axis.set_xticks(np.arange(len(groups)), names, fontsize=8)
 
 
 def plot_kinds(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
@@ -279,28 +281,29 @@ def plot_kinds(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
 
 def plot_differences(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """Length and direction of the difference of class means by layer: a row a choice of positions, a column a measure.
+    """Length and direction of the difference of class means by layer: a row a model and choice of positions.
 
     Args:
-        data: columns `positions, site, surface, measure, n, value, low, high` (`tables.difference_data`).
+        data: columns `model, positions, site, surface, measure, n, value, low, high` (`tables.difference_data`).
         title: the claim.
         caption: what stands behind it.
     """
-    rows, surfaces = list(dict.fromkeys(data["positions"])), list(dict.fromkeys(data["surface"]))
-    sites = list(dict.fromkeys(data["site"]))
+    rows = list(dict.fromkeys(zip(data["model"], data["positions"], strict=True)))
+    surfaces, sites = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["site"]))
     names = {"length": "length, spreads on text", "shrinkage": "length / text's", "cosine": "cosine with text's"}
     with style():
-        size = (3.4 * len(names), 2.7 * len(rows))
+        size = (3.4 * len(names), 2.5 * len(rows))
         figure, axes = plt.subplots(len(rows), len(names), figsize=size, sharey="col", squeeze=False)
-        for line, positions in zip(axes, rows, strict=True):
+        for line, (model, positions) in zip(axes, rows, strict=True):
+            here = data[(data["model"] == model) & (data["positions"] == positions)]
             for axis, (measure, name) in zip(line, names.items(), strict=True):
-                panel = data[(data["positions"] == positions) & (data["measure"] == measure)]
+                panel = here[here["measure"] == measure]
                 for surface in dict.fromkeys(panel["surface"]):
                     points = panel[panel["surface"] == surface].set_index("site").reindex(sites)
                     _curve(axis, points, "value", surfaces.index(surface), f"{surface} (n = {int(points['n'].max())})")
                 axis.set_xticks(np.arange(len(sites)), sites)
                 axis.set_ylabel(name)
-            line[0].set_title(POSITIONS.get(positions, positions), loc="left")
+            line[0].set_title(f"{model}, {POSITIONS.get(positions, positions)}", loc="left")
         for axis in axes[-1]:
             axis.set_xlabel("layer (norm: after the final norm)")
         return titled(figure, title, f"{caption} Bands: 95 % intervals over topics.", legend_of=axes[0][0])

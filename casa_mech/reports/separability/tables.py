@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from casa_mech.judging.stats import auroc_interval
 from casa_mech.omni import GenerationSettings
 from casa_mech.organism.premise_rows import PROBE_DEPTH as DEPTH
 from casa_mech.study.settings import slug
-from casa_mech.study.study import LABELS, SURFACES, Study
+from casa_mech.study.study import LABELS, SURFACES, ProbePositions, Study
 from probes.activations import Activations
 from probes.linear.control_task import control_task
 from probes.linear.gate_transfer import join_points
@@ -117,18 +117,21 @@ def _beside(read: Activations, untrained: Activations, surface: str, seed: int) 
     return pd.DataFrame(rows)
 
 
-def score_data(states: Sequence[Activations], seed: int, site: str = "norm") -> pd.DataFrame:
-    """A text probe's score of every request on every surface, for each choice of positions (column `positions`)."""
-    with threadpool_limits(1):
-        tables = [carried_scores(read, seed=seed, sites=[site]).assign(positions=read.positions) for read in states]
-    return pd.concat(tables, ignore_index=True)
+def by_model(study: Study, positions: Sequence[ProbePositions] = ("last", "mean")) -> dict[str, list[Activations]]:
+    """States before CASA of every model of the study, by its name, for each choice of positions."""
+    return {slug(model): [study.activations(read, model) for read in positions] for model in study.models}
+
+
+def score_data(states: Mapping[str, Sequence[Activations]], seed: int, site: str = "norm") -> pd.DataFrame:
+    """A text probe's score of every request on every surface: those of `carried_scores`, `model, positions`."""
+    return _of_each(states, lambda read: carried_scores(read, seed=seed, sites=[site]))
 
 
 def threshold_data(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
     """What a text probe flags at its own threshold, from `score_data`: the columns of `plots.plot_thresholds`."""
+    groups = scores.groupby(["model", "positions"], sort=False)
     tables = [
-        threshold_table(rows, seed).assign(positions=positions)
-        for positions, rows in scores.groupby("positions", sort=False)
+        threshold_table(rows, seed).assign(model=model, positions=positions) for (model, positions), rows in groups
     ]
     return pd.concat(tables, ignore_index=True)
 
@@ -148,12 +151,20 @@ def kind_data(states: Sequence[Activations], matrix: pd.DataFrame, seed: int, si
     return pd.concat(tables, ignore_index=True)
 
 
-def difference_data(states: Sequence[Activations], seed: int) -> pd.DataFrame:
-    """Length and direction of the difference of class means by site and surface: columns of `mean_difference_table`."""
-    tables = []
-    for read in states:
-        with threadpool_limits(1):
-            tables.append(mean_difference_table(read, seed=seed).assign(positions=read.positions))
+def difference_data(states: Mapping[str, Sequence[Activations]], seed: int) -> pd.DataFrame:
+    """Length and direction of the difference of class means by site and surface: columns of `mean_difference_table`,
+    `model, positions`."""
+    return _of_each(states, lambda read: mean_difference_table(read, seed=seed))
+
+
+def _of_each(
+    states: Mapping[str, Sequence[Activations]], measure: Callable[[Activations], pd.DataFrame]
+) -> pd.DataFrame:
+    """`measure` of all states, with the columns `model` and `positions`."""
+    with threadpool_limits(1):
+        tables = [
+            measure(read).assign(model=model, positions=read.positions) for model, own in states.items() for read in own
+        ]
     return pd.concat(tables, ignore_index=True)
 
 
