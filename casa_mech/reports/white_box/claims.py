@@ -60,14 +60,14 @@ def restart_heading(study: Study, restarts: pd.DataFrame) -> Heading:
         for medium in dict.fromkeys(restarts["medium"])
     }
     first, after = (
-        ", ".join(f"{medium} {both[place].value:.0%}" for medium, both in rates.items()) for place in (0, 1)
+        ", ".join(f"{medium} {both[place].percent('.0f')}" for medium, both in rates.items()) for place in (0, 1)
     )
     added = max(both[1].value - both[0].value for both in rates.values())
-    numbers = ", ".join(f"{medium} {both[1].percent('.0f')}" for medium, both in rates.items())
     return Heading(
-        f"{study.name}: {last} starts break up to {100 * added:.0f} points more at this gate than one: lower bounds both",
-        f"By an attacker who knows the gate: with one start {first}, with {last} {after} ({numbers}). More starts can only "
-        "add.",
+        f"{study.name}: at this gate {last} starts break up to {100 * added:.0f} points more than one; both are lower "
+        "bounds",
+        f"By an attacker who knows the gate, in percent: with one start {first}; with {last} {after}. More starts can "
+        "only add.",
     )
 
 

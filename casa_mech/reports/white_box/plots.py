@@ -13,7 +13,7 @@ from casa_mech.figures import MARKERS, SERIES, bar_lengths, style, titled
 
 
 def plot_rates_along(data: pd.DataFrame, units: Mapping[str, str], title: str, caption: str = "") -> Figure:
-    """Rates along a budget, steps or starts, named lower bounds: a column a medium, a row a measure, a line an attacker.
+    """Rates along a budget, steps or starts, as lower bounds: a column a medium, a row a measure, a line an attacker.
 
     Args:
         data: columns `medium, attacker, measure, x, n, value, low, high`.
