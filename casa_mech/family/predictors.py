@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,27 +10,25 @@ import pandas as pd
 
 from casa_mech.attacks import apply_attack
 from casa_mech.draws import Draw
-from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import bootstrap_interval, members
-from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.stats import auroc_interval
 from casa_mech.omni import Omni
 from casa_mech.organism.premise_rows import PROBE_PENALTY, SURFACES, header_states
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import Split, default_world
 from casa_mech.queries import Query
+from probes.linear.mean_differences import mean_differences
 
 CARD_MEASURES = ("probe", "probe_from_text", "tolerance", "attack_success", "answers_benign")
 """Predictors that the card has measured."""
 PREDICTOR_COLUMNS = ("surface", "measure", "topics", "n", "value", "low", "high")
-RESAMPLES = 1000
 
 
 def predictor_table(omni: Omni, card: Mapping[str, Any], n: int, seed: int) -> pd.DataFrame:
     """`PREDICTOR_COLUMNS` of the base model, all states at the last token of the assistant's header.
 
     `CARD_MEASURES` are the card's own rows; the probes of surfaces that it leaves out are fitted and judged as its.
-    `shrinkage` and `cosine`: see `mean_differences`. Intervals are 95 %, of the states by bootstrap over topics.
+    `shrinkage` and `cosine`: see `probes.linear.mean_differences`. Intervals are 95 %, of the states by bootstrap over
+    topics.
 
     Args:
         omni: without a gate.
@@ -58,83 +55,6 @@ def predictor_table(omni: Omni, card: Mapping[str, Any], n: int, seed: int) -> p
                 {"surface": surface, "measure": measure, "topics": "all", "n": len(topics), **estimate._asdict()}
             )
     return pd.DataFrame(rows, columns=list(PREDICTOR_COLUMNS))
-
-
-def mean_differences(
-    text: np.ndarray, other: np.ndarray, harmful: np.ndarray, topics: Sequence[str], seed: int = 0
-) -> dict[str, Estimate]:
-    """How the difference of class means on a surface compares with that on text, by `shrinkage` and `cosine`.
-
-    `shrinkage` is the ratio of their lengths (1: as long as text's), `cosine` that of the angle between them. Both
-    surfaces show the same requests, every feature is divided by its spread on text, and the lengths are of the means
-    without sampling noise: the topics that were drawn part two classes a little even where harm does not, and the same
-    topics do so on every surface, so what the spread between topics explains is taken off the squared lengths and the
-    inner product. A surface on which nothing is left has shrinkage 0 and no cosine (NaN).
-
-    Args:
-        text, other: states [request, d_model] of the same requests.
-        harmful: bool [request].
-        topics: of each request; what a bootstrap draws.
-        seed: of the bootstrap.
-    """
-    spread = text.std(axis=0)
-    scale = np.where(spread > 0, spread, 1.0)
-    sides = [np.asarray(states, dtype=np.float64) / scale for states in (text, other)]
-    sides = [states - states.mean(axis=0) for states in sides]
-    noise = _noise(sides, harmful, members(topics, len(topics)))
-
-    def products(weights: np.ndarray, times: int) -> np.ndarray:
-        """Squared length on text, squared length there, inner product, [3, resample]; noise taken off `times`."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            parts = [weights * label / (weights * label).sum(axis=1, keepdims=True) for label in (harmful, ~harmful)]
-            first, second = ((parts[0] - parts[1]) @ states for states in sides)
-        raw = [(first * first).sum(axis=1), (second * second).sum(axis=1), (first * second).sum(axis=1)]
-        return np.stack(raw) - times * noise[:, None]
-
-    estimates = {}
-    for name, statistic in (("shrinkage", _shrinkage), ("cosine", _cosine)):
-        value = float(statistic(products(np.ones((1, len(topics))), 1))[0])
-        # A resample has the sampling noise twice: once drawn, once drawn again.
-        again = partial(_of_resample, statistic, products)
-        try:
-            low, high = bootstrap_interval(again, topics, len(topics), seed, resamples=RESAMPLES)
-            estimates[name] = Estimate(value, low, high).widened()
-        except InputError:  # hardly a resample in which text parts the classes
-            estimates[name] = Estimate(value, np.nan, np.nan)
-    return estimates
-
-
-def _of_resample(
-    statistic: Callable[[np.ndarray], np.ndarray],
-    products: Callable[[np.ndarray, int], np.ndarray],
-    weights: np.ndarray,
-) -> np.ndarray:
-    return statistic(products(weights, 2))
-
-
-def _noise(sides: Sequence[np.ndarray], harmful: np.ndarray, topic: np.ndarray) -> np.ndarray:
-    """What the drawn topics alone add to the three products of `mean_differences`: [text², other², inner product]."""
-    total = np.zeros(3)
-    for label in (harmful, ~harmful):
-        present = np.unique(topic[label])
-        shares = (topic[None, label] == present[:, None]).astype(np.float64) / max(1, label.sum())
-        # How far each topic draws its class's mean: sums over its requests, [topic, d_model].
-        first, second = (shares @ (states[label] - states[label].mean(axis=0)) for states in sides)
-        correction = len(present) / max(1, len(present) - 1)
-        total += correction * np.array([(first * first).sum(), (second * second).sum(), (first * second).sum()])
-    return total
-
-
-def _shrinkage(products: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.clip(products[1], 0, None) / products[0]
-    return np.where(products[0] > 0, np.sqrt(np.abs(ratio)), np.nan)
-
-
-def _cosine(products: np.ndarray) -> np.ndarray:
-    positive = (products[0] > 0) & (products[1] > 0)
-    size = np.sqrt(np.where(positive, products[0] * products[1], 1.0))
-    return np.where(positive, np.clip(products[2] / size, -1, 1), np.nan)
 
 
 def _states(omni: Omni, requests: Sequence[Query], surface: str, seed: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -27,6 +27,7 @@ from casa_mech.identity import file_sha256, key_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.omni.untrained import untrained
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
 from casa_mech.processes import Note, in_processes
@@ -44,6 +45,8 @@ SURFACES = {"text": "plain", "spelled": "spelled", "image": "image", "audio": "a
 BENIGN_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
 """Attacks that the attack table also puts benign requests under."""
 LABELS: tuple[Label, ...] = ("harmful", "benign")
+ProbePositions = Literal["last", "last:user", "mean"]
+"""Where probes read (`casa_mech.trace.capture.Positions`)."""
 Moment = Literal["before", "after"]
 """Of a gate's training."""
 _POLL_SECONDS = 0.5
@@ -301,32 +304,41 @@ class Study:
 
     # Tables that several notebooks read
 
-    def activations(self, positions: Literal["last", "mean"] = "last", model: str = "") -> Activations:
-        """Hidden states before CASA of harmful and benign requests on text, image and audio.
+    def probing_queries(self) -> list[Query]:
+        """The harmful and benign requests on text, image and audio whose states are read."""
+        return [
+            query
+            for surface, attack in SURFACES.items()
+            if surface != "spelled"
+            for label in LABELS
+            for query in self.queries(attack, label, self.sizes.n_probe, Draw.PROBING)
+        ]
+
+    def activations(
+        self, positions: ProbePositions = "last", model: str = "", random_weights: bool = False
+    ) -> Activations:
+        """Hidden states before CASA of `probing_queries`.
 
         Args:
-            positions: the assistant header's last token, from which the first word is predicted, or the prompt's mean.
+            positions: the assistant header's last token, from which the first word is predicted, the user's last token,
+                or the prompt's mean.
             model: default the one under study.
+            random_weights: the states of its architecture with weights that nobody trained, a control.
         """
-        return self.activation_store(model).activations(positions)
+        return self.activation_store(model, random_weights).activations(positions)
 
-    def activation_store(self, model: str = "") -> ActivationStore:
-        """The store behind `activations`: every block's output and the final norm's, last position and prompt mean."""
-        key = {**self.model_key(model), "n": self.sizes.n_probe, "positions": ["last", "mean"], "format": FORMAT}
+    def activation_store(self, model: str = "", random_weights: bool = False) -> ActivationStore:
+        """The store behind `activations`: every block's output and the final norm's, at each of `ProbePositions`."""
+        read = get_args(ProbePositions)
+        key = {**self.model_key(model), "n": self.sizes.n_probe, "positions": list(read), "format": FORMAT}
+        name = slug(model or self.settings.model) + ("-random-weights" if random_weights else "")
 
         def build(folder: Path) -> None:
-            attacks = [attack for surface, attack in SURFACES.items() if surface != "spelled"]
-            queries = [
-                query
-                for attack in attacks
-                for label in LABELS
-                for query in self.queries(attack, label, self.sizes.n_probe, Draw.PROBING)
-            ]
-            with self.without_gate(model) as omni:
+            with self.without_gate(model) as trained:
+                omni = untrained(trained, self.settings.seed) if random_weights else trained
                 where: dict[str, Any] = {"out": folder / "store", "batch_size": self.sizes.batch_size}
-                ActivationStore.collect(omni, queries, None, ("last", "mean"), **where, progress=self.progress)
+                ActivationStore.collect(omni, self.probing_queries(), None, read, **where, progress=self.progress)
 
-        name = slug(model or self.settings.model)
         return ActivationStore.open(self.folder.artifact("activations", name, key, build) / "store")
 
     def readings(self, model: str = "", gate: int = 0) -> pd.DataFrame:

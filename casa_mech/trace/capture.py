@@ -17,7 +17,8 @@ from casa_mech.trace.sites import ENCODERS, Site, check_sites, site_module
 Positions = str
 """A name for the positions that are read:
 
-* `"last"`: the gate's position, the assistant header's last token;
+* `"last"`: the gate's position, the assistant header's last token; `"last:user"`: the last token of the user's turn,
+  before the template's;
 * `"mean"`: mean over the prompt positions (content of user turns and the header); `"mean:text"`, `"mean:image"`,
   `"mean:audio"`: mean over that modality's positions of the user's turns;
 * `"all"`: every position of the prompt, template included; `"every:4"`: every fourth of them, from the first;
@@ -25,7 +26,7 @@ Positions = str
   is the one that has read it and predicts the next.
 """
 
-_KNOWN = "last, mean, mean:text, mean:image, mean:audio, all, every:<n>, prefill, generated:<k>"
+_KNOWN = "last, last:user, mean, mean:text, mean:image, mean:audio, all, every:<n>, prefill, generated:<k>"
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,14 @@ def check_positions(positions: Positions) -> Positions:
     Raises:
         InputError: it is not; the message lists those that are.
     """
-    if not re.fullmatch(r"last|mean(:(text|image|audio))?|all|every:[1-9]\d*|prefill|generated:\d+", positions):
+    if not re.fullmatch(r"last(:user)?|mean(:(text|image|audio))?|all|every:[1-9]\d*|prefill|generated:\d+", positions):
         raise InputError(f"no positions {positions!r}; use {_KNOWN}")
     return positions
+
+
+def one_a_query(positions: Positions) -> bool:
+    """True where `positions` are at most one vector for each query: a single position or a mean."""
+    return positions.partition(":")[0] in ("last", "mean")
 
 
 def make_cut(batch: OmniBatch, positions: Positions) -> Cut:
@@ -70,14 +76,17 @@ def make_cut(batch: OmniBatch, positions: Positions) -> Cut:
     column = torch.arange(batch.prompt_mask.shape[1], device=row_device(batch))[None]
     start = (batch.inputs["attention_mask"] == 0).sum(dim=1, keepdim=True)
     gate, end = batch.gate_position[:, None], batch.last_position[:, None]
+    number = int(detail) if detail.isdigit() else 0
+    user = torch.stack(list(batch.modality.values())).any(dim=0)
+    chosen = torch.where(user, column, -1).amax(dim=1, keepdim=True) if detail == "user" else gate
     first, last = {
-        "last": (gate, gate),
+        "last": (chosen, chosen),
         "all": (start, gate),
         "every": (start, gate),
         "prefill": (gate + 1, end),
-        "generated": (end + 1, end + 1 + int(detail or 0)),
+        "generated": (end + 1, end + 1 + number),
     }[kind]
-    step = int(detail) if kind == "every" else 1
+    step = number if kind == "every" else 1
     row, column = ((column >= first) & (column <= last) & ((column - first) % step == 0)).nonzero().unbind(dim=1)
     origin = start if kind == "last" else first
     return Cut(positions, row, column, column - origin[row, 0])
@@ -181,7 +190,7 @@ def capture(omni: Omni, batch: OmniBatch, sites: Sequence[Site], positions: Posi
         states_of = capture_cuts(omni, batch, sites, [cut])
         return {site: states[0].unflatten(0, batch.prompt_mask.shape) for site, states in states_of.items()}
     cut = make_cut(batch, positions)
-    if positions != "last" and cut.mask is None:
+    if not one_a_query(positions):
         raise InputError(f"positions {positions!r} are several a query; capture_cuts gives them")
     return {
         site: states[0].new_zeros(batch.size, *states[0].shape[1:]).index_copy(0, cut.row, states[0])

@@ -17,7 +17,7 @@ from casa_mech.errors import InputError
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, OmniBatch
 from casa_mech.queries import Query, TextPart
-from casa_mech.whitebox.gradient import GradientSettings, run_attack
+from casa_mech.whitebox.gradient import GradientSettings, run_attack, start_purpose
 from casa_mech.whitebox.objective import Objective, check_queries
 from casa_mech.whitebox.results import AttackResult, Measured
 
@@ -90,8 +90,8 @@ def suffix_attack(
     check_queries(queries, settings.aim)
     allowed = ordinary_words(casa.omni.tokenizer, settings.words)
 
-    def optimise(group: Sequence[Query]) -> tuple[list[list[Query]], Tensor]:
-        suffixes, margins = _optimise(casa, group, settings, allowed)
+    def optimise(group: Sequence[Query], start: int) -> tuple[list[list[Query]], Tensor]:
+        suffixes, margins = _optimise(casa, group, settings, allowed, start)
         return [
             [_with_suffix(query, _text(casa, ids)) for query, ids in zip(group, reported, strict=True)]
             for reported in suffixes
@@ -137,11 +137,11 @@ def _trial(
 
 
 def _optimise(
-    casa: Casa, queries: Sequence[Query], settings: SuffixSettings, allowed: LongTensor
+    casa: Casa, queries: Sequence[Query], settings: SuffixSettings, allowed: LongTensor, start: int
 ) -> tuple[list[Tensor], Tensor]:
     """Suffixes [query, token] after each of `settings.reported` steps, and the margins of all steps [step, query]."""
     device = casa.omni.device
-    rngs = [query_rng(query, settings.seed, "suffix") for query in queries]
+    rngs = [query_rng(query, settings.seed, start_purpose("suffix", start)) for query in queries]
     draws = np.stack([rng.integers(len(allowed), size=settings.tokens) for rng in rngs])
     suffixes = allowed[torch.from_numpy(draws)].to(device)
     whole = _trial(casa, queries, range(len(queries)), suffixes, settings)

@@ -24,7 +24,7 @@ from casa_mech.omni.chat import media_parts
 from casa_mech.omni.media import SAMPLE_RATE, load_audio, load_image
 from casa_mech.queries import AudioPart, ImagePart, Query
 from casa_mech.whitebox.front_end import log_mel, patches, processed_picture
-from casa_mech.whitebox.gradient import GradientSettings, run_attack
+from casa_mech.whitebox.gradient import GradientSettings, run_attack, start_purpose
 from casa_mech.whitebox.objective import Objective, check_queries
 from casa_mech.whitebox.results import AttackResult, Measured
 
@@ -45,7 +45,7 @@ class PgdSettings(GradientSettings):
     step_size: float | None = Field(default=None, gt=0)
     """Share of the budget that a step walks on average, 2.5 / steps when not given; steps shrink evenly to nothing."""
     random_start: bool = False
-    """Begin anywhere within the budget instead of at the clean input."""
+    """Begin anywhere within the budget instead of at the clean input, already at the first start."""
 
     def levels(self, medium: Medium) -> int:
         """The budget in whole levels of the file.
@@ -125,8 +125,8 @@ def _attack(
             raise InputError(f"query {query.id!r} has no {thing} to change: make one first, with the attack {way}")
     budget = settings.levels(medium)
 
-    def optimise(group: Sequence[Query]) -> tuple[list[list[Query]], Tensor]:
-        examples, margins = _optimise(casa, group, medium, settings, budget)
+    def optimise(group: Sequence[Query], start: int) -> tuple[list[list[Query]], Tensor]:
+        examples, margins = _optimise(casa, group, medium, settings, budget, start)
         return [
             [_with_media(query, medium, levels) for query, levels in zip(group, reported, strict=True)]
             for reported in examples
@@ -173,7 +173,7 @@ def _features(omni: Omni, levels: Sequence[Tensor], medium: Medium) -> Tensor:
 
 
 def _optimise(
-    casa: Casa, queries: Sequence[Query], medium: Medium, settings: PgdSettings, budget: int
+    casa: Casa, queries: Sequence[Query], medium: Medium, settings: PgdSettings, budget: int, start: int
 ) -> tuple[list[list[list[Tensor]]], Tensor]:
     """The best examples after each of `settings.reported` steps, [report][query][medium] in levels, and the margins of
     all steps [step, query]."""
@@ -181,8 +181,9 @@ def _optimise(
     media = _load(omni, queries, medium)
     objective = Objective(casa, queries, settings.aim, settings.opening_tokens)
     last_turn = [row >= 0 for row in media.owner]
-    rngs = _rngs(queries, media, settings)
-    moved = [_start(clean, settings, budget, rng) for clean, rng in zip(media.clean, rngs, strict=True)]
+    rngs = _rngs(queries, media, settings, start)
+    anywhere = settings.random_start or start > 0
+    moved = [_start(clean, budget, rng) if anywhere else clean for clean, rng in zip(media.clean, rngs, strict=True)]
     stride = budget * (settings.step_size or _WALK / settings.steps)
     best = [clean.clone() for clean in media.clean]
     lowest = torch.full((len(queries),), torch.inf, device=omni.device)
@@ -216,14 +217,18 @@ def _optimise(
     return reports, torch.stack(margins)
 
 
-def _rngs(queries: Sequence[Query], media: _Media, settings: PgdSettings) -> list[np.random.Generator | None]:
+def _rngs(
+    queries: Sequence[Query], media: _Media, settings: PgdSettings, start: int
+) -> list[np.random.Generator | None]:
     """A generator for each medium, those of one query sharing one; None for what is not changed."""
-    by_row = {row: query_rng(queries[row], settings.seed, "pgd") for row in set(media.owner) if row >= 0}
+    purpose = start_purpose("pgd", start)
+    by_row = {row: query_rng(queries[row], settings.seed, purpose) for row in set(media.owner) if row >= 0}
     return [by_row.get(row) for row in media.owner]
 
 
-def _start(clean: Tensor, settings: PgdSettings, budget: int, rng: np.random.Generator | None) -> Tensor:
-    if rng is None or not settings.random_start:
+def _start(clean: Tensor, budget: int, rng: np.random.Generator | None) -> Tensor:
+    """A place within the budget around `clean`, which is not changed without a generator."""
+    if rng is None:
         return clean
     return clean + torch.tensor(
         rng.uniform(-budget, budget, tuple(clean.shape)), dtype=clean.dtype, device=clean.device

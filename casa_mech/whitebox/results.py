@@ -62,6 +62,8 @@ class AttackResult:
     """The clean query."""
     after: Measured
     """The attacked query."""
+    start: int = 0
+    """The start that it comes from; 0 is the clean picture or clip, or the first words."""
     trajectory: tuple[float, ...] = ()
     """Margins of the optimiser's example before step 1, 2, ... and at the end, rounded as the file would be."""
 
@@ -112,7 +114,8 @@ def result_frame(results: Sequence[AttackResult]) -> pd.DataFrame:
         meta = result.query.meta
         record: dict[str, object] = {
             "attack": result.attack, "aim": result.aim, "aware": result.aware, "budget": result.budget,
-            "steps": result.steps, "seed": result.seed, "query_id": result.query.id, "label": result.query.label or "",
+            "steps": result.steps, "seed": result.seed, "start": result.start, "query_id": result.query.id,
+            "label": result.query.label or "",
             "topic": meta.get("topic", ""), "split": meta.get("split", ""), "success": result.success,
         }  # fmt: skip
         for moment, measured in (("before", result.before), ("after", result.after)):

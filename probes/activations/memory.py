@@ -13,7 +13,7 @@ from tqdm import tqdm
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
-from casa_mech.trace.capture import Positions
+from casa_mech.trace.capture import Positions, one_a_query
 from casa_mech.trace.sites import ENCODERS, Site
 from probes.activations.forward import ReadingPlan
 from probes.activations.index import INDEX_COLUMNS, prompt_lengths, query_columns
@@ -93,7 +93,7 @@ def collect(
         omni: the model; whatever is attached to it (LoRA) takes part.
         queries: any mixture of text, image and audio. A prefill is left out: states are those before the reply.
         sites: where to read, no encoder; default every block's output and the final norm's.
-        positions: `last` or a mean. A query without such positions gets zeros.
+        positions: `last`, `last:user` or a mean. A query without such positions gets zeros.
         batch_size: queries in one forward.
         progress: whether to draw a bar.
 
@@ -102,7 +102,7 @@ def collect(
         RunError: states that are not finite.
     """
     plan = ReadingPlan.of(omni, sites, positions)
-    if (positions != "last" and not positions.startswith("mean")) or set(plan.sites) & set(ENCODERS):
+    if not one_a_query(positions) or set(plan.sites) & set(ENCODERS):
         raise InputError("collect keeps one vector a query, and no encoder's; for more use ActivationStore.collect")
     arrays: dict[str, np.ndarray] = {}
     lengths = np.zeros(len(queries), dtype=int)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from casa_mech.casa import Casa
@@ -30,6 +30,8 @@ MEASURES = ("logit", "v_s")
 PATTERN_ROLES = ("text", "image", "audio", "header", "template")
 """User's text, picture, clip; the assistant's header; system prompt and control tokens."""
 _PATTERN_ROLE = {"other": "template"}
+_ROLE_COUNT = len(ROLES) + 1
+"""Roles whose means are kept apart: those of `ROLES`, and the gate's position."""
 _Hook = tuple[str, Callable[..., Any]]
 
 
@@ -102,7 +104,10 @@ def ablate_heads(
 ) -> HeadEffects:
     """The gate's readings with each head's output z replaced by its mean, one head at a time (mean ablation).
 
-    The mean is over all positions of `queries` but padding; they should hold both classes alike.
+    A position gets the mean over the positions of its role (`probes.gate.positions.ROLES`; the gate's own position is a
+    role by itself) in the queries of its surface (`meta["surface"]`): with one mean over all positions, what a head
+    writes in a picture would be put into words, and be taken for an effect of its absence. Both classes should be alike
+    in number on every surface.
 
     Args:
         model: `bridge(casa.omni)`, made with the gate attached.
@@ -123,13 +128,18 @@ def ablate_heads(
         raise InputError(f"no head {wrong[0]} in {layers} x {per_layer}" if wrong else "ablation needs queries")
     groups = list(omni.batches(queries, batch_size))
     batches = [omni.encode([queries[index] for index in group], prefill=False) for group in groups]
-    means = _mean_heads(model, batches)
+    surfaces = list(dict.fromkeys(query.meta.get("surface", "") for query in queries))
+    places = [
+        _places(batch, [surfaces.index(queries[index].meta.get("surface", "")) for index in group])
+        for group, batch in zip(groups, batches, strict=True)
+    ]
+    means = _mean_heads(model, batches, places, len(surfaces) * _ROLE_COUNT)
     intact = np.empty((2, len(queries)), np.float32)
     ablated = np.full((2, layers, per_layer, len(queries)), np.nan, np.float32)
-    for group, batch in zip(groups, batches, strict=True):
+    for group, batch, place in zip(groups, batches, places, strict=True):
         intact[:, group] = _measures(read_gate(model, casa, batch))
         for layer, head in targets:
-            hook = partial(_replace, head=head, mean=means[layer, head])
+            hook = partial(_replace, head=head, values=means[layer, head, place])
             ablated[:, layer, head, group] = _measures(read_gate(model, casa, batch, [(hook_name(f"z.{layer}"), hook)]))
     index = query_index(queries).assign(**dict(zip(MEASURES, intact, strict=True)))
     return HeadEffects(index, *ablated)
@@ -163,23 +173,39 @@ def _measures(reading: GateReading) -> np.ndarray:
     return torch.stack([difference.float(), reading.v_s.float()]).cpu().numpy()
 
 
-def _replace(heads: Tensor, hook: Any, head: int, mean: Tensor) -> Tensor:
-    """`heads` [batch, position, head, d_head] with one head's output set to `mean` [d_head]."""
+def _replace(heads: Tensor, hook: Any, head: int, values: Tensor) -> Tensor:
+    """`heads` [batch, position, head, d_head] with one head's output set to `values` [batch, position, d_head]."""
     heads = heads.clone()
-    heads[:, :, head] = mean
+    heads[:, :, head] = values
     return heads
 
 
-def _mean_heads(model: TransformerBridge, batches: Sequence[OmniBatch]) -> Tensor:
-    """Mean z [layer, head, d_head] over all positions but padding."""
-    names = [hook_name(f"z.{layer}") for layer in range(model.cfg.n_layers)]
-    sums, count = [], 0
-    for batch in batches:
-        mask = batch.inputs["attention_mask"].bool()
+def _places(batch: OmniBatch, surfaces: Sequence[int]) -> LongTensor:
+    """Number of each position's surface and role, long [batch, position]; `surfaces` [batch] are numbers."""
+    roles = position_roles(batch)
+    roles[torch.arange(batch.size, device=roles.device), batch.gate_position] = len(ROLES)
+    return roles + _ROLE_COUNT * torch.tensor(surfaces, device=roles.device).unsqueeze(1)
+
+
+def _mean_heads(
+    model: TransformerBridge, batches: Sequence[OmniBatch], places: Sequence[LongTensor], count: int
+) -> Tensor:
+    """Mean z [layer, head, place, d_head] over the positions of each of `count` places (`_places`)."""
+    layers, shape = model.cfg.n_layers, (model.cfg.n_heads, model.cfg.d_head)
+    names = [hook_name(f"z.{layer}") for layer in range(layers)]
+    sums: Tensor | None = None
+    sizes = torch.zeros(count)
+    for batch, place in zip(batches, places, strict=True):
         _, cache = run_with_cache(model, batch, names)
-        sums.append(torch.stack([cache[name][mask].float().sum(dim=0) for name in names]))
-        count += int(mask.sum())
-    return (torch.stack(sums).sum(dim=0) / count).to(model.cfg.dtype)
+        flat = torch.stack([cache[name].float().flatten(0, 1) for name in names])  # [layer, row, head, d_head]
+        if sums is None:
+            sums = flat.new_zeros(layers, count, *shape)
+            sizes = sizes.to(flat.device)
+        sums.index_add_(1, place.flatten(), flat)
+        sizes += torch.bincount(place.flatten(), minlength=count)
+    assert sums is not None
+    means = sums / sizes.clamp(min=1)[None, :, None, None]
+    return means.transpose(1, 2).to(model.cfg.dtype)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from casa_mech.trace.sites import Site
 from probes.activations.index import query_columns
 from probes.lens.transformer_bridge import check_bridge, hook_name, run_with_cache
 
+LOGIT_LENS, TUNED_LENS = "logit lens", "tuned lens"
 QUERY_COLUMNS = ["query_id", "label", "surface", "topic", "split"]
 
 
@@ -38,7 +39,7 @@ class Trajectory:
     """The two safety tokens, as read off every depth at the gate's position."""
 
     lens: str
-    """"logit lens" or "tuned lens"."""
+    """Its name, such as "logit lens" or "tuned lens"."""
     sites: tuple[str, ...]
     """"embeddings", "0", "1", ...; the last is the model's own answer."""
     pair: np.ndarray
@@ -73,6 +74,7 @@ def logit_lens(
     queries: Sequence[Query],
     translate: Translate | None = None,
     batch_size: int = 32,
+    name: str = "",
 ) -> Trajectory:
     """The safety tokens' logits at the gate's position, read off the residual stream at every depth.
 
@@ -82,6 +84,7 @@ def logit_lens(
         queries: any mixture of text, image and audio; a prefill is left out.
         translate: translators of the tuned lens; none: the logit lens.
         batch_size: queries in one forward.
+        name: of the lens; default "tuned lens" with translators, else "logit lens".
 
     Raises:
         InputError: no queries, or a bridge that was made of another model or before the gate was attached.
@@ -100,8 +103,13 @@ def logit_lens(
         logits = read_off(omni, states if translate is None else translate(states))
         pair[:, group] = logits[..., tokens].cpu().numpy()
         mass[:, group] = torch.softmax(logits, dim=-1)[..., tokens].sum(dim=-1).cpu().numpy()
-    name = "logit lens" if translate is None else "tuned lens"
-    return Trajectory(name, tuple(map(str, sites)), pair, mass, query_index(queries))
+    return Trajectory(
+        name or (LOGIT_LENS if translate is None else TUNED_LENS),
+        tuple(map(str, sites)),
+        pair,
+        mass,
+        query_index(queries),
+    )
 
 
 def depth_states(model: TransformerBridge, batch: OmniBatch) -> Tensor:

@@ -7,7 +7,7 @@ may then be fitted further to the distance that the paper trains on, KL(model ||
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
-from probes.lens.logit import depth_sites, depth_states, query_index, read_off
+from probes.lens.logit import LOGIT_LENS, depth_sites, depth_states, query_index, read_off
 from probes.lens.transformer_bridge import check_bridge
 
 
@@ -144,10 +144,14 @@ def lens_quality(
     model: TransformerBridge,
     omni: Omni,
     queries: Sequence[Query],
-    translators: Translators,
+    lenses: Mapping[str, Translators],
     batch_size: int = 32,
 ) -> pd.DataFrame:
-    """KL of the model's own prediction from either lens's, at every depth.
+    """KL of the model's own prediction from that of the logit lens and of tuned ones, at every depth.
+
+    Args:
+        model: `bridge(omni)`. omni: the model. queries: any mixture. batch_size: queries in one forward.
+        lenses: translators by the name of their lens.
 
     Returns:
         One row a lens, site and query: the query's index columns, `lens, site, depth` and `kl`, the mean over the
@@ -158,7 +162,7 @@ def lens_quality(
     """
     check_bridge(model, omni)
     sites = list(map(str, depth_sites(omni.n_layers)))
-    divergence = {name: np.empty((len(sites), len(queries))) for name in ("logit lens", "tuned lens")}
+    divergence = {name: np.empty((len(sites), len(queries))) for name in (LOGIT_LENS, *lenses)}
     for group in omni.batches(queries, batch_size):
         batch = omni.encode([queries[index] for index in group], prefill=False)
         mask = batch.inputs["attention_mask"].bool()
@@ -166,11 +170,11 @@ def lens_quality(
         states = depth_states(model, batch)[:, mask]
         with torch.no_grad():
             truth = read_off(omni, states[-1])
-            readings = {"logit lens": read_off(omni, states), "tuned lens": read_off(omni, translators(states))}
-        for name, logits in readings.items():
-            distance = _divergence(truth, logits).cpu().numpy()
-            total = np.stack([np.bincount(row, weights=values, minlength=len(group)) for values in distance])
-            divergence[name][:, group] = total / np.bincount(row, minlength=len(group))
+            for name in divergence:
+                logits = read_off(omni, lenses[name](states) if name in lenses else states)
+                distance = _divergence(truth, logits).cpu().numpy()
+                total = np.stack([np.bincount(row, weights=values, minlength=len(group)) for values in distance])
+                divergence[name][:, group] = total / np.bincount(row, minlength=len(group))
     index = query_index(queries)
     tables = [
         index.assign(lens=name, site=site, depth=depth, kl=values[depth])

@@ -1,4 +1,5 @@
 from .control_directions import equal_variance_directions, permuted_differences
+from .control_task import ControlTask, control_task
 from .estimators import (
     PROBES,
     DifferenceInMeans,
@@ -13,6 +14,9 @@ from .estimators import (
     save_probe,
 )
 from .gate_transfer import TransferPrediction, join_points, transfer_prediction
+from .harm_and_refusal import Dissociation, contrasts, direction_table, double_dissociation, held_out_coordinates
+from .kinds import left_out_kinds
+from .mean_differences import mean_difference_table, mean_differences
 from .prompt_probe import PromptProbe, fit_probe
 from .refusal_direction import (
     RefusalDirection,
@@ -22,6 +26,7 @@ from .refusal_direction import (
     refusal_score,
 )
 from .separability import Plane, controls, fisher_ratio, pca_plane, separability_table, transfer_matrix
+from .thresholds import carried_scores, threshold_table
 from .validation import (
     CrossValidated,
     Folds,
@@ -36,6 +41,18 @@ from .validation import (
 )
 
 __all__ = [
+    "ControlTask",
+    "control_task",
+    "Dissociation",
+    "contrasts",
+    "direction_table",
+    "double_dissociation",
+    "held_out_coordinates",
+    "left_out_kinds",
+    "mean_difference_table",
+    "mean_differences",
+    "carried_scores",
+    "threshold_table",
     "PROBES",
     "CrossValidated",
     "DifferenceInMeans",

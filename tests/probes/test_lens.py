@@ -23,6 +23,7 @@ from casa_mech.queries import Query
 from casa_mech.trace import capture
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.sites import all_sites
+from probes.gate.positions import position_roles
 from probes.lens.heads import ablate_heads, attention_patterns, read_gate, summarise_heads
 from probes.lens.logit import depth_states, logit_lens, read_off
 from probes.lens.transformer_bridge import bridge, cached_states, hook_name, run_with_cache
@@ -216,7 +217,7 @@ def test_translators_are_ridge_regression_and_read_better(organism: Omni, reques
     model = bridge(organism)
     text = default_world().requests(40, seed=4)
     plain, further = (fit_translators(model, organism, text, kl_epochs=epochs) for epochs in (0, 4))
-    means = [lens_quality(model, organism, requests, found).groupby(["lens", "depth"])["kl"].mean() for found in (plain, further)]  # fmt: skip  # noqa: E501
+    means = [lens_quality(model, organism, requests, {"tuned lens": found}).groupby(["lens", "depth"])["kl"].mean() for found in (plain, further)]  # fmt: skip  # noqa: E501
     last = organism.n_layers
     for found in means:
         assert found["logit lens"][last] == found["tuned lens"][last] == 0
@@ -227,17 +228,30 @@ def test_translators_are_ridge_regression_and_read_better(organism: Omni, reques
 
 
 def test_head_ablation_is_nnsights(eager: Omni, mixed_queries: list[Query]) -> None:
+    """Means are of one role on one surface, the gate's position apart: taken here from nnsight's states."""
     casa = perturbed(eager)
     model = bridge(eager)
-    effects = ablate_heads(model, casa, mixed_queries, heads=[(1, 1)], batch_size=3)
+    surfaces = ["text", "image", "image", "both"]
+    queries = [
+        query.model_copy(update={"meta": {"surface": name}})
+        for query, name in zip(mixed_queries, surfaces, strict=True)
+    ]
+    effects = ablate_heads(model, casa, queries, heads=[(1, 1)], batch_size=3)
     assert np.isnan(effects.logit[0]).all() and np.isnan(effects.v_s[1, 0]).all()
-    batch = eager.encode(mixed_queries)
-    heads = capture(eager, batch, ["z.1"], "all")["z.1"]
-    mean = heads[batch.inputs["attention_mask"].bool()].mean(dim=0)[1]
+    batch = eager.encode(queries)
+    own = capture(eager, batch, ["z.1"], "all")["z.1"][:, :, 1]
+    roles = position_roles(batch)
+    at_gate = torch.arange(roles.shape[1])[None] == batch.gate_position[:, None]
+    values = own.clone()
+    for surface in set(surfaces):
+        rows = torch.tensor([name == surface for name in surfaces])[:, None]
+        for here in (rows & at_gate, *(rows & ~at_gate & (roles == role) for role in roles.unique())):
+            if here.any():
+                values[here] = own[here].mean(dim=0)
 
     def edit(flat: torch.Tensor) -> torch.Tensor:
         flat = flat.unflatten(-1, (2, -1)).clone()
-        flat[:, :, 1] = mean
+        flat[:, :, 1] = values
         return flat.flatten(-2)
 
     for edits, logit, v_s in (
@@ -252,6 +266,22 @@ def test_head_ablation_is_nnsights(eager: Omni, mixed_queries: list[Query]) -> N
     np.testing.assert_allclose(effects.support("logit")[1, 1], signs * (effects.intact["logit"] - effects.logit[1, 1]))
     with pytest.raises(InputError, match=r"no head \(2, 0\) in 2 x 2"):
         ablate_heads(model, casa, mixed_queries, heads=[(2, 0)])
+
+
+def test_what_a_head_writes_by_surface_alone_is_no_effect(eager: Omni, mixed_queries: list[Query]) -> None:
+    """Two copies of each prompt: on its own surface the gate's position has nothing to lose at any head."""
+    casa = perturbed(eager)
+    model = bridge(eager)
+    queries = [
+        query.model_copy(update={"id": f"{query.id}-{copy}", "meta": {"surface": surface}, "label": "harmful"})
+        for surface, query in zip(("text", "image"), mixed_queries[:2], strict=True)
+        for copy in range(2)
+    ]
+    last = [(1, 0), (1, 1)]  # behind the last block's heads only the gate's own position reaches its logits
+    effects = ablate_heads(model, casa, queries, heads=last)
+    np.testing.assert_allclose(effects.support("logit")[1], 0, atol=1e-4)
+    mixed = [query.model_copy(update={"meta": {}}) for query in queries]
+    assert np.abs(ablate_heads(model, casa, mixed, heads=last).support("logit")[1]).max() > 1e-3
 
 
 def test_head_summary_finds_the_head_that_matters() -> None:

@@ -99,8 +99,9 @@ def test_table_and_figures_go_together(tmp_path: Path) -> None:
     assert (against["permuted_high"] > 0.5).all() and against["length"].isna().all() and against["matched"].isna().all()
     table = separability_table(matrix, against, positions="mean")
     assert len(matrix) == 4 and (matrix["p"] < 0.05).all()
+    untrained = {"untrained": 0.5, "untrained_low": 0.4, "untrained_high": 0.6}
     assert len(plot_matrix(matrix.assign(positions="mean"), "claim").axes) == 1
-    assert len(plot_controls(against.assign(positions="mean"), "claim").axes) == 2
+    assert len(plot_controls(against.assign(positions="mean", **untrained), "claim").axes) == 2
     assert set(table["measure"]) == {"probe", "transfer", "permuted"}
     assert (table["low"] <= table["high"]).all()
     saved = save_figure(plot_probes(table, "claim"), table, tmp_path / "probes")

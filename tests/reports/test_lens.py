@@ -15,6 +15,7 @@ from casa_mech.reports.claim import claim_table
 from casa_mech.reports.lens import claims
 from casa_mech.reports.lens.plots import plot_attention, plot_depth, plot_heads, plot_quality
 from casa_mech.reports.lens.tables import (
+    FROM_TEXT,
     LensTables,
     attention_data,
     best_heads,
@@ -26,6 +27,7 @@ from casa_mech.reports.lens.tables import (
 )
 from casa_mech.study import Study
 from casa_mech.timing.lens import measure_extraction
+from probes.lens.logit import LOGIT_LENS, TUNED_LENS
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,11 @@ def tables(study: Study) -> LensTables:
 
 
 def test_tables_hold_every_request_and_are_found_again(study: Study, tables: LensTables) -> None:
-    counts = tables.depth.groupby(["lens", "surface", "site", "label"]).size()
-    assert len(counts) == 2 * 4 * 3 * 2 and set(counts) == {16}
+    for table in (tables.depth, tables.quality):
+        counts = table.groupby(["lens", "surface", "site", "label"]).size()
+        # Text has one tuned lens, every other surface its own and that of text.
+        assert len(counts) == (2 + 3 * 3) * 3 * 2 and set(counts) == {16}
+        assert (FROM_TEXT, "text") not in {where[:2] for where in counts.index}
     assert not tables.depth.duplicated(["lens", "site", "query_id"]).any()
     assert len(tables.heads) == 2 * 2 * 3 * 2 * 8
     shares = tables.patterns.groupby(["query_id", "layer", "head"])["share"].sum()
@@ -72,6 +77,28 @@ def test_depth_claim_names_the_first_depth_that_separates(study: Study, tables: 
     made = LensTables(tables.depth.assign(difference=signal), tables.quality, tables.heads, tables.patterns)
     claim = claims.depth_claim(study, made)
     assert "after block 1" in claim.title and claim.value > 0.95
+
+
+def test_translators_fitted_on_a_surface_read_it_better_than_those_of_text(tables: LensTables) -> None:
+    inner = tables.quality[tables.quality["depth"] < tables.quality["depth"].max()]
+    means = inner.groupby(["surface", "lens"])["kl"].mean()
+    for surface in ("image", "audio"):
+        assert means[surface, TUNED_LENS] < means[surface, FROM_TEXT]
+
+
+def test_quality_claim_says_whether_translators_of_text_carry_over(study: Study) -> None:
+    """Hand-made: the logit lens at 2 nats, tuned on text at 3 or 1, tuned there at 0.5, on every request."""
+    for carried, words in ((3.0, "no nearer to the model than none"), (1.0, "are nearer to the model than none")):
+        kl = {LOGIT_LENS: 2.0, FROM_TEXT: carried, TUNED_LENS: 0.5}
+        rows = [
+            {"query_id": f"{surface}-{item}", "topic": f"t{item}", "surface": surface, "lens": lens, "depth": depth,
+             "site": str(depth - 1), "kl": value if depth == 1 else 9.0}
+            for surface in ("text", "image", "audio") for item in range(8)
+            for lens, value in kl.items() for depth in (1, 2)
+        ]  # fmt: skip
+        claim = claims.quality_claim(study, LensTables(*(pd.DataFrame(rows) for _ in range(4))))
+        assert claim.value == pytest.approx(carried - 2) and claim.n == 16 and words in claim.statement
+        assert f"2.00 nats from the model, tuned on text {carried:.2f}, tuned there 0.50" in claim.title
 
 
 def test_labels_are_permuted_over_topics() -> None:

@@ -41,6 +41,8 @@ def made() -> WhiteBoxTables:
             "broken_before": False, "token_before": "unsafe", "unguarded_before": "refused",
             # Who knows the gate gets through with as many twentieths as the budget has levels.
             "success": aim == "joint" and item < level, "broken_after": aim == "joint" and item < level,
+            # Half of them at the second start.
+            "start": item % 2 if aim == "joint" and item < level else 0, "restarts": 2,
             "token_after": "safe" if aim == "joint" and item < 2 * level else "unsafe", "unguarded_after": "complied",
             "unit": unit,
         }
@@ -82,15 +84,39 @@ def test_rates_count_what_got_through(made: WhiteBoxTables) -> None:
     )
 
 
+def test_restarts_count_only_once_they_are_tried(study: Study, made: WhiteBoxTables) -> None:
+    restarts = whitebox.restart_data(made, claimed=8)
+    cells = restarts.set_index(["medium", "attacker", "x"])["value"].sort_index()
+    for medium in ("picture", "clip", "suffix"):
+        assert cells[medium, "knows the gate"].to_dict() == {0: 0, 1: 4 / 20, 2: 8 / 20}
+        assert cells[medium, "does not"].to_dict() == {0: 0, 1: 0, 2: 0}
+    small = whitebox.restart_data(made, claimed=2).set_index(["medium", "attacker", "x"])["value"]
+    assert small["picture", "knows the gate", 2] == 2 / 20
+    heading = claims.restart_heading(study, restarts)
+    assert "2 starts break up to 20 points more than one" in heading.title
+    assert "with one start picture 20 [" in heading.caption and "with 2 picture 40 [" in heading.caption
+    assert_one_line(heading.title)
+
+
+def test_intervals_take_a_topic_for_one_draw(made: WhiteBoxTables) -> None:
+    """Two requests a topic that fare alike: the interval is as wide as that of ten draws."""
+    frame = made.picture.assign(broken_after=lambda rows: rows["topic"].isin(["t0", "t1", "t2", "t3"]))
+    tables = WhiteBoxTables(frame, made.clip, made.suffix, made.ablation)
+    row = whitebox.budget_data(tables).set_index(["medium", "attacker", "measure", "x"]).loc[
+        ("picture", "knows the gate", SUCCESS, 8)
+    ]  # fmt: skip
+    assert row["value"] == 0.4 and row["high"] - row["low"] > 0.5  # of 20 draws, Wilson's is 0.40 wide
+
+
 def test_claims_are_computed_from_the_tables(study: Study, made: WhiteBoxTables) -> None:
     pixel, suffix, ablation = (
         make(study, made) for make in (claims.pixel_claim, claims.suffix_claim, claims.ablation_claim)
     )
     assert (
         pixel.value == pytest.approx(8 / 20)
-        and "breaks 40% of pictures with 8/255 of a pixel, not knowing it 0%" in pixel.title
+        and "breaks at least 40% of pictures (8/255 of a pixel), not knowing it at least 0%" in pixel.title
     )
-    assert suffix.value == pytest.approx(8 / 20) and "from 0% to 40%" in suffix.title
+    assert suffix.value == pytest.approx(8 / 20) and "through this gate from 0% to at least 40%" in suffix.title
     assert ablation.value == pytest.approx(16 / 20) and "100% of harmful texts instead of 0%" in ablation.statement
     for claim in (pixel, suffix, ablation):
         assert_one_line(claim.title)
@@ -110,7 +136,8 @@ def test_figures_and_rows_stand_on_the_tables(study: Study, tables: WhiteBoxTabl
         plot_ablation(ablation, "title"),
     ]
     assert [len(figure.axes) for figure in figures] == [4, 6, 3]
-    rows = whitebox.white_box_rows(study, [budgets, steps], ablation)
+    restarts = whitebox.restart_data(tables, whitebox.EFFORTS["smoke"].claimed)
+    rows = whitebox.white_box_rows(study, {"levels": budgets, "steps": steps, "starts": restarts}, ablation)
     table = result_table(rows)
-    assert len(table) == len(budgets) + len(steps) + len(ablation)
+    assert len(table) == len(budgets) + len(steps) + len(restarts) + len(ablation)
     assert np.isfinite(table["value"]).all() and set(table["surface"]) == {"text", "image", "audio"}

@@ -10,6 +10,7 @@ from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace import capture
+from casa_mech.trace.capture import make_cut
 from casa_mech.trace.patch import edited_prompt
 
 
@@ -39,6 +40,21 @@ def test_positions_are_cut_as_named(tiny_omni: Omni, mixed_queries: list[Query])
         torch.testing.assert_close(mean[row], full[1][row, batch.prompt_mask[row]].mean(dim=0))
     torch.testing.assert_close(image[1], full[1][1, batch.modality["image"][1]].mean(dim=0))
     assert not image[0].any()
+
+
+def test_the_user_s_last_token_comes_before_the_template(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    batch = tiny_omni.encode(mixed_queries)
+    full, user = (capture(tiny_omni, batch, [1], positions)[1] for positions in ("all", "last:user"))
+    header = len(tiny_omni.tokenizer("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"])
+    for row in range(batch.size):
+        place = batch.gate_position[row] - header
+        assert torch.equal(user[row], full[row, place]) and batch.modality["text"][row, place]
+        assert tiny_omni.tokenizer.decode(batch.inputs["input_ids"][row, place]) == "?"
+    # A request that ends in its picture has the picture's last token.
+    first = mixed_queries[1].model_copy(update={"parts": mixed_queries[1].parts[::-1]})
+    alone = tiny_omni.encode([first])
+    cut = make_cut(alone, "last:user")
+    assert cut.column.tolist() == [int(alone.modality["image"][0].nonzero().max())]
 
 
 def test_unknown_places_are_named(tiny_omni: Omni, mixed_queries: list[Query]) -> None:

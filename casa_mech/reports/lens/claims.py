@@ -9,10 +9,9 @@ from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import label_permutation_test, paired_difference
 from casa_mech.judging.stats import auroc_interval, aurocs_by_labels
 from casa_mech.reports.claim import Claim, Heading
-from casa_mech.reports.lens.tables import LensTables, best_heads
+from casa_mech.reports.lens.tables import FROM_TEXT, LensTables, best_heads
 from casa_mech.study import Study
-
-TUNED, PLAIN = "tuned lens", "logit lens"
+from probes.lens.logit import LOGIT_LENS, TUNED_LENS
 
 
 def attention_heading(study: Study, attention: pd.DataFrame) -> Heading:
@@ -24,14 +23,14 @@ def attention_heading(study: Study, attention: pd.DataFrame) -> Heading:
     return Heading(
         f"{study.name}: head {first['layer']}.{first['head']} gives {shares['harmful']:.0%} of its attention to a "
         f"harmful text's words, {shares['benign']:.0%} to a benign one's",
-        "From the gate's position; the heads with most support of the token difference on text and seen topics.",
+        "From the position of this gate; the heads with most support of the token difference on text and seen topics.",
     )
 
 
 def depth_claim(study: Study, tables: LensTables, draws: int = 999) -> Claim:
     """From which depth on the tokens tell harmful from benign text: chosen on seen topics, judged on others."""
     seed = study.settings.seed
-    rows = tables.depth[(tables.depth["lens"] == TUNED) & (tables.depth["surface"] == "text")]
+    rows = tables.depth[(tables.depth["lens"] == TUNED_LENS) & (tables.depth["surface"] == "text")]
     seen, others = rows[rows["split"] == "seen"], rows[rows["split"] != "seen"]
     last = int(rows["depth"].max())
     first = last
@@ -44,7 +43,7 @@ def depth_claim(study: Study, tables: LensTables, draws: int = 999) -> Claim:
     auroc, at_end = _auroc(there, seed), _auroc(others[others["depth"] == last], seed)
     where = _place(str(there["site"].iloc[0]))
     return Claim(
-        f"{study.name}: {where} the safety tokens tell harmful text on unseen topics with AUROC {auroc.value:.2f}",
+        f"{study.name}: {where} this gate's tokens tell harmful text on unseen topics with AUROC {auroc.value:.2f}",
         f"{where.capitalize()}, the first depth from which they tell it on seen topics, AUROC {auroc.text()} on unseen "
         f"ones; at the end {at_end.text()}.",
         "lens_depth", len(there), *auroc,
@@ -54,19 +53,24 @@ def depth_claim(study: Study, tables: LensTables, draws: int = 999) -> Claim:
 
 
 def quality_claim(study: Study, tables: LensTables) -> Claim:
-    """What translators fitted on text change, in KL half-way through the model, on pictures and speech."""
-    table = tables.quality
+    """What translators change on pictures and speech, fitted on text or there, in KL half-way through the model."""
+    table, seed = tables.quality, study.settings.seed
     middle = int(table["depth"].max()) // 2
     media = table[(table["depth"] == middle) & table["surface"].isin(["image", "audio"])]
     by_lens = media.pivot_table(index=["query_id", "topic"], columns="lens", values="kl").reset_index()
-    change, p = paired_difference(by_lens[TUNED], by_lens[PLAIN], by_lens["topic"].tolist(), study.settings.seed)
-    means = by_lens[[PLAIN, TUNED]].mean()
+    topics = by_lens["topic"].tolist()
+    change, p = paired_difference(by_lens[FROM_TEXT], by_lens[LOGIT_LENS], topics, seed)
+    own, _ = paired_difference(by_lens[TUNED_LENS], by_lens[LOGIT_LENS], topics, seed)
+    plain, carried, fitted = by_lens[[LOGIT_LENS, FROM_TEXT, TUNED_LENS]].mean()
+    carries = "nearer to the model than" if change.high < 0 else "no nearer to the model than"
     return Claim(
-        f"{study.name}: translators fitted on text take the lens's KL on media from {means[PLAIN]:.2f} to "
-        f"{means[TUNED]:.2f} nats",
-        f"{_place(str(media['site'].iloc[0])).capitalize()}, on pictures and speech: a change of {change.text()} nats.",
+        f"{study.name}: on media the logit lens is {plain:.2f} nats from the model, tuned on text {carried:.2f}, tuned "
+        f"there {fitted:.2f}",
+        f"{_place(str(media['site'].iloc[0])).capitalize()}, KL(model || lens) on pictures and speech. Translators of "
+        f"text are {carries} none, a change of {change.text()} nats; translators of the surface itself change it by "
+        f"{own.text()}.",
         "lens_quality", len(by_lens), *change, "paired permutation over topics", p,
-        "on fresh pictures and speech the mean change has the other sign, or its interval holds 0",
+        "on fresh pictures and speech the change by translators of text has the other sign, or its interval holds 0",
     )  # fmt: skip
 
 
@@ -78,10 +82,11 @@ def head_claim(study: Study, tables: LensTables) -> Claim:
     support = unseen["support_logit"].to_numpy()
     mean, p = paired_difference(support, np.zeros_like(support), unseen["topic"].tolist(), study.settings.seed)
     return Claim(
-        f"{study.name}: without head {layer}.{head} texts move {mean.value:.2f} of token logit from their own side",
+        f"{study.name}: without head {layer}.{head} texts move {mean.value:.2f} of this gate's token logit from their "
+        "own side",
         f"The head was chosen on seen topics; on others its support is {mean.text()} of token logit and "
         f"{float(unseen['support_v_s'].mean()):.3f} of v_s. Support: how far a head moves harmful requests up and "
-        "benign ones down.",
+        "benign ones down, against its mean over the same role on the same surface.",
         "lens_heads", len(unseen), *mean, "intact and ablated swapped by topic", p,
         "on fresh unseen topics the mean effect's interval holds 0, or a random head does as much",
     )  # fmt: skip

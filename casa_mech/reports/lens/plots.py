@@ -11,15 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from casa_mech.figures import LABEL_COLOURS, MARKERS, SERIES, bar_lengths, style, titled
+from casa_mech.reports.lens.tables import FROM_TEXT
 from probes.lens.heads import PATTERN_ROLES
+from probes.lens.logit import LOGIT_LENS, TUNED_LENS
 
-LENSES = {"tuned lens": "-", "logit lens": ":"}
+LENSES = {TUNED_LENS: "-", FROM_TEXT: "--", LOGIT_LENS: ":"}
+"""Solid where the translators were fitted on the surface that is read."""
 COLOURS = {**LABEL_COLOURS, "both": SERIES[5]}
 MEASURES = {"logit": "logit (unsafe - safe)", "v_s": "v_s"}
 
 
 def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """The token difference and its AUROC by depth: a column a surface, both lenses, with 95 % intervals.
+    """The token difference and its AUROC by depth: a column a surface, all lenses, with 95 % intervals.
 
     Args:
         data: columns `measure` ("difference" or "auroc"), `label` ("both" for an AUROC), and `surface, lens, site,
@@ -48,7 +51,7 @@ def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
 
 def plot_quality(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """KL from the model's own prediction to either lens's, by depth and surface, with 95 % intervals.
+    """KL from the model's own prediction to each lens's, by depth and surface, with 95 % intervals.
 
     Args:
         data: columns `surface, lens, site, depth, n, value, low, high`; the last depth, which is 0, left out.

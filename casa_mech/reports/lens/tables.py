@@ -9,12 +9,14 @@ from typing import Any
 
 import pandas as pd
 
+from casa_mech.attacks import apply_attack
 from casa_mech.draws import Draw
 from casa_mech.evaluation.evaluate import CASA
 from casa_mech.identity import key_digest
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.results import value_row
 from casa_mech.judging.stats import auroc_interval
+from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
 from casa_mech.study.settings import slug
@@ -22,6 +24,8 @@ from casa_mech.study.study import LABELS, SURFACES, Study
 
 HEAD_SURFACES = ("text", "image", "audio")
 TOP_HEADS = 3
+FROM_TEXT = "tuned lens of text"
+"""The lens whose translators were fitted on plain text, where it reads another surface."""
 KL_EPOCHS = 3
 _TABLES = ("depth", "quality", "heads", "patterns")
 
@@ -31,7 +35,8 @@ class LensTables:
     """What was measured, one row a query and place."""
 
     depth: pd.DataFrame
-    """Logits of the safety tokens by depth, both lenses (`probes.lens.logit.Trajectory.table`)."""
+    """Logits of the safety tokens by depth and lens (`probes.lens.logit.Trajectory.table`): the logit lens, the tuned
+    lens of the surface's own prompts, and off text that of text (`FROM_TEXT`)."""
     quality: pd.DataFrame
     """How far the lenses are from the model's own prediction (`probes.lens.tuned.lens_quality`)."""
     heads: pd.DataFrame
@@ -50,6 +55,8 @@ def lens_tables(study: Study, model: str = "") -> LensTables:
         "gate": key_digest(study.gate_key(model)),
         "draws": [Draw.LENS_MEASUREMENT, Draw.LENS_TRANSLATORS],
         "kl_epochs": KL_EPOCHS,
+        "fitted_on": list(SURFACES),
+        "ablation_means": "surface and role",
         "surfaces": list(HEAD_SURFACES),
         "top": TOP_HEADS,
     }
@@ -64,17 +71,23 @@ def lens_tables(study: Study, model: str = "") -> LensTables:
 
 def _measure(study: Study, model: str) -> LensTables:
     from probes.lens.heads import ablate_heads, attention_patterns
-    from probes.lens.logit import logit_lens
+    from probes.lens.logit import TUNED_LENS, logit_lens
     from probes.lens.transformer_bridge import bridge
     from probes.lens.tuned import fit_translators, lens_quality
 
     casa = study.casa(model)
     lens, n, size = bridge(casa.omni), study.sizes.n_probe, study.sizes.batch_size
-    text = default_world().requests(2 * n, Draw.LENS_TRANSLATORS + study.settings.seed, None, "seen", "seen")
-    translators = fit_translators(lens, casa.omni, text, kl_epochs=KL_EPOCHS, batch_size=size)
-    queries = _queries(study, SURFACES, n)
-    depth = [logit_lens(lens, casa, queries, maps, size).table() for maps in (None, translators)]
-    quality = lens_quality(lens, casa.omni, queries, translators, size)
+    fits = {
+        surface: fit_translators(lens, casa.omni, queries, kl_epochs=KL_EPOCHS, batch_size=size)
+        for surface, queries in _fitting_queries(study, n).items()
+    }
+    depth, quality = [], []
+    for surface in SURFACES:
+        queries = _queries(study, (surface,), n)
+        tuned = {TUNED_LENS: fits[surface]} | ({FROM_TEXT: fits["text"]} if surface != "text" else {})
+        depth.append(logit_lens(lens, casa, queries, None, size).table())
+        depth += [logit_lens(lens, casa, queries, maps, size, name).table() for name, maps in tuned.items()]
+        quality.append(lens_quality(lens, casa.omni, queries, tuned, size))
     some = _queries(study, HEAD_SURFACES, max(1, n // 2))
     heads = ablate_heads(lens, casa, some, batch_size=size).table()
     patterns = attention_patterns(lens, casa.omni, some, best_heads(heads), size)
@@ -85,7 +98,20 @@ def _measure(study: Study, model: str) -> LensTables:
         for pattern in patterns
         for role, share in pattern.shares().items()
     ]
-    return LensTables(pd.concat(depth, ignore_index=True), quality, heads, pd.DataFrame(shares))
+    return LensTables(
+        pd.concat(depth, ignore_index=True), pd.concat(quality, ignore_index=True), heads, pd.DataFrame(shares)
+    )
+
+
+def _fitting_queries(study: Study, n: int) -> dict[str, list[Query]]:
+    """For each surface `2 * n` requests on seen topics, in seen phrasings, that its translators are fitted on."""
+    seed = Draw.LENS_TRANSLATORS + study.settings.seed
+    text = default_world().requests(2 * n, seed, None, "seen", "seen")
+    tokenizer = study.omni().tokenizer
+    return {
+        surface: apply_attack(attack, text, seed, tokenizer=tokenizer, wording=MICRO_WORLD)
+        for surface, attack in SURFACES.items()
+    }
 
 
 def _queries(study: Study, surfaces: Iterable[str], n: int) -> list[Query]:

@@ -12,13 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
+from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, bar_lengths, style, titled
 from casa_mech.judging.estimate import Estimate
+from probes.linear.harm_and_refusal import DIRECTIONS, HARM, REFUSAL
+from probes.linear.thresholds import BENIGN_FLAGGED, HARMFUL_FLAGGED, RANKING
 
-_LINES = {
+POSITIONS = {"last": "last prompt position", "last:user": "user's last token", "mean": "mean over the prompt"}
+_LINES: dict[str, tuple[str, str, str, Any]] = {
     "auroc": ("logistic probe", "low", "high", "-"),
     "mean_difference": ("difference in means", "", "", "--"),
     "matched": ("logistic probe, prompts of equal length", "matched_low", "matched_high", "-."),
+    "untrained": ("logistic probe, random weights", "untrained_low", "untrained_high", (0, (5, 1, 1, 1, 1, 1))),
     "length": ("prompt length alone", "length_low", "length_high", ":"),
 }
 
@@ -53,7 +57,7 @@ def plot_controls(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
     Args:
         data: columns `positions, site, surface, n`, `permuted_low, permuted_high`, and `auroc`, `mean_difference`,
-            `matched`, `length` with their intervals (`probes.linear.separability.controls`).
+            `matched`, `untrained`, `length` with their intervals (`tables.control_table`).
         title: the claim.
         caption: what stands behind it.
     """
@@ -144,9 +148,6 @@ def _spread(names: Sequence[str], at_most: int) -> list[str]:
     return [names[place] for place in places]
 
 
-POSITIONS = {"last": "last prompt position", "mean": "mean over the prompt"}
-
-
 def plot_planes(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
     """Harmful and benign queries in the PCA plane: a column a surface, a row (and a plane) a choice of positions.
 
@@ -214,3 +215,134 @@ def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -
     axis.set_xlabel("layer (norm: after the final norm)")
     axis.set_xticks(x, sites)
     axis.set_ylim(top=1.02)
+
+
+def plot_thresholds(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """Shares that a text probe flags at its own threshold: a row a model, a column a choice of positions.
+
+    Args:
+        data: columns `model, positions, surface, states, measure, n, value, low, high` (`tables.threshold_data`).
+        title: the claim.
+        caption: what stands behind it.
+    """
+    models, columns = list(dict.fromkeys(data["model"])), list(dict.fromkeys(data["positions"]))
+    with style():
+        size = (5 * len(columns), 3.1 * len(models))
+        figure, axes = plt.subplots(len(models), len(columns), figsize=size, sharey=True, squeeze=False)
+        for line, model in zip(axes, models, strict=True):
+            for axis, positions in zip(line, columns, strict=True):
+                _flagged(axis, data[(data["model"] == model) & (data["positions"] == positions)])
+                axis.set(title=f"{model}, {POSITIONS.get(positions, positions)}", ylim=(0, 104))
+            line[0].set_ylabel("flagged by a probe of text, %")
+        return titled(figure, title, f"{caption} Bars: 95 % intervals over topics.", legend_of=axes[0][0])
+
+
+def _flagged(axis: Axes, panel: pd.DataFrame) -> None:
+    groups = list(dict.fromkeys(zip(panel["surface"], panel["states"], strict=True)))
+    cells = panel.set_index(["measure", "surface", "states"])
+    for shift, measure, colour, hatch in ((-0.2, HARMFUL_FLAGGED, HARMFUL, "//"), (0.2, BENIGN_FLAGGED, BENIGN, "")):
+        bars = cells.loc[[(measure, *group) for group in groups]]
+        axis.bar(
+            np.arange(len(groups)) + shift, 100 * bars["value"], 0.38, yerr=100 * bar_lengths(bars), capsize=2,
+            color=colour, hatch=hatch, label=f"{measure} (n = {int(bars['n'].min())} a bar)",
+        )  # fmt: skip
+    names = [
+        f"{surface}\n{states}\nAUROC {cells.loc[(RANKING, surface, states), 'value']:.2f}" for surface, states in groups
+    ]
+    axis.set_xticks(np.arange(len(groups)), names, fontsize=8)
+
+
+def plot_kinds(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """AUROC of a text probe on kinds that it has not met: a panel a choice of positions, a marker a surface.
+
+    Args:
+        data: columns `positions, surface, kind, auroc, low, high, n` (`tables.kind_data`).
+        title: the claim.
+        caption: what stands behind it.
+    """
+    rows, surfaces = list(dict.fromkeys(data["positions"])), list(dict.fromkeys(data["surface"]))
+    kinds = list(dict.fromkeys(data["kind"]))
+    with style():
+        figure, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 3.4), sharey=True, squeeze=False)
+        for axis, positions in zip(axes[0], rows, strict=True):
+            for number, surface in enumerate(surfaces):
+                panel = data[(data["positions"] == positions) & (data["surface"] == surface)]
+                points = panel.set_index("kind").reindex(kinds)
+                axis.errorbar(
+                    np.arange(len(kinds)) + 0.18 * (number - (len(surfaces) - 1) / 2), points["auroc"],
+                    yerr=bar_lengths(points, "auroc"), fmt=MARKERS[number], color=SERIES[number], capsize=2,
+                    markersize=4.5, label=f"{surface} (n = {int(points['n'].min())} to {int(points['n'].max())})",
+                )  # fmt: skip
+            axis.axhline(0.5, color="grey", linewidth=0.8)
+            axis.set_xticks(np.arange(len(kinds)), kinds, rotation=30, ha="right")
+            axis.set(title=POSITIONS.get(positions, positions), xlabel="left out of the fit")
+        axes[0][0].set_ylabel("AUROC on what was left out")
+        return titled(figure, title, f"{caption} Bars: 95 % intervals.", legend_of=axes[0][0])
+
+
+def plot_differences(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """Length and direction of the difference of class means by layer: a row a model and choice of positions.
+
+    Args:
+        data: columns `model, positions, site, surface, measure, n, value, low, high` (`tables.difference_data`).
+        title: the claim.
+        caption: what stands behind it.
+    """
+    rows = list(dict.fromkeys(zip(data["model"], data["positions"], strict=True)))
+    surfaces, sites = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["site"]))
+    names = {"length": "length, spreads on text", "shrinkage": "length / text's", "cosine": "cosine with text's"}
+    with style():
+        size = (3.4 * len(names), 2.5 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(names), figsize=size, sharey="col", squeeze=False)
+        for line, (model, positions) in zip(axes, rows, strict=True):
+            here = data[(data["model"] == model) & (data["positions"] == positions)]
+            for axis, (measure, name) in zip(line, names.items(), strict=True):
+                panel = here[here["measure"] == measure]
+                for surface in dict.fromkeys(panel["surface"]):
+                    points = panel[panel["surface"] == surface].set_index("site").reindex(sites)
+                    _curve(axis, points, "value", surfaces.index(surface), f"{surface} (n = {int(points['n'].max())})")
+                axis.set_xticks(np.arange(len(sites)), sites)
+                axis.set_ylabel(name)
+            line[0].set_title(f"{model}, {POSITIONS.get(positions, positions)}", loc="left")
+        for axis in axes[-1]:
+            axis.set_xlabel("layer (norm: after the final norm)")
+        return titled(figure, title, f"{caption} Bands: 95 % intervals over topics.", legend_of=axes[0][0])
+
+
+def plot_directions(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """AUROC of the harm and the refusal direction on both contrasts by layer: a column a surface, a row a position.
+
+    Args:
+        data: columns `positions, site, surface, direction, contrast, auroc, low, high, n` (`tables.direction_data`).
+        title: the claim.
+        caption: what stands behind it.
+    """
+    rows, surfaces = list(dict.fromkeys(data["positions"])), list(dict.fromkeys(data["surface"]))
+    sites = list(dict.fromkeys(data["site"]))
+    contrasts = {HARM: "harm, both answered", REFUSAL: "refusal, both harmful"}
+    with style():
+        size = (3.3 * len(surfaces), 2.8 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(surfaces), figsize=size, sharey=True, squeeze=False)
+        for line, positions in zip(axes, rows, strict=True):
+            for axis, surface in zip(line, surfaces, strict=True):
+                panel = data[(data["positions"] == positions) & (data["surface"] == surface)]
+                for number, (contrast, name) in enumerate(contrasts.items()):
+                    for direction in DIRECTIONS:
+                        chosen = (panel["contrast"] == contrast) & (panel["direction"] == direction)
+                        points = panel[chosen].set_index("site").reindex(sites)
+                        dash = "-" if direction == contrast else ":"
+                        _curve(axis, points, "auroc", number, f"{direction} direction on {name}", dash)
+                counts = panel.groupby("contrast", sort=False)["n"].first()
+                axis.set_title(f"{surface} (n = {', '.join(f'{name} {int(n)}' for name, n in counts.items())})")
+                axis.axhline(0.5, color="grey", linewidth=0.8)
+                axis.set_xticks(np.arange(len(sites)), sites)
+            line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
+        for axis in axes[-1]:
+            axis.set_xlabel("layer (norm: after the final norm)")
+        return titled(figure, title, f"{caption} Bands: 95 % intervals over topics.", legend_of=axes[0][0])
+
+
+def _curve(axis: Axes, points: pd.DataFrame, value: str, number: int, name: str, dash: str = "-") -> None:
+    x = np.arange(len(points))
+    axis.plot(x, points[value], dash, color=SERIES[number], marker=MARKERS[number], markersize=4, label=name)
+    axis.fill_between(x, points["low"], points["high"], color=SERIES[number], alpha=0.15, linewidth=0)

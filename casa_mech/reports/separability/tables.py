@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.evaluation.evaluate import PRETRAINED
 from casa_mech.identity import key_digest
+from casa_mech.judging import judge_all
 from casa_mech.judging.stats import auroc_interval
+from casa_mech.omni import GenerationSettings
+from casa_mech.organism.premise_rows import PROBE_DEPTH as DEPTH
 from casa_mech.study.settings import slug
-from casa_mech.study.study import LABELS, SURFACES, Study
+from casa_mech.study.study import LABELS, SURFACES, ProbePositions, Study
 from probes.activations import Activations
+from probes.linear.control_task import control_task
 from probes.linear.gate_transfer import join_points
+from probes.linear.harm_and_refusal import (
+    HARM,
+    REFUSAL,
+    Dissociation,
+    contrasts,
+    direction_table,
+    double_dissociation,
+    held_out_coordinates,
+)
+from probes.linear.kinds import left_out_kinds
+from probes.linear.mean_differences import mean_difference_table
 from probes.linear.separability import controls, pca_plane, separability_table, transfer_matrix
+from probes.linear.thresholds import carried_scores, threshold_table
+from probes.linear.validation import cross_validate
 
 Layer = Literal["norm"] | int
 """What a gate reads: behind the final norm, or after a block."""
 MEASURES = {"probe": "probe_auroc", "transfer": "transfer_auroc", "permuted": "permuted_auroc"}
+TOPICS = "topics alone"
+"""Among the kinds that are left out: none, only topics are."""
 SHORT = 5
 """The gates of the prediction test, but the study's own, are trained for one in so many of its steps."""
 
@@ -62,9 +83,138 @@ def matrices(states: Sequence[Activations], seed: int) -> pd.DataFrame:
     )
 
 
-def control_table(states: Sequence[Activations], seed: int) -> pd.DataFrame:
-    """Controls of the probes at every site, for each choice of positions (column `positions`)."""
-    return pd.concat([controls(read, seed=seed).assign(positions=read.positions) for read in states], ignore_index=True)
+def control_table(states: Sequence[Activations], random_weights: Sequence[Activations], seed: int) -> pd.DataFrame:
+    """Controls of the probes at every site, for each choice of positions (column `positions`).
+
+    Beside those of `controls`: `untrained` with its interval, the AUROC of the same probes on the states of the same
+    architecture with random weights (`random_weights`, of the same positions as `states`), and of the control task
+    (`probes.linear.control_task`) `task, control_task` and `selectivity`.
+    """
+    tables = []
+    for read, untrained in zip(states, random_weights, strict=True):
+        beside = pd.concat(
+            [_beside(read, untrained, surface, seed) for surface in dict.fromkeys(read.index["surface"])]
+        )
+        tables.append(controls(read, seed=seed).merge(beside, on=["site", "surface"]).assign(positions=read.positions))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _beside(read: Activations, untrained: Activations, surface: str, seed: int) -> pd.DataFrame:
+    there, control = read.where(surface=surface), untrained.where(surface=surface)
+    with threadpool_limits(1):
+        (probe,) = cross_validate(control.stacked(), control.harmful, control.topics, seed=seed)
+        tasks = control_task(there.stacked(), there.harmful, there.topics, seed=seed)
+    rows = []
+    for place, (site, scores) in enumerate(zip(there.sites, probe.scores, strict=True)):
+        auroc, low, high = auroc_interval(list(scores), list(control.harmful), list(control.topics), seed).widened()
+        rows.append(
+            {
+                "site": site, "surface": surface, "untrained": auroc, "untrained_low": low, "untrained_high": high,
+                "task": tasks.task[place], "control_task": tasks.control[place].mean(),
+                "selectivity": tasks.selectivity[place],
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def by_model(study: Study, positions: Sequence[ProbePositions] = ("last", "mean")) -> dict[str, list[Activations]]:
+    """States before CASA of every model of the study, by its name, for each choice of positions."""
+    return {slug(model): [study.activations(read, model) for read in positions] for model in study.models}
+
+
+def score_data(states: Mapping[str, Sequence[Activations]], seed: int, site: str = "norm") -> pd.DataFrame:
+    """A text probe's score of every request on every surface: those of `carried_scores`, `model, positions`."""
+    return _of_each(states, lambda read: carried_scores(read, seed=seed, sites=[site]))
+
+
+def threshold_data(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """What a text probe flags at its own threshold, from `score_data`: the columns of `plots.plot_thresholds`."""
+    groups = scores.groupby(["model", "positions"], sort=False)
+    tables = [
+        threshold_table(rows, seed).assign(model=model, positions=positions) for (model, positions), rows in groups
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def kind_data(states: Sequence[Activations], matrix: pd.DataFrame, seed: int, site: str = "norm") -> pd.DataFrame:
+    """A text probe on kinds of harm that it has not met, and with topics alone left out (from `matrices`).
+
+    The columns of `left_out_kinds` and `positions`; the kind `TOPICS` stands for unseen topics of seen kinds.
+    """
+    tables = []
+    for read in states:
+        with threadpool_limits(1):
+            kinds = left_out_kinds(read, seed=seed, sites=[site])
+        rows = (matrix["positions"] == read.positions) & (matrix["site"] == site) & (matrix["fit"] == "text")
+        topics = matrix[rows].assign(kind=TOPICS)[list(kinds.columns)]
+        tables.append(pd.concat([topics, kinds]).assign(positions=read.positions))
+    return pd.concat(tables, ignore_index=True)
+
+
+def difference_data(states: Mapping[str, Sequence[Activations]], seed: int) -> pd.DataFrame:
+    """Length and direction of the difference of class means by site and surface: columns of `mean_difference_table`,
+    `model, positions`."""
+    return _of_each(states, lambda read: mean_difference_table(read, seed=seed))
+
+
+def _of_each(
+    states: Mapping[str, Sequence[Activations]], measure: Callable[[Activations], pd.DataFrame]
+) -> pd.DataFrame:
+    """`measure` of all states, with the columns `model` and `positions`."""
+    with threadpool_limits(1):
+        tables = [
+            measure(read).assign(model=model, positions=read.positions) for model, own in states.items() for read in own
+        ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def own_outcomes(study: Study) -> np.ndarray:
+    """Outcomes of the model's own replies to the probing requests before CASA, str [query], in the states' order."""
+    settings = GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=study.sizes.batch_size)
+    key = {**study.model_key(), "n": study.sizes.n_probe, "tokens": settings.max_new_tokens}
+
+    def build() -> pd.DataFrame:
+        queries = study.probing_queries()
+        with study.without_gate() as omni:
+            verdicts = judge_all(study.judge(), queries, omni.generate(queries, settings, progress=study.progress))
+        surfaces = [query.meta["surface"] for query in queries]
+        ids, outcomes = [query.id for query in queries], [verdict.outcome for verdict in verdicts]
+        return pd.DataFrame({"surface": surfaces, "query_id": ids, "outcome": outcomes})
+
+    replies = study.table("analysis", "own-replies", key, build).set_index(["surface", "query_id"])["outcome"]
+    index = study.activations().index
+    return replies.loc[list(zip(index["surface"], index["query_id"], strict=True))].to_numpy(dtype=str)
+
+
+def direction_data(states: Sequence[Activations], outcomes: np.ndarray, seed: int) -> pd.DataFrame:
+    """Harmfulness and refusal as directions, for each choice of positions: the columns of `direction_table`."""
+    return pd.concat(
+        [direction_table(read, outcomes, seed).assign(positions=read.positions) for read in states], ignore_index=True
+    )
+
+
+def dissociations(
+    user: Activations, header: Activations, outcomes: np.ndarray, seed: int
+) -> dict[str, Dissociation | None]:
+    """On each surface the harm direction at the user's last token against the refusal direction at the header's.
+
+    Read at `depth_site`; None where a group of requests has fewer than two topics, and so no direction.
+    """
+    site, by_surface = depth_site(user), {}
+    for surface in dict.fromkeys(user.index["surface"]):
+        read = {HARM: user.where(surface=surface), REFUSAL: header.where(surface=surface)}
+        groups = contrasts(read[HARM].harmful, outcomes[(user.index["surface"] == surface).to_numpy()])
+        topics = read[HARM].topics
+        coordinates = {name: held_out_coordinates(read[name].at(site), groups[name], topics) for name in read}
+        enough = all(np.isfinite(scores).all() for scores in coordinates.values())
+        by_surface[surface] = double_dissociation(coordinates, groups, topics, seed) if enough else None
+    return by_surface
+
+
+def depth_site(states: Activations) -> str:
+    """The block after which `DEPTH` of the blocks have run: chosen beforehand, where the organisms' cards probe."""
+    blocks = [site for site in states.sites if site != "norm"]
+    return blocks[round(DEPTH * len(blocks)) - 1]
 
 
 def probe_table(matrix: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:

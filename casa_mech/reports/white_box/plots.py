@@ -13,7 +13,7 @@ from casa_mech.figures import MARKERS, SERIES, bar_lengths, style, titled
 
 
 def plot_rates_along(data: pd.DataFrame, units: Mapping[str, str], title: str, caption: str = "") -> Figure:
-    """Rates along a budget or steps: a column a medium, a row a measure, a line an attacker, with 95 % intervals.
+    """Rates along a budget, steps or starts, as lower bounds: a column a medium, a row a measure, a line an attacker.
 
     Args:
         data: columns `medium, attacker, measure, x, n, value, low, high`.
@@ -38,12 +38,13 @@ def plot_rates_along(data: pd.DataFrame, units: Mapping[str, str], title: str, c
                         markersize=4.5, linestyle="-" if number == 0 else "--", label=f"attacker {attacker}",
                     )  # fmt: skip
                 axis.set_xticks(np.arange(len(places)), places)
-            line[0].set(ylabel=f"{measure}, %", ylim=(-4, 104))
+            line[0].set(ylabel=f"{measure}, % (at least)", ylim=(-4, 104))
         for axis, medium in zip(axes[0], units, strict=True):
             axis.set_title(f"{medium} (n = {int(data[data['medium'] == medium]['n'].min())})")
         for axis, unit in zip(axes[-1], units.values(), strict=True):
             axis.set_xlabel(unit)
-        return titled(figure, title, f"{caption} Bars: 95 % intervals (Wilson).", legend_of=axes[0][0])
+        words = "Lower bounds on the worst case. Bars: 95 % intervals over topics."
+        return titled(figure, title, f"{caption} {words}", legend_of=axes[0][0])
 
 
 def plot_ablation(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
@@ -70,4 +71,4 @@ def plot_ablation(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
             axis.set_xticks(np.arange(len(surfaces)), surfaces)
             axis.set(title=f"{system}: {measure}", ylim=(0, 104))
         axes[0][0].set_ylabel("harmful requests, %")
-        return titled(figure, title, f"{caption} Bars: 95 % intervals (Wilson).", legend_of=axes[0][0])
+        return titled(figure, title, f"{caption} Bars: 95 % intervals over topics.", legend_of=axes[0][0])
