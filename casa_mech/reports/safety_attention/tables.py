@@ -53,17 +53,20 @@ def v_s_by_attack(study: Study) -> pd.DataFrame:
     return study.gate_table("v_s-by-attack", {"n": study.sizes.n_probe}, build)
 
 
-def matched_pairs(study: Study, attack: str, n: int, tries: int = 8) -> list[MatchedPair]:
+def matched_pairs(
+    study: Study, attack: str, n: int, tries: int = 8, draw: int = Draw.GATE_MEASUREMENT
+) -> list[MatchedPair]:
     """Up to `n` harmful requests under `attack`, each with a benign counterpart that differs in the key word alone.
 
-    The two prompts have the same layout: phrasing, verb, article, and on a picture or in a clip as many tokens.
+    The two prompts have the same layout: phrasing, verb, article, and on a picture or in a clip as many tokens. The
+    requests are those of `draw`.
 
     Raises:
         InputError: no request has such a counterpart.
     """
     omni = study.omni()
     # Half of the clips or more have no counterpart of as many tokens.
-    requests = study.queries("plain", "harmful", 2 * n, Draw.GATE_MEASUREMENT)
+    requests = study.queries("plain", "harmful", 2 * n, draw)
     waiting = list(requests)
     pairs: dict[str, MatchedPair] = {}
     for attempt in range(tries):
