@@ -63,7 +63,8 @@ def crossed_ratio(
             of_weights: np.ndarray = (weights @ above) / (weights @ below)
         return of_weights
 
-    return Estimate(float(above.sum() / below.sum()), *crossed_interval(ratios, first, second, seed)).widened()
+    low, high = crossed_interval(ratios, first, second, seed)
+    return Estimate(float(above.sum() / below.sum()), low, high).widened()
 
 
 @lru_cache(maxsize=16)

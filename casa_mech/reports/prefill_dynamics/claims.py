@@ -176,7 +176,7 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
     share = Estimate(*(float(of_last[name]) for name in ("share", "low", "high")))
     where = _where(site)
     return Claim(
-        f"{study.name}, this gate: {where} a prefill's last token carries {share.value:.0%} of the earlier ones' effect",
+        f"{study.name}, this gate: {where} a prefill's last token has {share.value:.0%} of the earlier ones' effect",
         f"{system}: of what the earlier of {DEPTH_LENGTH} prefilled tokens do to the next word "
         f"({of_last['gap']:.1f} nats), the last token's state carries {share.text('.0%')} {where}, and nothing at the "
         "input.",
@@ -207,7 +207,7 @@ def edge_claim(study: Study, tables: PrefillTables) -> Claim:
     )
     change, excess = changes[TOKEN]
     return Claim(
-        f"{study.name}, this gate: a prefill that cannot read the token leaves refusal's log-odds {change.value:+.1f} away",
+        f"{study.name}, this gate: unread by the prefill, the token takes refusal's log-odds {change.value:+.1f} away",
         f"Harmful requests under {length} prefilled tokens, change of the log-odds of a refusal when edges of "
         f"attention are cut. {by_set}.",
         "prefill_edges", len(both[both["edges"] == TOKEN]), *excess,
