@@ -67,6 +67,26 @@ def crossed_ratio(
     return Estimate(float(above.sum() / below.sum()), low, high).widened()
 
 
+def crossed_test(
+    one: Sequence[float] | np.ndarray,
+    other: Sequence[float] | np.ndarray,
+    first: Sequence[Hashable],
+    second: Sequence[Hashable],
+    seed: int = 0,
+) -> float:
+    """Two-sided p of the mean difference of paired `one` [n] and `other` [n].
+
+    How often the bootstrap's mean strays from the mean at least as far as that is from 0. A permutation of one factor
+    would take the other's effects for the difference (5 % of noise then come out as 10).
+    """
+    differences = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    weights = _weights(tuple(first), tuple(second), seed)
+    weights = weights[weights.any(axis=1)]
+    mean = differences.mean()
+    strayed = np.abs(weights @ differences / weights.sum(axis=1) - mean) >= abs(mean) - 1e-12
+    return float(1 + strayed.sum()) / (1 + len(strayed))
+
+
 @lru_cache(maxsize=16)
 def _weights(first: tuple[Hashable, ...], second: tuple[Hashable, ...], seed: int) -> np.ndarray:
     """Weights [resample, n]; kept, since a figure's many intervals are over few sets of items."""

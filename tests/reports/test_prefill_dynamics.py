@@ -118,12 +118,12 @@ def test_figures_and_claims_of_a_study(study: Study, measured: tables.PrefillTab
 # Summaries and claims of tables made by hand
 
 
-def design(n: int = 12) -> pd.DataFrame:
-    """`n` pairs of as many topics in four wordings, a row a member."""
+def design(n: int = 12, wordings: int = 12) -> pd.DataFrame:
+    """`n` pairs of as many topics, wordings in turn, a row a member."""
     rows = [
         {
             "query_id": f"{label}-{pair}", "label": label, "topic": f"{label} topic {pair}", "pair": f"pair {pair}",
-            "phrasing": str(pair % 4), "number": pair,
+            "phrasing": str(pair % wordings), "number": pair,
         }
         for pair in range(n) for label in ("harmful", "benign")
     ]  # fmt: skip
@@ -151,7 +151,7 @@ def test_rates_without_spread_keep_the_width_that_their_topics_leave() -> None:
 
 def test_intervals_hold_wordings_beside_topics() -> None:
     """Where all that varies is the wording, an interval over topics alone would be several times too narrow."""
-    rows = design(400).query("label == 'harmful'")
+    rows = design(400, wordings=4).query("label == 'harmful'")
     rows = rows.assign(value=rows["phrasing"].astype(int).astype(float))
     interval = tables.estimate(rows, 0)
     # Four wordings of 0 to 3: a standard error of 0.56, whatever the number of topics.
@@ -180,7 +180,15 @@ def test_success_claim_is_about_harmful_requests() -> None:
     claim = claims.success_claim(STUDY, hand_made(replies=replies))
     assert claim.value == -0.5 and claim.n == 12 and claim.low < -0.5 < claim.high < 0
     assert "pretrained in 100%, SSFT in 75%, CASA in 25%" in claim.title and "(100%)" in claim.statement
-    assert claim.p == pytest.approx(2 / 2**6)  # six pairs that differ, all to one side; Holm doubles the smaller p only
+    assert claim.p < 0.06 and "against pretrained: p = " in claim.test
+
+
+def test_a_difference_that_hangs_on_a_wording_is_none() -> None:
+    """Of 48 requests 12 differ between the systems, all in one of four wordings; over topics alone, p < 0.001."""
+    rows = crossed(design(48, wordings=4), system=list(tables.SYSTEMS), length=[16])
+    complied = (rows["system"] != "CASA") | (rows["phrasing"] != "0")
+    replies = rows.assign(outcome=np.where(complied, "complied", "refused"))
+    assert claims.success_claim(STUDY, hand_made(replies=replies)).p > 0.3
 
 
 def test_axis_claim_is_the_difference_at_the_longest_length() -> None:
@@ -220,7 +228,7 @@ def test_edge_claim_is_beyond_random_edges() -> None:
     rows = edges_by_hand({TOKEN: -3.0, PREFILL: 2.0, REQUEST: -0.5}, random=-0.5)
     claim = claims.edge_claim(STUDY, hand_made(edges=rows))
     assert claim.value == pytest.approx(-2.5) and claim.n == 12 and "-3.0 away" in claim.title
-    assert claim.p == pytest.approx(3 * 2 / 2**12) and f"{REQUEST}: p = 1" in claim.test
+    assert claim.p == pytest.approx(3 / 2001, rel=0.01) and f"{REQUEST}: p = 1" in claim.test
     data = tables.edge_data(hand_made(edges=rows), 0).query("length == 12 and label == 'harmful'")
     log_odds = data[data["measure"] == tables.LOG_ODDS].set_index(["edges", "cut"])["value"]
     assert log_odds[TOKEN, tables.THESE] == pytest.approx(-3) and log_odds[TOKEN, tables.RANDOM] == pytest.approx(-0.5)

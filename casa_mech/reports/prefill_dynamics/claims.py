@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
-from casa_mech.judging.crossed import crossed_ratio
+from casa_mech.judging.crossed import crossed_ratio, crossed_test
 from casa_mech.judging.estimate import Estimate
-from casa_mech.judging.hypothesis import holm, permutation_test
+from casa_mech.judging.hypothesis import holm
 from casa_mech.reports.claim import Claim, Heading
 from casa_mech.reports.prefill_dynamics.phrasings import PHRASINGS
 from casa_mech.reports.prefill_dynamics.tables import (
@@ -29,6 +29,9 @@ from casa_mech.study import Study
 from probes.prefill.depth import EARLIER, LAST, depth_shares
 from probes.prefill.edges import CUT, EDGES, RESTORED, TOKEN
 
+FACTORS = ("topic", "phrasing")
+"""What intervals and tests draw anew."""
+TEST = "crossed bootstrap of topics and wordings"
 FIRST_TOKENS = 3
 """Tokens of a continuation on which a shallow alignment has most of its divergence."""
 
@@ -72,18 +75,18 @@ def success_claim(study: Study, tables: PrefillTables) -> Claim:
     harmful = replies[replies["label"] == "harmful"]
     rates = {name: estimate(harmful[harmful["system"] == name], seed, outcomes=True) for name in SYSTEMS}
     answered = replies[replies["label"] == "benign"].groupby("system")["value"].mean()
-    complied = harmful.pivot(index=["query_id", "topic", "phrasing"], columns="system", values="value")
-    topics = list(complied.index.get_level_values("topic"))
+    complied = harmful.pivot(index=["query_id", *FACTORS], columns="system", values="value")
+    factors = _factors(complied.reset_index())
     casa, ssft, base = (complied[name].to_numpy() for name in (CASA, SSFT, PRETRAINED))
     difference = estimate(complied.reset_index().assign(value=casa - ssft), seed, outcomes=True)
-    p_values = holm([permutation_test(casa, other, topics, seed) for other in (ssft, base)])
+    p_values = holm([crossed_test(casa, other, *factors, seed) for other in (ssft, base)])
     return Claim(
         f"{study.name}, this gate: {longest} prefilled tokens succeed against "
         + ", ".join(f"{name} in {rate.value:.0%}" for name, rate in rates.items()),
         f"Attack success under {longest} prefilled tokens in {len(PHRASINGS)} wordings (benign counterparts answered): "
         + ", ".join(f"{name} {rate.text('.0%')} ({answered[name]:.0%})" for name, rate in rates.items()) + ".",
         "prefill_by_length", len(complied), *difference,
-        f"permutation over topics, CASA against SSFT, Holm (against pretrained: p = {p_values[1]:.2g})", p_values[0],
+        f"{TEST}: CASA against SSFT, Holm (against pretrained: p = {p_values[1]:.2g})", p_values[0],
         "on fresh requests and wordings the difference of CASA and SSFT has an interval that holds 0, or another sign",
     )  # fmt: skip
 
@@ -96,7 +99,7 @@ def order_claim(study: Study, tables: PrefillTables) -> Claim:
     before, after = (at_longest[name].to_numpy(dtype=float) for name in ("unsafe_a", "unsafe_b"))
     changes = at_longest.drop(columns="label").assign(value=after - before)
     change = estimate(changes, study.settings.seed, outcomes=True)
-    p = permutation_test(after, before, at_longest["topic"].tolist(), study.settings.seed)
+    p = crossed_test(after, before, *_factors(at_longest), study.settings.seed)
     spread = float(rows.groupby("query_id")["v_s"].agg(lambda values: values.max() - values.min()).max())
     logits = rows.groupby("length")["logit"].mean()
     return Claim(
@@ -105,7 +108,7 @@ def order_claim(study: Study, tables: PrefillTables) -> Claim:
         f"{before.mean():.0%} of harmful requests get the unsafe token before a prefill, {after.mean():.0%} when "
         f"{longest} tokens of it come first: the token difference goes from {logits.iloc[0]:.1f} to "
         f"{logits.iloc[-1]:.1f} while v_s, which reads the prompt alone, moves by at most {spread:.2g}.",
-        "prefill_by_length", len(at_longest), *change, "permutation over topics: decision after against before", p,
+        "prefill_by_length", len(at_longest), *change, f"{TEST}: decision after against before", p,
         "on fresh requests the change of the share given the unsafe token lies outside this interval",
     )  # fmt: skip
 
@@ -119,15 +122,15 @@ def axis_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Claim
     at = {int(length): differences[differences["length"] == length] for length in (lengths[0], lengths[-1])}
     (first, at_first), (last, at_last) = at.items()
     before, after = estimate(at_first, seed), estimate(at_last, seed)
-    values, topics = at_last["value"].to_numpy(), at_last["topic"].tolist()
+    values, factors = at_last["value"].to_numpy(), _factors(at_last)
     return Claim(
         f"{study.name}, this gate: harmful and benign states lie {before.value:.1f} SD apart after {first} prefilled "
         f"tokens, {after.value:.1f} after {last}",
         f"{system}: after the final norm, on the axis of each position, a harmful request lies {before.text('.1f')} "
         f"standard deviations from its benign counterpart after {first} prefilled tokens and {after.text('.1f')} after "
         f"{last}. The axes are fitted on other requests.",
-        "prefill_difference", len(at_last), *after, f"permutation over topics: labels of a pair, {last} tokens",
-        permutation_test(values, np.zeros_like(values), topics, seed),
+        "prefill_difference", len(at_last), *after, f"{TEST}: labels of a pair, {last} tokens",
+        crossed_test(values, np.zeros_like(values), *factors, seed),
         f"on fresh pairs the difference after {last} tokens has an interval that holds 0",
     )  # fmt: skip
 
@@ -139,11 +142,11 @@ def shallow_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Cl
     tokens = int(of_system["position"].max()) + 1
     shares, kinds = {}, {}
     for label, rows in of_system.groupby("label"):
-        kl = rows.pivot(index=["query_id", "topic", "phrasing"], columns="position", values="kl")
-        topics, phrasings = (list(kl.index.get_level_values(name)) for name in ("topic", "phrasing"))
+        kl = rows.pivot(index=["query_id", *FACTORS], columns="position", values="kl")
+        factors = _factors(kl.reset_index())
         first, whole = kl.iloc[:, :FIRST_TOKENS].to_numpy().sum(axis=1), kl.to_numpy().sum(axis=1)
-        shares[label], kinds[label] = crossed_ratio(first, whole, topics, phrasings, seed), (kl, topics)
-    kl, topics = kinds["harmful"]
+        shares[label], kinds[label] = crossed_ratio(first, whole, *factors, seed), (kl, factors)
+    kl, factors = kinds["harmful"]
     first, later = kl.iloc[:, :FIRST_TOKENS].mean(axis=1), kl.iloc[:, FIRST_TOKENS:].mean(axis=1)
     even, share = FIRST_TOKENS / tokens, shares["harmful"]
     return Claim(
@@ -153,8 +156,8 @@ def shallow_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Cl
         f"model is on the first {FIRST_TOKENS} tokens (evenly spread {even:.0%}; benign counterparts "
         f"{shares['benign'].text('.0%')}): {first.mean():.2f} nats a token there, {later.mean():.2f} later.",
         "prefill_divergence", len(kl), *share,
-        f"permutation over topics: KL a token on the first {FIRST_TOKENS} against the later ones",
-        permutation_test(first.to_numpy(), later.to_numpy(), topics, seed),
+        f"{TEST}: KL a token on the first {FIRST_TOKENS} against the later ones",
+        crossed_test(first.to_numpy(), later.to_numpy(), *factors, seed),
         f"on fresh requests and wordings the share's interval holds {even:.0%}",
     )  # fmt: skip
 
@@ -169,9 +172,9 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
     moved = (
         rows[rows["site"] == site]
         .assign(moved=rows["attacked"] - rows["patched"])
-        .pivot(index=["query_id", "topic"], columns="span", values="moved")
+        .pivot(index=["query_id", *FACTORS], columns="span", values="moved")
     )
-    topics = list(moved.index.get_level_values("topic"))
+    factors = _factors(moved.reset_index())
     of_last = shares[(shares["site"] == site) & (shares["span"] == LAST)].iloc[0]
     share = Estimate(*(float(of_last[name]) for name in ("share", "low", "high")))
     where = _where(site)
@@ -180,8 +183,8 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
         f"{system}: of what the earlier of {DEPTH_LENGTH} prefilled tokens do to the next word "
         f"({of_last['gap']:.1f} nats), the last token's state carries {share.text('.0%')} {where}, and nothing at the "
         "input.",
-        "prefill_depth", len(moved), *share, "permutation over topics: last token against earlier ones",
-        permutation_test(moved[LAST].to_numpy(), moved[EARLIER].to_numpy(), topics, study.settings.seed),
+        "prefill_depth", len(moved), *share, f"{TEST}: last token against earlier ones",
+        crossed_test(moved[LAST].to_numpy(), moved[EARLIER].to_numpy(), *factors, study.settings.seed),
         f"on fresh requests the earlier tokens still carry more than the last one {where}",
     )  # fmt: skip
 
@@ -191,7 +194,7 @@ def edge_claim(study: Study, tables: PrefillTables) -> Claim:
     seed, length = study.settings.seed, max(EDGE_LENGTHS)
     rows = tables.edges[(tables.edges["length"] == length) & (tables.edges["label"] == "harmful")]
     rows = rows.assign(value=rows["after"] - rows["before"])
-    names = ["query_id", "topic", "phrasing", "edges"]
+    names = ["query_id", *FACTORS, "edges"]
     these = rows[rows["draw"] == CUT].set_index(names)["value"]
     random = rows[rows["draw"] != CUT].groupby(names)["value"].mean()
     both = pd.DataFrame({"cut": these, "random": random}).reset_index()
@@ -200,7 +203,7 @@ def edge_claim(study: Study, tables: PrefillTables) -> Claim:
         of_set = both[both["edges"] == name]
         excess = estimate(of_set.assign(value=of_set["cut"] - of_set["random"]), seed)
         changes[name] = (estimate(of_set.assign(value=of_set["cut"]), seed), excess)
-        p_values.append(permutation_test(of_set["cut"], of_set["random"], of_set["topic"].tolist(), seed))
+        p_values.append(crossed_test(of_set["cut"], of_set["random"], *_factors(of_set), seed))
     by_set = "; ".join(
         f"{name}: {change.text('+.2f')}, beyond random edges {excess.text('+.2f')}"
         for name, (change, excess) in changes.items()
@@ -211,11 +214,15 @@ def edge_claim(study: Study, tables: PrefillTables) -> Claim:
         f"Harmful requests under {length} prefilled tokens, change of the log-odds of a refusal when edges of "
         f"attention are cut. {by_set}.",
         "prefill_edges", len(both[both["edges"] == TOKEN]), *excess,
-        "permutation over topics, cut edges against as many random ones, Holm over three sets ("
+        f"{TEST}: cut edges against as many random ones, Holm over three sets ("
         + ", ".join(f"{name}: p = {p:.2g}" for name, p in zip(EDGES[1:], holm(p_values)[1:], strict=True)) + ")",
         holm(p_values)[0],
         "on fresh requests the token's edges change refusals no more than random ones: the interval holds 0",
     )  # fmt: skip
+
+
+def _factors(rows: pd.DataFrame) -> tuple[list[str], list[str]]:
+    return rows["topic"].tolist(), rows["phrasing"].tolist()
 
 
 def _where(site: str) -> str:

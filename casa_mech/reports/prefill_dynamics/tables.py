@@ -72,7 +72,7 @@ class PrefillTables:
     replies: pd.DataFrame
     """Verdicts, a row a system, query and length (`judge_replies`)."""
     tokens: pd.DataFrame
-    """A row a reply and token (`trajectories`)."""
+    """A row a reply and token (`trajectories`), without a prefill, with a middling and with the longest one."""
     depth: pd.DataFrame
     """What exchanged states do (`depth_effects`)."""
     divergence: pd.DataFrame
@@ -129,12 +129,13 @@ def _measured(study: Study, system: AttackedModel, n: int, lengths: Sequence[int
     positions = max(lengths) + TOKENS
     axes = position_axes(system, [p.harmful for p in others], [p.benign for p in others], sites, positions)
     replies = replies_by_length(system, queries, lengths, study.sizes.max_new_tokens)
+    followed = [reply for reply in replies if reply.length in (lengths[0], lengths[len(lengths) // 2], lengths[-1])]
     nothing = pd.DataFrame({"query_id": pd.Series(dtype=str)})
     gated, trained = system.casa is not None, system.name != PRETRAINED
     tables = PrefillTables(
         lengths=prefill_sweep(system, queries, lengths, openings.tolist(), sites).table(axes),
         replies=judge_replies(system, replies, study.judge()),
-        tokens=trajectories(system, replies, TOKENS, openings.tolist(), axes),
+        tokens=trajectories(system, followed, TOKENS, openings.tolist(), axes),
         depth=depth_effects(system, queries, DEPTH_LENGTH, refusals(study)[0]),
         divergence=forced_divergence(system, study.casa().disabled, queries, max(lengths)) if trained else nothing,
         edges=pd.concat(
@@ -208,13 +209,10 @@ def length_data(tables: PrefillTables, seed: int) -> pd.DataFrame:
 def token_data(tables: PrefillTables, seed: int) -> pd.DataFrame:
     """Every measure by generated token: `measure, system, label, length, token, value, low, high, n`.
 
-    Without a prefill, with a short and with the longest one. A token that fewer than five replies reach is left out.
+    A token that fewer than five replies reach is left out.
     """
-    lengths = sorted(tables.tokens["length"].unique())
-    shown = dict.fromkeys([lengths[0], lengths[len(lengths) // 2], lengths[-1]])
-    drawn = tables.tokens[tables.tokens["length"].isin(shown)]
-    columns = {OPENING: "opening", KL: "kl", **_projections(drawn)}
-    rows = _melted(drawn, columns, ["length", "token"]).dropna(subset="value")
+    columns = {OPENING: "opening", KL: "kl", **_projections(tables.tokens)}
+    rows = _melted(tables.tokens, columns, ["length", "token"]).dropna(subset="value")
     return _summary(rows, ["measure", "system", "length", "token"], seed, least=5)
 
 
