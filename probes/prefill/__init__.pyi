@@ -1,4 +1,4 @@
-from .depth import depth_effects, depth_shares
+from .depth import depth_changes, depth_effects
 from .divergence import forced_divergence
 from .edges import edge_effects, state_effects
 from .replies import PrefilledReply, judge_replies, replies_by_length, trajectories
@@ -10,8 +10,8 @@ __all__ = [
     "PrefillSweep",
     "PrefilledReply",
     "compliance_ids",
+    "depth_changes",
     "depth_effects",
-    "depth_shares",
     "edge_effects",
     "forced_divergence",
     "judge_replies",

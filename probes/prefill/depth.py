@@ -17,7 +17,7 @@ import torch
 from torch import BoolTensor, LongTensor
 
 from casa_mech.errors import InputError
-from casa_mech.judging.crossed import crossed_ratio
+from casa_mech.judging.crossed import crossed_mean
 from casa_mech.omni import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
@@ -69,27 +69,24 @@ def depth_effects(
     return pd.concat(tables, ignore_index=True)
 
 
-def depth_shares(effects: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Share of the openings' difference that an exchange makes, with an interval over topics and wordings.
-
-    It is the mean of attacked - patched over the mean of attacked - other.
+def depth_changes(effects: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """What an exchange changes, in nats, with an interval over topics and wordings: the mean of attacked - patched.
 
     Args:
         effects: of `depth_effects`, with the opening's wording in a column `phrasing`.
         seed: of the bootstrap.
 
     Returns:
-        Columns `system, label, site, span, share, low, high, n` and `gap`, the mean of attacked - other in nats: where
-        it is small, the earlier tokens hardly matter and the shares mean little. Sites in the order of the model.
+        Columns `system, label, site, span, value, low, high, n` and `gap`, the mean of attacked - other, which the whole
+        opening makes. No shares of it: where it is near 0, they mean nothing. Sites in the order of the model.
     """
     rows = []
     names = ["system", "label", "site", "span"]
     for where, group in effects.groupby(names, sort=False):
         change = (group["attacked"] - group["patched"]).to_numpy()
-        gap = (group["attacked"] - group["other"]).to_numpy()
-        share, low, high = crossed_ratio(change, gap, group["topic"].tolist(), group["phrasing"].tolist(), seed)
-        keys = dict(zip(names, where, strict=True))
-        rows.append({**keys, "share": share, "low": low, "high": high, "n": len(group), "gap": float(gap.mean())})
+        mean = crossed_mean(change, group["topic"].tolist(), group["phrasing"].tolist(), seed)
+        gap = float((group["attacked"] - group["other"]).mean())
+        rows.append({**dict(zip(names, where, strict=True)), **mean._asdict(), "n": len(group), "gap": gap})
     return pd.DataFrame(rows)
 
 

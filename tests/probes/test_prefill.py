@@ -20,7 +20,7 @@ from casa_mech.timing.prefill import prefill_sides
 from casa_mech.trace.capture import capture
 from casa_mech.trace.patch import edited_prompt
 from probes.linear.refusal_direction import opening_ids, refusal_score
-from probes.prefill.depth import ALL, EARLIER, LAST, depth_effects, depth_shares
+from probes.prefill.depth import ALL, EARLIER, LAST, depth_effects, depth_changes
 from probes.prefill.divergence import forced_divergence
 from probes.prefill.edges import (
     CUT,
@@ -347,8 +347,9 @@ def test_whole_openings_make_the_whole_difference(casa: Casa, queries: list[Quer
         np.testing.assert_allclose(rows["patched"], rows["attacked"], atol=1e-5)
         rows = table.loc[("1", EARLIER)]
         np.testing.assert_allclose(rows["patched"], rows["attacked"], atol=1e-5)
-        shares = depth_shares(effects.assign(phrasing="0"))
-        assert (shares["n"] == 6).all() and (shares[shares["span"] == ALL]["share"].round(3) == 1).all()
+        changes = depth_changes(effects.assign(phrasing="0"))
+        whole = changes[changes["span"] == ALL]
+        assert (changes["n"] == 6).all() and np.allclose(whole["value"], whole["gap"], atol=1e-4)
         assert set(effects["label"]) == {"harmful"}
 
 

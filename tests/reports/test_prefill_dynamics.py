@@ -227,7 +227,7 @@ def edges_by_hand(change: dict[str, float], random: float) -> pd.DataFrame:
 def test_edge_claim_is_beyond_random_edges() -> None:
     rows = edges_by_hand({TOKEN: -3.0, PREFILL: 2.0, REQUEST: -0.5}, random=-0.5)
     claim = claims.edge_claim(STUDY, hand_made(edges=rows))
-    assert claim.value == pytest.approx(-2.5) and claim.n == 12 and "-3.0 away" in claim.title
+    assert claim.value == pytest.approx(-2.5) and claim.n == 12 and "log-odds -3.0" in claim.title
     assert claim.p == pytest.approx(3 / 2001, rel=0.01) and f"{REQUEST}: p = 1" in claim.test
     data = tables.edge_data(hand_made(edges=rows), 0).query("length == 12 and label == 'harmful'")
     log_odds = data[data["measure"] == tables.LOG_ODDS].set_index(["edges", "cut"])["value"]
@@ -254,15 +254,30 @@ def test_state_heading_names_the_first_depth_that_brings_half_back() -> None:
 
 
 def test_depth_claim_is_where_the_last_token_takes_over() -> None:
-    rows = crossed(design(), system=["CASA"], site=["embeddings", "0", "1"], span=[EARLIER, LAST, ALL])
+    rows = crossed(design(24), system=["CASA"], site=["embeddings", "0", "1"], span=[EARLIER, LAST, ALL])
     moved = {("embeddings", EARLIER): 2.0, ("0", EARLIER): 1.5, ("0", LAST): 0.5, ("1", LAST): 2.0, ("1", EARLIER): 0.0}
-    effect = [
-        2.0 if span == ALL else moved.get((site, span), 0.0)
-        for site, span in zip(rows["site"], rows["span"], strict=True)
-    ]
-    depth = rows.assign(attacked=0.0, other=-2.0, patched=-np.array(effect))
+    where = zip(rows["site"], rows["span"], strict=True)
+    effect = np.array([2.0 if span == ALL else moved.get((site, span), 0.0) for site, span in where])
+    depth = rows.assign(attacked=0.0, other=-2.0, patched=-effect)
     claim = claims.depth_claim(STUDY, hand_made(depth=depth))
-    assert claim.value == 1 and claim.title.startswith("organism, this gate: after block 1")
+    assert claim.value == 2 and claim.n == 12 and "after block 1" in claim.title and "by 2.0 nats" in claim.title
+    changes = tables.depth_data(hand_made(depth=depth), 0).set_index(["label", "site", "span"])
+    assert changes.loc[("benign", "0", EARLIER), "value"] == 1.5 and (changes["gap"] == 2).all()
+
+
+def test_the_depth_is_found_and_tested_on_different_requests() -> None:
+    """One half hands over after block 0, the other never does: the claim about block 0 is the other half's."""
+    rows = crossed(design(24), system=["CASA"], site=["0", "1"], span=[EARLIER, LAST])
+    names = sorted(rows["pair"].unique())
+    place = rows["pair"].map({name: number for number, name in enumerate(names)})
+    first = (place + place // 12) % 2 == 0
+    for half in (first, ~first):
+        wordings = rows[half]["phrasing"].nunique()
+        assert wordings >= 6
+    moved = np.where(first == (rows["span"] == LAST), 1.0, 0.0)
+    depth = rows.assign(attacked=0.0, other=-1.0, patched=-moved)
+    claim = claims.depth_claim(STUDY, hand_made(depth=depth))
+    assert "after block 0" in claim.title and claim.value == -1
 
 
 def test_order_claim_and_token_heading() -> None:

@@ -10,7 +10,6 @@ import pandas as pd
 
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging.crossed import crossed_ratio, crossed_test
-from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import holm
 from casa_mech.reports.claim import Claim, Heading
 from casa_mech.reports.prefill_dynamics.phrasings import PHRASINGS
@@ -26,7 +25,7 @@ from casa_mech.reports.prefill_dynamics.tables import (
     pair_differences,
 )
 from casa_mech.study import Study
-from probes.prefill.depth import EARLIER, LAST, depth_shares
+from probes.prefill.depth import EARLIER, LAST
 from probes.prefill.edges import CUT, EDGES, RESTORED, TOKEN
 
 FACTORS = ("topic", "phrasing")
@@ -163,29 +162,31 @@ def shallow_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Cl
 
 
 def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Claim:
-    """Where the opening's earlier tokens hand over to its last one, on harmful requests."""
+    """Where the opening's earlier tokens hand over to its last one, on harmful requests: found on one half of them,
+    measured and tested on the other."""
+    seed = study.settings.seed
     rows = tables.depth[(tables.depth["system"] == system) & (tables.depth["label"] == "harmful")]
-    shares = depth_shares(rows, study.settings.seed)
-    earlier = shares[shares["span"] == EARLIER].set_index("site")["share"]
-    handed_over = [site for site in earlier.index if earlier[site] < 0.5]
-    site = str(handed_over[0]) if handed_over else str(earlier.index[-1])
-    moved = (
-        rows[rows["site"] == site]
-        .assign(moved=rows["attacked"] - rows["patched"])
-        .pivot(index=["query_id", *FACTORS], columns="span", values="moved")
-    )
-    factors = _factors(moved.reset_index())
-    of_last = shares[(shares["site"] == site) & (shares["span"] == LAST)].iloc[0]
-    share = Estimate(*(float(of_last[name]) for name in ("share", "low", "high")))
+    number = {pair: place for place, pair in enumerate(sorted(rows["pair"].unique()))}
+    place = rows["pair"].map(number)
+    # The shift lets both halves have every wording, of which each pair has the next.
+    rows = rows.assign(moved=rows["attacked"] - rows["patched"], first=(place + place // len(PHRASINGS)) % 2 == 0)
+    means = rows[rows["first"]].groupby(["site", "span"], sort=False)["moved"].mean().unstack()
+    handed_over = [site for site in means.index if means.loc[site, LAST] > means.loc[site, EARLIER]]
+    site = str(handed_over[0]) if handed_over else str(means.index[-1])
+    other = rows[~rows["first"] & (rows["site"] == site)]
+    moved = other.pivot(index=["query_id", *FACTORS], columns="span", values="moved").reset_index()
+    last, earlier = (estimate(moved.assign(value=moved[span]), seed) for span in (LAST, EARLIER))
+    difference = estimate(moved.assign(value=moved[LAST] - moved[EARLIER]), seed)
     where = _where(site)
     return Claim(
-        f"{study.name}, this gate: {where} a prefill's last token has {share.value:.0%} of the earlier ones' effect",
-        f"{system}: of what the earlier of {DEPTH_LENGTH} prefilled tokens do to the next word "
-        f"({of_last['gap']:.1f} nats), the last token's state carries {share.text('.0%')} {where}, and nothing at the "
-        "input.",
-        "prefill_depth", len(moved), *share, f"{TEST}: last token against earlier ones",
-        crossed_test(moved[LAST].to_numpy(), moved[EARLIER].to_numpy(), *factors, study.settings.seed),
-        f"on fresh requests the earlier tokens still carry more than the last one {where}",
+        f"{study.name}, this gate: {where} a prefill's last token moves the next word by {last.value:.1f} nats, "
+        f"earlier ones by {earlier.value:.1f}",
+        f"{system}, {DEPTH_LENGTH} prefilled tokens: {where}, found on one half of the harmful requests, the exchanged "
+        f"state of the last token moves the next word of the other half by {last.text()} nats, those of the earlier "
+        f"tokens by {earlier.text()}. At the input the last token does nothing.",
+        "prefill_depth", len(moved), *difference, f"{TEST}: last token against earlier ones",
+        crossed_test(moved[LAST], moved[EARLIER], *_factors(moved), seed),
+        f"on fresh requests the earlier tokens still move the next word more than the last one {where}",
     )  # fmt: skip
 
 
@@ -210,7 +211,7 @@ def edge_claim(study: Study, tables: PrefillTables) -> Claim:
     )
     change, excess = changes[TOKEN]
     return Claim(
-        f"{study.name}, this gate: unread by the prefill, the token takes refusal's log-odds {change.value:+.1f} away",
+        f"{study.name}, this gate: hidden from {length} prefilled tokens, the token moves refusal's log-odds {change.value:+.1f}",
         f"Harmful requests under {length} prefilled tokens, change of the log-odds of a refusal when edges of "
         f"attention are cut. {by_set}.",
         "prefill_edges", len(both[both["edges"] == TOKEN]), *excess,

@@ -105,10 +105,10 @@ def plot_divergence(data: pd.DataFrame, title: str, caption: str = "") -> Figure
 
 
 def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """Share of the openings' difference that runs through some positions, by depth: a panel a system.
+    """Change of the next word by exchanged states of the opening, by depth: a panel a system.
 
     Args:
-        data: of `probes.prefill.depth.depth_shares`.
+        data: of `probes.prefill.depth.depth_changes`.
         title: the claim.
         caption: what stands behind it.
     """
@@ -119,7 +119,7 @@ def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         for axis, system in zip(axes[0], systems, strict=True):
             panel = data[data["system"] == system]
             for (span, label), rows in panel.groupby(["span", "label"], sort=False):
-                rows = rows.rename(columns={"share": "value"}).set_index("site").reindex(sites)
+                rows = rows.set_index("site").reindex(sites)
                 shown = str(span) if label == "harmful" else ""
                 _line(axis, np.arange(len(sites)), rows, spans.index(str(span)), DASHES[str(label)], shown)
             axis.axhline(0, color="grey", linewidth=0.8)
@@ -128,7 +128,7 @@ def plot_depth(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
             gaps = panel.groupby("label", sort=False)["gap"].first()
             in_all = ", ".join(f"{label} {gap:.1f}" for label, gap in gaps.items())
             axis.set_title(f"{system}\n{in_all} nats in all, n = {int(panel['n'].min())}", fontsize=9)
-        axes[0][0].set_ylabel("share through these positions")
+        axes[0][0].set_ylabel("change of the next word, nats")
         return titled(figure, title, f"{caption} {BANDS}", legend_of=axes[0][0])
 
 
