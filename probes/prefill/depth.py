@@ -77,8 +77,8 @@ def depth_changes(effects: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         seed: of the bootstrap.
 
     Returns:
-        Columns `system, label, site, span, value, low, high, n` and `gap`, the mean of attacked - other, which the whole
-        opening makes. No shares of it: where it is near 0, they mean nothing. Sites in the order of the model.
+        Columns `system, label, site, span, value, low, high, n` and `gap`, the mean of attacked - other, which the
+        whole opening makes. No shares of it: where it is near 0, they mean nothing. Sites in the order of the model.
     """
     rows = []
     names = ["system", "label", "site", "span"]

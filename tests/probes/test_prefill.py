@@ -20,7 +20,7 @@ from casa_mech.timing.prefill import prefill_sides
 from casa_mech.trace.capture import capture
 from casa_mech.trace.patch import edited_prompt
 from probes.linear.refusal_direction import opening_ids, refusal_score
-from probes.prefill.depth import ALL, EARLIER, LAST, depth_effects, depth_changes
+from probes.prefill.depth import ALL, EARLIER, LAST, depth_changes, depth_effects
 from probes.prefill.divergence import forced_divergence
 from probes.prefill.edges import (
     CUT,

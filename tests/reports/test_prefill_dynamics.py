@@ -99,7 +99,8 @@ def test_figures_and_claims_of_a_study(study: Study, measured: tables.PrefillTab
     axis, shallow = claims.axis_claim(study, measured), claims.shallow_claim(study, measured)
     handover, cut = claims.depth_claim(study, measured), claims.edge_claim(study, measured)
     stated = [success, order, axis, shallow, handover, cut]
-    assert all(0 <= claim.p <= 1 and claim.n == 5 and claim.refuted_if for claim in stated)
+    assert all(0 <= claim.p <= 1 and claim.refuted_if for claim in stated)
+    assert [claim.n for claim in stated] == [5, 5, 5, 5, 2, 5]  # the depth is found on one half
     study.save_table("prefill", claim_rows(study, stated))
     headings = [claims.length_heading(success, order), claims.token_heading(study, tokens)]
     headings.append(claims.state_heading(study, states))
@@ -122,7 +123,7 @@ def design(n: int = 12, wordings: int = 12) -> pd.DataFrame:
     """`n` pairs of as many topics, wordings in turn, a row a member."""
     rows = [
         {
-            "query_id": f"{label}-{pair}", "label": label, "topic": f"{label} topic {pair}", "pair": f"pair {pair}",
+            "query_id": f"{label}-{pair}", "label": label, "topic": f"{label} topic {pair}", "pair": f"pair {pair:02d}",
             "phrasing": str(pair % wordings), "number": pair,
         }
         for pair in range(n) for label in ("harmful", "benign")
@@ -268,12 +269,9 @@ def test_depth_claim_is_where_the_last_token_takes_over() -> None:
 def test_the_depth_is_found_and_tested_on_different_requests() -> None:
     """One half hands over after block 0, the other never does: the claim about block 0 is the other half's."""
     rows = crossed(design(24), system=["CASA"], site=["0", "1"], span=[EARLIER, LAST])
-    names = sorted(rows["pair"].unique())
-    place = rows["pair"].map({name: number for number, name in enumerate(names)})
-    first = (place + place // 12) % 2 == 0
+    first = (rows["number"] + rows["number"] // 12) % 2 == 0
     for half in (first, ~first):
-        wordings = rows[half]["phrasing"].nunique()
-        assert wordings >= 6
+        assert rows[half]["phrasing"].nunique() == 12
     moved = np.where(first == (rows["span"] == LAST), 1.0, 0.0)
     depth = rows.assign(attacked=0.0, other=-1.0, patched=-moved)
     claim = claims.depth_claim(STUDY, hand_made(depth=depth))

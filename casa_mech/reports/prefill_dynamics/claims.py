@@ -211,7 +211,8 @@ def edge_claim(study: Study, tables: PrefillTables) -> Claim:
     )
     change, excess = changes[TOKEN]
     return Claim(
-        f"{study.name}, this gate: hidden from {length} prefilled tokens, the token moves refusal's log-odds {change.value:+.1f}",
+        f"{study.name}, this gate: hidden from {length} prefilled tokens, the token moves refusal's log-odds "
+        f"{change.value:+.1f}",
         f"Harmful requests under {length} prefilled tokens, change of the log-odds of a refusal when edges of "
         f"attention are cut. {by_set}.",
         "prefill_edges", len(both[both["edges"] == TOKEN]), *excess,

@@ -31,7 +31,7 @@ from casa_mech.study.study import LABELS, Study
 from casa_mech.trace.sites import Site
 from probes.gate.pairs import MatchedPair
 from probes.linear.refusal_direction import opening_ids
-from probes.prefill.depth import depth_effects, depth_changes
+from probes.prefill.depth import depth_changes, depth_effects
 from probes.prefill.divergence import forced_divergence
 from probes.prefill.edges import CUT, edge_effects, state_effects
 from probes.prefill.replies import judge_replies, replies_by_length, trajectories
