@@ -134,7 +134,7 @@ def state_effects(
     Args:
         system: the model. Without a gate the header's last position is in the token's place.
         queries: requests with `meta["compliance"]`.
-        counterparts: for each the request of the other label whose token's state is tried.
+        counterparts: for each the request of the other label, whose token's state is tried, under its own prefill.
         length: tokens of the prefill, at least 1.
         openings: ids that open a refusal.
         batch_size: queries in one forward.
@@ -154,7 +154,7 @@ def state_effects(
         )
     omni = system.omni
     forced = _forced(system, queries, length, batch_size)
-    others = _forced(system, counterparts, 0, batch_size)
+    others = _forced(system, counterparts, length, batch_size)
     depths: list[Site] = ["embeddings", *range(omni.n_layers)]
     tables = []
     for group in omni.batches(queries, batch_size):
@@ -164,13 +164,15 @@ def state_effects(
         clean = omni.encode(members, own, prefill=False)
         twins = [counterparts[index] for index in group]
         other = omni.encode(twins, [others[index] for index in group], prefill=False)
-        runs = {RESTORED: (prefilled, -1, clean), OVERRIDDEN: (clean, -1, prefilled)}
-        runs[SWAPPED] = (prefilled, -1 - length, other)
+        token = -1 - length
+        # The run that is patched and its column, the donor's run and its column.
+        runs = {RESTORED: (prefilled, -1, clean, -1), OVERRIDDEN: (clean, -1, prefilled, -1)}
+        runs[SWAPPED] = (prefilled, token, other, token)
         scores = {id(batch): _score(system, batch, openings) for batch in (prefilled, clean, other)}
         donors = {id(batch): capture(omni, batch, depths, "all") for batch in (prefilled, clean, other)}
-        for exchange, (receiver, column, donor) in runs.items():
+        for exchange, (receiver, column, donor, donated) in runs.items():
             for site in depths:
-                edit = _placed(donors[id(donor)][site][:, -1], column)
+                edit = _placed(donors[id(donor)][site][:, donated], column)
                 tables.append(
                     _records(members).assign(
                         system=system.name,

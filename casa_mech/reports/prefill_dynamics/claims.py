@@ -179,8 +179,8 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
     difference = estimate(moved.assign(value=moved[LAST] - moved[EARLIER]), seed)
     where = _where(site)
     return Claim(
-        f"{study.name}, this gate: {where} a prefill's last token moves the next word by {last.value:.1f} nats, "
-        f"earlier ones by {earlier.value:.1f}",
+        f"{study.name}, this gate: {where} a prefill's last token moves the next word {last.value:.1f} nats, earlier "
+        f"ones {earlier.value:.1f}",
         f"{system}, {DEPTH_LENGTH} prefilled tokens: {where}, found on one half of the harmful requests, the exchanged "
         f"state of the last token moves the next word of the other half by {last.text()} nats, those of the earlier "
         f"tokens by {earlier.text()}. At the input the last token does nothing.",

@@ -98,7 +98,7 @@ def plot_divergence(data: pd.DataFrame, title: str, caption: str = "") -> Figure
             above.set_title(f"{system} (n = {data[data['system'] == system]['n'].min()})")
             below.set(xlabel="token of the complying answer")
             below.axhline(0, color="grey", linewidth=0.8)
-        axes[0][0].set_ylabel("KL from the pretrained model, nats")
+        axes[0][0].set_ylabel("KL from pretrained, nats")
         axes[1][0].set_ylabel("harmful minus benign, nats")
         how = "Bands: 95 % intervals over topics and wordings."
         return titled(figure, title, f"{caption} {how}", legend_of=[axes[0][0], axes[1][0]])
@@ -159,9 +159,10 @@ def plot_edges(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
                         alpha=1.0 if cut == THESE else 0.6, markersize=5, capsize=2,
                     )  # fmt: skip
                 axis.axvline(0, color="grey", linewidth=0.8)
-                counts = panel.groupby("edges")["count"].first()
-                axis.set_yticks(np.arange(len(edges)), [f"{name}\n({counts[name]:.0f} edges)" for name in edges])
-                axis.set(xlabel=f"change of {measure}", title=f"{length} prefilled tokens (n = {panel['n'].min()})")
+                counts = ", ".join(f"{count:.0f}" for count in panel.groupby("edges")["count"].first()[edges])
+                axis.set_yticks(np.arange(len(edges)), edges)
+                axis.set(xlabel=f"change of {measure}")
+                axis.set_title(f"{length} prefilled tokens ({counts} edges, n = {panel['n'].min()})", fontsize=9)
         axes[0][0].invert_yaxis()
         how = (
             "Crosses: as many random edges of each reader, mean of several draws. Bars: 95 % intervals over topics and "

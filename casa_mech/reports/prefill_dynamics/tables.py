@@ -315,6 +315,6 @@ def _projections(table: pd.DataFrame) -> dict[str, str]:
     names = [str(name) for name in table if str(name).startswith("projection")]
     sites = {name: name.removeprefix("projection ") for name in names}
     return {
-        f"harmful side of this position's axis, {'final norm' if site == 'norm' else f'block {site}'}, SD": name
+        f"position's own axis, {'final norm' if site == 'norm' else f'block {site}'} (SD)": name
         for name, site in sites.items()
     }
