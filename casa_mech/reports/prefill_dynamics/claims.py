@@ -169,7 +169,10 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
     number = {pair: place for place, pair in enumerate(sorted(rows["pair"].unique()))}
     place = rows["pair"].map(number)
     # The shift lets both halves have every wording, of which each pair has the next.
-    rows = rows.assign(moved=rows["attacked"] - rows["patched"], first=(place + place // len(PHRASINGS)) % 2 == 0)
+    first = (place + place // len(PHRASINGS)) % 2 == 0
+    # Towards where the whole exchange takes the first half.
+    towards = 1.0 if (rows["attacked"] - rows["other"])[first].mean() >= 0 else -1.0
+    rows = rows.assign(moved=towards * (rows["attacked"] - rows["patched"]), first=first)
     means = rows[rows["first"]].groupby(["site", "span"], sort=False)["moved"].mean().unstack()
     handed_over = [site for site in means.index if means.loc[site, LAST] > means.loc[site, EARLIER]]
     site = str(handed_over[0]) if handed_over else str(means.index[-1])
@@ -182,8 +185,8 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
         f"{study.name}, this gate: {where} a prefill's last token moves the next word {last.value:.1f} nats, earlier "
         f"ones {earlier.value:.1f}",
         f"{system}, {DEPTH_LENGTH} prefilled tokens: {where}, found on one half of the harmful requests, the exchanged "
-        f"state of the last token moves the next word of the other half by {last.text()} nats, those of the earlier "
-        f"tokens by {earlier.text()}. At the input the last token does nothing.",
+        f"state of the last token moves the next word of the other half by {last.text()} nats, in the direction of the "
+        f"whole opening, those of the earlier tokens by {earlier.text()}. At the input the last token does nothing.",
         "prefill_depth", len(moved), *difference, f"{TEST}: last token against earlier ones",
         crossed_test(moved[LAST], moved[EARLIER], *_factors(moved), seed),
         f"on fresh requests the earlier tokens still move the next word more than the last one {where}",
