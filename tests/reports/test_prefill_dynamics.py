@@ -261,12 +261,10 @@ def test_depth_claim_is_where_the_last_token_takes_over() -> None:
     effect = np.array([2.0 if span == ALL else moved.get((site, span), 0.0) for site, span in where])
     depth = rows.assign(attacked=0.0, other=-2.0, patched=-effect)
     claim = claims.depth_claim(STUDY, hand_made(depth=depth))
-    assert (
-        claim.value == 2
-        and claim.n == 12
-        and "after block 1" in claim.title
-        and "next word 2.0 nats, earlier ones 0.0" in claim.title
-    )
+    assert claim.value == 2 and claim.n == 12
+    assert "after block 1" in claim.title and "next word 2.0 nats, earlier ones 0.0" in claim.title
+    other_way = depth.assign(other=2.0, patched=effect)
+    assert claims.depth_claim(STUDY, hand_made(depth=other_way)).value == 2
     changes = tables.depth_data(hand_made(depth=depth), 0).set_index(["label", "site", "span"])
     assert changes.loc[("benign", "0", EARLIER), "value"] == 1.5 and (changes["gap"] == 2).all()
 
