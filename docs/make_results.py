@@ -295,7 +295,10 @@ def unasked_numbers(figures: Path) -> dict[str, str]:
 def analysis_numbers(figures: Path) -> dict[str, str]:
     """The numbers of the findings on transfer prediction, patching, calibration, the white box and the judge."""
     found = transfer_prediction(pd.read_csv(figures / "transfer_prediction.csv"), seed=0)
-    lengths = read_rates(figures, "prefill_by_length.csv", "measure", "system", "length")
+    by_length = pd.read_csv(figures / "prefill_by_length.csv")
+    # Figures made before there were benign counterparts are of harmful requests and do not say so.
+    harmful = by_length[by_length["label"] == "harmful"] if "label" in by_length else by_length
+    lengths = Rates(harmful, ("measure", "system", "length"))
     patching = pd.read_csv(figures / "gate_patching.csv").query(
         "direction == 'insert harm' and surface == 'text' and span == 'header'"
     )

@@ -37,6 +37,7 @@ def edited_prompt(
     hidden: BoolTensor | None = None,
     embeddings: Tensor | None = None,
     gradient: bool = False,
+    cut: BoolTensor | None = None,
 ) -> EditedPrompt:
     """One forward over `batch` with `edits` put in, and the gate, if given, acting on the logits at `position` [batch].
 
@@ -51,6 +52,8 @@ def edited_prompt(
         embeddings: [batch, position, d_model], the merged embeddings (site `"embeddings"`) if they are known: the
             encoders, most of the work where there are media, are then left out.
         gradient: keep the autograd graph, so that what an edit brings in can be differentiated by.
+        cut: [batch, position, position], edges of attention, reader by read, that no head of any block has. A position
+            always reads itself.
 
     Raises:
         InputError: a site that the model does not have, an encoder's, or a prompt with nothing for the gate to read.
@@ -70,8 +73,20 @@ def edited_prompt(
         hidden = hidden.to(omni.device)
         seen = batch.inputs["attention_mask"].masked_fill(hidden, 0)
         mask = None if mask is None else mask & ~hidden
+    if cut is not None:
+        present = batch.inputs["attention_mask"] if seen is None else seen
+        seen = _edge_mask(present.bool(), cut.to(omni.device), omni.dtype)
     with torch.set_grad_enabled(gradient):
         return EditedPrompt(*_edited_prompt(omni, batch, position, order, gate, mask, seen))
+
+
+def _edge_mask(present: BoolTensor, cut: BoolTensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores, [batch, 1, reader, read]: 0 where a position reads one at or before it that is
+    `present` [batch, position] and not `cut` off, else the least number there is."""
+    before = torch.ones_like(cut[0]).tril()
+    reads = (before & present[:, None] & ~cut) | torch.eye(len(before), dtype=torch.bool, device=cut.device)
+    added = torch.zeros(reads.shape, dtype=dtype, device=cut.device)
+    return added.masked_fill(~reads, torch.finfo(dtype).min)[:, None]
 
 
 def _replaced_by(embeddings: Tensor, edit: Edit | None) -> Edit:

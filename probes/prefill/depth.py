@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import BoolTensor, LongTensor
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import bootstrap_interval
+from casa_mech.judging.crossed import crossed_mean
 from casa_mech.omni import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
@@ -46,8 +45,9 @@ def depth_effects(
         batch_size: queries in one forward.
 
     Returns:
-        One row a query, depth and span (one of `SPANS`): `system, query_id, topic, site, span` and the log-probability
-        (in nats) of the complying answer's next token in the `attacked` run, the `other` one and the `patched` one.
+        One row a query, depth and span (one of `SPANS`): `system, query_id, label, topic, site, span` and the
+        log-probability (in nats) of the complying answer's next token in the `attacked` run, the `other` one and the
+        `patched` one.
 
     Raises:
         InputError: a length below 2, or a refusal or an answer that is too short.
@@ -69,29 +69,24 @@ def depth_effects(
     return pd.concat(tables, ignore_index=True)
 
 
-def depth_shares(effects: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Share of the openings' difference that an exchange makes, with a cluster-bootstrap interval.
+def depth_changes(effects: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """What an exchange changes, in nats, with an interval over topics and wordings: the mean of attacked - patched.
 
-    It is the mean of attacked - patched over the mean of attacked - other.
+    Args:
+        effects: of `depth_effects`, with the opening's wording in a column `phrasing`.
+        seed: of the bootstrap.
 
     Returns:
-        Columns `system, site, span, share, low, high, n` and `gap`, the mean of attacked - other in nats: where it is
-        small, the earlier tokens hardly matter and the shares mean little. Sites in the order of the model.
+        Columns `system, label, site, span, value, low, high, n` and `gap`, the mean of attacked - other, which the
+        whole opening makes. No shares of it: where it is near 0, they mean nothing. Sites in the order of the model.
     """
     rows = []
-    for where, group in effects.groupby(["system", "site", "span"], sort=False):
+    names = ["system", "label", "site", "span"]
+    for where, group in effects.groupby(names, sort=False):
         change = (group["attacked"] - group["patched"]).to_numpy()
-        gap = (group["attacked"] - group["other"]).to_numpy()
-
-        def share(weights: np.ndarray, change: np.ndarray = change, gap: np.ndarray = gap) -> np.ndarray:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                shares: np.ndarray = (weights @ change) / (weights @ gap)
-            return shares
-
-        low, high = bootstrap_interval(share, group["topic"].tolist(), len(group), seed)
-        value = float(share(np.ones((1, len(group))))[0])
-        keys = dict(zip(("system", "site", "span"), where, strict=True))
-        rows.append({**keys, "share": value, "low": low, "high": high, "n": len(group), "gap": float(gap.mean())})
+        mean = crossed_mean(change, group["topic"].tolist(), group["phrasing"].tolist(), seed)
+        gap = float((group["attacked"] - group["other"]).mean())
+        rows.append({**dict(zip(names, where, strict=True)), **mean._asdict(), "n": len(group), "gap": gap})
     return pd.DataFrame(rows)
 
 
@@ -121,8 +116,7 @@ def _exchange(
     records = [query_record(query) for query in queries]
     base: dict[str, Any] = {
         "system": system.name,
-        "query_id": [record["query_id"] for record in records],
-        "topic": [record["topic"] for record in records],
+        **{name: [record[name] for record in records] for name in ("query_id", "label", "topic")},
     }
     runs = {"attacked": score(attacked), "other": score(other)}
     return pd.concat(

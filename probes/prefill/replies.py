@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.gate import gated_prompt
 from casa_mech.trace.sites import Site
-from casa_mech.trace.sweep import read_positions
+from casa_mech.trace.sweep import Sweep, read_positions
 from probes.activations.index import query_record
-from probes.prefill.sweep import AttackedModel, RefusalAxis, compliance_ids
+from probes.prefill.sweep import AttackedModel, PositionAxes, compliance_ids
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,19 @@ def replies_by_length(
 def judge_replies(system: AttackedModel, replies: Sequence[PrefilledReply], judge: Judge) -> pd.DataFrame:
     """Verdicts, one row a reply: `system, query_id, label, topic, length, text, outcome`.
 
-    The judge is shown the prefill as the query's.
+    The judge is shown the prefill as the query's. A prefill is worded as `meta["compliance"]`, and a reply may go on in
+    the words of `meta["answer"]`, if the query has one: it complies if it does in either.
     """
     rows = []
     for entry in replies:
         prefill = entry.forced[len(entry.forced) - entry.length :]
         query = entry.query.model_copy(update={"prefill": system.omni.decode(prefill)})
         text = system.omni.decode(entry.reply)
-        rows.append({**_columns(system, entry), "text": text, "outcome": judge.judge(query, text).outcome})
+        outcome = judge.judge(query, text).outcome
+        if outcome != "complied" and query.meta.get("answer", "") not in ("", query.meta["compliance"]):
+            answered = query.model_copy(update={"meta": {**query.meta, "compliance": query.meta["answer"]}})
+            outcome = "complied" if judge.judge(answered, text).outcome == "complied" else outcome
+        rows.append({**_columns(system, entry), "text": text, "outcome": outcome})
     return pd.DataFrame(rows)
 
 
@@ -96,7 +102,7 @@ def trajectories(
     replies: Sequence[PrefilledReply],
     tokens: int,
     openings: Sequence[int],
-    axes: Mapping[Site, RefusalAxis],
+    axes: Mapping[Site, PositionAxes],
     batch_size: int = 32,
 ) -> pd.DataFrame:
     """States and predictions at each of the first `tokens` tokens of every reply, under each prefill.
@@ -104,15 +110,15 @@ def trajectories(
     Args:
         system: the model that wrote the replies.
         replies: of `replies_by_length`, with length 0 among the lengths: the unattacked reply to compare with.
-        tokens: how many of each reply; those after its end are left out.
+        tokens: how many of each reply.
         openings: ids that open a refusal.
-        axes: the refusal axis at some sites.
+        axes: the axes of each position at some sites (`position_axes`), of the longest prefill and `tokens` together.
         batch_size: replies in one forward.
 
     Returns:
-        One row a reply and token: `system, query_id, label, topic, length, token, opening`, `projection <site>`, and
-        `kl`: KL in nats of the distribution of token t from that of token t of the unattacked reply, each after its
-        own tokens before; missing where the unattacked reply has ended.
+        One row a reply and token: `system, query_id, label, topic, length, token`; `opening` and `projection <site>`
+        along the reply itself, missing after its end; and `kl` along one continuation, the unattacked reply: KL in nats
+        of the prediction of its token t behind the prefill from that without one, missing after its end.
 
     Raises:
         InputError: a request without an unattacked reply.
@@ -137,30 +143,45 @@ def _trajectories(
     group: Sequence[PrefilledReply],
     tokens: int,
     openings: Sequence[int],
-    axes: Mapping[Site, RefusalAxis],
+    axes: Mapping[Site, PositionAxes],
 ) -> list[dict[str, Any]]:
     """The rows of `trajectories` for whole queries, in one forward."""
+    plain = {entry.query.id: number for number, entry in enumerate(group) if entry.length == 0}
+    unattacked = [plain[entry.query.id] for entry in group]
+    own = _along(system, group, [entry.reply for entry in group], tokens, list(axes))
+    log_p = torch.log_softmax(own.logits.float(), dim=-1)
+    opening = log_p[..., list(openings)].exp().sum(dim=-1)
+    same = _along(system, group, [group[number].reply for number in unattacked], tokens, [])
+    log_p = torch.log_softmax(same.logits.float(), dim=-1)
+    kl = kl_divergence(log_p, log_p[unattacked])
+    at = np.array([entry.length for entry in group])[:, None] + np.arange(tokens)[None]
+    projected = {site: axis.project(own.states[site].float().cpu().numpy(), at) for site, axis in axes.items()}
+    rows = []
+    for number, entry in enumerate(group):
+        written, compared = _predicted(entry, tokens), _predicted(group[unattacked[number]], tokens)
+        for token in range(max(written, compared)):
+            values = {"opening": opening, **{f"projection {site}": values for site, values in projected.items()}}
+            row = {name: float(values[name][number, token]) if token < written else np.nan for name in values}
+            row["kl"] = float(kl[number, token]) if token < compared else np.nan
+            rows.append({**_columns(system, entry), "token": token, **row})
+    return rows
+
+
+def _along(
+    system: AttackedModel,
+    group: Sequence[PrefilledReply],
+    replies: Sequence[Sequence[int]],
+    tokens: int,
+    sites: Sequence[Site],
+) -> Sweep:
+    """States and predictions of the first `tokens` tokens of `replies`, each behind its entry's prefill."""
     omni = system.omni
     # The last token that is predicted need not be read itself; every row gets as many, so that positions line up.
-    targets = [[*entry.forced, *_padded(omni, entry.reply, tokens - 1)] for entry in group]
+    targets = [[*entry.forced, *_padded(omni, ids, tokens - 1)] for entry, ids in zip(group, replies, strict=True)]
     batch = omni.encode([entry.query for entry in group], targets, prefill=False)
     start = batch.gate_position + torch.tensor([len(entry.forced) for entry in group], device=omni.device)
     positions = start[:, None] + torch.arange(tokens, device=omni.device)[None]
-    sweep = read_positions(omni, batch, positions, list(axes))
-    log_p = torch.log_softmax(sweep.logits.float(), dim=-1)
-    plain = {entry.query.id: number for number, entry in enumerate(group) if entry.length == 0}
-    kl = kl_divergence(log_p, log_p[[plain[entry.query.id] for entry in group]])
-    opening = log_p[..., list(openings)].exp().sum(dim=-1)
-    projected = {site: axis.project(sweep.states[site].float().cpu().numpy()) for site, axis in axes.items()}
-    rows = []
-    for number, entry in enumerate(group):
-        reference = group[plain[entry.query.id]]
-        for token in range(_predicted(entry, tokens)):
-            row = {**_columns(system, entry), "token": token, "opening": float(opening[number, token])}
-            row |= {f"projection {site}": float(values[number, token]) for site, values in projected.items()}
-            compared = token < _predicted(reference, tokens)
-            rows.append({**row, "kl": float(kl[number, token]) if compared else float("nan")})
-    return rows
+    return read_positions(omni, batch, positions, sites)
 
 
 def _padded(omni: Omni, reply: Sequence[int], tokens: int) -> list[int]:

@@ -48,17 +48,39 @@ class AttackedModel:
 
 
 @dataclass(frozen=True)
-class RefusalAxis:
-    """The line from the benign to the harmful requests' mean state, at one site, where the reply begins."""
+class PositionAxes:
+    """At one site, for each position of a reply the line from the benign to the harmful requests' mean state there.
 
-    origin: np.ndarray
-    """[d_model]: the benign mean."""
-    direction: np.ndarray
-    """[d_model]: the harmful mean minus the benign one."""
+    A position's own tokens move its states far more than the label does, so one line for all positions would measure
+    how far the reply has come.
+    """
 
-    def project(self, states: np.ndarray) -> np.ndarray:
-        """Coordinate [...] of `states` [..., d_model]: 0 at the benign mean, 1 at the harmful mean."""
-        return (states - self.origin) @ self.direction / float(self.direction @ self.direction)
+    midpoints: np.ndarray
+    """[position, d_model]: half way between the two means; position 0 is the header's or safety token's."""
+    directions: np.ndarray
+    """[position, d_model]: the harmful mean minus the benign one, of length 1."""
+    spreads: np.ndarray
+    """[position]: standard deviation along it within a label, of the requests that it was fitted on."""
+
+    @classmethod
+    def fit(cls, harmful: np.ndarray, benign: np.ndarray) -> PositionAxes:
+        """The axes from states [query, position, d_model] of either label."""
+        means = harmful.mean(axis=0), benign.mean(axis=0)
+        lengths = np.linalg.norm(means[0] - means[1], axis=-1, keepdims=True)
+        directions = (means[0] - means[1]) / np.maximum(lengths, np.finfo(np.float32).tiny)
+        residuals = [
+            ((states - mean) * directions).sum(axis=-1) for states, mean in zip((harmful, benign), means, strict=True)
+        ]
+        return cls((means[0] + means[1]) / 2, directions, np.concatenate(residuals).std(axis=0))
+
+    def project(self, states: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Coordinates [...] of `states` [..., d_model] at `positions` [...], in standard deviations within a label.
+
+        0 is half way between the labels, above it the harmful side.
+        """
+        along = ((states - self.midpoints[positions]) * self.directions[positions]).sum(axis=-1)
+        coordinates: np.ndarray = along / np.maximum(self.spreads[positions], np.finfo(np.float32).tiny)
+        return coordinates
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,7 @@ class PrefillSweep:
     logit: np.ndarray | None = None
     """[query, step]: the difference of the rewritten pair there, unsafe minus safe; None without a gate."""
 
-    def table(self, axes: Mapping[Site, RefusalAxis] | None = None) -> pd.DataFrame:
+    def table(self, axes: Mapping[Site, PositionAxes] | None = None) -> pd.DataFrame:
         """One row a query and length.
 
         Returns:
@@ -96,7 +118,10 @@ class PrefillSweep:
         table.insert(0, "system", self.system)
         table["length"] = np.tile(self.lengths, len(self.index))
         columns = {"opening": self.opening, "kl": self.kl}
-        columns |= {f"projection {site}": axis.project(self.states[site]) for site, axis in (axes or {}).items()}
+        columns |= {
+            f"projection {site}": axis.project(self.states[site], np.array(self.lengths))
+            for site, axis in (axes or {}).items()
+        }
         if self.v_s is not None and self.logit is not None and self.unsafe_first is not None:
             columns |= {"v_s": self.v_s, "logit": self.logit, "unsafe_b": self.logit > 0}
             columns["unsafe_a"] = np.repeat(self.unsafe_first[:, None], steps, axis=1)
@@ -158,22 +183,25 @@ def prefill_sweep(
     return PrefillSweep(system.name, tuple(lengths), states, index=index, **arrays)
 
 
-def refusal_axes(
+def position_axes(
     system: AttackedModel,
     harmful: Sequence[Query],
     benign: Sequence[Query],
     sites: Sequence[Site],
+    positions: int,
     batch_size: int = 32,
-) -> dict[Site, RefusalAxis]:
-    """The refusal axis of `system` at each site, from requests without a prefill; use other ones than are measured."""
-    harmful_means, benign_means = (
-        {
-            site: states[:, 0].mean(axis=0)
-            for site, states in prefill_sweep(system, queries, [0], [0], sites, batch_size).states.items()
-        }
-        for queries in (harmful, benign)
-    )
-    return {site: RefusalAxis(benign_means[site], harmful_means[site] - benign_means[site]) for site in sites}
+) -> dict[Site, PositionAxes]:
+    """The axes of `system` at each site, for a reply's positions from 0 to `positions - 1`, along complying answers.
+
+    Use other requests than are measured, the two labels in the same wordings.
+
+    Raises:
+        InputError: a complying answer that is missing or too short.
+    """
+    states = [
+        prefill_sweep(system, queries, range(positions), [0], sites, batch_size).states for queries in (harmful, benign)
+    ]
+    return {site: PositionAxes.fit(states[0][site], states[1][site]) for site in sites}
 
 
 def _sweep(

@@ -1,4 +1,4 @@
-"""What notebooks 07 and 08 work with, on a random organism of tiny sizes: it runs, resumes, and says what it did."""
+"""What notebook 07 works with, on a random organism of tiny sizes: it runs, resumes, and says what it did."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from scipy import stats
 
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.reports.claim import claim_rows
-from casa_mech.reports.prefill_dynamics import claims as prefill_claims
-from casa_mech.reports.prefill_dynamics import plots as prefill_plots
-from casa_mech.reports.prefill_dynamics import tables as prefill_analysis
 from casa_mech.reports.safety_attention import claims as gate_claims
 from casa_mech.reports.safety_attention import patch_plots, patch_tables
 from casa_mech.reports.safety_attention import plots as gate_plots
@@ -176,34 +173,3 @@ def test_calibration_says_which_way_and_counts_requests_once(study: Study) -> No
     assert "is not a calibrated probability" not in claim.title, "24 draws do not show what 72 would"
     turned = gate_claims.calibration_claim(study, readings.assign(v_s=0.7), {})
     assert "0.20 too high" in turned.title and turned.p == pytest.approx(claim.p)
-
-
-def test_prefill_tables_and_claims(study: Study) -> None:
-    tables = prefill_analysis.prefill_tables(study, 5, (0, 2, 6))
-    assert set(tables.replies["system"]) == {"pretrained", "SSFT", "CASA"}
-    assert len(tables.lengths) == len(tables.replies) == 3 * 5 * 3
-    casa = tables.lengths[tables.lengths["system"] == "CASA"]
-    assert casa.groupby("query_id")["unsafe_a"].nunique().max() == 1
-    assert np.allclose(casa.groupby("query_id")["v_s"].agg(np.ptp), 0, atol=1e-6)
-    lengths, tokens = prefill_analysis.length_data(tables, 0), prefill_analysis.token_data(tables, 0)
-    depth = prefill_analysis.depth_data(tables, 0)
-    claims = [
-        prefill_claims.success_claim(study, tables),
-        prefill_claims.order_claim(study, tables),
-        prefill_claims.depth_claim(study, tables),
-    ]
-    assert all(0 <= claim.p <= 1 and claim.n == 5 for claim in claims)
-    study.save_table("prefill", claim_rows(study, claims))
-    headings = [prefill_claims.length_heading(*claims[:2]), prefill_claims.token_heading(study, tokens)]
-    for title in (*(claim.title for claim in claims), *(heading.title for heading in headings)):
-        assert_one_line(title)
-    assert prefill_plots.plot_lengths(lengths, *headings[0]).axes
-    assert prefill_plots.plot_depth(depth, *claims[2].heading).axes
-    assert prefill_plots.plot_tokens(tokens, *headings[1]).axes
-
-
-def test_prefill_tables_are_made_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = prefill_analysis.prefill_tables(study, 5, (0, 2, 6))
-    monkeypatch.setattr(prefill_analysis, "_measured", None)
-    again = prefill_analysis.prefill_tables(study, 5, (0, 2, 6))
-    pd.testing.assert_frame_equal(again.depth, tables.depth)

@@ -114,3 +114,28 @@ def test_sites_that_cannot_be_edited_are_refused(tiny_omni: Omni, mixed_queries:
         edited_prompt(tiny_omni, batch, batch.gate_position, {7: torch.clone})
     with pytest.raises(InputError, match="edit 'embeddings'"):
         edited_prompt(tiny_omni, batch, batch.gate_position, {"audio": torch.clone})
+
+
+def test_edges_that_are_cut_are_those_of_attention(casa: Casa, mixed_queries: list[Query]) -> None:
+    omni = casa.omni
+    batch = omni.encode(mixed_queries, [omni.reply_ids("sure , here")[:-1]] * 4, prefill=False)
+    end = batch.inputs["input_ids"].shape[1]
+    last = torch.full((4,), end - 1)
+    plain = edited_prompt(omni, batch, last, {}).logits
+    none = torch.zeros(4, end, end, dtype=torch.bool)
+    torch.testing.assert_close(edited_prompt(omni, batch, last, {}, cut=none).logits, plain, atol=1e-5, rtol=1e-4)
+    # Cut from all that it could read of position -2, it is hidden from everyone: the same as `hidden`.
+    column = none.clone()
+    column[:, :, end - 2] = True
+    hidden = torch.zeros(4, end, dtype=torch.bool)
+    hidden[:, end - 2] = True
+    expected = edited_prompt(omni, batch, last, {}, hidden=hidden).logits
+    found = edited_prompt(omni, batch, last, {}, cut=column).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, plain, atol=1e-3)
+    # An edge into a position that nobody reads on the way to the last one changes nothing there.
+    later = none.clone()
+    later[:, end - 2, end - 3] = True
+    both = column | later
+    torch.testing.assert_close(edited_prompt(omni, batch, last, {}, cut=both).logits, found, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(edited_prompt(omni, batch, last, {}, cut=later).logits, plain, atol=1e-4)
