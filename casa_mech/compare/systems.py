@@ -131,15 +131,14 @@ def training_records(system: ComparedSystem, shared: Mapping[str, Any], seed: in
     """A row's options in training, and the records they make, the defaults written out.
 
     `shared` are the settings that all supervised trainings have in common; circuit breakers, whose schedule is their
-    own, take no more than its number of steps.
+    own, take its number of steps where it is shorter than that.
     """
     recipe = system.entry.recipe
     assert recipe is not None
     if TrainSettings in recipe.records:
         settings = dict(shared)
     else:
-        fields = recipe.records[0].model_fields
-        steps = shared.get("max_steps")
-        settings = {} if steps is None else {"max_steps": min(int(steps), fields["max_steps"].default)}
+        steps, scheduled = shared.get("max_steps"), recipe.records[0].model_fields["schedule_steps"].default
+        settings = {} if steps is None or int(steps) >= scheduled else {"max_steps": int(steps)}
     settings |= {"seed": seed, **system.training}
     return settings, training_options(system.defense, settings)
