@@ -75,8 +75,8 @@ class LoraSettings(Settings):
 
 
 class InferenceSettings(Settings):
-    """What training does not depend on: options beyond the paper, all of them off by default (docs/method.md §1.10), and
-    the rule at inference.
+    """What training does not depend on: options beyond the paper, all of them off by default (docs/method.md §1.10),
+    and the rule at inference.
 
     It needs no training: `Casa.use` changes it on a trained gate. What re-centring, rescaling and the false-positive
     rate need to know comes from `Casa.calibrate`.

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from casa_mech.attacks import attack_named
-from casa_mech.compare.systems import ComparedSystem, system_named
+from casa_mech.compare.systems import SEEDS, ComparedSystem, system_named
 from casa_mech.compare.weights import ExampleTable
 from casa_mech.errors import InputError
 from casa_mech.evaluation.training import Benign
@@ -20,6 +20,7 @@ from casa_mech.omni import GenerationSettings
 from casa_mech.queries import BENCHMARKS
 from casa_mech.queries.benchmarks import benchmark_named
 from casa_mech.queries.benchmarks.read import TABLE, MissingMedia
+from casa_mech.queries.files import QuerySource
 
 EXAMPLE = "paper_table.yaml"
 AS_IT_IS = "none"
@@ -141,7 +142,7 @@ class CompareConfig(_Section):
     """How replies are generated."""
     training: TrainingSection | None = None
     """None: on the micro-world's examples."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = SEEDS
     """Seeds of training and draws; those of the command line win."""
     timing_rounds: int = Field(default=3, ge=0)
     """Rounds of timing, 0 for none."""
@@ -212,6 +213,7 @@ def _fields_at(steps: Sequence[int | str]) -> list[str]:
     kinds: dict[str, type[BaseModel]] = {
         "sets": SetSection, "defenses": ComparedSystem, "judge": JudgeSection, "generation": GenerationSettings,
         "training": TrainingSection, "examples": ExampleTable, "harmful": QuerySection, "benign": QuerySection,
+        "tuning": QuerySource,
     }  # fmt: skip
     names = [step for step in steps if isinstance(step, str)]
     kind: type[BaseModel] | None = kinds.get(names[-1]) if names else CompareConfig

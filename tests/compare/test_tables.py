@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,14 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from casa_mech.casa.config import CasaConfig
-from casa_mech.compare.ablations import AXES, FEW, PROMPT_AXIS, ablation_frame, systems_of, variants
-from casa_mech.compare.comparison import Comparison
+from casa_mech.compare.ablations import AXES, FEW, PROMPT_AXIS, systems_of, variants
+from casa_mech.compare.comparison import Comparison, read_comparison, write_comparison
 from casa_mech.compare.grid import COST_COLUMNS, GridResult
 from casa_mech.compare.intervals import macro_interval, over_seeds
 from casa_mech.compare.paired import effect, paired_tests, pairs_of
 from casa_mech.compare.systems import training_records
 from casa_mech.compare.tables import ALL, compact, grid_rows, summarise
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, RunError
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.published import published_rates
 from casa_mech.judging.stats import wilson
@@ -31,6 +32,7 @@ from casa_mech.reports.published import plot_published_rates
 
 ATTACKS = ("plain", "image")
 N = 40
+UNTRAINED = ("none", "coca")
 
 
 def comparison(failing: dict[str, float], seeds: Sequence[int] = (0,), scored: Sequence[str] = ()) -> GridResult:
@@ -39,6 +41,8 @@ def comparison(failing: dict[str, float], seeds: Sequence[int] = (0,), scored: S
     for name, share in failing.items():
         for seed in seeds:
             costs.append({**dict.fromkeys(COST_COLUMNS, 0), "model": "m", "defense": name, "seed": seed,
+                          "trained_parameters": 0 if name in UNTRAINED else 9,
+                          "training_failed": np.nan if name in UNTRAINED else float(seed == 1),
                           "training_seconds": np.nan, "relative_seconds": 1.5, "relative_low": 1.4,
                           "relative_high": 1.6, "timed": 9})  # fmt: skip
             for attack in ATTACKS:
@@ -50,6 +54,7 @@ def comparison(failing: dict[str, float], seeds: Sequence[int] = (0,), scored: S
                         rows.append({
                             "model": "m", "defense": name, "attack": attack, "label": label, "seed": seed,
                             "surface": "text" if attack == "plain" else attack, "topic": topic, "cluster": topic,
+                            "gate_seed": 0 if name in UNTRAINED else seed,
                             "split": "seen" if i % 2 else "held_out", "query_id": f"{label}{i}", "gate_score": score,
                             "outcome": "complied" if hit else "refused", "safety_token": None, "score": np.nan,
                         })  # fmt: skip
@@ -101,8 +106,36 @@ def test_the_summary_has_every_scope() -> None:
     assert {"over_refusal", "benign_answered", "attack_success:held_out", "relative_seconds"} <= metrics
     gates = table[table["metric"] == "gate_auroc"]
     assert set(gates["defense"]) == {"casa"} and (gates["value"] == 1).all()
-    assert compact(table).set_index("defense").loc["casa", "attack success"].startswith("10.0 [")
+    read = compact(table).set_index("defense")
+    assert read.loc["casa", "attack success"].startswith("10.0 [")
+    # Of 40 requests the first four succeed; odd ones are of seen topics, even ones of held-out topics.
+    assert read.loc["casa", ["seen topics", "held-out topics"]].str.startswith("10.0 [").all()
+    assert read["failed trainings"].to_dict() == {"none": "–", "casa": "1 of 3"}
+    splits = table[(table["defense"] == "casa") & (table["metric"] == "attack_success:seen")]
+    assert list(splits["scope"]) == [ALL, "plain", "image"] and splits["n"].tolist() == [120, 60, 60]
     assert len(grid_rows(result)[lambda rows: rows["metric"] == "relative_seconds"]) == 6
+
+
+def test_a_comparison_is_kept_for_others(tmp_path: Path) -> None:
+    result = comparison({"none": 0.5, "casa": 0.1, "coca": 0.2}, seeds=(0, 1))
+    result.replies.loc[3, "outcome"] = "undecided"
+    first = Comparison.of("m", "weights", result)
+    write_comparison(first, tmp_path, "compare-m")
+    again = read_comparison(tmp_path, "compare-m", "weights")
+    assert again is not None and not again.ablated and again.model == "m"
+    columns = ["defense", "attack", "surface", "label", "split", "seed", "query_id", "cluster", "outcome", "gate_seed"]
+    order = ["defense", "attack", "label", "seed", "query_id"]
+    pd.testing.assert_frame_equal(
+        *(side.replies[columns].sort_values(order, ignore_index=True) for side in (first, again)), check_dtype=False
+    )
+    assert list(dict.fromkeys(again.replies["defense"])) == ["none", "casa", "coca"]
+    assert list(again.summary.columns) == list(first.summary.columns) and len(again.rows) == len(first.rows)
+    assert claims.success_claim(again).value == pytest.approx(claims.success_claim(first).value)
+    assert read_comparison(tmp_path, "compare-m", "other weights") is None  # tables of a model before it was rebuilt
+    assert read_comparison(tmp_path, "ablations-m", "weights") is None
+    (tmp_path / "compare-m-tests.csv").unlink()
+    with pytest.raises(RunError, match=r"compare-m\.json has no complete tables beside it"):
+        read_comparison(tmp_path, "compare-m", "weights")
 
 
 def test_rows_are_tested_against_casa_on_the_same_queries() -> None:
@@ -201,9 +234,7 @@ def test_figures_draw_what_there_is() -> None:
     assert len(points) == 6 and plot_tradeoff(points, "t").axes
     assert points.set_index("defense").loc["casa", "not_refused"] == pytest.approx(0.1)
     assert compact(found.summary).set_index("defense").loc["casa", "not refused"].startswith("10.0 [")
-    found = Comparison(
-        "m", result, grid_rows(result), ablation_frame(found.summary, chosen), found.tests, tuple(chosen)
-    )
+    found = Comparison.of("m", "weights", result, chosen)
     assert ablation_claims.attention_claim(found).value == pytest.approx(-0.2)
     assert ablation_claims.prompt_claim(found).value == pytest.approx(-0.05)
     assert "form mean" in ablation_claims.variant_claim(found).title
@@ -216,4 +247,4 @@ def test_figures_draw_what_there_is() -> None:
 
 
 def _comparison(result: GridResult) -> Comparison:
-    return Comparison("m", result, grid_rows(result), summarise(result), paired_tests(result.replies))
+    return Comparison.of("m", "weights", result)
