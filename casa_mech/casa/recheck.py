@@ -16,6 +16,7 @@ from casa_mech.casa.attention import SAFE, UNSAFE
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.casa.generation import Draft, GateUse, decided, prefill_ids
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch, with_system
+from casa_mech.omni.chat import MEDIA_MARKS
 from casa_mech.omni.finite import finite_logits
 from casa_mech.queries import Query, Reply
 from casa_mech.trace.generate import continue_from
@@ -36,7 +37,6 @@ def recheck(
     new tokens; it reports the decision that stopped it. Each re-check is a forward over prompt and reply so far.
     """
     queries = with_system(queries, settings.system)
-    header = _header_ids(omni)
     still_open = [row for row, draft in enumerate(drafts) if not draft.final]
     for depth in range(0, settings.max_new_tokens, use.inference.recheck_every):
         rows = [row for row in still_open if (len(drafts[row].ids) > depth if depth else queries[row].prefill)]
@@ -45,7 +45,7 @@ def recheck(
 
         def check(group: list[int], rows: list[int] = rows, depth: int = depth) -> list[Reply]:
             members, replies = [queries[rows[index]] for index in group], [drafts[rows[index]] for index in group]
-            _check(omni, gate, members, replies, depth, header, settings, use)
+            _check(omni, gate, members, replies, depth, settings, use)
             return [draft.reply for draft in replies]
 
         omni.in_batches([queries[row] for row in rows], settings, check, "re-check", progress)
@@ -58,7 +58,6 @@ def _check(
     queries: list[Query],
     drafts: list[Draft],
     depth: int,
-    header: list[int],
     settings: GenerationSettings,
     use: GateUse,
 ) -> None:
@@ -69,13 +68,8 @@ def _check(
         [*draft.before, *prefill] if use.order == "gate_first" else [*prefill, *draft.before]
         for draft, prefill in zip(drafts, prefills, strict=True)
     ]
-    # A placeholder that the model wrote stands for no picture or clip.
-    media = {omni.processor.image_token_id, omni.processor.audio_token_id}
-    so_far = [
-        [*opening, *(token for token in draft.ids[:depth] if token not in media), *header]
-        for opening, draft in zip(openings, drafts, strict=True)
-    ]
-    batch = _at_last_header(omni.encode(queries, so_far, prefill=False), len(header))
+    so_far = at_header(omni, [[*opening, *draft.ids[:depth]] for opening, draft in zip(openings, drafts, strict=True)])
+    batch = _at_last_header(omni.encode(queries, so_far, prefill=False), len(_header_ids(omni)))
     prompt, classes = decided(omni, gate, queries, batch, batch.gate_position, settings, use, use_cache=True)
     flagged = [row for row, index in enumerate(classes) if index == UNSAFE]
     refusals = dict.fromkeys(flagged, (use.refusal or "", list[int]()))
@@ -103,6 +97,18 @@ def _check(
     seconds = (time.perf_counter() - began) / len(drafts)
     for draft in drafts:
         draft.reply = draft.reply.model_copy(update={"seconds": draft.reply.seconds + seconds})
+
+
+def at_header(omni: Omni, replies: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Ids of each reply so far with the assistant's header behind it.
+
+    Placeholders and marks of media that the model wrote stand for no picture or clip, and are left out.
+    """
+    header = _header_ids(omni)
+    marks = [mark for pair in MEDIA_MARKS.values() for mark in pair]
+    media = {omni.processor.image_token_id, omni.processor.audio_token_id}
+    media |= set(omni.tokenizer.convert_tokens_to_ids(marks))
+    return [[*(token for token in ids if token not in media), *header] for ids in replies]
 
 
 def _header_ids(omni: Omni) -> list[int]:

@@ -22,7 +22,7 @@ PROMPTED = "+safety-prompt"
 """End of a name on the command line that switches the safety prompt on."""
 DEFAULT_DEFENSES = (
     "none", "safety-prompt", "ssft", "ssft-token", "refusal-token", "circuit-breaker", "casa", f"casa{PROMPTED}",
-    "casa-scale", "casa-scale-replace", "coca", "safecode", "safecode-code", "moras",
+    "casa-scale", "casa-scale-replace", "coca", "safecode", "safecode-code", "moras", "any-depth",
 )  # fmt: skip
 SEEDS = (0, 1, 2, 3, 4)
 """Of training and draws, unless others are named."""

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from casa_mech.casa.config import MENDED, CasaConfig, TrainSettings
+from casa_mech.defenses.any_depth import AnyDepth, AnyDepthSettings
 from casa_mech.defenses.base import Defense
 from casa_mech.defenses.casa import CasaDefense, CasaMended, CasaSettings
 from casa_mech.defenses.circuit_breaker import CircuitBreaker
@@ -123,6 +124,7 @@ _ENTRIES = (
         "safecode", SafeCodeSettings, "contrast with a noised picture, refusals pushed by a verdict", SafeCode
     ),
     DefenseEntry("moras", MorasSettings, "first states steered towards unsafe prototypes, by risk", Moras),
+    DefenseEntry("any-depth", AnyDepthSettings, "the header inserted again in the middle of a reply", AnyDepth),
 )
 DEFENSES: Mapping[str, DefenseEntry] = {entry.name: entry for entry in _ENTRIES}
 """All defences, in the order of the comparison's rows."""

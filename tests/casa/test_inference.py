@@ -12,7 +12,7 @@ from helpers.casa import stir
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.casa import generation as generation_module
 from casa_mech.casa.generation import prefill_ids
-from casa_mech.casa.recheck import _at_last_header, _header_ids
+from casa_mech.casa.recheck import _at_last_header, _header_ids, at_header
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply, TextPart, Turn
@@ -117,6 +117,14 @@ def test_forcing_and_hard_refusals_beside_the_base(
 # Decisions in the middle of a reply
 
 
+def test_media_that_the_model_wrote_do_not_come_before_a_header(tiny_omni: Omni) -> None:
+    tokenizer, header = tiny_omni.tokenizer, _header_ids(tiny_omni)
+    words = tokenizer("sure , here", add_special_tokens=False)["input_ids"]
+    marks = tokenizer.convert_tokens_to_ids(["<|audio_bos|>", "<|vision_eos|>"])
+    ids = [words[0], marks[0], words[1], tiny_omni.processor.audio_token_id, words[2], marks[1]]
+    assert at_header(tiny_omni, [ids, []]) == [[*words, *header], header]
+
+
 def test_the_decision_at_a_header_by_hand(tiny_omni: Omni, casa: Casa, mixed_queries: list[Query]) -> None:
     """Safety attention reads the user's turns and the last header, the pair comes from that header's last token."""
     header = _header_ids(tiny_omni)
@@ -161,7 +169,7 @@ def test_a_flagged_reply_is_kept_and_a_refusal_follows(
     decide_in_turn(monkeypatch, casa, {**verdicts, "both": ["safe"] * 3 + ["unsafe"]})
     casa.use(recheck_every=2)
     replies = casa.generate(queries, SETTINGS, order=order, merge=False)
-    (safe, unsafe), header = casa.token_ids, _header_ids(tiny_omni)
+    safe, unsafe = casa.token_ids
     token = [] if dropped else [safe]
     for query, reply, before in zip(queries, replies, whole, strict=True):
         depth, prefill = depths[query.id], prefill_ids(tiny_omni, [query])[0]
@@ -175,7 +183,7 @@ def test_a_flagged_reply_is_kept_and_a_refusal_follows(
                 kept = written(tiny_omni, query, opening, 9)[:depth] if opening else base_ids(tiny_omni, query)[:depth]
         else:
             kept = written(tiny_omni, query, opening, 9)[:depth]
-        refusal = written(tiny_omni, query, [*opening, *kept, *header, unsafe], 9 - depth)
+        refusal = written(tiny_omni, query, [*at_header(tiny_omni, [[*opening, *kept]])[0], unsafe], 9 - depth)
         assert reply.text == f"{tiny_omni.decode(kept)} {tiny_omni.decode(refusal)}".strip()
         assert (reply.tokens, reply.safety_token) == (depth + len(refusal), "unsafe")
         assert reply.v_s != before.v_s and reply.tokens <= 9

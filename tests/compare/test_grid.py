@@ -243,9 +243,9 @@ def test_bad_rows_are_named(omni: Omni, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="different whole numbers"):
         Grid(omni, [ComparedSystem(defense="none")], WorldSets(("plain",), 1), (0, 0), open_folder(tmp_path / "b"),
              Weights(PLAN, open_folder(tmp_path / "b")))  # fmt: skip
-    assert [system_named(name).label for name in DEFAULT_DEFENSES][-8:] == [
+    assert [system_named(name).label for name in DEFAULT_DEFENSES][-9:] == [
         "casa", "casa + safety prompt", "casa-scale", "casa-scale-replace", "coca", "safecode", "safecode-code",
-        "moras",
+        "moras", "any-depth",
     ]  # fmt: skip
 
 
