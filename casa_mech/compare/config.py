@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from casa_mech.attacks import attack_named
+from casa_mech.attacks import PROMPT_SLOTS, attack_named
 from casa_mech.compare.systems import SEEDS, ComparedSystem, system_named
 from casa_mech.compare.weights import ExampleTable
 from casa_mech.errors import InputError
@@ -79,6 +79,9 @@ class SetSection(_Section):
     """Of the attack jailbreak."""
     picture: Path | None = None
     """Of the attack sd-typo."""
+    prompt_file: Path | None = None
+    """Of the attacks of FigStep and AIAH: the published wording of their text (see `attacks.prompt_file`); None: our
+    own."""
     skip_unfit: bool = False
     """Leave out what the attack cannot be used on, instead of stopping there."""
 
@@ -93,6 +96,8 @@ class SetSection(_Section):
     def _holds(self) -> Self:
         if self.harmful is None and self.benign is None:
             raise InputError(f"the set {self.name!r} needs harmful or benign queries, or both")
+        if self.prompt_file is not None and self.attack not in PROMPT_SLOTS:
+            raise InputError(f"prompt_file is for the attacks {', '.join(PROMPT_SLOTS)}, not {self.attack}")
         return self
 
 
@@ -194,7 +199,7 @@ def example() -> str:
     return (files("casa_mech.compare") / EXAMPLE).read_text(encoding="utf-8")
 
 
-_PATHS = ("data", "path", "picture", "casa")
+_PATHS = ("data", "path", "picture", "prompt_file", "casa")
 
 
 def _placed(value: Any, folder: Path, key: object = "") -> Any:
