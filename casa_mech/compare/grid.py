@@ -94,7 +94,7 @@ class Grid:
     judge: Judge | None = None
     """None: the exact one for the micro-world on a model of it, else the keyword judge."""
     rounds: int = ROUNDS
-    """Rounds of timing; 0 for none."""
+    """Rounds of timing, under the first seed; 0 for none."""
     progress: bool = True
     """Draw a bar."""
     _digests: dict[tuple[Cell, int], str] = field(default_factory=dict, init=False, repr=False)
@@ -330,7 +330,8 @@ class _Row:
     def _timing(self) -> Timing:
         grid = self.grid
         itself = self.system.defense == "none" and not self.system.safety_prompt
-        if itself or not grid.rounds:
+        # How long a query takes is no matter of the seed.
+        if itself or not grid.rounds or self.seed != grid.seeds[0]:
             return _UNTIMED
         cells = _timed(grid.sets.cells())
         groups = [grid.queries(cell, self.seed)[:TIMED_QUERIES] for cell in cells]

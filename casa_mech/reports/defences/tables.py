@@ -12,6 +12,7 @@ import pandas as pd
 from casa_mech.compare.ablations import AXES, Variant
 from casa_mech.compare.comparison import Comparison, read_comparison
 from casa_mech.compare.grid import Grid
+from casa_mech.compare.paired import pairs_of
 from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
 from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, SEEDS, ComparedSystem, system_named
 from casa_mech.compare.tables import ALL
@@ -78,14 +79,28 @@ def committed_grid(study: Study, kind: str, tables: str = "", n: int = 0) -> Com
 def grid_note(comparison: Comparison) -> str:
     """What stands behind a grid's numbers, and what a grid of few seeds leaves open."""
     seeds, n = comparison.replies["seed"].nunique(), cell_size(comparison.replies)
-    sizes = f"{slug(comparison.model)}: {n} requests a cell, training and draws anew for each of {seeds} seeds."
+    sizes = f"{slug(comparison.model)}: {n} requests a cell, trainings and draws of {seeds} seed{'s' * (seeds > 1)}."
     if seeds >= _ENOUGH:
         return sizes
     option = " --ablations" if comparison.ablated else ""
     return (
-        f"{sizes} A number is of this one training then, not of the method: casa-mech compare{option} makes the grid "
-        "with more seeds; copy its folder summary to figures/compare, or give it as grid_tables."
+        f"{sizes} Too few to speak of the methods: the numbers are of these trainings. casa-mech compare{option} makes "
+        "the grid with more; copy its folder summary to figures/compare, or give it as grid_tables."
     )
+
+
+def changed_outcomes(comparison: Comparison, defenses: Sequence[str], reference: str = "none") -> pd.DataFrame:
+    """Replies whose outcome differs from that of the model itself on the same query: `defense, label, changed, n`."""
+    replies = comparison.replies
+    itself = replies[replies["defense"] == reference]
+    rows = []
+    for defense in defenses:
+        own = replies[replies["defense"] == defense]
+        pairs = pairs_of(own, itself) if len(own) else own
+        for label, of_label in pairs.groupby("label", sort=False):
+            changed = int((of_label["outcome"] != of_label["outcome_other"]).sum())
+            rows.append({"defense": defense, "label": label, "changed": changed, "n": len(of_label)})
+    return pd.DataFrame(rows, columns=["defense", "label", "changed", "n"])
 
 
 def cell_size(replies: pd.DataFrame) -> int:
@@ -114,7 +129,8 @@ def defense_grid(study: Study, n: int = 0, tables: str = "") -> Comparison:
         study.casa()
         gate = str(study.folder.path("gates", slug(study.settings.model)))
         systems = [
-            system.model_copy(update={"path": gate}) if system.defense == REFERENCE else system for system in systems
+            system.model_copy(update={"path": gate}) if system.defense == REFERENCE and not system.training else system
+            for system in systems
         ]
     return filled_grid(study, systems, sizes, plan, n)
 
