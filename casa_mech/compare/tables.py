@@ -33,7 +33,7 @@ _NOTHING = "any"
 def grid_rows(result: GridResult) -> pd.DataFrame:
     """Every rate of every cell and seed in the result schema, `gate_auroc` where a defence scores queries, and costs.
 
-    Rates have Wilson's interval where their draws are independent, else a bootstrap over topics. Costs have attack and
+    Intervals of rates are over topics. Costs have attack and
     surface "any": `forwards_per_token` and `extra_forwards` as described, `trained_parameters`, `training_seconds`,
     `training_failed` (1 for a training that missed its own criterion), and `relative_seconds`, whose interval is the
     range over rounds.
