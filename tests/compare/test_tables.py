@@ -136,6 +136,7 @@ def test_a_comparison_is_kept_for_others(tmp_path: Path) -> None:
     assert list(dict.fromkeys(again.replies["defense"])) == ["none", "casa", "coca"]
     assert list(again.summary.columns) == list(first.summary.columns) and len(again.rows) == len(first.rows)
     assert claims.success_claim(again).value == pytest.approx(claims.success_claim(first).value)
+    pd.testing.assert_frame_equal(tables.tradeoff_data(again.summary), tables.tradeoff_data(first.summary))
     assert read_comparison(tmp_path, "compare-m", "other weights") is None  # tables of a model before it was rebuilt
     assert read_comparison(tmp_path, "ablations-m", "weights") is None
     (tmp_path / "compare-m-tests.csv").unlink()

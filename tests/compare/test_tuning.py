@@ -86,6 +86,8 @@ def test_alpha_is_chosen_once_for_a_model(tiny_omni: Omni, tmp_path: Path, monke
         model, curves = "m", result.curves
 
     assert "alpha is 0.5" in alpha_heading(Shown()).title  # type: ignore[arg-type]
+    Shown.curves = result.curves.assign(chosen=result.curves["alpha"] == UNDEFENDED)
+    assert "no weight of CoCA's principle adds safety" in alpha_heading(Shown()).title  # type: ignore[arg-type]
     assert ALPHAS[0] == UNDEFENDED
 
 

@@ -67,8 +67,11 @@ def alpha_heading(comparison: Comparison) -> Heading:
         for metric in ("benign_answered", "attack_success")
     )
     name, loss = slug(comparison.model), f"{100 * BENIGN_LOSS:.0f} % benign loss"
+    title = f"CoCA's alpha is {alpha:g}, the most safety at {loss}"
+    if alpha == UNDEFENDED:
+        title = f"no weight of CoCA's principle adds safety at {loss}"
     return Heading(
-        f"{name}: CoCA's alpha is {alpha:g}, the most safety at {loss}",
+        f"{name}: {title}",
         f"Chosen on calibration requests of seen topics, which the grid does not hold: there it takes benign answers "
         f"{benign} and attack success {attacks}.",
     )

@@ -54,7 +54,7 @@ DEFENSE_SIZES: Mapping[ProfileName, GridSizes] = MappingProxyType(
         "smoke": GridSizes(
             10, ("plain", "image"), ("none", "safety-prompt", "ssft-token", "casa", "coca"), rounds=1, steps=4
         ),
-        "default": GridSizes(100, SIX_ATTACKS, DEFAULT_DEFENSES, rounds=3),
+        "default": GridSizes(40, SIX_ATTACKS, DEFAULT_DEFENSES, rounds=2),
         "full": GridSizes(200, DEFAULT_ATTACKS, DEFAULT_DEFENSES, seeds=len(SEEDS), rounds=5),
     }
 )
