@@ -359,7 +359,7 @@ def _with_alpha(system: ComparedSystem, curves: Mapping[str, pd.DataFrame]) -> C
         return system
     curve = curves[system.label]
     alpha = float(curve.loc[curve["chosen"], "alpha"].iloc[0])
-    options = {**system.options, "base": "principle", "alpha": alpha}
+    options = {**system.options, "alpha": alpha}
     return system.model_copy(update={"options": options, "tuning": (), "name": system.label})
 
 

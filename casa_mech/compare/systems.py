@@ -108,6 +108,8 @@ class ComparedSystem(Settings):
             raise InputError(f"defense {self.defense!r} is not trained: leave out training, examples, benign and path")
         if recipe is not None:
             training_options(self.defense, self.training)
+        if self.tunes and "base" in self.options:
+            raise InputError(f"{self.label!r}: alpha is chosen with the principle's logits as base; leave base out")
         if self.tuning and not self.tunes:
             raise InputError(f"{self.label!r}: tuning is for coca without an alpha of its own; leave it out")
         return self

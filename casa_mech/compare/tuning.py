@@ -52,7 +52,7 @@ def alpha_curve(
     """
     rows: list[dict[str, Any]] = []
     for alpha in alphas:
-        settings = {**(options or {}), "base": "principle", "alpha": alpha}
+        settings = {**(options or {}), "alpha": alpha}
         with load_defense("coca", omni, safety_prompt=safety_prompt, **settings) as defense:
             replies = evaluate(omni, defense, queries, judge, settings=generation).replies
         rows += [{"alpha": alpha, **row} for row in _rates(replies)]

@@ -97,6 +97,8 @@ def test_a_model_without_calibration_requests_needs_queries(tiny_omni: Omni, tmp
     weights = Weights(TrainingPlan(), folder, progress=False)
     with pytest.raises(InputError, match="'coca' needs queries to choose alpha on: set tuning, or its option alpha"):
         Grid(tiny_omni, [system_named("coca")], WorldSets(("plain",), 2), (0,), folder, weights)
+    with pytest.raises(InputError, match="alpha is chosen with the principle's logits as base; leave base out"):
+        ComparedSystem(defense="coca", options={"base": "original"})
     with pytest.raises(InputError, match="tuning is for coca without an alpha"):
         ComparedSystem(defense="coca", options={"alpha": 1}, tuning=({"path": "a.csv"},))
 
