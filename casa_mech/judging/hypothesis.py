@@ -17,6 +17,7 @@ from casa_mech.judging.estimate import Estimate
 
 PERMUTATIONS = 999
 """Permutations of labels behind a p: its least value is then 0.001."""
+_BLOCK = 1000
 
 
 def permutation_test(
@@ -41,14 +42,16 @@ def permutation_test(
     sums = sums[np.abs(sums) > 1e-12]
     if not len(sums):
         return 1.0
-    exact = 2 ** len(sums) <= resamples
-    if exact:
-        signs = 1.0 - 2.0 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
-    else:
-        signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(resamples, len(sums)))
     # 1e-12: the same sum in another order is not a smaller one.
-    extreme = int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12 * np.abs(sums).sum()).sum())
-    return extreme / len(signs) if exact else (1 + extreme) / (1 + resamples)
+    least = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
+    if 2 ** len(sums) <= resamples:
+        signs = 1.0 - 2.0 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
+        return float((np.abs(signs @ sums) >= least).mean())
+    rng, extreme = np.random.default_rng(seed), 0
+    for start in range(0, resamples, _BLOCK):
+        signs = rng.choice((-1.0, 1.0), size=(min(_BLOCK, resamples - start), len(sums)))
+        extreme += int((np.abs(signs @ sums) >= least).sum())
+    return (1 + extreme) / (1 + resamples)
 
 
 def mean_difference(

@@ -70,7 +70,7 @@ def outcome_rows(replies: pd.DataFrame, where: Mapping[str, Any]) -> list[Row]:
         rows += _with_splits(replies, replies["safety_token"] == "unsafe", "flagged", where)
     if "score" in replies and (scored := decided[decided["score"].notna()]).shape[0]:
         scores = scored["score"].to_numpy(dtype=float)
-        score = mean_interval(scores, clusters_of(scored), where["seed"], runs=runs_of(scored))
+        score = mean_interval(scores, clusters_of(scored), where["seed"], runs=runs_of(scored), limits=(0.0, 1.0))
         rows.append(value_row(**where, metric="judge_score", n=len(scored), **score._asdict()))
     return rows
 

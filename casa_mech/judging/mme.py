@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import cluster_counts
+from casa_mech.judging.bootstrap import RESAMPLES, cluster_counts
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.results import Row, value_row
 
@@ -37,7 +37,7 @@ def read_answer(prediction: str) -> Literal["yes", "no", "other"]:
     return "yes" if "yes" in opening else "no" if "no" in opening else "other"
 
 
-def mme_scores(frame: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> pd.DataFrame:
+def mme_scores(frame: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
     """MME's scores with intervals.
 
     Args:

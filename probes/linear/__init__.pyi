@@ -26,11 +26,11 @@ from .validation import (
     Folds,
     Selectivity,
     auroc_of,
+    chance_of,
     chance_p,
     cross_validate,
     make_folds,
     matched_auroc,
-    permuted_aurocs,
     selectivity,
 )
 
@@ -52,6 +52,7 @@ __all__ = [
     "Selectivity",
     "TransferPrediction",
     "auroc_of",
+    "chance_of",
     "chance_p",
     "controls",
     "cross_validate",
@@ -65,7 +66,6 @@ __all__ = [
     "matched_auroc",
     "opening_ids",
     "pca_plane",
-    "permuted_aurocs",
     "refusal_score",
     "save_probe",
     "selectivity",

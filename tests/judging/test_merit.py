@@ -11,7 +11,7 @@ from sklearn.metrics import cohen_kappa_score, roc_curve
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import result_rows
 from casa_mech.judging import agreement
-from casa_mech.judging.agreement import cohen_kappa, krippendorff_alpha
+from casa_mech.judging.agreement import _weighted_alpha, cohen_kappa, krippendorff_alpha
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.hypothesis import permutation_test
 from casa_mech.judging.merit import NOT_REFUSED, with_not_refused
@@ -318,6 +318,28 @@ def test_krippendorffs_alpha_equals_his_example() -> None:
         alpha = rows[(rows["measure"] == "krippendorff_alpha") & (rows["raters"] == "a, b, c, d")].iloc[0]
         assert alpha["value"] == pytest.approx(expected, abs=5e-4) and alpha["n"] == 11
     assert np.isnan(krippendorff_alpha(np.array([[2], [3]]), ["x"]))
+
+
+@pytest.mark.parametrize("level", ["nominal", "ordinal", "interval"])
+def test_alpha_of_all_resamples_at_once_is_the_library_s(level: str) -> None:
+    rng = np.random.default_rng(3)
+    counts = rng.multinomial(3, [0.2, 0.5, 0.3], size=25)
+    weights = rng.integers(0, 3, size=(6, 25))
+    expected = [krippendorff_alpha(np.repeat(counts, row, axis=0), [1.0, 2.0, 4.0], level) for row in weights]
+    values = np.arange(3.0) if level == "nominal" else np.array([1.0, 2.0, 4.0])
+    np.testing.assert_allclose(_weighted_alpha(counts, values, level, weights), expected)
+
+
+def test_raters_who_never_differ_are_not_certain() -> None:
+    """Twelve replies of six topics, half refused: up to a share of 1 - 0.025**(1/6) of topics may yet differ."""
+    frame = pd.DataFrame({"j": ["refused", "complied"] * 6, "x": ["refused", "complied"] * 6})
+    found = agreement(frame, "j", ["x"], clusters=[n // 2 for n in range(12)], resamples=50)
+    rows, reach = found.measures.set_index("measure"), 1 - 0.025 ** (1 / 6)
+    assert rows["value"].tolist() == [1.0, 1.0, 1.0] and rows["high"].tolist() == [1.0, 1.0, 1.0]
+    assert rows["low"].tolist() == pytest.approx([1 - reach, 1 - 2 * reach, 1 - 2 * reach])
+    assert found.confusion["low"].max() == pytest.approx(wilson(6, 6)[0]), "six refused replies of six topics"
+    clustered = agreement(pd.concat([frame] * 5), "j", ["x"], clusters=[n // 2 for n in range(12)] * 5, resamples=50)
+    assert clustered.confusion["low"].max() == pytest.approx(1 - reach), "thirty of six"
 
 
 def test_undecided_and_missing_labels_are_no_labels() -> None:

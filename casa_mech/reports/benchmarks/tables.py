@@ -127,7 +127,7 @@ def readability(replies: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row an attack: `attack`, `reads` (`YES`, `NO` or `UNKNOWN`), `n`, `value`, `low`, `high` of benign
-        counterparts answered (over topics).
+        counterparts answered.
     """
     exact = set(replies["judge"]) == {MicroWorldJudge.name}
     benign = replies[(replies["defense"] == PRETRAINED) & (replies["label"] == "benign")]

@@ -23,7 +23,6 @@ from casa_mech.study.study import LABELS, SURFACES, Study
 HEAD_SURFACES = ("text", "image", "audio")
 TOP_HEADS = 3
 KL_EPOCHS = 3
-RESAMPLES = 200
 _TABLES = ("depth", "quality", "heads", "patterns")
 
 
@@ -113,10 +112,10 @@ def depth_data(tables: LensTables, seed: int) -> pd.DataFrame:
     for where, part in tables.depth.groupby(groups, sort=False):
         shared = dict(zip(groups, where, strict=True))
         harmful, topics = (part["label"] == "harmful").tolist(), part["topic"].tolist()
-        found = auroc_interval(part["difference"].tolist(), harmful, topics, seed, resamples=RESAMPLES)
+        found = auroc_interval(part["difference"].tolist(), harmful, topics, seed)
         rows.append({"measure": "auroc", "label": "both", **shared, "n": len(part), **found._asdict()})
         for label, own in part.groupby("label", sort=False):
-            found = mean_interval(own["difference"].to_numpy(), own["topic"].tolist(), seed, resamples=RESAMPLES)
+            found = mean_interval(own["difference"].to_numpy(), own["topic"].tolist(), seed)
             rows.append({"measure": "difference", "label": label, **shared, "n": len(own), **found._asdict()})
     return pd.DataFrame(rows)
 
@@ -168,6 +167,6 @@ def lens_rows(study: Study, depth: pd.DataFrame, heads: pd.DataFrame) -> list[di
 def _means(table: pd.DataFrame, groups: Sequence[str], column: str, seed: int) -> pd.DataFrame:
     rows = []
     for where, part in table.groupby(list(groups), sort=False):
-        found = mean_interval(part[column].to_numpy(), part["topic"].tolist(), seed, resamples=RESAMPLES)
+        found = mean_interval(part[column].to_numpy(), part["topic"].tolist(), seed)
         rows.append({**dict(zip(groups, where, strict=True)), "n": len(part), **found._asdict()})
     return pd.DataFrame(rows)

@@ -93,13 +93,18 @@ def prediction_claim(study: Study, points: pd.DataFrame) -> Claim:
     prediction = transfer_prediction(points, seed=study.settings.seed)
     overall = Estimate(prediction.spearman, prediction.low, prediction.high)
     within = Estimate(prediction.within, prediction.within_low, prediction.within_high)
-    predicts = "predicts" if prediction.low > 0 else "is not shown to predict"
+    holds = prediction.within_p < 0.05 and prediction.within > 0
+    predicts = "predicts" if prediction.p_value < 0.05 and prediction.low > 0 and holds else "is not shown to predict"
+    by_model = ", ".join(
+        f"{model} {value:.2f} (p = {p:.2g}, {gates} gates)" for model, (value, p, gates) in prediction.by_model.items()
+    )
     return Claim(
         f"A text probe's transfer {predicts} CASA's transfer: rank correlation {overall.text()}",
-        f"Over models, layers and training steps, {prediction.clusters} gates; within a model and surface the rank "
-        f"correlation is {within.text()}.",
+        f"Over models, layers and training steps, {prediction.clusters} gates; by model {by_model}. The check within a "
+        f"model and surface {'holds' if holds else 'fails'}: rank correlation {within.text()}, "
+        f"p = {prediction.within_p:.2g}.",
         "transfer_prediction", prediction.n, *overall,
-        f"permutation of points, 2000 draws; interval by bootstrap over {prediction.clusters} gates",
+        f"permutation of whole gates within a model, 2000 draws; interval by bootstrap over {prediction.clusters}",
         prediction.p_value, "gates on further models whose correlation lies outside the interval",
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging import Judge
 from casa_mech.judging.results import value_row
-from casa_mech.judging.stats import rate
+from casa_mech.judging.stats import clusters_of, rate_interval
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import refusal_direction
@@ -196,7 +196,9 @@ def _rates(table: pd.DataFrame, medium: str) -> pd.DataFrame:
         for x, moment, queries in points:
             passed = queries[f"token_{moment}"] == "safe"
             for measure, hits in ((SUCCESS, queries[f"broken_{moment}"]), (PASSED, passed)):
-                rows.append({"medium": medium, "attacker": attacker, "measure": measure, "x": x, **_rate(hits)})
+                rows.append(
+                    {"medium": medium, "attacker": attacker, "measure": measure, "x": x, **_rate(hits, queries)}
+                )
     return pd.DataFrame(rows)
 
 
@@ -212,12 +214,12 @@ def ablation_data(tables: WhiteBoxTables) -> pd.DataFrame:
             }
             for (system, measure), succeeded in hits.items():
                 where = {"surface": surface, "system": system, "measure": measure, "moment": name}
-                rows.append({**where, **_rate(succeeded)})
+                rows.append({**where, **_rate(succeeded, queries)})
     return pd.DataFrame(rows)
 
 
-def _rate(hits: pd.Series) -> dict[str, float]:
-    return {"n": len(hits), **rate(int(hits.sum()), len(hits))._asdict()}
+def _rate(hits: pd.Series, queries: pd.DataFrame) -> dict[str, float]:
+    return {"n": len(hits), **rate_interval(hits.to_numpy(), clusters_of(queries))._asdict()}
 
 
 def white_box_rows(study: Study, rates: Sequence[pd.DataFrame], ablation: pd.DataFrame) -> list[dict[str, Any]]:
