@@ -7,6 +7,7 @@ from casa_mech.attacks.fonts import FontChoice, find_font
 from casa_mech.attacks.image import IMAGE_PHRASE, figstep, figstep_as_text, image_word, rendered, sd_typo, typo
 from casa_mech.attacks.jailbreak import jailbreak, read_wrappers, wrappers, wrappers_of
 from casa_mech.attacks.prefill import PREFILL_LENGTHS, prefill
+from casa_mech.attacks.prompt_file import PROMPT_SLOTS, read_prompt
 from casa_mech.attacks.registry import (
     ATTACKS,
     STUDY_ATTACKS,
@@ -28,6 +29,7 @@ __all__ = [
     "ENGLISH",
     "IMAGE_PHRASE",
     "PREFILL_LENGTHS",
+    "PROMPT_SLOTS",
     "STUDY_ATTACKS",
     "AttackContext",
     "EspeakVoice",
@@ -56,6 +58,7 @@ __all__ = [
     "page_picture",
     "paired",
     "prefill",
+    "read_prompt",
     "read_wrappers",
     "render_word",
     "rendered",

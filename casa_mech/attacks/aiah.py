@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from casa_mech.attacks.audio import Speech
+from casa_mech.attacks.prompt_file import LETTERS, QUESTION, wording_mark
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.attacks.text import key_word, letters_of, marked, replace_key, request_text
 from casa_mech.attacks.voice import RATE, spell_clip
@@ -29,11 +30,17 @@ _TEMPLATE = (
 )
 
 
-def aiah(query: Query, control: Control = "speech", seed: int = 0, speech: Speech = Speech()) -> Query:
+def aiah(
+    query: Query,
+    control: Control = "speech",
+    seed: int = 0,
+    speech: Speech = Speech(),
+    template: str | None = None,
+) -> Query:
     """The question with [word] for its key word, which is given apart: the attack, or one of its controls.
 
     speech: spelled aloud, letter by letter (the attack). word: said whole. letters: its letters in the text. text: the
-    plain question, nothing hidden and no template.
+    plain question, nothing hidden and no template. `template` takes the place of our own text (see `prompt_file`).
 
     Raises:
         InputError: an unknown control, no key word, or a key word that the text does not say.
@@ -44,18 +51,23 @@ def aiah(query: Query, control: Control = "speech", seed: int = 0, speech: Speec
     meta = marked(query, surface=f"aiah-{control}", attack=f"aiah-{control}")
     if control == "text":
         return query.model_copy(update={"meta": meta})
-    source = _SOURCE[control].format(letters=letters_of(key_word(query)))
-    lead = TextPart(text=_TEMPLATE.format(source=source, disclaimer=DISCLAIMER))
-    parts = _led(replace_key(query, "[word]"), lead)
+    letters = letters_of(key_word(query))
+    meta |= {"prompt_wording": wording_mark(template)}
+    if template is None:
+        lead = _TEMPLATE.format(source=_SOURCE[control].format(letters=letters), disclaimer=DISCLAIMER)
+        template = lead + QUESTION
+    else:
+        template = template.replace(LETTERS, letters)
+    parts = _in_template(replace_key(query, "[word]"), template)
     return query.model_copy(update={"parts": (*_clip(query, control, seed, speech), *parts), "meta": meta})
 
 
-def _led(parts: tuple[Part, ...], lead: TextPart) -> tuple[Part, ...]:
-    """`parts` with `lead` in front of the first text."""
+def _in_template(parts: tuple[Part, ...], template: str) -> tuple[Part, ...]:
+    """`parts` with the first text in the place that `template` has for it."""
     at = next(index for index, part in enumerate(parts) if isinstance(part, TextPart))
     first = parts[at]
     assert isinstance(first, TextPart)
-    return (*parts[:at], TextPart(text=lead.text + first.text), *parts[at + 1 :])
+    return (*parts[:at], TextPart(text=template.replace(QUESTION, first.text)), *parts[at + 1 :])
 
 
 def _clip(query: Query, control: Control, seed: int, speech: Speech) -> tuple[Part, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from casa_mech.attacks.fonts import Use, find_font
+from casa_mech.attacks.prompt_file import wording_mark
 from casa_mech.attacks.render import draw_style, render_word
 from casa_mech.attacks.seeding import PAIR, query_rng
 from casa_mech.attacks.text import key_word, marked, replace_key, request_text
@@ -38,21 +39,27 @@ def image_word(query: Query, seed: int = 0) -> Query:
     return _shown(query, picture, parts, "image")
 
 
-def figstep(query: Query, wording: Wording = ENGLISH) -> Query:
+def figstep(query: Query, wording: Wording = ENGLISH, prompt: str | None = None) -> Query:
     """FigStep: the request as the heading of a list with three empty points, in a picture; the text asks to fill it.
 
-    The heading is `meta["instruction"]` ("Steps to ...", as the benchmark has it), else one made of the text.
+    The heading is `meta["instruction"]` ("Steps to ...", as the benchmark has it), else one made of the text. `prompt`
+    takes the place of our own text (see `prompt_file`).
     """
     with _named(query):
         picture = figstep_picture(instruction_of(query))
-    return _shown(query, picture, _instead(query, wording.figstep), "figstep", "figstep")
+    shown = _shown(query, picture, _instead(query, prompt or wording.figstep), "figstep", "figstep")
+    return shown.model_copy(update={"meta": {**shown.meta, "prompt_wording": wording_mark(prompt)}})
 
 
-def figstep_as_text(query: Query, wording: Wording = ENGLISH) -> Query:
-    """FigStep's control in text alone: the same list in a code block, with the same request to fill it."""
-    instruction = wording.figstep.replace("picture", "code block")
+def figstep_as_text(query: Query, wording: Wording = ENGLISH, prompt: str | None = None) -> Query:
+    """FigStep's control in text alone: the same list in a code block, with the same request to fill it.
+
+    `prompt` as for `figstep`.
+    """
+    instruction = prompt or wording.figstep.replace("picture", "code block")
     parts = _instead(query, f"```\n{figstep_text(instruction_of(query))}\n```\n{instruction}")
-    return query.model_copy(update={"parts": parts, "meta": marked(query, surface="text", attack="figstep-text")})
+    meta = marked(query, surface="text", attack="figstep-text", prompt_wording=wording_mark(prompt))
+    return query.model_copy(update={"parts": parts, "meta": meta})
 
 
 def instruction_of(query: Query) -> str:

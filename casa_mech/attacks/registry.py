@@ -50,6 +50,8 @@ class AttackContext:
     """The picture that `sd-typo` puts above its text: a file, or a folder of pictures named after the queries' ids."""
     wording: Wording = ENGLISH
     """The sentences that stand for what has moved into a picture, a clip or another turn."""
+    prompt: str | None = None
+    """The text of FigStep's and AIAH's attacks in the place of our own (see `prompt_file.read_prompt`)."""
 
 
 Attack = Callable[[Query, AttackContext], Query]
@@ -95,7 +97,7 @@ def _distractor(query: Query, context: AttackContext, kind: Distractor) -> Query
 
 
 def _aiah(query: Query, context: AttackContext, control: Control) -> Query:
-    return aiah(query, control, context.seed, context.speech)
+    return aiah(query, control, context.seed, context.speech, context.prompt)
 
 
 STUDY_ATTACKS = (
@@ -116,8 +118,8 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
         "letter-spaced": lambda query, context: letter_spaced(query),
         "image": lambda query, context: image_word(query, context.seed),
         "rendered": lambda query, context: rendered(query, context.seed, context.wording),
-        "figstep": lambda query, context: figstep(query, context.wording),
-        "figstep-text": lambda query, context: figstep_as_text(query, context.wording),
+        "figstep": lambda query, context: figstep(query, context.wording, context.prompt),
+        "figstep-text": lambda query, context: figstep_as_text(query, context.wording, context.prompt),
         "typo": lambda query, context: typo(query, context.wording),
         "sd-typo": _sd_typo,
         "audio": lambda query, context: spoken_letters(query, context.seed, context.speech),
@@ -182,17 +184,19 @@ def apply_attack(
     speech: Speech = Speech(),
     picture: Path | None = None,
     wording: Wording = ENGLISH,
+    prompt: str | None = None,
 ) -> list[Query]:
     """`queries` under the attack `name`, in their order; the rest of each query's meta is kept.
 
     Draws depend on `seed` and each query's id alone, never on what else is in the list. `speech` says how clips are
     spoken. `wording` has the attacks' sentences in words that the model knows
-    (for an organism `casa_mech.organism.wording.MICRO_WORLD`). InputError for an unknown name and for a query that the
+    (for an organism `casa_mech.organism.wording.MICRO_WORLD`); `prompt` takes the place of our own wording of FigStep's
+    and AIAH's text, which `meta["prompt_wording"]` tells apart. InputError for an unknown name and for a query that the
     attack cannot be used on (no key word, no compliance text, ...), naming its id.
     """
     attack = attack_named(name)
     choice = wrappers if isinstance(wrappers, str) else tuple(wrappers)
-    context = AttackContext(seed, tokenizer, choice, speech, picture, wording)
+    context = AttackContext(seed, tokenizer, choice, speech, picture, wording, prompt)
     return [attack(query, context) for query in queries]
 
 

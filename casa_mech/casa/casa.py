@@ -129,7 +129,7 @@ class Casa:
         return self._calibration
 
     def use(self, **changes: Any) -> None:
-        """Change what is done at inference beyond the paper, fields of `InferenceSettings`; nothing is trained.
+        """Change what is done at inference, fields of `InferenceSettings`; nothing is trained.
 
         Raises:
             InputError: another field (the known ones are listed), or values that do not fit.
@@ -150,7 +150,7 @@ class Casa:
         """Fit what re-centring, rescaling and the false-positive rate need, in the place of an earlier calibration.
 
         All of it is kept whatever options are on, so that `use` can switch between them afterwards, and is saved with
-        the gate. A training makes it void.
+        the gate; only log-odds are those of one rule, the present one at inference. A training makes it void.
 
         Args:
             queries: text and prompts of each other surface, for the means (and spreads). Their labels are not read.
@@ -165,14 +165,15 @@ class Casa:
         self._need_active()
         check_calibration(queries, benign, labelled)
         queries, benign, labelled = (with_system(group, settings.system) for group in (queries, benign, labelled))
-        readings = [InferenceSettings()]
+        rule = self.config.inference_rule
+        readings = [InferenceSettings(inference_rule=rule)]
         calibration = Calibration()
         with self._parts.adapter.merged():
             if queries:
                 calibration = fit_means(self.omni, self._parts.gate, queries, labelled, settings.batch_size)
-                readings.append(InferenceSettings(recentre=True))
+                readings.append(InferenceSettings(recentre=True, inference_rule=rule))
             if calibration.directions is not None:
-                readings.append(InferenceSettings(recentre=True, rescale=True))
+                readings.append(InferenceSettings(recentre=True, rescale=True, inference_rule=rule))
             for reading in readings if benign else []:
                 use = GateUse(inference=reading, calibration=calibration)
                 replies = gate_decisions(self.omni, self._parts.gate, benign, settings, use, progress)

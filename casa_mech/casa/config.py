@@ -75,7 +75,8 @@ class LoraSettings(Settings):
 
 
 class InferenceSettings(Settings):
-    """What is done at inference beyond the paper, all of it off by default (docs/method.md §1.10).
+    """What training does not depend on: options beyond the paper, all of them off by default (docs/method.md §1.10),
+    and the rule at inference.
 
     It needs no training: `Casa.use` changes it on a trained gate. What re-centring, rescaling and the false-positive
     rate need to know comes from `Casa.calibrate`.
@@ -98,11 +99,16 @@ class InferenceSettings(Settings):
     recheck_every: int = Field(default=0, ge=0)
     """Decide again after every so many tokens of a reply, and after a prefill, at the assistant's header inserted anew;
     0: decide once."""
+    inference_rule: Rule | None = None
+    """How v_s changes the two logits at inference, where that is not the rule of training: one account of the paper
+    scales in training and replaces at inference (docs/method.md §1.2, conflict C); None: `CasaConfig.rule`."""
 
     @property
     def reading(self) -> str:
-        """How states are read: as they are, re-centred, or re-centred and rescaled."""
-        return "rescaled" if self.rescale else "recentred" if self.recentre else "plain"
+        """How log-odds come about: from states as they are, re-centred, or re-centred and rescaled, and under which
+        rule, where that is not the one of training."""
+        states = "rescaled" if self.rescale else "recentred" if self.recentre else "plain"
+        return f"{states}+{self.inference_rule}" if self.inference_rule else states
 
     @model_validator(mode="after")
     def _centred_before_scaled(self) -> Self:
@@ -187,6 +193,8 @@ class CasaConfig(InferenceSettings, LoraSettings):
     def _no_contradictions(self) -> CasaConfig:
         if self.k is not None and self.form != "top_k":
             raise InputError(f"k={self.k} is read by form top_k only, not {self.form}: leave k out or change the form")
+        if self.form == "none" and self.inference_rule is not None:
+            raise InputError("inference_rule says what v_s does to the logits, and form none has no v_s: leave it out")
         if self.rule == "replace" and self.ce_support == "full":
             raise InputError(
                 "rule replace sets the two logits to v_s and 1 - v_s, which mean nothing beside the other logits: "

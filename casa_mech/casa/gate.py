@@ -6,7 +6,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor
 
 from casa_mech.casa.attention import UNSAFE, SafetyAttention, check_mask
-from casa_mech.casa.config import CasaConfig
+from casa_mech.casa.config import CasaConfig, Rule
 from casa_mech.casa.rules import rewrite
 from casa_mech.casa.tokens import word_rows
 from casa_mech.errors import InputError
@@ -29,6 +29,12 @@ class SafetyGate:
         self.attention = attention
         self.token_ids = token_ids
         self._config = config
+
+    def under(self, rule: Rule | None) -> SafetyGate:
+        """The same gate with another rule; itself for None."""
+        if rule is None:
+            return self
+        return SafetyGate(self._config.changed(rule=rule, ce_support="two_way"), self.attention, self.token_ids)
 
     def mask(self, batch: OmniBatch) -> BoolTensor:
         """Positions [batch, position] that safety attention reads.

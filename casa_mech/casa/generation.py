@@ -185,6 +185,7 @@ def decided(
     Raises:
         ModelError: v_s or a logit is not finite. InputError: a surface that the calibration lacks.
     """
+    gate = gate.under(use.inference.inference_rule)
     prompt = gated_prompt(omni, batch, gate, position, use_cache, use.calibration.edits(batch, use.inference))
     check_decision("v_s", prompt.reading.v_s, group)
     check_decision("a safety token's logit", torch.cat([prompt.reading.raw_pair, prompt.reading.pair], dim=1), group)

@@ -219,7 +219,7 @@ def model_card(stored: Stored) -> str:
         lines += [
             f"| safety attention | {config.form}, queries from {config.query_source} |",
             f"| reads | layer {config.layer}, {config.positions} |",
-            f"| logit rule | {config.rule} |",
+            f"| logit rule | {config.rule}{f', at inference {rule}' if (rule := config.inference_rule) else ''} |",
         ]
     lines += [
         lora_line(config),
@@ -227,7 +227,8 @@ def model_card(stored: Stored) -> str:
     ]
     if config.counterfactual:
         lines.append(f"| counterfactual examples | beside {config.counterfactual:.0%} of the benign ones |")
-    changed = [f"{name} {value}" for name, value in config.inference if value != InferenceSettings().model_dump()[name]]
+    plain = InferenceSettings(inference_rule=config.inference_rule).model_dump()
+    changed = [f"{name} {value}" for name, value in config.inference if value != plain[name]]
     if changed:
         lines.append(f"| beyond the paper | {', '.join(changed)} |")
     for purpose, sizes in (stored.calibration or {}).items():

@@ -161,6 +161,10 @@ class Supervised:
         """The objective's sums on the examples held out."""
         return [row for _, row in self._objectives(self._held_out)]
 
+    def finished(self, log: Sequence[Row]) -> bool:
+        """Never: how long to train is told by the validation set."""
+        return False
+
     def summarise(self, sums: Sequence[Row]) -> Row:
         """Means of what the objective summed, over the parts of one batch."""
         return class_means(sums)

@@ -72,6 +72,9 @@ class Learner(Protocol):
     def summarise(self, sums: Sequence[Row]) -> Row:
         """Metrics, `loss` among them, from their sums."""
 
+    def finished(self, log: Sequence[Row]) -> bool:
+        """True where training may end before `steps`, told by the metrics of the steps done."""
+
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     """Linear rise over the first `warmup` share of `total` steps, then half a cosine to zero; `step` counts from 0."""
@@ -215,6 +218,7 @@ class Trainer:
             self._judge(row["validation_loss"])
         row |= {"step": step, "seconds": time.perf_counter() - began}
         self.log.append(row)
+        self._progress.done |= self._learner.finished(self.log)
         if metrics:
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()

@@ -60,6 +60,10 @@ class RenderingOptions:
     pitch: Annotated[int | None, typer.Option(help="Pitch, 0-99 [drawn].")] = None
     snr: Annotated[str, typer.Option(help=_SNR)] = "20:40"
     picture: Annotated[Path | None, typer.Option(help="sd-typo: a picture, or a folder of them named by id.")] = None
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="figstep, aiah: published wording as text; aiah with {question}, letters {letters} [ours]."),
+    ] = None
     model: ModelName = "organism"
 
 
@@ -104,7 +108,9 @@ def attack(
     attacked = QueryChoice(queries.queries, queries.n, cast("Label | None", label), queries.column, meta, queries.data)
     benign = QueryChoice(counterparts.benign, None, "benign", counterparts.benign_column, benign_meta, queries.data)
     speech = Speech(name=rendering.voice, speed=rendering.speed, pitch=rendering.pitch, snr_db=_levels(rendering.snr))
-    choice = AttackChoice(name, seed, rendering.wrappers, speech, rendering.picture, rendering.model, skip_unfit)
+    choice = AttackChoice(
+        name, seed, rendering.wrappers, speech, rendering.picture, rendering.prompt_file, rendering.model, skip_unfit
+    )
     summary = write_attacked(choice, attacked, out, benign if counterparts.benign else None, note, progress=True)
     show(summary, as_json)
 

@@ -26,7 +26,9 @@ class GridOptions:
         str, typer.Option(help="Names with commas between; NAME+safety-prompt adds the prompt [all of them].")
     ] = ""
     attacks: Annotated[str, typer.Option(help="Names with commas between [the study's, multi-turn and split].")] = ""
-    seeds: Annotated[str, typer.Option(help="Seeds of training and draws, as in 0,1,2 [0].")] = ""
+    seeds: Annotated[str, typer.Option(help="Seeds of training and draws, as in 0,1,2 [0 to 4; ablations 0 to 2].")] = (
+        ""
+    )
     n: Annotated[int | None, typer.Option(min=1, help="Requests in each cell [200].")] = None
     queries_config: Annotated[
         Path | None,
@@ -48,8 +50,8 @@ class TrainedOptions:
 
     title: ClassVar[str] = "Training"
 
-    examples: Annotated[int | None, typer.Option(min=4, help="Training examples [2000; ablations 600].")] = None
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training [200; ablations 60].")] = None
+    examples: Annotated[int | None, typer.Option(min=4, help="Training examples [2000].")] = None
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training [200].")] = None
     benign: BenignData = None
     train_option: Annotated[
         list[str] | None, typer.Option(help="Option of every supervised training, NAME=VALUE; repeatable.")
@@ -95,7 +97,7 @@ def compare(
     """Every defence against every attack on one model: attack success, over-refusal, cost, tests against CASA.
 
     Each cell is kept in --out under the hash of what determines it and is never computed twice. Tables are in summary
-    and tables there, figures with their numbers in figures.
+    there, figures with their numbers in figures. CoCA's alpha is chosen on calibration requests.
     """
     if example:
         from casa_mech.compare.config import example as shipped
@@ -147,11 +149,12 @@ def _readable(result: Mapping[str, Any]) -> dict[str, Any]:
         "defenses (percent with 95 % intervals)": [
             {name: value for name, value in row.items() if name != "model"} for row in result["defenses"]
         ],
+        "alpha of CoCA, chosen on calibration requests": result["alpha"],
         "differences from CASA (shares with 95 % intervals, paired tests)": tests,
         "published": result["published"]["note"],
         "seconds": result["seconds"],
         "out": result["out"],
-        "tables": sorted(str(path.relative_to(root)) for path in root.glob("summary/*.csv")),
+        "tables": sorted(str(path.relative_to(root)) for path in root.glob("summary/*")),
         "figures": [str(Path(path).relative_to(root)) for path in result["figures"]],
     }
 

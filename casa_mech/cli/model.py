@@ -190,9 +190,9 @@ def train(
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """What a gate does beyond the paper at inference; None leaves it as the gate was saved."""
+    """What a gate does at inference, most of it beyond the paper; None leaves it as the gate was saved."""
 
-    title: ClassVar[str] = "Beyond the paper"
+    title: ClassVar[str] = "At inference"
 
     recentre: Annotated[
         bool | None,
@@ -217,6 +217,9 @@ class InferenceOptions:
     recheck_every: Annotated[
         int | None, typer.Option(help="Decide again after so many tokens of a reply; 0: decide once.")
     ] = None
+    inference_rule: Annotated[
+        str | None, typer.Option(help="How v_s changes the logits: scale, replace, add_log, scale_above [as trained].")
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """The options that were given."""
@@ -238,7 +241,7 @@ def calibrate(
     queries: SourceOptions = SourceOptions([]),
     model: ModelOptions = ModelOptions(),
 ) -> None:
-    """Switch options beyond the paper of a trained gate, and fit what they need on calibration prompts.
+    """Switch options at inference of a trained gate, and fit what they need on calibration prompts.
 
     Prompts are text and media of every kind in use, read without their labels; those labelled benign also set the
     threshold of --fpr, text of both labels the direction of --rescale. Without --queries they are the micro-world's.

@@ -10,15 +10,13 @@ from typing import Any
 import pandas as pd
 
 from casa_mech.compare.systems import REFERENCE, ComparedSystem
-from casa_mech.compare.weights import TrainingPlan
 from casa_mech.errors import InputError
 
 PROMPT_AXIS = "attention and safety prompt"
 BASE = REFERENCE
 NO_ATTENTION = "ssft-token"
-REDUCED = TrainingPlan(n_examples=600, settings={"max_steps": 60, "batch_size": 32, "micro_batch_size": 32})
-"""Training of the variants: shorter than that of the comparison's rows, and the same for all, so that they compare with
-each other and not with those."""
+ABLATION_SEEDS = (0, 1, 2)
+"""Of training and draws, unless others are named. Variants are trained as the rows of the comparison."""
 _SETTINGS: Mapping[str, tuple[tuple[str, dict[str, Any]], ...]] = MappingProxyType(
     {
         "form": (
@@ -43,7 +41,7 @@ _SETTINGS: Mapping[str, tuple[tuple[str, dict[str, Any]], ...]] = MappingProxyTy
 )  # fmt: skip
 AXES = ("prompt", "form", "rule", "query", "layer", "positions", "beta", "size")
 FEW = ("form=mean", "rule=scale", "beta=0.8", "size=1/8")
-"""The variants of the default notebook, beside attention × safety prompt."""
+"""The variants of a notebook without committed tables, beside attention × safety prompt."""
 
 
 @dataclass(frozen=True)

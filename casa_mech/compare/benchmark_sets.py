@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from casa_mech.attacks import apply_attack, paired
+from casa_mech.attacks import PROMPT_SLOTS, apply_attack, paired, read_prompt
 from casa_mech.compare.config import AS_IT_IS, CompareConfig, QuerySection, SetSection
 from casa_mech.compare.sets import LABELS, Cell
 from casa_mech.errors import InputError
@@ -87,9 +87,14 @@ class BenchmarkSets:
     def _under(self, plan: SetSection, queries: list[Query], seed: int, omni: Omni) -> list[Query]:
         attacked: list[Query] = []
         reasons: list[str] = []
+        prompt = None if plan.prompt_file is None else read_prompt(plan.prompt_file, plan.attack)
+        if prompt is None and plan.attack in PROMPT_SLOTS:
+            self.note(
+                f"{plan.name}: the text of {plan.attack} is our own wording (prompt_file takes the published one)"
+            )
         for query in queries:
             try:
-                attacked.append(_apply(plan, query, seed, omni))
+                attacked.append(_apply(plan, query, seed, omni, prompt))
             except InputError as error:
                 if not plan.skip_unfit:
                     raise InputError(f"{error} (or set skip_unfit: true)") from None
@@ -106,10 +111,10 @@ def _sources(plan: SetSection) -> Mapping[Label, QuerySection]:
     return {label: source for label in LABELS if (source := getattr(plan, label)) is not None}
 
 
-def _apply(plan: SetSection, query: Query, seed: int, omni: Omni) -> Query:
+def _apply(plan: SetSection, query: Query, seed: int, omni: Omni, prompt: str | None) -> Query:
     if plan.attack != AS_IT_IS:
         (query,) = apply_attack(
             plan.attack, [query], seed, tokenizer=omni.tokenizer, wrappers=plan.wrappers, picture=plan.picture,
-            wording=wording_of(query),
+            wording=wording_of(query), prompt=prompt,
         )  # fmt: skip
     return query.model_copy(update={"meta": {"surface": query.surface, **query.meta, "attack": plan.name}})

@@ -9,21 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from casa_mech.compare.ablations import AXES, REDUCED, Variant, ablation_frame, systems_of, variants
+from casa_mech.compare.ablations import ABLATION_SEEDS, AXES, Variant, systems_of, variants
 from casa_mech.compare.benchmark_sets import BenchmarkSets
-from casa_mech.compare.comparison import Comparison
+from casa_mech.compare.comparison import Comparison, write_comparison
 from casa_mech.compare.config import CompareConfig, read_config
 from casa_mech.compare.grid import GENERATION, ROUNDS, Grid, GridResult
-from casa_mech.compare.paired import paired_tests
 from casa_mech.compare.sets import DEFAULT_ATTACKS, QuerySets, WorldSets
-from casa_mech.compare.systems import DEFAULT_DEFENSES, ComparedSystem, check_systems, system_named
-from casa_mech.compare.tables import compact, grid_rows, summarise
+from casa_mech.compare.systems import DEFAULT_DEFENSES, SEEDS, ComparedSystem, check_systems, system_named
+from casa_mech.compare.tables import compact
 from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import check_folder, write_text, writing
-from casa_mech.judging import Judge, load_judge, write_table
+from casa_mech.judging import Judge, load_judge
 from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_rates
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.study.folder import RunFolder
@@ -113,20 +110,17 @@ def compare(
             rounds=0 if request.ablations else rounds, progress=progress,
         )  # fmt: skip
         result = grid.fill()
-        summary, tests = summarise(result), paired_tests(result.replies)
-        if levels:
-            summary = ablation_frame(summary, levels)
+        comparison = Comparison.of(request.model, omni.fingerprint(), result, levels)
         name = f"{'ablations' if request.ablations else 'compare'}-{slug(request.model)}"
-        rows = grid_rows(result)
-        write_table(rows, folder.path("tables", f"{name}.parquet"))
-        comparison = Comparison(request.model, result, rows, summary, tests, tuple(levels))
         figures = draw(comparison, folder, name) if draw else []
-        _write(folder, name, {"summary": summary, "tests": tests, "published": published_rates()})
+        write_comparison(comparison, folder.path("summary"), name)
+        with writing(folder.path("summary", f"{name}-published.csv")) as temporary:
+            published_rates().to_csv(temporary, index=False)
     return {
         "model": request.model,
         "out": str(folder.root),
         "figures": [str(path) for path in figures],
-        **_report(result, summary, tests, grid.seeds),
+        **_report(result, comparison, grid.seeds),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -180,11 +174,11 @@ def _sets(request: Request, config: CompareConfig | None, note: Callable[[str], 
 
 
 def _seeds(request: Request, config: CompareConfig | None) -> tuple[int, ...]:
-    return tuple(request.seeds) or (config.seeds if config else (0,))
+    return tuple(request.seeds) or (config.seeds if config else ABLATION_SEEDS if request.ablations else SEEDS)
 
 
 def _plan(request: Request, config: CompareConfig | None) -> TrainingPlan:
-    base = REDUCED if request.ablations else TrainingPlan()
+    base = TrainingPlan()
     settings = dict(request.training)
     n_examples, section = int(settings.pop("n_examples", base.n_examples)), config.training if config else None
     benign = settings.pop("benign", section.benign if section else base.benign)
@@ -228,14 +222,17 @@ def _warn(
         )
 
 
-def _report(result: GridResult, summary: pd.DataFrame, tests: pd.DataFrame, seeds: Sequence[int]) -> dict[str, Any]:
+def _report(result: GridResult, comparison: Comparison, seeds: Sequence[int]) -> dict[str, Any]:
     """A filled grid in a few rows, beside what was published."""
+    summary, tests = comparison.summary, comparison.tests
+    chosen = comparison.curves[comparison.curves["chosen"].astype(bool)].drop_duplicates("defense")
     return {
         "cells": {"computed": result.computed, "found": result.reused},
         "n_cell": int(result.replies.groupby(["defense", "attack", "label", "seed"]).size().min()),
         "seeds": list(seeds),
         "judge": str(result.replies["judge"].iloc[0]),
         "defenses": compact(summary.drop_duplicates(["defense", "metric", "scope"])).to_dict("records"),
+        "alpha": dict(zip(chosen["defense"], chosen["alpha"].astype(float), strict=True)),
         "against_casa": tests[tests["scope"] == "all"].to_dict("records"),
         "published": {
             "note": NOT_MEASURED,
@@ -243,9 +240,3 @@ def _report(result: GridResult, summary: pd.DataFrame, tests: pd.DataFrame, seed
             "checks": published_checks().to_dict("records"),
         },
     }
-
-
-def _write(folder: RunFolder, name: str, frames: Mapping[str, pd.DataFrame]) -> None:
-    for kind, frame in frames.items():
-        with writing(folder.path("summary", f"{name}-{kind}.csv")) as temporary:
-            frame.to_csv(temporary, index=False)

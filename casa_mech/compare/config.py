@@ -10,8 +10,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from casa_mech.attacks import attack_named
-from casa_mech.compare.systems import ComparedSystem, system_named
+from casa_mech.attacks import PROMPT_SLOTS, attack_named
+from casa_mech.compare.systems import SEEDS, ComparedSystem, system_named
 from casa_mech.compare.weights import ExampleTable
 from casa_mech.errors import InputError
 from casa_mech.evaluation.training import Benign
@@ -20,6 +20,7 @@ from casa_mech.omni import GenerationSettings
 from casa_mech.queries import BENCHMARKS
 from casa_mech.queries.benchmarks import benchmark_named
 from casa_mech.queries.benchmarks.read import TABLE, MissingMedia
+from casa_mech.queries.files import QuerySource
 
 EXAMPLE = "paper_table.yaml"
 AS_IT_IS = "none"
@@ -78,6 +79,9 @@ class SetSection(_Section):
     """Of the attack jailbreak."""
     picture: Path | None = None
     """Of the attack sd-typo."""
+    prompt_file: Path | None = None
+    """Of the attacks of FigStep and AIAH: the published wording of their text (see `attacks.prompt_file`); None: our
+    own."""
     skip_unfit: bool = False
     """Leave out what the attack cannot be used on, instead of stopping there."""
 
@@ -92,6 +96,8 @@ class SetSection(_Section):
     def _holds(self) -> Self:
         if self.harmful is None and self.benign is None:
             raise InputError(f"the set {self.name!r} needs harmful or benign queries, or both")
+        if self.prompt_file is not None and self.attack not in PROMPT_SLOTS:
+            raise InputError(f"prompt_file is for the attacks {', '.join(PROMPT_SLOTS)}, not {self.attack}")
         return self
 
 
@@ -141,7 +147,7 @@ class CompareConfig(_Section):
     """How replies are generated."""
     training: TrainingSection | None = None
     """None: on the micro-world's examples."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = SEEDS
     """Seeds of training and draws; those of the command line win."""
     timing_rounds: int = Field(default=3, ge=0)
     """Rounds of timing, 0 for none."""
@@ -193,7 +199,7 @@ def example() -> str:
     return (files("casa_mech.compare") / EXAMPLE).read_text(encoding="utf-8")
 
 
-_PATHS = ("data", "path", "picture", "casa")
+_PATHS = ("data", "path", "picture", "prompt_file", "casa")
 
 
 def _placed(value: Any, folder: Path, key: object = "") -> Any:
@@ -212,6 +218,7 @@ def _fields_at(steps: Sequence[int | str]) -> list[str]:
     kinds: dict[str, type[BaseModel]] = {
         "sets": SetSection, "defenses": ComparedSystem, "judge": JudgeSection, "generation": GenerationSettings,
         "training": TrainingSection, "examples": ExampleTable, "harmful": QuerySection, "benign": QuerySection,
+        "tuning": QuerySource,
     }  # fmt: skip
     names = [step for step in steps if isinstance(step, str)]
     kind: type[BaseModel] | None = kinds.get(names[-1]) if names else CompareConfig

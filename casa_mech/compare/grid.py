@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +22,11 @@ from tqdm import tqdm
 from casa_mech.compare.sets import Cell, QuerySets
 from casa_mech.compare.systems import ComparedSystem, check_systems
 from casa_mech.compare.timing import TIMED_ATTACKS, TIMED_QUERIES, Timing, relative_seconds
+from casa_mech.compare.tuning import ALPHAS, BENIGN_LOSS, CURVE_COLUMNS, alpha_curve
 from casa_mech.compare.weights import Weights, training_cost
 from casa_mech.defenses import Defense, load_defense, prompts
+from casa_mech.defenses.casa import world_prompts
+from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import evaluate
 from casa_mech.files import write_text
@@ -33,15 +36,18 @@ from casa_mech.judging.stats import clusters_of
 from casa_mech.judging.verdict import judge_identity
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.queries import Query
+from casa_mech.queries.files import read_files
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.manifest import data_hashes
 
 _SCHEMA = 1
 GENERATION = GenerationSettings(max_new_tokens=32, batch_size=64)
 ROUNDS = 3
+CALIBRATION_REQUESTS = 50
+"""Most requests of each label and surface of the micro-world that CoCA's alpha is chosen on."""
 COST_COLUMNS = (
     "model", "defense", "seed", "forwards_per_token", "extra_forwards", "trained_parameters", "training_seconds",
-    "training_steps", "relative_seconds", "relative_low", "relative_high", "query_seconds", "timed",
+    "training_steps", "training_failed", "relative_seconds", "relative_low", "relative_high", "query_seconds", "timed",
 )  # fmt: skip
 
 
@@ -54,14 +60,17 @@ class GridResult:
     """The replies and costs of a filled grid."""
 
     replies: pd.DataFrame
-    """`evaluate.REPLY_COLUMNS`, `seed`, `cluster` (what counts as one draw), and `gate_score`: how malicious a query is
-    to the defence (v_s, a token's share, a risk), NaN where it does not say."""
+    """`evaluate.REPLY_COLUMNS`, `seed`, `gate_seed` (the training's; 0 for a row without training), `cluster` (what
+    counts as one draw), and `gate_score`: how malicious a query is to the defence (v_s, a token's share, a risk), NaN
+    where it does not say."""
     costs: pd.DataFrame
     """`COST_COLUMNS`, a row for each defence and seed."""
     computed: int
     """Cells that were computed now."""
     reused: int
     """Cells that were there already."""
+    curves: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(CURVE_COLUMNS)))
+    """What alpha was chosen on for each row of CoCA (`tuning.CURVE_COLUMNS`)."""
 
 
 @dataclass
@@ -85,7 +94,7 @@ class Grid:
     judge: Judge | None = None
     """None: the exact one for the micro-world on a model of it, else the keyword judge."""
     rounds: int = ROUNDS
-    """Rounds of timing; 0 for none."""
+    """Rounds of timing, under the first seed; 0 for none."""
     progress: bool = True
     """Draw a bar."""
     _digests: dict[tuple[Cell, int], str] = field(default_factory=dict, init=False, repr=False)
@@ -109,6 +118,11 @@ class Grid:
                     f"{system.label!r} needs queries to be calibrated on: set its option calibration, or leave it out "
                     "(--defenses)"
                 )
+            if system.tunes and not system.tuning and not self.omni.speaks_micro_world:
+                raise InputError(
+                    f"{system.label!r} needs queries to choose alpha on: set tuning, or its option alpha, or leave it "
+                    "out (--defenses)"
+                )
 
     def fill(self) -> GridResult:
         """Compute what is missing, a defence at a time, and read the rest.
@@ -118,6 +132,7 @@ class Grid:
         """
         replies: list[pd.DataFrame] = []
         costs: list[dict[str, Any]] = []
+        curves = {system.label: self.alpha_curve(system) for system in self.systems if system.tunes}
         computed = 0
         total = len(self.seeds) * len(self.systems) * len(self.sets.cells())
         with tqdm(total=total, desc="grid", unit="cell", disable=not self.progress) as bar:
@@ -126,7 +141,7 @@ class Grid:
                     self.digest(cell, seed)  # a set that cannot be read stops the grid before anything is generated
                 for system in self.systems:
                     bar.set_postfix_str(f"{system.label}, seed {seed}")
-                    row = _Row(self, system, seed)
+                    row = _Row(self, _with_alpha(system, curves), seed)
                     with row:
                         for cell in self.sets.cells():
                             replies.append(row.replies(cell))
@@ -135,11 +150,46 @@ class Grid:
                     computed += row.computed
         table = pd.concat(replies, ignore_index=True)
         table["cluster"] = [str(cluster) for cluster in clusters_of(table)]
-        return GridResult(table, pd.DataFrame(costs, columns=list(COST_COLUMNS)), computed, total - computed)
+        chosen = [curve.assign(model=self.omni.source, defense=label) for label, curve in curves.items()]
+        curve = pd.concat(chosen)[list(CURVE_COLUMNS)] if chosen else pd.DataFrame(columns=list(CURVE_COLUMNS))
+        costs_table = pd.DataFrame(costs, columns=list(COST_COLUMNS))
+        return GridResult(table, costs_table, computed, total - computed, curve.reset_index(drop=True))
+
+    def alpha_curve(self, system: ComparedSystem) -> pd.DataFrame:
+        """What alpha of a row of CoCA is chosen on, once for the model, whatever seeds the grid has."""
+        assert self.judge is not None
+        queries = [query for source in system.tuning for query in read_files(source)]
+        queries = queries or world_prompts(self._calibration_requests(), Draw.CALIBRATION)
+        key = {
+            "schema": _SCHEMA,
+            "model": self.omni.fingerprint(),
+            "safety_prompt": system.safety_prompt,
+            "options": system.options,
+            "alphas": ALPHAS,
+            "loss": BENIGN_LOSS,
+            "queries": queries_digest(queries),
+            "generation": self.generation.model_dump(mode="json"),
+            "judge": judge_identity(self.judge),
+            "texts": _texts(),
+            "data": key_digest(data_hashes()),
+        }
+
+        def build(new: Path) -> None:
+            judge = self.judge
+            assert judge is not None
+            curve = alpha_curve(self.omni, queries, judge, self.generation, system.safety_prompt, system.options)
+            curve.to_csv(new / "curve.csv", index=False)
+
+        return pd.read_csv(self.folder.artifact("alpha", key_digest(key), key, build) / "curve.csv")
 
     def queries(self, cell: Cell, seed: int) -> list[Query]:
         """The queries of a column."""
         return self.sets.queries(cell, seed, self.omni)
+
+    def _calibration_requests(self) -> int:
+        """As many of each label and surface as a column has, at most `CALIBRATION_REQUESTS`."""
+        columns = (len(self.queries(cell, self.seeds[0])) for cell in self.sets.cells())
+        return min(CALIBRATION_REQUESTS, *columns)
 
     def digest(self, cell: Cell, seed: int) -> str:
         """The digest of a column's queries."""
@@ -229,7 +279,10 @@ class _Row:
         folder = grid.folder.artifact("cells", key_digest(key), key, build)
         table = pd.read_parquet(folder / "replies.parquet")
         # Names are no part of the key: a row may be called otherwise than when it was computed.
-        return table.assign(model=grid.omni.source, defense=self.system.label, attack=cell.attack, seed=self.seed)
+        return table.assign(
+            model=grid.omni.source, defense=self.system.label, attack=cell.attack, seed=self.seed,
+            gate_seed=self.seed if self.system.trains else 0,
+        )  # fmt: skip
 
     def costs(self) -> dict[str, Any]:
         """`COST_COLUMNS` of the row."""
@@ -247,6 +300,7 @@ class _Row:
             **{name: description[name] for name in ("forwards_per_token", "extra_forwards", "trained_parameters")},
             "training_seconds": seconds,
             "training_steps": steps,
+            "training_failed": float(bool(description["failed"])) if self.system.trains else float("nan"),
             "relative_seconds": timing.ratio,
             "relative_low": timing.low,
             "relative_high": timing.high,
@@ -276,7 +330,8 @@ class _Row:
     def _timing(self) -> Timing:
         grid = self.grid
         itself = self.system.defense == "none" and not self.system.safety_prompt
-        if itself or not grid.rounds:
+        # How long a query takes is no matter of the seed.
+        if itself or not grid.rounds or self.seed != grid.seeds[0]:
             return _UNTIMED
         cells = _timed(grid.sets.cells())
         groups = [grid.queries(cell, self.seed)[:TIMED_QUERIES] for cell in cells]
@@ -296,6 +351,16 @@ class _Row:
 
         folder = grid.folder.artifact("timings", key_digest(key), key, build)
         return Timing(**json.loads((folder / "timing.json").read_text(encoding="utf-8")))
+
+
+def _with_alpha(system: ComparedSystem, curves: Mapping[str, pd.DataFrame]) -> ComparedSystem:
+    """A row of CoCA without an alpha with the one that its curve marks; any other as it is."""
+    if system.label not in curves:
+        return system
+    curve = curves[system.label]
+    alpha = float(curve.loc[curve["chosen"], "alpha"].iloc[0])
+    options = {**system.options, "alpha": alpha}
+    return system.model_copy(update={"options": options, "tuning": (), "name": system.label})
 
 
 def _timed(cells: Iterable[Cell]) -> list[Cell]:

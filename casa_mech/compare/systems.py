@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -15,13 +16,16 @@ from casa_mech.defenses.casa import CasaSettings
 from casa_mech.defenses.registry import DEFENSES, DefenseEntry, defense_entry, options, training_options
 from casa_mech.errors import InputError
 from casa_mech.evaluation.training import Benign
+from casa_mech.queries.files import QuerySource
 
 PROMPTED = "+safety-prompt"
 """End of a name on the command line that switches the safety prompt on."""
 DEFAULT_DEFENSES = (
     "none", "safety-prompt", "ssft", "ssft-token", "refusal-token", "circuit-breaker", "casa", f"casa{PROMPTED}",
-    "coca", "safecode", "moras",
+    "casa-scale", "casa-scale-replace", "coca", "safecode", "safecode-code", "moras", "any-depth",
 )  # fmt: skip
+SEEDS = (0, 1, 2, 3, 4)
+"""Of training and draws, unless others are named."""
 REFERENCE = "casa"
 """The row that all others are tested against."""
 
@@ -41,6 +45,9 @@ class ComparedSystem(Settings):
     """Number of training examples; None for as many as the others get."""
     benign: Benign | None = None
     """The benign half of the micro-world's examples; None for what the others get."""
+    tuning: tuple[QuerySource, ...] = ()
+    """CoCA without an alpha: queries of both labels that alpha is chosen on (see `tuning`), none of them in a column.
+    Empty: the micro-world's calibration requests."""
     path: str | None = None
     """Folder of trained weights; `{seed}` stands for the seed. None: they are trained."""
     name: str = ""
@@ -73,6 +80,11 @@ class ComparedSystem(Settings):
         inference = config.changed(**used.changes).inference
         return bool(Calibration().lacks(inference))
 
+    @property
+    def tunes(self) -> bool:
+        """True for CoCA without an alpha, which is chosen for the model then."""
+        return self.defense == "coca" and "alpha" not in self.options
+
     def folder(self, seed: int) -> Path | None:
         """The folder of its trained weights where it has one (`path`), for this seed; else None."""
         return None if self.path is None else Path(self.path.replace("{seed}", str(seed)))
@@ -96,21 +108,44 @@ class ComparedSystem(Settings):
             raise InputError(f"defense {self.defense!r} is not trained: leave out training, examples, benign and path")
         if recipe is not None:
             training_options(self.defense, self.training)
+        if self.tunes and "base" in self.options:
+            raise InputError(f"{self.label!r}: alpha is chosen with the principle's logits as base; leave base out")
+        if self.tuning and not self.tunes:
+            raise InputError(f"{self.label!r}: tuning is for coca without an alpha of its own; leave it out")
         return self
 
 
+_SCALED: dict[str, Any] = {"defense": "casa", "training": {"rule": "scale"}}
+NAMED_ROWS: Mapping[str, ComparedSystem] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            ComparedSystem(name="casa-scale", **_SCALED),
+            ComparedSystem(name="casa-scale-replace", options={"inference_rule": "replace"}, **_SCALED),
+            ComparedSystem(name="safecode-code", defense="safecode", options={"mode": "code"}),
+        )
+    }
+)
+"""Defences with options of their own that have a name: CASA under the paper's rule, throughout and with the rule that a
+second description has at inference (docs/method.md §1.2, conflict C), and SafeCoDe as its program does it."""
+
+
 def system_named(text: str) -> ComparedSystem:
-    """The row of a name on the command line: `casa`, or `casa+safety-prompt`.
+    """The row of a name on the command line: `casa`, `casa+safety-prompt`, or one of `NAMED_ROWS`.
 
     Raises:
         InputError: no such defence; the known ones are listed.
     """
     name, plus, switch = text.strip().partition("+")
-    if name not in DEFENSES or (plus and f"+{switch}" != PROMPTED):
+    if name not in (*DEFENSES, *NAMED_ROWS) or (plus and f"+{switch}" != PROMPTED):
         raise InputError(
-            f"unknown defense {text.strip()!r}; defenses: {', '.join(DEFENSES)}, each also with {PROMPTED} behind it"
+            f"unknown defense {text.strip()!r}; defenses: {', '.join((*DEFENSES, *NAMED_ROWS))}, each also with "
+            f"{PROMPTED} behind it"
         )
-    return ComparedSystem(defense=name, safety_prompt=bool(plus))
+    if name in DEFENSES:
+        return ComparedSystem(defense=name, safety_prompt=bool(plus))
+    row = NAMED_ROWS[name]
+    return row.model_copy(update={"safety_prompt": True, "name": f"{name} + safety prompt"}) if plus else row
 
 
 def check_systems(systems: Sequence[ComparedSystem]) -> None:
@@ -131,15 +166,14 @@ def training_records(system: ComparedSystem, shared: Mapping[str, Any], seed: in
     """A row's options in training, and the records they make, the defaults written out.
 
     `shared` are the settings that all supervised trainings have in common; circuit breakers, whose schedule is their
-    own, take no more than its number of steps.
+    own, take its number of steps where it is shorter than that.
     """
     recipe = system.entry.recipe
     assert recipe is not None
     if TrainSettings in recipe.records:
         settings = dict(shared)
     else:
-        fields = recipe.records[0].model_fields
-        steps = shared.get("max_steps")
-        settings = {} if steps is None else {"max_steps": min(int(steps), fields["max_steps"].default)}
+        steps, scheduled = shared.get("max_steps"), recipe.records[0].model_fields["schedule_steps"].default
+        settings = {} if steps is None or int(steps) >= scheduled else {"max_steps": int(steps)}
     settings |= {"seed": seed, **system.training}
     return settings, training_options(system.defense, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,26 +11,32 @@ import pandas as pd
 from casa_mech.compare.grid import GridResult
 from casa_mech.compare.intervals import macro_interval
 from casa_mech.judging.estimate import Estimate
-from casa_mech.judging.merit import BESIDE, NOT_REFUSED, OUTCOME_METRICS, outcome_rows, with_not_refused
+from casa_mech.judging.merit import BESIDE, NOT_REFUSED, OUTCOME_METRICS, SPLITS, outcome_rows, with_not_refused
 from casa_mech.judging.results import Row, result_table, value_row
 from casa_mech.judging.stats import auroc_interval
 from casa_mech.judging.verdict import UNDECIDED
 
 ALL = "all"
 HELD_OUT = "held_out"
+TOPICS = {"seen": "seen topics", HELD_OUT: "held-out topics"}
+"""The splits of the topics, with what to call them in a table."""
 SUMMARY_COLUMNS = (
     "model", "defense", "metric", "scope", "label", "seeds", "n", "value", "low", "high", "interval",
 )  # fmt: skip
-COSTS = ("forwards_per_token", "extra_forwards", "trained_parameters", "training_seconds", "relative_seconds")
+COSTS = (
+    "forwards_per_token", "extra_forwards", "trained_parameters", "training_seconds", "training_failed",
+    "relative_seconds",
+)  # fmt: skip
 _NOTHING = "any"
 
 
 def grid_rows(result: GridResult) -> pd.DataFrame:
     """Every rate of every cell and seed in the result schema, `gate_auroc` where a defence scores queries, and costs.
 
-    Rates have Wilson's interval where their draws are independent, else a bootstrap over topics. Costs have attack and
-    surface "any": `forwards_per_token` and `extra_forwards` as described, `trained_parameters`, `training_seconds`, and
-    `relative_seconds`, whose interval is the range over rounds.
+    Intervals of rates are over topics. Costs have attack and
+    surface "any": `forwards_per_token` and `extra_forwards` as described, `trained_parameters`, `training_seconds`,
+    `training_failed` (1 for a training that missed its own criterion), and `relative_seconds`, whose interval is the
+    range over rounds.
     """
     rows: list[Row] = []
     keys = ["model", "defense", "seed", "attack", "surface"]
@@ -49,9 +55,11 @@ def summarise(result: GridResult) -> pd.DataFrame:
     """The grid over seeds: `SUMMARY_COLUMNS`, a row for each defence, metric and scope.
 
     A scope is an attack, `surface:<name>` or `all`. Over several attacks a rate is the mean of theirs, each counted
-    once; `gate_auroc` puts their queries together, as one threshold has to serve them all. Metrics ending in
-    `:held_out` are on topics that training has not seen. Values are means over training seeds, and intervals cover
-    topics and, with several seeds, other trainings (`interval` names them). Costs have the scope `all`.
+    once; `gate_auroc` puts their queries together, as one threshold has to serve them all. Metrics ending in `:seen`
+    and `:held_out` are on topics that training has and has not seen, for each attack and `all`. Values are means over
+    training seeds, and intervals cover topics and, with several seeds, other trainings (`interval` names them). Costs
+    have the scope `all`; `training_failed` is the share of the seeds whose training missed its own criterion, and those
+    seeds are in all rates.
     """
     rows = []
     for (model, defense), replies in result.replies.groupby(["model", "defense"], sort=False):
@@ -59,9 +67,10 @@ def summarise(result: GridResult) -> pd.DataFrame:
         for scope, of_scope in _scopes(replies):
             rows += [{**where, "scope": scope, **row} for row in _rates(of_scope)]
             rows += [{**where, "scope": scope, **row} for row in _gate(of_scope)]
-        held_out = replies[replies["split"] == HELD_OUT]
-        for row in _rates(held_out) if len(held_out) else ():
-            rows.append({**where, "scope": ALL, **row, "metric": f"{row['metric']}:{HELD_OUT}"})
+        for split in SPLITS:
+            for scope, of_scope in _scopes(replies[replies["split"] == split], by=("attack",)):
+                rates = _rates(of_scope)
+                rows += [{**where, "scope": scope, **row, "metric": f"{row['metric']}:{split}"} for row in rates]
         costs = result.costs[(result.costs["model"] == model) & (result.costs["defense"] == defense)]
         rows += [{**where, "scope": ALL, "label": "both", **row} for row in _costs(costs)]
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
@@ -75,8 +84,8 @@ def compact(summary: pd.DataFrame) -> pd.DataFrame:
     columns |= {
         "over-refusal": ("over_refusal", ALL),
         "benign answered": ("benign_answered", ALL),
-        "held-out topics": (f"attack_success:{HELD_OUT}", ALL),
     }
+    columns |= {name: (f"attack_success:{split}", ALL) for split, name in TOPICS.items()}
     rows = []
     for (model, defense), of_system in with_not_refused(summary).groupby(["model", "defense"], sort=False):
         values = {(row["metric"], row["scope"]): row for row in of_system.to_dict("records")}
@@ -86,20 +95,29 @@ def compact(summary: pd.DataFrame) -> pd.DataFrame:
         rates = dict([success, ("not refused", not_refused), *others])
         auroc, time = values.get(("gate_auroc", ALL)), values.get(("relative_seconds", ALL))
         spent = {name: _number(values.get((name, ALL))) for name in COSTS[:4]}
+        failed = values.get(("training_failed", ALL))
         rows.append(
             {
                 "model": model, "defense": defense, **rates,
                 "gate AUROC": _text(auroc, 3), "time": _text(time, 2),
                 "forwards a token": spent["forwards_per_token"], "more forwards": spent["extra_forwards"],
                 "trained numbers": spent["trained_parameters"], "training s": spent["training_seconds"],
+                "failed trainings": "–" if failed is None else failed_trainings(failed["value"], failed["seeds"]),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _scopes(replies: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def failed_trainings(share: float, seeds: int) -> str:
+    """ "2 of 5": seeds whose training missed its own criterion."""
+    return f"{round(share * seeds)} of {seeds}"
+
+
+def _scopes(replies: pd.DataFrame, by: Sequence[str] = ("surface", "attack")) -> Iterator[tuple[str, pd.DataFrame]]:
+    if replies.empty:
+        return
     yield ALL, replies
-    for name in ("surface", "attack"):
+    for name in by:
         for value, of_value in replies.groupby(name, sort=False):
             yield (f"surface:{value}" if name == "surface" else str(value)), of_value
 

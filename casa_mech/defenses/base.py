@@ -42,6 +42,8 @@ class Description(BaseModel):
     """Where the method is from."""
     safety_prompt: bool = False
     """The safety prompt is switched on."""
+    failed: str = ""
+    """In what its training missed its own criterion; empty where it met it or has none."""
 
 
 class Defense(ABC):

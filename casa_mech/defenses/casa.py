@@ -26,7 +26,7 @@ CALIBRATION_ATTACKS = ("plain", "image", "audio", "split")
 class CasaSettings(SafetyTokenSettings):
     """How a trained CASA is used. Form and rule belong to its training; naming them makes sure of them.
 
-    The options beyond the paper are those of `InferenceSettings`; None leaves them as the gate was saved.
+    The options at inference are those of `InferenceSettings`; None leaves them as the gate was saved.
     """
 
     form: Form | None = None
@@ -45,6 +45,8 @@ class CasaSettings(SafetyTokenSettings):
     """Leave safe replies to the base model."""
     recheck_every: int | None = Field(default=None, ge=0)
     """Decide again after so many tokens of a reply; 0: decide once."""
+    inference_rule: Rule | None = None
+    """How v_s changes the logits at inference, where that is not the rule of training."""
     calibration: tuple[QuerySource, ...] = ()
     """Queries to calibrate on in the place of what the gate was saved with: text and media; those labelled benign set
     the threshold, text of both labels the direction. Empty: the gate's own calibration, else the micro-world's."""

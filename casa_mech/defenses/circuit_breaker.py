@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from casa_mech.casa.config import TrainSettings
+from casa_mech.casa.trainer import Row
 from casa_mech.defenses.base import Description
 from casa_mech.defenses.rerouting import CircuitBreakerSettings, Rerouting
 from casa_mech.defenses.trained import Tuned
@@ -36,7 +37,11 @@ class CircuitBreaker(Tuned):
             trained_parameters=self.trained_parameters,
             source="circuit breakers, arXiv 2406.04313",
             safety_prompt=self.safety_prompt,
+            failed=self.failed,
         )
+
+    def _failure(self, log: Sequence[Row]) -> str:
+        return self.config.failure(log)
 
     def _layers(self) -> Sequence[int]:
         return range(self.config.depth(self.omni.n_layers))

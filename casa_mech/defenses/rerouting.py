@@ -22,6 +22,8 @@ from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Example
 from casa_mech.trace.layers import layer_states
 
+WINDOW = 10
+"""Steps over which L_rr is averaged before it is held against the criterion."""
 DEPTHS = (0.3125, 0.625)
 """Depth of the target layers: 10 and 20 of 32."""
 
@@ -36,10 +38,16 @@ class CircuitBreakerSettings(LoraSettings):
     layers: tuple[int, ...] | None = None
     """Target layers, counted in blocks passed (layer l is the residual stream after l blocks, as in the authors'
     code); default, 0.3125 and 0.625 of the depth."""
-    max_steps: int = Field(default=150, ge=1)
-    """Optimiser steps."""
+    schedule_steps: int = Field(default=150, ge=1)
+    """Steps of the published schedule. Training ends after them if L_rr has fallen by `fall`."""
+    max_steps: int = Field(default=600, ge=1)
+    """Most optimiser steps: where L_rr has not fallen after the schedule, training goes on with the weights at its end
+    until it has, or until here, and has then failed. Fewer than `schedule_steps` shorten the schedule."""
+    fall: float = Field(default=0.5, gt=0, lt=1)
+    """Share by which L_rr, which starts at 1, has to fall in the mean over the last `WINDOW` steps. The criterion is on
+    the training loss alone."""
     horizon: int | None = Field(default=None, ge=1)
-    """2T₀ of the schedule; default, twice `max_steps`, so that both weights end at half of `alpha`."""
+    """2T₀ of the schedule; default, twice its steps, so that both weights end at half of `alpha`."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences a step in the circuit-breaker batch, and in the retain batch."""
     micro_batch_size: int = Field(default=16, ge=1)
@@ -53,7 +61,8 @@ class CircuitBreakerSettings(LoraSettings):
 
     At the start the states are the frozen ones, and a cosine has no slope at its maximum. Whether rerouting gets away
     from there before retaining holds it back depends on the size of the first steps. On the organism, whose states are
-    about 40 long, L_rr stayed at 1 with rates up to 5e-3; 1e-2 was the first of six tried with which it fell.
+    about 40 long, L_rr stayed at 1 for the published 150 steps with rates up to 5e-3; 1e-2 was the first of six tried
+    with which it fell. How far it falls differs from seed to seed, hence `fall`.
     """
     max_reply_tokens: int = Field(default=512, ge=1)
     """Replies are cut to this many tokens."""
@@ -63,9 +72,22 @@ class CircuitBreakerSettings(LoraSettings):
     """Of LoRA's start, the batches, the blanked requests and LoRA's dropout."""
 
     @property
+    def scheduled(self) -> int:
+        """Steps of the schedule."""
+        return min(self.schedule_steps, self.max_steps)
+
+    @property
     def two_t0(self) -> int:
         """2T₀ of the schedule, in steps."""
-        return self.horizon or 2 * self.max_steps
+        return self.horizon or 2 * self.scheduled
+
+    def failure(self, log: Sequence[Row]) -> str:
+        """In what the training that left the rows `log` falls short of `fall`, in words; empty where it does not."""
+        last = [row["reroute"] for row in log[-WINDOW:]]
+        mean = sum(last) / len(last)
+        if mean <= 1 - self.fall:
+            return ""
+        return f"L_rr is {mean:.2f} after {len(log)} steps, more than {1 - self.fall:g}"
 
     def target_layers(self, n_layers: int) -> list[int]:
         """The target layers in a model of `n_layers` blocks, rising.
@@ -89,8 +111,8 @@ class CircuitBreakerSettings(LoraSettings):
 
     @model_validator(mode="after")
     def _schedule_holds(self) -> Self:
-        if self.two_t0 < self.max_steps:
-            raise InputError(f"horizon={self.horizon} is shorter than max_steps={self.max_steps}: rerouting would end")
+        if self.two_t0 < self.scheduled:
+            raise InputError(f"horizon={self.horizon} is shorter than its {self.scheduled} steps: rerouting would end")
         return self
 
 
@@ -163,7 +185,7 @@ class Rerouting:
 
     def losses(self, step: int) -> Iterator[tuple[Tensor, Row]]:
         """c_s · L_rr on the circuit-breaker batch, then c_r · L_retain on the retain batch."""
-        c_s, c_r = coefficients(step, self._config.alpha, self._config.two_t0)
+        c_s, c_r = coefficients(min(step, self._config.scheduled), self._config.alpha, self._config.two_t0)
         broken, benign, refused = (
             [members[index] for index in passes.at(step)]
             for members, passes in zip(self._sets, self._passes, strict=True)
@@ -182,6 +204,10 @@ class Rerouting:
     def validation(self) -> list[Row]:
         """None: the authors train for a fixed number of steps."""
         return []
+
+    def finished(self, log: Sequence[Row]) -> bool:
+        """True once the schedule is over and L_rr has fallen."""
+        return len(log) >= self._config.scheduled and not self._config.failure(log)
 
     def summarise(self, sums: Sequence[Row]) -> Row:
         """`loss`, and its parts `reroute` and `retain` before their weights `c_s` and `c_r`."""

@@ -68,6 +68,8 @@ class Saved(BaseModel):
     """The model it was trained on."""
     training: TrainingRecord | None = None
     """How it was trained; None for one that was not."""
+    failed: str = ""
+    """In what its training missed its own criterion; empty where it met it or has none."""
 
 
 class Tuned(TrainedDefense):
@@ -88,6 +90,7 @@ class Tuned(TrainedDefense):
         super().__init__(omni)
         self.config = config
         self.training: TrainingRecord | None = None
+        self.failed = ""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.adapter: Adapter | None = Adapter(omni, config, self._layers())
@@ -103,6 +106,7 @@ class Tuned(TrainedDefense):
         settings = self._loop()
         log = Trainer(self._learner(examples), settings, out).run(resume, progress)
         self.training = TrainingRecord.of(examples, settled(settings, self.omni), log)
+        self.failed = self._failure(log)
         return log
 
     def save_pretrained(self, directory: Path | str) -> None:
@@ -112,7 +116,9 @@ class Tuned(TrainedDefense):
             RunError: the place cannot be written.
         """
         config = self.config.model_dump(mode="json")
-        saved = Saved(defense=self.name, config=config, base=Base.of(self.omni), training=self.training)
+        saved = Saved(
+            defense=self.name, config=config, base=Base.of(self.omni), training=self.training, failed=self.failed
+        )
         with writing_folder(directory) as folder:
             self._attached.save(folder)
             (folder / FILE).write_text(saved.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -136,7 +142,7 @@ class Tuned(TrainedDefense):
         except ModelError:
             defense.close()
             raise
-        defense.training = saved.training
+        defense.training, defense.failed = saved.training, saved.failed
         if warning:
             warnings.warn(warning, stacklevel=2)
         return defense
@@ -171,6 +177,10 @@ class Tuned(TrainedDefense):
         with self._attached.merged():
             return self.omni.generate(queries, settings, progress)
 
+    def _failure(self, log: Sequence[Row]) -> str:
+        """In what a training that left the rows `log` missed its own criterion."""
+        return ""
+
     def _layers(self) -> Sequence[int] | None:
         """The blocks that get a LoRA; None for all."""
         return None
@@ -195,6 +205,8 @@ class Tuned(TrainedDefense):
         ]
         objective = [name for name in saved.config if name not in LoraSettings.model_fields]
         lines += [f"| {name} | {saved.config[name]} |" for name in objective]
+        if saved.failed:
+            lines.append(f"| **failed** | {saved.failed} |")
         return "\n".join([*lines, *training_lines(saved.training), ""])
 
 

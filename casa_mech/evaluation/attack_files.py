@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from casa_mech.attacks import Speech, apply_attack, attack_named, find_font, paired, read_wrappers, wrappers_of
+from casa_mech.attacks import (
+    PROMPT_SLOTS,
+    Speech,
+    apply_attack,
+    attack_named,
+    find_font,
+    paired,
+    read_prompt,
+    read_wrappers,
+    wrappers_of,
+)
 from casa_mech.attacks.fonts import Use
 from casa_mech.draws import BENIGN
 from casa_mech.errors import InputError
@@ -62,6 +72,8 @@ class AttackChoice:
     """A split of the shipped jailbreak wrappers, or a file of them."""
     speech: Speech = field(default_factory=Speech)
     picture: Path | None = None
+    prompt_file: Path | None = None
+    """Published wording of FigStep's or AIAH's text (see `attacks.prompt_file`); None: our own."""
     model: str = "organism"
     """Whose tokenizer counts a prefill."""
     skip_unfit: bool = False
@@ -94,6 +106,8 @@ def write_attacked(
         RunError: `out` holds something else or cannot be written to.
     """
     attack_named(attack.name)
+    if attack.name in PROMPT_SLOTS and attack.prompt_file is None:
+        note(f"{attack.name}: the text is our own wording of the published one; --prompt-file takes yours")
     if attack.speech.name not in (None, *attack.speech.names):
         raise InputError(f"unknown voice {attack.speech.name!r}; known voices: {', '.join(attack.speech.names)}")
     queries, partners = _chosen(choice, attack.seed, note), {}
@@ -122,6 +136,7 @@ class _Maker:
         self.attack, self.partners = attack, partners
         is_file = Path(attack.wrappers).suffix or Path(attack.wrappers).is_file()
         self.wrappers = read_wrappers(attack.wrappers) if is_file else wrappers_of(attack.wrappers)
+        self.prompt = read_prompt(attack.prompt_file, attack.name) if attack.prompt_file is not None else None
         self.tokenizer: Any = None
         self.unfit: Counter[str] = Counter()
 
@@ -131,7 +146,7 @@ class _Maker:
         speech = {name: getattr(self.attack.speech, name) for name in ("name", "speed", "pitch", "snr_db")}
         fonts = [find_font(use).name for use in ("figstep", "typo", "page")]
         model = self.attack.model if self.attack.name.startswith("prefill") else ""
-        options = [self.attack.name, self.attack.seed, self.wrappers, speech, pictures, model, fonts]
+        options = [self.attack.name, self.attack.seed, self.wrappers, speech, pictures, model, fonts, self.prompt]
         return json.dumps([*options, self.attack.skip_unfit])
 
     def __call__(self, query: Query) -> Query | None:
@@ -154,7 +169,12 @@ class _Maker:
             self.tokenizer = _tokenizer(attack.model)
         from casa_mech.organism.wording import wording_of
 
-        shared: dict[str, Any] = {"tokenizer": self.tokenizer, "speech": attack.speech, "picture": attack.picture}
+        shared: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "speech": attack.speech,
+            "picture": attack.picture,
+            "prompt": self.prompt,
+        }
         return apply_attack(
             attack.name, [query], attack.seed, wrappers=self.wrappers, wording=wording_of(query), **shared
         )[0]
@@ -201,6 +221,7 @@ def _summary(name: str, out: Path, written: Sequence[Query], made_now: int, n_qu
         "labels": dict(Counter(query.label or "unlabelled" for query in written)),
         "pictures": kinds["image"],
         "clips": kinds["audio"],
+        "prompt_wording": sorted({query.meta.get("prompt_wording", "") for query in written} - {""}),
         "fonts": sorted({query.meta["font"] for query in written if "font" in query.meta}),
     }
 

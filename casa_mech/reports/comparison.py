@@ -16,8 +16,8 @@ from casa_mech.reports.ablations.claims import MEDIA, attention_claim, variant_c
 from casa_mech.reports.ablations.plots import plot_ablations, plot_by_attack
 from casa_mech.reports.ablations.tables import ablation_data, prompt_data
 from casa_mech.reports.claim import Heading
-from casa_mech.reports.defences.claims import rival_claim, success_claim
-from casa_mech.reports.defences.plots import plot_grid, plot_tradeoff
+from casa_mech.reports.defences.claims import alpha_heading, rival_claim, success_claim
+from casa_mech.reports.defences.plots import plot_alpha, plot_grid, plot_tradeoff
 from casa_mech.reports.defences.tables import grid_data, tradeoff_data
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import slug
@@ -29,7 +29,7 @@ def draw(comparison: Comparison, folder: RunFolder, name: str) -> list[Path]:
     What its rows do not allow is left out. A title is the claim where there are the rows and the held-out topics to
     make it, else it says what is shown.
     """
-    figures = _ablations(comparison) if comparison.variants else _defences(comparison)
+    figures = _ablations(comparison) if comparison.ablated else _defences(comparison)
     return [
         save_figure(figure, data, folder.path("figures", f"{name}-{suffix}"))
         for suffix, (figure, data) in figures.items()
@@ -52,6 +52,8 @@ def _defences(comparison: Comparison) -> dict[str, tuple[Figure, pd.DataFrame]]:
         heading = rival_claim(comparison).heading if claimed else neutral
         points = tradeoff_data(comparison.summary)
         figures["tradeoff"] = (plot_tradeoff(points, *heading), points)
+    if len(comparison.curves):
+        figures["alpha"] = (plot_alpha(comparison.curves, *alpha_heading(comparison)), comparison.curves)
     return figures
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.casa import stir
 
-from casa_mech.casa import Casa
+from casa_mech.casa import Casa, CasaConfig
 from casa_mech.casa import generation as generation_module
 from casa_mech.casa.generation import prefill_ids
 from casa_mech.casa.recheck import _at_last_header, _header_ids, at_header
+from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Query, Reply, TextPart, Turn
 from casa_mech.trace.gate import gated_prompt
@@ -221,3 +223,40 @@ def test_off_it_changes_nothing(casa: Casa, mixed_queries: list[Query], monkeypa
     again: list[Reply] = casa.generate(mixed_queries, SETTINGS)
     assert [reply.text for reply in again] == [reply.text for reply in replies]
     assert sum(calls) == 2 * len(mixed_queries)
+
+
+# The rule at inference
+
+
+def test_the_rule_at_inference_is_not_the_rule_of_training(
+    tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path
+) -> None:
+    casa = stir(Casa.attach(tiny_omni, CasaConfig.paper()))
+    scaled = casa.decide(mixed_queries, SETTINGS)
+    casa.use(inference_rule="replace")
+    for one, other in zip(scaled, casa.decide(mixed_queries, SETTINGS), strict=True):
+        assert one.v_s is not None and other.v_s == pytest.approx(one.v_s)
+        assert (other.logit_safe, other.logit_unsafe) == pytest.approx((1 - one.v_s, one.v_s))
+        assert other.safety_token == ("unsafe" if one.v_s > 0.5 else "safe")
+        assert one.logit_unsafe != pytest.approx(one.v_s)
+    batch = tiny_omni.encode(mixed_queries)
+    trained = gated_prompt(tiny_omni, batch, casa.safety_gate, batch.gate_position).reading
+    assert trained.pair.flatten().tolist() == pytest.approx(
+        [value for reply in scaled for value in (reply.logit_safe, reply.logit_unsafe)], rel=1e-4
+    )  # what training and probes read
+    casa.save_pretrained(tmp_path / "gate")
+    assert "scale, at inference replace" in (tmp_path / "gate" / "README.md").read_text()
+    casa.detach()
+    again = Casa.from_pretrained(tmp_path / "gate", tiny_omni)
+    assert (again.config.rule, again.config.inference_rule) == ("scale", "replace")
+
+
+def test_a_threshold_is_that_of_one_rule(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
+    casa = stir(Casa.attach(tiny_omni, CasaConfig.paper(fpr=0.1)))
+    casa.calibrate(benign=[query for query in mixed_queries if query.modalities == {"text"}])
+    casa.decide(mixed_queries[:1], SETTINGS)
+    casa.use(inference_rule="replace")
+    with pytest.raises(InputError, match="fpr needs a calibration"):
+        casa.decide(mixed_queries[:1], SETTINGS)
+    with pytest.raises(InputError, match="form none has no v_s"):
+        CasaConfig(form="none", inference_rule="replace")

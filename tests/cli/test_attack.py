@@ -1,6 +1,7 @@
 """`casa-mech attack`: files that evaluate reads, twins, options, what does not fit, and a stopped run."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +210,45 @@ def test_figstep_writes_the_figure_and_its_numbers(capsys: pytest.CaptureFixture
     assert {path.suffix for path in tmp_path.glob("figure.*")} == {".png", ".svg", ".csv"}
     code, _, err = run(capsys, "figstep", tmp_path / "gone")
     assert code == 2 and "neither SafeBench-Tiny.csv nor safebench.csv" in err
+
+
+def test_published_wording_comes_from_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, table: Path) -> None:
+    source = ["--queries", table, "--column", "goal", "--meta", "key_phrase=word", "--n", 1, "--json"]
+    own = ["attack", "aiah-letters", *source]
+    code, printed, err = run(capsys, *own, "--out", tmp_path / "own")
+    assert code == 0 and json.loads(printed)["prompt_wording"] == ["own"]
+    assert "aiah-letters: the text is our own wording of the published one" in err
+    (tmp_path / "aiah.txt").write_text("Letters: {letters}. Think of [word].\n{question} Go on.\n", encoding="utf-8")
+    code, printed, err = run(capsys, *own, "--out", tmp_path / "file", "--prompt-file", tmp_path / "aiah.txt")
+    assert code == 0 and "own wording" not in err
+    (query,) = read_index(tmp_path / "file")
+    assert query.text == "Letters: c a k e. Think of [word].\nHow do I bake [word]? Go on."
+    assert [query.meta["prompt_wording"]] == json.loads(printed)["prompt_wording"]
+    assert query.meta["prompt_wording"].startswith("file ")
+    code, _, err = run(capsys, *own, "--out", tmp_path / "file")
+    assert code == 2 and "other queries or options" in err  # the wording is part of what the index was made of
+    (tmp_path / "figstep.txt").write_text("Fill the points in.", encoding="utf-8")
+    for attack, text in (("figstep", "Fill the points in."), ("figstep-text", "```\nFill the points in.")):
+        out = tmp_path / attack
+        code, *_ = run(capsys, "attack", attack, *source, "--out", out, "--prompt-file", tmp_path / "figstep.txt")
+        assert code == 0 and read_index(out)[0].text.endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("attack", "text", "message"),
+    [
+        ("aiah-speech", "no slot", "the text of aiah-speech must hold {question} exactly once"),
+        ("aiah-letters", "{question}", "the text of aiah-letters must hold {letters} exactly once"),
+        ("figstep", " ", "the text of figstep is empty"),
+        ("jailbreak", "x", "--prompt-file is for figstep, figstep-text, aiah-letters, .*; leave it out for jailbreak"),
+        ("figstep", None, "cannot be read as UTF-8 text"),
+    ],
+)
+def test_a_prompt_file_that_does_not_serve_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, table: Path, attack: str, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "p.txt").write_text(text, encoding="utf-8")
+    source = ["--queries", table, "--column", "goal", "--meta", "key_phrase=word", "--prompt-file", tmp_path / "p.txt"]
+    code, _, err = run(capsys, "attack", attack, *source, "--out", tmp_path / "out")
+    assert code == 2 and err.count("\n") <= 2 and re.search(message, err), err

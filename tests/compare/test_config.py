@@ -20,7 +20,7 @@ from casa_mech.errors import InputError
 from casa_mech.judging import read_table
 
 QUICK = ["--examples", "16", "--steps", "2", "--train-option", "batch_size=4", "--max-new-tokens", "3",
-         "--batch-size", "16", "--timing-rounds", "0"]  # fmt: skip
+         "--batch-size", "16", "--timing-rounds", "0", "--seeds", "0"]  # fmt: skip
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -73,7 +73,8 @@ def paper(public: Path, tmp_path: Path) -> Path:
     content = yaml.safe_load(example())
     content |= {"data": "sets", "judge": {"name": "keyword"}, "generation": {"max_new_tokens": 3, "batch_size": 16}}
     content["training"]["settings"] = {"max_steps": 2, "batch_size": 4}
-    content["defenses"] = ["none", {**content["defenses"][4]}, "casa", "coca"]
+    content["defenses"] = ["none", "casa-scale", "casa", {"defense": "coca", "options": {"alpha": 4}}]
+    content["seeds"] = [0]
     content["timing_rounds"] = 0
     (tmp_path / "paper.yaml").write_text(yaml.safe_dump(content))
     rows = [
@@ -92,7 +93,7 @@ def test_the_shipped_example_is_whole(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "paper.yaml").write_text(out)
     config = read_config(tmp_path / "paper.yaml")
     labels = [system.label for system in config.defenses]
-    assert len(labels) == len(set(labels)) == 10
+    assert len(labels) == len(set(labels)) == 12
     assert config.defenses[-1].options["prototypes"]["path"] == str(tmp_path / "moras_unsafe.csv")
     read = {source.set for plan in config.sets for source in (plan.harmful, plan.benign) if source is not None}
     assert {"jailbreakv-28k-mini", "mm-safetybench-typo", "aiah", "advbench"} <= read
@@ -108,9 +109,9 @@ def test_the_papers_table_on_files_of_the_public_shape(
     assert code == 0, err
     found = json.loads(out)
     assert found["judge"] == "keyword"
-    assert {row["defense"] for row in found["defenses"]} == {"none", "casa (paper's rule)", "casa", "coca"}
+    assert {row["defense"] for row in found["defenses"]} == {"none", "casa-scale", "casa", "coca"}
     assert "left out 1 queries that prefill-12 does not fit" in err and "micro-world's English" in err
-    (table,) = (tmp_path / "out" / "tables").iterdir()
+    (table,) = (tmp_path / "out" / "summary").glob("*-results.parquet")
     rows = read_table(table)
     sizes = rows[(rows["metric"] == "undecided") & (rows["defense"] == "casa")].set_index(["attack", "label"])["n"]
     assert sizes["JailbreakV-28k mini", "harmful"] == sizes["prefill 12", "harmful"] == 3
@@ -188,9 +189,8 @@ def test_the_command_adds_rows_and_ablates(
     assert code == 0 and "ssft-token + safety prompt" in out
     names = {path.name for path in (tmp_path / "out" / "summary").iterdir()}
     model = random_organism.name
-    assert names == {
-        f"{grid}-{model}-{kind}.csv" for grid in ("compare", "ablations") for kind in ("summary", "tests", "published")
-    }
+    kinds = ("-summary.csv", "-tests.csv", "-curves.csv", "-published.csv", "-results.parquet", "-outcomes.parquet")
+    assert names == {f"{grid}-{model}{kind}" for grid in ("compare", "ablations") for kind in (*kinds, ".json")}
     assert "axis" in pd.read_csv(tmp_path / "out" / "summary" / f"ablations-{model}-summary.csv").columns
     figures = tmp_path / "out" / "figures"
     drawn = {f"compare-{model}-grid", f"compare-{model}-tradeoff", f"ablations-{model}-prompt"}

@@ -243,8 +243,9 @@ def test_bad_rows_are_named(omni: Omni, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="different whole numbers"):
         Grid(omni, [ComparedSystem(defense="none")], WorldSets(("plain",), 1), (0, 0), open_folder(tmp_path / "b"),
              Weights(PLAN, open_folder(tmp_path / "b")))  # fmt: skip
-    assert [system_named(name).label for name in DEFAULT_DEFENSES][-4:] == [
-        "casa + safety prompt", "coca", "safecode", "moras",
+    assert [system_named(name).label for name in DEFAULT_DEFENSES][-9:] == [
+        "casa", "casa + safety prompt", "casa-scale", "casa-scale-replace", "coca", "safecode", "safecode-code",
+        "moras", "any-depth",
     ]  # fmt: skip
 
 
@@ -309,3 +310,17 @@ def test_a_row_without_calibration_queries_is_refused_before_anything_runs(tiny_
     tiny_omni.model.config.micro_world = False
     with pytest.raises(InputError, match="'casa-mended' needs queries to be calibrated on: set its option calibration"):
         make(tmp_path / "grid", tiny_omni, ("none", "casa-mended"))
+
+
+def test_a_failed_training_is_counted_and_kept(omni: Omni, tmp_path: Path) -> None:
+    """Two steps do not move L_rr from 1: the seed has failed, and its replies are in the table all the same."""
+    result = make(tmp_path / "grid", omni, ("none", "circuit-breaker"), n=2).fill()
+    failed = result.costs.set_index("defense")["training_failed"]
+    assert failed["circuit-breaker"] == 1 and pd.isna(failed["none"])
+    table = summarise(result)
+    row = table[(table["defense"] == "circuit-breaker") & (table["metric"] == "training_failed")]
+    assert row["value"].tolist() == [1.0] and row["seeds"].tolist() == [1]
+    assert compact(table).set_index("defense")["failed trainings"].to_dict() == {
+        "none": "–", "circuit-breaker": "1 of 1",
+    }  # fmt: skip
+    assert (table["defense"] == "circuit-breaker").sum() > (table["defense"] == "none").sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,14 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from casa_mech.casa.config import CasaConfig
-from casa_mech.compare.ablations import AXES, FEW, PROMPT_AXIS, ablation_frame, systems_of, variants
-from casa_mech.compare.comparison import Comparison
+from casa_mech.compare.ablations import AXES, FEW, PROMPT_AXIS, systems_of, variants
+from casa_mech.compare.comparison import Comparison, read_comparison, write_comparison
 from casa_mech.compare.grid import COST_COLUMNS, GridResult
 from casa_mech.compare.intervals import macro_interval
 from casa_mech.compare.paired import effect, paired_tests, pairs_of
 from casa_mech.compare.systems import training_records
 from casa_mech.compare.tables import ALL, compact, grid_rows, summarise
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, RunError
 from casa_mech.judging.published import published_rates
 from casa_mech.judging.stats import wilson
 from casa_mech.reports.ablations import claims as ablation_claims
@@ -30,6 +31,7 @@ from casa_mech.reports.published import plot_published_rates
 
 ATTACKS = ("plain", "image")
 N = 40
+UNTRAINED = ("none", "coca")
 
 
 def comparison(failing: dict[str, float], seeds: Sequence[int] = (0,), scored: Sequence[str] = ()) -> GridResult:
@@ -38,6 +40,8 @@ def comparison(failing: dict[str, float], seeds: Sequence[int] = (0,), scored: S
     for name, share in failing.items():
         for seed in seeds:
             costs.append({**dict.fromkeys(COST_COLUMNS, 0), "model": "m", "defense": name, "seed": seed,
+                          "trained_parameters": 0 if name in UNTRAINED else 9,
+                          "training_failed": np.nan if name in UNTRAINED else float(seed == 1),
                           "training_seconds": np.nan, "relative_seconds": 1.5, "relative_low": 1.4,
                           "relative_high": 1.6, "timed": 9})  # fmt: skip
             for attack in ATTACKS:
@@ -49,6 +53,7 @@ def comparison(failing: dict[str, float], seeds: Sequence[int] = (0,), scored: S
                         rows.append({
                             "model": "m", "defense": name, "attack": attack, "label": label, "seed": seed,
                             "surface": "text" if attack == "plain" else attack, "topic": topic, "cluster": topic,
+                            "gate_seed": 0 if name in UNTRAINED else seed,
                             "split": "seen" if i % 2 else "held_out", "query_id": f"{label}{i}", "gate_score": score,
                             "outcome": "complied" if hit else "refused", "safety_token": None, "score": np.nan,
                         })  # fmt: skip
@@ -106,8 +111,37 @@ def test_the_summary_has_every_scope() -> None:
     assert {"over_refusal", "benign_answered", "attack_success:held_out", "relative_seconds"} <= metrics
     gates = table[table["metric"] == "gate_auroc"]
     assert set(gates["defense"]) == {"casa"} and (gates["value"] == 1).all()
-    assert compact(table).set_index("defense").loc["casa", "attack success"].startswith("10.0 [")
+    read = compact(table).set_index("defense")
+    assert read.loc["casa", "attack success"].startswith("10.0 [")
+    # Of 40 requests the first four succeed; odd ones are of seen topics, even ones of held-out topics.
+    assert read.loc["casa", ["seen topics", "held-out topics"]].str.startswith("10.0 [").all()
+    assert read["failed trainings"].to_dict() == {"none": "–", "casa": "1 of 3"}
+    splits = table[(table["defense"] == "casa") & (table["metric"] == "attack_success:seen")]
+    assert list(splits["scope"]) == [ALL, "plain", "image"] and splits["n"].tolist() == [120, 60, 60]
     assert len(grid_rows(result)[lambda rows: rows["metric"] == "relative_seconds"]) == 6
+
+
+def test_a_comparison_is_kept_for_others(tmp_path: Path) -> None:
+    result = comparison({"none": 0.5, "casa": 0.1, "coca": 0.2}, seeds=(0, 1))
+    result.replies.loc[3, "outcome"] = "undecided"
+    first = Comparison.of("m", "weights", result)
+    write_comparison(first, tmp_path, "compare-m")
+    again = read_comparison(tmp_path, "compare-m", "weights")
+    assert again is not None and not again.ablated and again.model == "m"
+    columns = ["defense", "attack", "surface", "label", "split", "seed", "query_id", "cluster", "outcome", "gate_seed"]
+    order = ["defense", "attack", "label", "seed", "query_id"]
+    pd.testing.assert_frame_equal(
+        *(side.replies[columns].sort_values(order, ignore_index=True) for side in (first, again)), check_dtype=False
+    )
+    assert list(dict.fromkeys(again.replies["defense"])) == ["none", "casa", "coca"]
+    assert list(again.summary.columns) == list(first.summary.columns) and len(again.rows) == len(first.rows)
+    assert claims.success_claim(again).value == pytest.approx(claims.success_claim(first).value)
+    pd.testing.assert_frame_equal(tables.tradeoff_data(again.summary), tables.tradeoff_data(first.summary))
+    assert read_comparison(tmp_path, "compare-m", "other weights") is None  # tables of a model before it was rebuilt
+    assert read_comparison(tmp_path, "ablations-m", "weights") is None
+    (tmp_path / "compare-m-tests.csv").unlink()
+    with pytest.raises(RunError, match=r"compare-m\.json has no complete tables beside it"):
+        read_comparison(tmp_path, "compare-m", "weights")
 
 
 def test_rows_are_tested_against_casa_on_the_same_queries() -> None:
@@ -222,7 +256,7 @@ def test_circuit_breakers_keep_their_own_schedule() -> None:
 
     shared = {"max_steps": 200, "batch_size": 32, "micro_batch_size": 32}
     given, records = training_records(ComparedSystem(defense="circuit-breaker"), shared, 3)
-    assert given == {"max_steps": 150, "seed": 3} and records[0].batch_size == 16
+    assert given == {"seed": 3} and records[0].batch_size == 16
     assert training_records(ComparedSystem(defense="circuit-breaker"), {"max_steps": 5}, 0)[0]["max_steps"] == 5
     given, records = training_records(ComparedSystem(defense="casa", training={"max_steps": 9}), shared, 3)
     assert (records[1].max_steps, records[1].batch_size, records[1].seed) == (9, 32, 3)
@@ -239,9 +273,7 @@ def test_figures_draw_what_there_is() -> None:
     assert len(points) == 6 and plot_tradeoff(points, "t").axes
     assert points.set_index("defense").loc["casa", "not_refused"] == pytest.approx(0.1)
     assert compact(found.summary).set_index("defense").loc["casa", "not refused"].startswith("10.0 [")
-    found = Comparison(
-        "m", result, grid_rows(result), ablation_frame(found.summary, chosen), found.tests, tuple(chosen)
-    )
+    found = Comparison.of("m", "weights", result, chosen)
     assert ablation_claims.attention_claim(found).value == pytest.approx(-0.2)
     assert ablation_claims.prompt_claim(found).value == pytest.approx(-0.05)
     assert "form mean" in ablation_claims.variant_claim(found).title
@@ -254,4 +286,4 @@ def test_figures_draw_what_there_is() -> None:
 
 
 def _comparison(result: GridResult) -> Comparison:
-    return Comparison("m", result, grid_rows(result), summarise(result), paired_tests(result.replies))
+    return Comparison.of("m", "weights", result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers.defenses import examples, stir
 from torch.nn import functional
 
+from casa_mech.defenses import load_defense
 from casa_mech.defenses.circuit_breaker import CircuitBreaker
 from casa_mech.defenses.rerouting import (
     CircuitBreakerSettings,
@@ -28,7 +30,7 @@ def test_the_schedule_of_circuit_breakers() -> None:
     assert coefficients(150, 10.0, 300) == (5.0, 5.0)
     assert coefficients(300, 10.0, 300) == (0.0, 10.0)
     settings = CircuitBreakerSettings()
-    assert (settings.max_steps, settings.two_t0, settings.alpha, settings.lora_r) == (150, 300, 10.0, 16)
+    assert (settings.scheduled, settings.two_t0, settings.alpha, settings.lora_r) == (150, 300, 10.0, 16)
     assert coefficients(20, 5.0, CircuitBreakerSettings(max_steps=20).two_t0) == (2.5, 2.5)
     with pytest.raises(InputError, match="horizon=100"):
         CircuitBreakerSettings(horizon=100)
@@ -163,3 +165,41 @@ def test_a_blanked_request_is_as_if_it_were_not_there(tiny_omni: Omni) -> None:
         blanked_logits = tiny_omni.model(**hidden.inputs).logits[:, keep]
     torch.testing.assert_close(blanked_logits, expected)
     assert torch.equal(blanked(batch, torch.tensor([False])).inputs["attention_mask"], batch.inputs["attention_mask"])
+
+
+def test_training_goes_on_until_rerouting_has_fallen(tiny_omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a mean over ten steps of 1 - fall or less, not before the schedule is over, not after the maximum."""
+    settings = CircuitBreakerSettings(schedule_steps=12, max_steps=20, fall=0.4)
+
+    def log(*values: float) -> list[dict[str, float]]:
+        return [{"reroute": value} for value in values]
+
+    assert settings.failure(log(*[1.0] * 5, *[0.5, 0.7] * 5)) == ""  # the mean of the last ten is 0.6
+    assert settings.failure(log(*[0.61] * 14)) == "L_rr is 0.61 after 14 steps, more than 0.6"
+    defense, run = learner(tiny_omni, schedule_steps=12, max_steps=20, fall=0.4, layers=(1,))
+    assert not run.finished(log(*[0.1] * 11)) and run.finished(log(*[0.1] * 12))
+    assert not run.finished(log(*[1.0] * 12)) and run.steps == 20
+    weights = [run.summarise([row for _, row in run.losses(step)]) for step in (0, 12, 19)]
+    assert [(row["c_s"], row["c_r"]) for row in weights] == [(10.0, 0.0), (5.0, 5.0), (5.0, 5.0)]
+    defense.close()
+
+
+@pytest.mark.parametrize(("falling", "steps", "failed"), [(True, 4, False), (False, 7, True)])
+def test_a_failed_training_says_so(
+    tiny_omni: Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, falling: bool, steps: int, failed: bool
+) -> None:
+    weighted = Rerouting._weighted
+
+    def scripted(self: Rerouting, name: str, *rest: Any) -> Any:
+        loss, row = weighted(self, name, *rest)
+        return loss, {**row, name: 0.2 if falling else 0.9}
+
+    monkeypatch.setattr(Rerouting, "_weighted", scripted)
+    settings = CircuitBreakerSettings(schedule_steps=4, max_steps=7, batch_size=4, layers=(1,))
+    defense = CircuitBreaker(tiny_omni, settings)
+    assert len(defense.train(examples(), tmp_path / "work", progress=False)) == steps
+    defense.save_pretrained(tmp_path / "saved")
+    defense.close()
+    with load_defense("circuit-breaker", tiny_omni, path=tmp_path / "saved") as again:
+        assert bool(again.describe().failed) == failed
+    assert ("L_rr is 0.90 after 7 steps" in (tmp_path / "saved" / "README.md").read_text()) == failed

@@ -44,9 +44,8 @@ def prompt_claim(comparison: Comparison) -> Claim:
 
 def variant_claim(comparison: Comparison) -> Claim:
     """The single change that does most: chosen on topics that training saw, judged on the others."""
-    names = dict.fromkeys(
-        variant.system.label for variant in comparison.variants if variant.axis != PROMPT_AXIS
-    )  # fmt: skip
+    summary = comparison.summary
+    names = dict.fromkeys(summary[summary["axis"] != PROMPT_AXIS]["defense"])
     base = mean_error(comparison.replies, BASE)
     sizes = {name: abs(mean_error(comparison.replies, name) - base) for name in names if name != BASE}
     largest = max(sizes, key=lambda name: sizes[name])

@@ -7,13 +7,13 @@ from types import MappingProxyType
 
 import pandas as pd
 
-from casa_mech.compare.ablations import FEW, PROMPT_AXIS, REDUCED, systems_of, variants
+from casa_mech.compare.ablations import ABLATION_SEEDS, FEW, PROMPT_AXIS, systems_of, variants
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.tables import ALL
 from casa_mech.compare.weights import TrainingPlan
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.merit import OUTCOME_METRICS
-from casa_mech.reports.defences.tables import SIX_ATTACKS, GridSizes, filled_grid, grid_data
+from casa_mech.reports.defences.tables import SIX_ATTACKS, GridSizes, committed_grid, filled_grid, grid_data
 from casa_mech.study import Study
 from casa_mech.study.settings import ProfileName
 
@@ -21,20 +21,25 @@ ABLATION_SIZES: Mapping[ProfileName, GridSizes] = MappingProxyType(
     {
         "smoke": GridSizes(10, ("plain", "image"), steps=4, axes=("prompt", "form"), only=("form=mean",)),
         "default": GridSizes(60, ("plain", "image", "audio", "prefill-12"), only=FEW),
-        "full": GridSizes(200, SIX_ATTACKS),
+        "full": GridSizes(200, SIX_ATTACKS, seeds=len(ABLATION_SEEDS)),
     }
 )
-"""Of notebook 06."""
+"""Of notebook 06; those of the default profile where there are no committed tables of the model."""
+_SHORT = TrainingPlan(n_examples=600, settings={"max_steps": 60, "batch_size": 32, "micro_batch_size": 32})
+"""Training of the variants where there are no committed tables: shorter than that of the comparison's rows."""
 
 
-def ablation_grid(study: Study, n: int = 0) -> Comparison:
-    """The ablations of notebook 06, all trained alike and shorter than the comparison's rows.
+def ablation_grid(study: Study, n: int = 0, tables: str = "") -> Comparison:
+    """The ablations of notebook 06: the committed ones of the model (`committed_grid`), else some of them, all trained
+    alike and, but for the full profile, shorter than the comparison's rows.
 
     `n` takes the place of the profile's number of requests in each cell.
     """
+    committed = committed_grid(study, "ablations", tables, n)
+    if committed is not None:
+        return committed
     sizes = ABLATION_SIZES[study.settings.profile]
-    full = study.settings.profile == "full"
-    plan = TrainingPlan(2_000, {**REDUCED.settings, "max_steps": 200}) if full else REDUCED
+    plan = TrainingPlan() if study.settings.profile == "full" else _SHORT
     if sizes.steps is not None:
         plan = TrainingPlan(64, {**plan.settings, "max_steps": sizes.steps})
     ablated = variants(study.omni().n_layers, plan.n_examples, sizes.axes, sizes.only)

@@ -51,8 +51,8 @@ def plot_attacks(data: pd.DataFrame, unread: Sequence[str], title: str, caption:
         if unread:
             axes[0].text(99, len(attacks) - 0.6, "grey: cannot read it", ha="right", va="bottom", fontsize=8)
         how = (
-            "Hollow: not refused, answered or not. Bars: 95 % intervals, Wilson's for rates, by bootstrap over topics "
-            "for AUROCs."
+            "Hollow: not refused, answered or not. Bars: 95 % intervals, over topics. The texts of FigStep and AIAH "
+            "are our own wording."
         )
         return titled(figure, title, f"{caption} {how}", legend_of=axes[0])
 

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from casa_mech.attacks import ATTACKS, STUDY_ATTACKS, apply_to_pairs
+from casa_mech.attacks import ATTACKS, PROMPT_SLOTS, STUDY_ATTACKS, apply_to_pairs
+from casa_mech.compare.tables import TOPICS
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, reply_table, result_rows
 from casa_mech.identity import key_digest
 from casa_mech.judging import MicroWorldJudge, judge_all
@@ -160,8 +161,9 @@ def attacks_that(readable: pd.DataFrame, reads: str) -> list[str]:
 def benchmark_table(results: pd.DataFrame, readable: pd.DataFrame) -> pd.DataFrame:
     """A table to read: attacks down, `value [low, high] n=` in percent across; AUROC as it is.
 
-    The last column says whether the model can read the attack, and where it does, whether it still answers its benign
-    counterparts after CASA: a low success there is worth as much as that.
+    The column `read?` says whether the model can read the attack, and where it does, whether it still answers its
+    benign counterparts after CASA: a low success there is worth as much as that. `text` says where the attack's text is
+    our own wording of a published one.
     """
     columns = {
         "success, pretrained": ("attack_success", PRETRAINED),
@@ -171,6 +173,11 @@ def benchmark_table(results: pd.DataFrame, readable: pd.DataFrame) -> pd.DataFra
         "benign answered, pretrained": ("benign_answered", PRETRAINED),
         "benign answered, CASA": ("benign_answered", CASA),
         "gate AUROC": ("gate_auroc", CASA),
+        **{
+            f"success on {name}, {label}": (f"attack_success:{split}", defense)
+            for label, defense in (("pretrained", PRETRAINED), ("CASA", CASA))
+            for split, name in TOPICS.items()
+        },
     }
     rows = {}
     results = with_not_refused(results)
@@ -186,6 +193,7 @@ def benchmark_table(results: pd.DataFrame, readable: pd.DataFrame) -> pd.DataFra
             for name, defense in (("pretrained", PRETRAINED), ("CASA", CASA))
         }
         rows[entry.attack] = {**cells, "read?": _verdict(entry, float(after.iloc[0]))}
+        rows[entry.attack]["text"] = "our own wording" if entry.attack in PROMPT_SLOTS else ""
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("attack")
 
 

@@ -8,11 +8,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from casa_mech.compare.tables import failed_trainings
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, style, titled
 from casa_mech.judging.estimate import Estimate
 
 PANELS = {"attack_success": "attack success (%)", "benign_answered": "benign counterparts answered (%)"}
 _WIDE = 8
+_ON_CALIBRATION = {"attack_success": "attack success", "benign_answered": "benign requests answered"}
 METRIC_MARKS = {"attack_success": (HARMFUL, "^"), "benign_answered": (BENIGN, "o")}
 
 
@@ -53,7 +55,8 @@ def plot_tradeoff(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
 
     Args:
         data: columns `defense, n, attack_success, benign_answered` (each with `_low` and `_high`), `relative_seconds`
-            (NaN for the model itself, which is 1), `not_refused`, `trained` (how many numbers its training sets).
+            (NaN for the model itself, which is 1), `not_refused`, `trained` (how many numbers its training sets),
+            `seeds`, `failed` (share of them whose training missed its own criterion, or NaN).
         title: the claim.
         caption: what stands behind it.
     """
@@ -69,6 +72,8 @@ def plot_tradeoff(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
             colour, marker = SERIES[number % len(SERIES)], MARKERS[(number // len(SERIES) + number) % len(MARKERS)]
             axis.errorbar(x, y, **error, color=colour, alpha=0.5, linewidth=0.9, capsize=2)
             trained = f", {row['trained'] / 1e3:.0f}k trained" if row["trained"] else ""
+            if row.get("failed", 0) > 0:
+                trained += f", {failed_trainings(row['failed'], row['seeds'])} trainings failed"
             axis.scatter(
                 x, y, s=45 * times, color=colour, marker=marker, alpha=0.85, edgecolors="black", linewidths=0.5,
                 label=f"{row['defense']}: {100 * row['not_refused']:.0f} % not refused, {times:.2f}× time{trained}",
@@ -81,6 +86,35 @@ def plot_tradeoff(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, markerscale=0.8)
         how = "Bars: 95 % intervals. Best is the upper left: no attack succeeds, every benign request is answered."
         return titled(figure, title, f"{caption} {how}")
+
+
+def plot_alpha(curves: pd.DataFrame, title: str, caption: str = "") -> Figure:
+    """Attack success and benign requests answered by CoCA's alpha on calibration requests, a panel a row of CoCA.
+
+    Args:
+        curves: columns `defense, alpha, metric, n, value, low, high, chosen`; fractions.
+        title: the alpha that is chosen.
+        caption: how.
+    """
+    names = list(dict.fromkeys(curves["defense"]))
+    with style():
+        size = (1.2 + 4.4 * len(names), 3.4)
+        figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
+        for axis, name in zip(axes.flat, names, strict=True):
+            of_row = curves[curves["defense"] == name]
+            for metric, (colour, marker) in METRIC_MARKS.items():
+                points = of_row[of_row["metric"] == metric].sort_values("alpha")
+                values, low, high = (100 * points[column] for column in ("value", "low", "high"))
+                axis.errorbar(
+                    points["alpha"], values, yerr=[values - low, high - values], color=colour, marker=marker,
+                    capsize=2, label=_ON_CALIBRATION[metric],
+                )  # fmt: skip
+            chosen = float(of_row.loc[of_row["chosen"], "alpha"].iloc[0])
+            axis.axvline(chosen, color="0.4", linestyle="--", linewidth=1, label="chosen")
+            axis.set(xlabel=r"$\alpha$ (−1: no principle)", ylim=(-3, 103))
+            axis.set_title(f"{name} (n = {int(of_row['n'].min())} a point)")
+        axes[0][0].set_ylabel("calibration requests (%)")
+        return titled(figure, title, f"{caption} Bars: 95 % intervals.", legend_of=axes[0][0])
 
 
 def _cell(axis: Axes, x: int, y: int, row: pd.Series) -> None:

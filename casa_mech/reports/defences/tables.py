@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import pandas as pd
 
-from casa_mech.compare.ablations import AXES, Variant, ablation_frame
-from casa_mech.compare.comparison import Comparison
+from casa_mech.compare.ablations import AXES, Variant
+from casa_mech.compare.comparison import Comparison, read_comparison
 from casa_mech.compare.grid import Grid
-from casa_mech.compare.paired import paired_tests
+from casa_mech.compare.paired import pairs_of
 from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
-from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, ComparedSystem, system_named
-from casa_mech.compare.tables import ALL, grid_rows, summarise
+from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, SEEDS, ComparedSystem, system_named
+from casa_mech.compare.tables import ALL
 from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.judging.merit import NOT_REFUSED, with_not_refused
 from casa_mech.omni import GenerationSettings
 from casa_mech.study import Study
-from casa_mech.study.settings import ProfileName, slug
+from casa_mech.study.settings import CLONE, ProfileName, slug
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,78 @@ class GridSizes:
     """Variants of the ablations; None: all."""
 
 
+FOLDER = CLONE / "figures" / "compare"
+"""The committed tables of `casa-mech compare`: its folder `summary`."""
+_ENOUGH = 3
 SIX_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "prefill-12")
 DEFENSE_SIZES: Mapping[ProfileName, GridSizes] = MappingProxyType(
     {
         "smoke": GridSizes(
             10, ("plain", "image"), ("none", "safety-prompt", "ssft-token", "casa", "coca"), rounds=1, steps=4
         ),
-        "default": GridSizes(100, SIX_ATTACKS, DEFAULT_DEFENSES, rounds=3),
-        "full": GridSizes(200, DEFAULT_ATTACKS, DEFAULT_DEFENSES, seeds=3, rounds=5),
+        "default": GridSizes(40, SIX_ATTACKS, DEFAULT_DEFENSES, rounds=2),
+        "full": GridSizes(200, DEFAULT_ATTACKS, DEFAULT_DEFENSES, seeds=len(SEEDS), rounds=5),
     }
 )
-"""Of notebook 05."""
+"""Of notebook 05; those of the default profile where there are no committed tables of the model."""
 
 
-def defense_grid(study: Study, n: int = 0) -> Comparison:
-    """The comparison of notebook 05; `n` takes the place of the profile's number of requests in each cell.
+def committed_grid(study: Study, kind: str, tables: str = "", n: int = 0) -> Comparison | None:
+    """The comparison that `casa-mech compare` made of the study's model, for the default profile; else None.
+
+    Args:
+        study: whose model it has to be, to the weights.
+        kind: "compare", or "ablations" for the second grid.
+        tables: its folder; empty: the committed one.
+        n: requests in each cell that the notebook asks for; any number means a grid of its own.
+    """
+    if study.settings.profile != "default" or n:
+        return None
+    name = f"{kind}-{slug(study.settings.model)}"
+    return read_comparison(Path(tables) if tables else FOLDER, name, study.omni().fingerprint())
+
+
+def grid_note(comparison: Comparison) -> str:
+    """What stands behind a grid's numbers, and what a grid of few seeds leaves open."""
+    seeds, n = comparison.replies["seed"].nunique(), cell_size(comparison.replies)
+    sizes = f"{slug(comparison.model)}: {n} requests a cell, trainings and draws of {seeds} seed{'s' * (seeds > 1)}."
+    if seeds >= _ENOUGH:
+        return sizes
+    option = " --ablations" if comparison.ablated else ""
+    return (
+        f"{sizes} Too few to speak of the methods: the numbers are of these trainings. casa-mech compare{option} makes "
+        "the grid with more; copy its folder summary to figures/compare, or give it as grid_tables."
+    )
+
+
+def changed_outcomes(comparison: Comparison, defenses: Sequence[str], reference: str = "none") -> pd.DataFrame:
+    """Replies whose outcome differs from that of the model itself on the same query: `defense, label, changed, n`."""
+    replies = comparison.replies
+    itself = replies[replies["defense"] == reference]
+    rows = []
+    for defense in defenses:
+        own = replies[replies["defense"] == defense]
+        pairs = pairs_of(own, itself) if len(own) else own
+        for label, of_label in pairs.groupby("label", sort=False):
+            changed = int((of_label["outcome"] != of_label["outcome_other"]).sum())
+            rows.append({"defense": defense, "label": label, "changed": changed, "n": len(of_label)})
+    return pd.DataFrame(rows, columns=["defense", "label", "changed", "n"])
+
+
+def cell_size(replies: pd.DataFrame) -> int:
+    """Requests in the smallest cell of a grid."""
+    return int(replies.groupby(["defense", "attack", "label", "seed"]).size().min())
+
+
+def defense_grid(study: Study, n: int = 0, tables: str = "") -> Comparison:
+    """The comparison of notebook 05: the committed one of the model (`committed_grid`), else one filled now.
 
     CASA is the study's own gate where the grid has no other seed or number of steps; all rows are trained as it is.
+    `n` takes the place of the profile's number of requests in each cell.
     """
+    committed = committed_grid(study, "compare", tables, n)
+    if committed is not None:
+        return committed
     sizes = DEFENSE_SIZES[study.settings.profile]
     steps = sizes.steps or study.sizes.train_steps
     batch = study.sizes.train_batch
@@ -74,7 +129,8 @@ def defense_grid(study: Study, n: int = 0) -> Comparison:
         study.casa()
         gate = str(study.folder.path("gates", slug(study.settings.model)))
         systems = [
-            system.model_copy(update={"path": gate}) if system.defense == REFERENCE else system for system in systems
+            system.model_copy(update={"path": gate}) if system.defense == REFERENCE and not system.training else system
+            for system in systems
         ]
     return filled_grid(study, systems, sizes, plan, n)
 
@@ -106,11 +162,7 @@ def filled_grid(
         generation=GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=study.sizes.batch_size),
         judge=study.judge(), rounds=sizes.rounds, progress=study.progress,
     )  # fmt: skip
-    result = grid.fill()
-    summary = summarise(result)
-    if ablated:
-        summary = ablation_frame(summary, ablated)
-    return Comparison(settings.model, result, grid_rows(result), summary, paired_tests(result.replies), tuple(ablated))
+    return Comparison.of(settings.model, study.omni().fingerprint(), grid.fill(), ablated)
 
 
 def grid_data(summary: pd.DataFrame) -> pd.DataFrame:
@@ -124,7 +176,8 @@ def grid_data(summary: pd.DataFrame) -> pd.DataFrame:
 def tradeoff_data(summary: pd.DataFrame) -> pd.DataFrame:
     """Attack success, benign counterparts answered and cost over all attacks: a row a defence.
 
-    `merit.NOT_REFUSED` stands beside attack success.
+    `merit.NOT_REFUSED` stands beside attack success, and `failed`, the share of the seeds whose training missed its own
+    criterion.
     """
     rows = []
     summary = with_not_refused(summary)
@@ -135,6 +188,7 @@ def tradeoff_data(summary: pd.DataFrame) -> pd.DataFrame:
             row |= {metric: by_metric.loc[metric, "value"], f"{metric}_low": by_metric.loc[metric, "low"]}
             row |= {f"{metric}_high": by_metric.loc[metric, "high"]}
         row |= {name: by_metric.loc["attack_success", name] for name in NOT_REFUSED}
-        times = by_metric["value"].get("relative_seconds", float("nan"))
+        times, failed = (by_metric["value"].get(name, float("nan")) for name in ("relative_seconds", "training_failed"))
+        row |= {"seeds": int(by_metric.loc["attack_success", "seeds"]), "failed": failed}
         rows.append({**row, "relative_seconds": times, "trained": by_metric.loc["trained_parameters", "value"]})
     return pd.DataFrame(rows)
