@@ -70,7 +70,7 @@ def _check(
         for draft, prefill in zip(drafts, prefills, strict=True)
     ]
     # A placeholder that the model wrote stands for no picture or clip.
-    media = {omni.processor.image_token_id, omni.processor.audio_token_id}
+    media = omni.media_ids
     so_far = [
         [*opening, *(token for token in draft.ids[:depth] if token not in media), *header]
         for opening, draft in zip(openings, drafts, strict=True)
