@@ -119,7 +119,8 @@ def chat_format(tokenizer: Any, template: str | None, where: str = "this model")
         raise ModelError(
             f"{where}: the chat template writes an earlier turn otherwise than the last; give a plainer one"
         )
-    begin = tokenizer.bos_token if tokenizer.bos_token and before.startswith(tokenizer.bos_token) else ""
+    first = tokenizer.bos_token
+    begin = first if first and before.startswith(first) and not user_begin.startswith(first) else ""
     own = before.removesuffix(user_begin).removeprefix(begin)  # what it writes where there is no system prompt
     system, in_user, default, preamble = ("", "\n\n"), True, "", own
     try:

@@ -58,8 +58,8 @@ class GenerationSettings(BaseModel):
 class Omni:
     """The model under study and its processor.
 
-    model: Qwen2.5-Omni's thinker or another model that has an `Architecture`, in evaluation mode. architecture: where its
-    parts are. source: where it came from, for records.
+    model: Qwen2.5-Omni's thinker, or another model that has an `Architecture`, in evaluation mode. architecture: where
+    its parts are. source: where it came from, for records.
 
     Raises:
         ModelError: a model without an `Architecture`.

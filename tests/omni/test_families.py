@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.defenses import examples
 from helpers.families import FAMILIES, TEMPLATES, byte_tokenizer, save_family
 from PIL import Image
 
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
+from casa_mech.defenses import train_defense
 from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.omni.chat import MediaRuns, chat_format, chat_pieces
 from casa_mech.queries import AudioPart, Example, ImagePart, Query, TextPart, Turn
 from casa_mech.trace import capture
 from casa_mech.trace.fork import read_prompts, resumed
+from casa_mech.trace.patch import edited_prompt
+from casa_mech.trace.sweep import read_positions
+from probes.gate import attribute_token_difference
+from probes.linear import fit_probe
 
 SHORT, LONG = "tea ?", "how do i make a very good cake for five people , please ?"
 
@@ -73,6 +80,13 @@ def test_pieces_are_what_the_template_renders(name: str) -> None:
     rendered = tokenizer.apply_chat_template(ordered, tokenize=False, add_generation_prompt=True, **options)
     pieces = chat_pieces(Query.from_text("tea ?", system="be brief"), MediaRuns([], []), [], chat)
     assert "".join(piece.text for piece in pieces) == rendered
+
+
+def test_a_first_token_that_begins_every_turn_is_written_once() -> None:
+    tokenizer = byte_tokenizer("chatml with a system prompt")
+    tokenizer.bos_token = "<|im_start|>"
+    pieces = chat_pieces(Query.from_text("tea ?", system=""), MediaRuns([], []), [], chat_format(tokenizer, None))
+    assert "".join(piece.text for piece in pieces) == "<|im_start|>user\ntea ?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_template_that_cannot_be_used_is_refused() -> None:
@@ -156,6 +170,61 @@ def test_casa_is_attached_trained_saved_and_loaded(omni: Omni, family: Path, tmp
     casa.save_pretrained(tmp_path / "gate")
     again = Casa.from_pretrained(tmp_path / "gate", load_omni(family, device="cpu"))
     assert [reply.v_s for reply in again.decide(queries)] == [reply.v_s for reply in casa.decide(queries)]
+
+
+@pytest.mark.parametrize("name", ["ssft", "ssft-token", "refusal-token", "circuit-breaker"])
+def test_trained_defences_learn_on_every_family(omni: Omni, name: str, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"max_steps": 2, "batch_size": 4, "checkpoint_every": 1}
+    defense = train_defense(name, omni, examples(8), tmp_path / name, progress=False, **few)
+    query = queries_for(omni)[0]
+    assert defense.generate([query], GenerationSettings(max_new_tokens=3))[0].query_id == query.id
+
+
+def test_hidden_positions_are_not_seen_and_others_keep_their_place(omni: Omni) -> None:
+    batches = [omni.encode([Query.from_text(f"bake a c{letter}ke", id="q")]) for letter in "ae"]
+    place = int((batches[0].inputs["input_ids"] != batches[1].inputs["input_ids"]).nonzero()[0, 1])
+    hidden = torch.zeros_like(batches[0].prompt_mask)
+    hidden[0, place] = True
+    logits = [edited_prompt(omni, batch, batch.gate_position, {}, None, hidden).logits for batch in batches]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+    open_eyed = [edited_prompt(omni, batch, batch.gate_position, {}).logits for batch in batches]
+    assert not torch.allclose(open_eyed[0], open_eyed[1], atol=1e-4)
+    # The columns behind the hidden one keep their positions: hiding is no deletion.
+    shorter = omni.encode([Query.from_text("bake a cke", id="q")])
+    assert not torch.allclose(logits[0], edited_prompt(omni, shorter, shorter.gate_position, {}).logits, atol=1e-4)
+
+
+def test_states_exchanged_whole_make_the_other_run(omni: Omni) -> None:
+    one, other = (omni.encode([Query.from_text(f"bake a {word}", id=word)]) for word in ("cake", "tart"))
+    wanted = edited_prompt(omni, other, other.gate_position, {}).logits
+    for site in ("embeddings", 0):
+        donor = capture(omni, other, [site], "all")[site]
+        patched = edited_prompt(omni, one, one.gate_position, {site: lambda states, donor=donor: donor}).logits
+        torch.testing.assert_close(patched, wanted)
+
+
+def test_contributions_sum_to_the_logit_difference(omni: Omni) -> None:
+    attribution = attribute_token_difference(Casa.attach(omni), queries_for(omni))
+    np.testing.assert_allclose(attribution.contributions.sum(axis=1), attribution.difference, atol=1e-3)
+
+
+def test_forced_prefixes_are_read_in_one_forward(omni: Omni) -> None:
+    query, ids = queries_for(omni)[0], omni.tokenizer("sure , here", add_special_tokens=False)["input_ids"]
+    batch = omni.encode([query], [ids], prefill=False)
+    steps = batch.gate_position[:, None] + torch.arange(len(ids) + 1)[None]
+    logits = read_positions(omni, batch, steps, [1]).logits
+    for length in range(0, len(ids) + 1, 3):
+        shorter = omni.encode([query], [ids[:length]], prefill=False)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                logits[0, length], omni.model(**shorter.inputs).logits[0, -1], rtol=1e-3, atol=1e-3
+            )
+
+
+def test_a_probe_reads_strings_on_every_family(omni: Omni) -> None:
+    words = ("tea", "bread", "soup", "rice", "cake", "jam")
+    probe = fit_probe(omni, [f"burn the {word} !" for word in words], [f"make {word}" for word in words])
+    assert np.isfinite(probe.scores(["burn the pie !", "make pie"])).all()
 
 
 def test_a_medium_without_an_encoder_is_refused_by_name(omni: Omni) -> None:
