@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from casa_mech.casa.config import LoraSettings
-from casa_mech.errors import ModelError
+from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import Omni
 from casa_mech.omni.precision import CheapDropout
 from casa_mech.trace.sites import remirror
@@ -41,6 +41,11 @@ class Adapter:
             raise ModelError("the model has an adapter in it already; detach it first, or load the model again")
         self._omni = omni
         self._frozen = {name: parameter.requires_grad for name, parameter in omni.model.named_parameters()}
+        linears = omni.architecture.lora_targets
+        targets = [name for name in config.lora_targets or linears if name in linears]
+        if not targets:
+            asked = ", ".join(config.lora_targets)
+            raise InputError(f"lora_targets {asked}: {omni.source} has none of them, but {', '.join(linears)}")
         blocks, layer = re.escape(omni.architecture.blocks), r"\d+"
         if layers is not None:
             layer = f"(?:{'|'.join(map(str, layers))})"
@@ -48,7 +53,7 @@ class Adapter:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=rf"{blocks}\.{layer}\.\w+\.({'|'.join(config.lora_targets)})",
+            target_modules=rf"{blocks}\.{layer}\.\w+\.({'|'.join(targets)})",
             base_model_name_or_path=omni.source,
         )
         self._lora = LoraModel(omni.model, {NAME: self.config}, NAME)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from casa_mech.errors import InputError
-from casa_mech.omni.architecture import QWEN2_5_OMNI, known_lora_targets
+from casa_mech.omni.architecture import known_lora_targets
 
 Form = Literal["mean", "top_k", "pooled", "compete", "none"]
 Rule = Literal["scale", "replace", "add_log", "scale_above"]
@@ -62,15 +62,15 @@ class LoraSettings(Settings):
     """Scale of the update, which is multiplied by lora_alpha / lora_r."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Share of a linear layer's inputs that the update does not see at a training step."""
-    lora_targets: tuple[str, ...] = QWEN2_5_OMNI.lora_targets
-    """Linear layers of the language model's blocks that get a LoRA."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear layers of the language model's blocks that get a LoRA; none named: all of them."""
 
     @model_validator(mode="after")
     def _known_targets(self) -> Self:
         known = known_lora_targets()
         unknown = set(self.lora_targets) - set(known)
-        if unknown or not self.lora_targets:
-            raise InputError(f"lora_targets must be some of {', '.join(known)}; got {', '.join(unknown) or 'none'}")
+        if unknown:
+            raise InputError(f"lora_targets must be some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
         return self
 
 

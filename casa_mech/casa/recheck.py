@@ -16,7 +16,6 @@ from casa_mech.casa.attention import SAFE, UNSAFE
 from casa_mech.casa.gate import SafetyGate
 from casa_mech.casa.generation import Draft, GateUse, decided, prefill_ids
 from casa_mech.omni import GenerationSettings, Omni, OmniBatch, with_system
-from casa_mech.omni.chat import MEDIA_MARKS
 from casa_mech.omni.finite import finite_logits
 from casa_mech.queries import Query, Reply
 from casa_mech.trace.generate import continue_from
@@ -108,9 +107,8 @@ def at_header(omni: Omni, replies: Sequence[Sequence[int]]) -> list[list[int]]:
     Placeholders and marks of media that the model wrote stand for no picture or clip, and are left out.
     """
     header = _header_ids(omni)
-    marks = [mark for pair in MEDIA_MARKS.values() for mark in pair]
-    media = {omni.processor.image_token_id, omni.processor.audio_token_id}
-    media |= set(omni.tokenizer.convert_tokens_to_ids(marks))
+    marks = [mark for medium in omni.processor.marks.values() for mark in (medium.begin, medium.end)]
+    media = omni.media_ids | set(omni.tokenizer.convert_tokens_to_ids(marks))
     return [[*(token for token in ids if token not in media), *header] for ids in replies]
 
 

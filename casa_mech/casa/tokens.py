@@ -126,5 +126,5 @@ class SafetyTokens:
     def _resized(self, size: int) -> None:
         self._omni.embedding.num_embeddings = size
         self._omni.head.out_features = size
-        self._omni.model.config.text_config.vocab_size = size
+        self._omni.model.config.get_text_config().vocab_size = size
         self._omni.model.vocab_size = size

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import BoolTensor, LongTensor, Tensor
 
-from casa_mech.omni.chat import PROMPT_ROLES, ROLES, MediaRuns, Piece, chat_pieces, default_system, media_parts
+from casa_mech.errors import InputError
+from casa_mech.omni.chat import PROMPT_ROLES, ROLES, MediaRuns, Piece, chat_pieces, media_parts
 from casa_mech.omni.media import load_audio, load_image
-from casa_mech.omni.processor import OmniProcessor
+from casa_mech.omni.processor import Processor, placeholder_ids
 from casa_mech.queries import ImagePart, Query
 
 IGNORE = -100
@@ -59,7 +61,7 @@ class OmniBatch:
 
 
 def encode(
-    processor: OmniProcessor,
+    processor: Processor,
     queries: Sequence[Query],
     targets: Sequence[Sequence[int]] | None = None,
     prefill: bool = True,
@@ -67,46 +69,55 @@ def encode(
     """`queries` as one batch; `targets` are token ids appended to each prompt and set as labels.
 
     Raises:
-        InputError: an empty prompt, or a picture or clip that cannot be read (the message names the query).
+        InputError: an empty prompt, or a picture or clip that cannot be read, or that the model has no encoder for (the
+            message names the query).
     """
     media, runs = _encode_media(processor, queries)
-    special = processor.tokenizer.all_special_tokens
-    system = default_system(processor.chat_template)
-    pieces = [chat_pieces(query, runs, special, system, prefill, processor.gate_tokens) for query in queries]
-    rows = _tokenise(processor, pieces)
+    rows = _tokenise(processor, _pieces(processor, queries, runs, prefill))
     tails = [list(target) for target in targets] if targets is not None else [[] for _ in rows]
-    return _pad(processor, rows, tails, media, targets is not None)
+    batch = _pad(processor, rows, tails, media, targets is not None)
+    if media and processor.token_types:
+        is_image = batch.inputs["input_ids"] == placeholder_ids(processor)["image"]
+        batch.inputs["mm_token_type_ids"] = is_image.long()
+    return batch
 
 
-def prompt_ids(processor: OmniProcessor, batch: OmniBatch, queries: Sequence[Query]) -> list[list[int]]:
+def prompt_ids(processor: Processor, batch: OmniBatch, queries: Sequence[Query]) -> list[list[int]]:
     """Token ids of the prompts of `queries`, whose pictures and clips are those of the batch's first rows.
 
     How many tokens a picture or clip takes is read off the batch, so no media are opened again.
     """
-    runs = MediaRuns(
-        *(
-            [token * length for row in batch.inputs["input_ids"][: len(queries)] for length in _runs(row.tolist(), id)]
-            for token, id in (
-                (processor.image_token, processor.image_token_id),
-                (processor.audio_token, processor.audio_token_id),
-            )
-        )
-    )
-    special = processor.tokenizer.all_special_tokens
-    system = default_system(processor.chat_template)
-    pieces = [chat_pieces(query, runs, special, system, True, processor.gate_tokens) for query in queries]
+    ids_of = placeholder_ids(processor)
+    runs: dict[str, list[str]] = {
+        kind: [
+            marks.token * length
+            for row in batch.inputs["input_ids"][: len(queries)]
+            for length in run_lengths(row.tolist(), ids_of[kind])
+        ]
+        for kind, marks in processor.marks.items()
+    }
+    pieces = _pieces(processor, queries, MediaRuns(runs.get("image", []), runs.get("audio", [])), True)
     return [ids for ids, _ in _tokenise(processor, pieces)]
 
 
-def _runs(ids: Sequence[int], token: int) -> list[int]:
-    """Lengths of the runs of `token` in `ids`; a picture's or clip's run has its marks around it."""
-    return [len(list(group)) for value, group in groupby(ids) if value == token]
+def _pieces(processor: Processor, queries: Sequence[Query], runs: MediaRuns, prefill: bool) -> list[list[Piece]]:
+    special = processor.tokenizer.all_special_tokens
+    options = (special, processor.chat, processor.marks, prefill, processor.gate_tokens)
+    return [chat_pieces(query, runs, *options) for query in queries]
 
 
-def _encode_media(processor: OmniProcessor, queries: Sequence[Query]) -> tuple[dict[str, Tensor], MediaRuns]:
+def run_lengths(row: Sequence[Any], wanted: Any) -> list[int]:
+    """Lengths of the runs of `wanted` in a row of ids or flags; a picture's or clip's run has its marks around it."""
+    return [len(list(group)) for value, group in groupby(row) if value == wanted]
+
+
+def _encode_media(processor: Processor, queries: Sequence[Query]) -> tuple[dict[str, Tensor], MediaRuns]:
     images, clips = [], []
     for query in queries:
         for part in media_parts(query):
+            if part.kind not in processor.marks:
+                known = " and ".join(["text", *processor.marks])
+                raise InputError(f"query {query.id}: this model reads no {part.kind}; give it {known}")
             if isinstance(part, ImagePart):
                 images.append(load_image(part, f"query {query.id}"))
             else:
@@ -123,7 +134,7 @@ def _encode_media(processor: OmniProcessor, queries: Sequence[Query]) -> tuple[d
     return inputs, MediaRuns(image_runs, audio_runs)
 
 
-def _tokenise(processor: OmniProcessor, prompts: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
+def _tokenise(processor: Processor, prompts: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
     """For each prompt its token ids and, for each token, the index in `ROLES` of the piece it starts in."""
     encoding = processor.tokenizer(
         ["".join(piece.text for piece in pieces) for pieces in prompts],
@@ -147,7 +158,7 @@ def _tokenise(processor: OmniProcessor, prompts: list[list[Piece]]) -> list[tupl
 
 
 def _pad(
-    processor: OmniProcessor,
+    processor: Processor,
     rows: list[tuple[list[int], list[int]]],
     tails: list[list[int]],
     media: dict[str, Tensor],

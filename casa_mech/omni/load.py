@@ -1,4 +1,4 @@
-"""`load_omni`: the thinker of Qwen2.5-Omni from the hub, a directory, or the organisms shipped with the package."""
+"""`load_omni`: a model from the hub or a directory, or an organism shipped with the package."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ SMALL = 1024
 def load_omni(
     source: str | Path, *, device: str = "auto", dtype: str = "auto", adapter: str | Path | None = None
 ) -> Omni:
-    """The model under study with its processor; only the thinker is read, whichever layout the checkpoint has.
+    """The model under study with its processor; of a full Qwen2.5-Omni only the thinker is read.
+
+    Any model of a type in `architecture.ARCHITECTURES`: Qwen2.5-Omni, Qwen2.5-VL, Qwen2-Audio, and text decoders.
 
     A small model on the CPU is set to run in one thread (in this process), unless `OMP_NUM_THREADS` is set.
 
@@ -74,7 +76,7 @@ def load_omni(
             "that reads English; add the line to an organism of an earlier release, or build it again",
             stacklevel=2,
         )
-    omni = Omni(model.to(target), load_processor(directory), str(source))
+    omni = Omni(model.to(target), load_processor(directory, architecture.towers), str(source))
     _settle_threads(omni)
     return omni
 

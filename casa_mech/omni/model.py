@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from casa_mech.identity import weights_digest
 from casa_mech.omni.architecture import Architecture, architecture_of, part_at
@@ -20,13 +20,11 @@ from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
 from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD
 from casa_mech.omni.finite import finite_logits
 from casa_mech.omni.media import SAMPLE_RATE
-from casa_mech.omni.processor import OmniProcessor
+from casa_mech.omni.processor import Processor
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply, TextPart
 
 if TYPE_CHECKING:
     import nnsight
-
-END_OF_TURN = "<|im_end|>"
 
 
 class GenerationSettings(BaseModel):
@@ -60,24 +58,38 @@ class GenerationSettings(BaseModel):
 class Omni:
     """The model under study and its processor.
 
-    model: Qwen2.5-Omni's thinker, in evaluation mode. architecture: where its parts are. source: where it came from,
-    for records.
+    model: Qwen2.5-Omni's thinker, or another model that has an `Architecture`, in evaluation mode. architecture: where
+    its parts are. source: where it came from, for records.
 
     Raises:
         ModelError: a model without an `Architecture`.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: OmniProcessor, source: str) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Processor, source: str) -> None:
         self.architecture: Architecture = architecture_of(model.config.model_type, source)
         self.model = model.eval()
         self.processor = processor
         self.source = source
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"
-        self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.end_id: int = tokenizer.convert_tokens_to_ids(processor.chat.end_of_turn)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id
         self.model.generation_config = GenerationConfig(eos_token_id=self.end_id, pad_token_id=pad)
+        if not self.architecture.counts_positions:
+            self.backbone.register_forward_pre_hook(self._count_positions, with_kwargs=True)
         self._fingerprint = weights_digest([model])
+
+    def _count_positions(self, backbone: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Positions of padded text by the mask, as `generate` counts them; a plain forward would count padding, too."""
+        mask = inputs.get("attention_mask")
+        if inputs.get("position_ids") is not None or inputs.get("image_grid_thw") is not None or mask is None:
+            return args, inputs
+        ids = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        if self.architecture.text_offset:
+            cache = inputs.get("past_key_values")
+            if cache is None or not cache.get_seq_length():
+                self.set_text_offset(torch.zeros(len(mask), 1, dtype=torch.long, device=mask.device))
+        return args, {**inputs, "position_ids": self.text_positions(mask)[..., -ids.shape[1] :]}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -129,23 +141,44 @@ class Omni:
         attention, mlp = part_at(block, names.attention), part_at(block, names.mlp)
         return part_at(attention, names.attention_output), part_at(mlp, names.mlp_output)
 
-    @property
-    def text_offset(self) -> Tensor:
-        """M-RoPE position minus token count [row, 1] of text that follows the prompts of the last forward.
+    def text_offset(self, rows: int) -> Tensor:
+        """M-RoPE position minus token count [row, 1] of text that follows the prompts of the last forward; else zeros.
 
         The model keeps it from one forward to the next, and counts a decoded token's position with it.
         """
+        if not self.architecture.text_offset:
+            return torch.zeros(rows, 1, dtype=torch.long, device=self.device)
         return part_at(self.model, self.architecture.text_offset)
 
-    @text_offset.setter
-    def text_offset(self, offset: Tensor) -> None:
-        owner, _, name = self.architecture.text_offset.rpartition(".")
-        setattr(part_at(self.model, owner) if owner else self.model, name, offset)
+    def set_text_offset(self, offset: Tensor) -> None:
+        """Let the next tokens be counted with `offset` [row, 1]."""
+        if self.architecture.text_offset:
+            owner, _, name = self.architecture.text_offset.rpartition(".")
+            setattr(part_at(self.model, owner) if owner else self.model, name, offset)
+
+    def text_positions(self, mask: Tensor) -> Tensor:
+        """Positions of text by its `mask` [row, position]: [row, position], or [3, row, position] for M-RoPE.
+
+        After a picture, M-RoPE counts on from the picture's own positions.
+        """
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + self.text_offset(len(mask))
+        return positions[None].expand(3, -1, -1) if self.architecture.text_offset else positions
 
     @property
     def speaks_micro_world(self) -> bool:
         """True for an organism of the micro-world, which knows no other words; its checkpoint's config says so."""
         return bool(getattr(self.model.config, MICRO_WORLD_FIELD, False))
+
+    @property
+    def media_ids(self) -> set[int]:
+        """Ids of the placeholders for pictures, clips and videos, as far as the model has them."""
+        names = ("image_token_id", "audio_token_id", "video_token_id")
+        return {token for name in names if (token := getattr(self.model.config, name, None)) is not None}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model reads: "text", and "image" and "audio" where it has an encoder."""
+        return ("text", *self.processor.marks)
 
     @property
     def device(self) -> torch.device:
@@ -158,24 +191,28 @@ class Omni:
         return self.model.dtype
 
     @property
+    def _text_config(self) -> PreTrainedConfig:
+        return self.model.config.get_text_config()
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return self.model.config.text_config.hidden_size
+        return self._text_config.hidden_size
 
     @property
     def n_layers(self) -> int:
         """Number of transformer blocks."""
-        return self.model.config.text_config.num_hidden_layers
+        return self._text_config.num_hidden_layers
 
     @property
     def n_heads(self) -> int:
         """Number of attention heads of a block."""
-        return self.model.config.text_config.num_attention_heads
+        return self._text_config.num_attention_heads
 
     @property
     def d_head(self) -> int:
         """Size of a head's queries, keys and values."""
-        config = self.model.config.text_config
+        config = self._text_config
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @property

@@ -123,7 +123,7 @@ def train_audio_letters(
     def step() -> tuple[torch.Tensor, float]:
         words = script.draw(rng, batch_size)
         features, runs = hear(words)
-        lengths = [len(run) // len(omni.processor.audio_token) for run in runs]
+        lengths = [len(run) // len(omni.processor.marks["audio"].token) for run in runs]
         raw = head(features)
         scores = nn.utils.rnn.pad_sequence(raw.split(lengths)).log_softmax(-1)
         counts = torch.tensor([len(word) for word in words])

@@ -12,6 +12,7 @@ from torch import BoolTensor, LongTensor, Tensor
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
+from casa_mech.omni.batch import run_lengths
 from casa_mech.trace.sites import ENCODERS, Site, check_sites, site_module
 
 Positions = str
@@ -150,10 +151,13 @@ def _encodes(omni: Omni, batch: OmniBatch, site: Site) -> bool:
 
 
 def _placed(omni: Omni, batch: OmniBatch, site: Site, output: object) -> tuple[Tensor, BoolTensor]:
-    """An encoder's packed output at the positions it fills [batch, position, d_model], and a mask of these."""
+    """An encoder's output at the positions it fills [batch, position, d_model], and a mask of these."""
     modality = ENCODERS[str(site)]
-    valid = batch.modality[modality]
-    packed: Tensor = getattr(output, omni.architecture.towers[modality].output)
+    valid, tower = batch.modality[modality], omni.architecture.towers[modality]
+    packed: Tensor = getattr(output, tower.output) if tower.output else output
+    if not tower.packed:
+        counts = torch.tensor([count for row in valid.tolist() for count in run_lengths(row, True)])
+        packed = packed[torch.arange(packed.shape[1]) < counts[:, None]]
     hidden = packed.new_zeros(*valid.shape, packed.shape[-1])
     hidden[valid] = packed
     return hidden, valid

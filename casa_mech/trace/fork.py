@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import LongTensor, Tensor, nn
+from transformers import DynamicCache
 
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
@@ -42,9 +43,12 @@ class ReadPrompts:
 def read_prompts(omni: Omni, batch: OmniBatch, start: Start | None = None) -> ReadPrompts:
     """One forward over the prompts of `batch`, or over what of `start` is not read yet; without the head."""
     start = batch.inputs if start is None else start
+    # Made here, so that layers with a sliding window, too, keep all that was read: prompts fork from any of it.
+    inputs = {"past_key_values": DynamicCache(), **unread(omni, start)}
     with torch.no_grad():
-        cache = omni.backbone(**unread(omni, start), use_cache=True).past_key_values
-    return ReadPrompts(batch, start["input_ids"], start["attention_mask"], cache, omni.text_offset)
+        cache = omni.backbone(**inputs, use_cache=True).past_key_values
+    offsets = omni.text_offset(len(start["input_ids"]))
+    return ReadPrompts(batch, start["input_ids"], start["attention_mask"], cache, offsets)
 
 
 def unread(omni: Omni, start: Start) -> dict[str, Any]:
@@ -53,20 +57,14 @@ def unread(omni: Omni, start: Start) -> dict[str, Any]:
     if cache is None:
         return dict(start)
     new = start["input_ids"].shape[1] - cache.get_seq_length()
-    positions = text_positions(omni, start["attention_mask"])[..., -new:]
+    positions = omni.text_positions(start["attention_mask"])[..., -new:]
     return {**start, "input_ids": start["input_ids"][:, -new:], "position_ids": positions}
-
-
-def text_positions(omni: Omni, mask: Tensor) -> Tensor:
-    """M-RoPE positions [3, row, position] of text: after a picture it counts on from the picture's own."""
-    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0) + omni.text_offset
-    return positions[None].expand(3, -1, -1)
 
 
 def resumed(omni: Omni, read: ReadPrompts) -> Start:
     """Go on from the prompts as they were read, whose cache is used up; only their last tokens are read again."""
     read.cache.crop(-1)  # the logits that follow a prompt come from reading its last token
-    omni.text_offset = read.offsets
+    omni.set_text_offset(read.offsets)
     return {"input_ids": read.input_ids, "attention_mask": read.attention_mask, "past_key_values": read.cache}
 
 
@@ -113,7 +111,7 @@ def forked(omni: Omni, read: ReadPrompts, rows: Sequence[int], prompts: Sequence
     index = torch.tensor(list(rows), device=omni.device)
     ids, mask = read.input_ids[index], read.attention_mask[index].clone()
     width = ids.shape[1]
-    media = {omni.processor.image_token_id, omni.processor.audio_token_id}
+    media = omni.media_ids
     rests: list[list[int]] = []
     for row, prompt in enumerate(prompts):
         start = width - int(mask[row].sum())
@@ -128,7 +126,7 @@ def forked(omni: Omni, read: ReadPrompts, rows: Sequence[int], prompts: Sequence
     for row, rest in enumerate(rests):
         added[row, longest - len(rest) :] = torch.tensor(rest, device=omni.device)
         real[row, longest - len(rest) :] = 1
-    omni.text_offset = read.offsets[index]
+    omni.set_text_offset(read.offsets[index])
     return {
         "input_ids": torch.cat([ids, added], dim=1),
         "attention_mask": torch.cat([mask, real], dim=1),

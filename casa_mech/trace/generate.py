@@ -42,7 +42,7 @@ def continue_from(
     if len(rows) < batch.size:
         cache.batch_select_indices(index)
         # Text decoded after a picture counts on from the picture's M-RoPE positions; the model keeps the offset.
-        omni.text_offset = omni.text_offset[index]
+        omni.set_text_offset(omni.text_offset(batch.size)[index])
     added, real = _left_padded(forced, omni.pad_id, omni.device)
     ids, mask = torch.cat([ids, added], dim=1), torch.cat([mask, real], dim=1)
     sequences = omni.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)

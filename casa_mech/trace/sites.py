@@ -90,9 +90,9 @@ def site_module(omni: Omni, site: Site) -> tuple[Any, Literal["input", "output"]
     block = blocks[int(layer)]
     if part == "pre":
         return block, "input"
-    if part == "mlp":
-        return part_at(block, names.mlp), "output"
-    return part_at(part_at(block, names.attention), names.attention_output), "input" if part == "z" else "output"
+    if part == "z":
+        return part_at(part_at(block, names.attention), names.attention_output), "input"
+    return part_at(block, names.mlp_added if part == "mlp" else names.attention_added), "output"
 
 
 def remirror(omni: Omni) -> None:

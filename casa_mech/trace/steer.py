@@ -14,7 +14,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from casa_mech.omni import Omni
-from casa_mech.trace.fork import Start, text_positions, unread
+from casa_mech.trace.fork import Start, unread
 
 StepEdit = Callable[[int, Tensor], Tensor]
 """(position from 0, states [batch, d_model] after the final norm) → states [batch, d_model] for the head."""
@@ -60,7 +60,7 @@ def first_steps(
             inputs = {
                 "input_ids": token[:, None],
                 "attention_mask": mask,
-                "position_ids": text_positions(omni, mask)[..., -1:],
+                "position_ids": omni.text_positions(mask)[..., -1:],
                 "past_key_values": cache,
             }
     return FirstSteps(torch.stack(ids, dim=1), torch.stack(states, dim=1), cache)

@@ -89,7 +89,7 @@ class ReadingPlan:
         batch = omni.encode(queries, prefill=self.prefill)
         with torch.inference_mode():
             # A placeholder in the reply would ask the forward that reads it for another picture.
-            never = media_tokens(omni)
+            never = sorted(omni.media_ids) or None
             ids = omni.model.generate(**batch.inputs, max_new_tokens=count, do_sample=False, suppress_tokens=never)
         return [omni.until_end(row) for row in ids[:, batch.inputs["input_ids"].shape[1] :].tolist()]
 
@@ -106,12 +106,6 @@ def query_digests(queries: Sequence[Query]) -> np.ndarray:
         InputError: a picture or clip whose file is not there.
     """
     return np.array([query_digest(query)[:SHORT] for query in queries], dtype=object)
-
-
-def media_tokens(omni: Omni) -> list[int]:
-    """Ids of the placeholders for pictures, clips and videos."""
-    config = omni.model.config
-    return [config.image_token_id, config.audio_token_id, config.video_token_id]
 
 
 def _check_finite(states: Mapping[Site, list[Tensor]], cuts: Sequence[Cut], queries: Sequence[Query]) -> None:

@@ -80,17 +80,22 @@ def attribute_token_difference(casa: Casa, queries: Sequence[Query], batch_size:
 def _contributions(casa: Casa, batch: OmniBatch) -> Tensor:
     """Contributions [batch, component] of all components of the language model, in float64."""
     omni = casa.omni
-    last, sites = omni.n_layers - 1, [f"{kind}.{layer}" for layer in range(omni.n_layers) for kind in ("z", "mlp")]
-    states = capture(omni, batch, ["embeddings", last, *sites], "last")
-    written = [states["embeddings"].unsqueeze(1)]
+    sites = [f"{kind}.{layer}" for layer in range(omni.n_layers) for kind in ("z", "attention", "mlp")]
+    states = capture(omni, batch, ["embeddings", omni.n_layers - 1, "norm", *sites], "last")
+    written = [states["embeddings"].double().unsqueeze(1)]
     for layer in range(omni.n_layers):
-        written.append(_head_outputs(omni.writers(layer)[0], states[f"z.{layer}"]))
-        written.append(states[f"mlp.{layer}"].unsqueeze(1))
-    scale = torch.rsqrt(states[last].double().pow(2).mean(dim=-1) + omni.norm.variance_epsilon)
+        heads = _head_outputs(omni.writers(layer)[0], states[f"z.{layer}"]).double()
+        written.append(heads * _gain(heads.sum(dim=1), states[f"attention.{layer}"]).unsqueeze(1))
+        written.append(states[f"mlp.{layer}"].double().unsqueeze(1))
     safe, unsafe = casa.token_ids
     head = omni.head.weight.detach().double()
-    direction = (head[unsafe] - head[safe]) * omni.norm.weight.detach().double()
-    return torch.cat(written, dim=1).double() @ direction * scale.unsqueeze(1)
+    gain = _gain(states[omni.n_layers - 1].double(), states["norm"])
+    return torch.einsum("bcd,bd->bc", torch.cat(written, dim=1), gain * (head[unsafe] - head[safe]))
+
+
+def _gain(before: Tensor, after: Tensor) -> Tensor:
+    """What an RMSNorm multiplied each feature by, or ones where there is none: held fixed, it shares `after` out."""
+    return torch.where(before.abs() > 0, after.double() / before, torch.ones_like(before))
 
 
 def _head_outputs(projection: torch.nn.Module, z: Tensor) -> Tensor:

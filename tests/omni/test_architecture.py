@@ -12,7 +12,14 @@ from helpers.paths import ROOT
 
 from casa_mech.errors import ModelError
 from casa_mech.omni import Omni, load_omni
-from casa_mech.omni.architecture import ARCHITECTURES, QWEN2_5_OMNI, architecture_of, known_lora_targets, part_at
+from casa_mech.omni.architecture import (
+    ARCHITECTURES,
+    QWEN2_5_OMNI,
+    QWEN2_5_VL,
+    architecture_of,
+    known_lora_targets,
+    part_at,
+)
 from casa_mech.queries import Query
 
 PARTS = re.compile(
@@ -45,7 +52,7 @@ def test_blocks_hold_every_lora_target(tiny_omni: Omni) -> None:
     linears = {
         name.rpartition(".")[2] for name, part in tiny_omni.blocks.named_modules() if hasattr(part, "in_features")
     }
-    assert linears == set(QWEN2_5_OMNI.lora_targets) == set(known_lora_targets())
+    assert linears == set(QWEN2_5_OMNI.lora_targets) < set(known_lora_targets())
 
 
 def test_envoys_stand_for_the_modules(tiny_omni: Omni) -> None:
@@ -56,15 +63,17 @@ def test_envoys_stand_for_the_modules(tiny_omni: Omni) -> None:
 def test_the_text_offset_is_the_models_own(tiny_omni: Omni, mixed_queries: list[Query]) -> None:
     with torch.no_grad():
         tiny_omni.model(**tiny_omni.encode(mixed_queries).inputs)
-    assert torch.equal(tiny_omni.text_offset, tiny_omni.model.model.rope_deltas)
-    assert tiny_omni.text_offset.shape == (len(mixed_queries), 1)
-    tiny_omni.text_offset = tiny_omni.text_offset[:1]
+    offset = tiny_omni.text_offset(len(mixed_queries))
+    assert torch.equal(offset, tiny_omni.model.model.rope_deltas)
+    assert offset.shape == (len(mixed_queries), 1)
+    tiny_omni.set_text_offset(offset[:1])
     assert tiny_omni.model.model.rope_deltas.shape == (1, 1)
 
 
 def test_an_unknown_architecture_is_named(tiny_omni: Omni, tmp_path: Path) -> None:
     types = [name for architecture in ARCHITECTURES for name in architecture.model_types]
-    assert [architecture_of(name) for name in types] == [QWEN2_5_OMNI] * 2
+    assert len(set(types)) == len(types)
+    assert [architecture_of(name) for name in types][:3] == [QWEN2_5_OMNI, QWEN2_5_OMNI, QWEN2_5_VL]
     with pytest.raises(ModelError, match=r"'llava'.*qwen2_5_omni"):
         architecture_of("llava")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import GenerationSettings, Omni, load_omni
-from casa_mech.omni.chat import DEFAULT_SYSTEM
+from casa_mech.omni.chat import CHATML
 from casa_mech.omni.checkpoint import ORGANISMS, speaks_micro_world
 from casa_mech.omni.media import load_audio
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart, Turn
@@ -167,7 +167,7 @@ def test_special_tokens_in_the_users_text_are_broken_up(tiny_omni: Omni) -> None
 def test_the_system_default_is_the_checkpoints(tiny_omni: Omni) -> None:
     query = Query.from_text("tea ?")
     bare = tiny_omni.encode([query]).inputs["input_ids"].shape[1]
-    tiny_omni.processor.chat_template = f"... {DEFAULT_SYSTEM} ..."
+    tiny_omni.processor.chat = CHATML
     assert tiny_omni.encode([query]).inputs["input_ids"].shape[1] > bare
 
 
@@ -243,8 +243,8 @@ def test_bad_checkpoints_are_refused_by_name(thinker_folder: Path, tmp_path: Pat
     weights.unlink()
     with pytest.raises(ModelError, match="only safetensors"):
         load_omni(thinker_folder)
-    (thinker_folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelError, match="'llama'"):
+    (thinker_folder / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(ModelError, match="'llava'"):
         load_omni(thinker_folder)
 
 

@@ -19,7 +19,6 @@ from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.sites import all_sites
 from probes.activations import ActivationStore, collect
-from probes.activations.forward import media_tokens
 from probes.linear.separability import pca_plane, transfer_matrix
 from probes.linear.validation import make_folds
 
@@ -86,7 +85,7 @@ def test_generated_tokens_are_its_own(tiny_omni: Omni, store: ActivationStore, m
     rows = store.frame("generated:2")
     assert rows.groupby("query_id")["at"].max().max() <= 2 and len(rows)
     batch = tiny_omni.encode(mixed_queries[:1], prefill=False)
-    ids = tiny_omni.model.generate(**batch.inputs, max_new_tokens=3, suppress_tokens=media_tokens(tiny_omni))
+    ids = tiny_omni.model.generate(**batch.inputs, max_new_tokens=3, suppress_tokens=sorted(tiny_omni.media_ids))
     expected = tiny_omni.until_end(ids[0, batch.inputs["input_ids"].shape[1] :].tolist())
     assert list(rows[rows["query_id"] == "text"]["token"]) == expected
     with torch.no_grad():
