@@ -174,11 +174,12 @@ def pairs_by_topic(differing: dict[int, int], topics: int = 30, copies: int = 4)
 
 def test_under_one_attack_a_topic_is_one_draw() -> None:
     """Five topics of four requests each: exact p = 2 / 2**5, where twenty requests would give 2 / 2**20."""
-    found = effect(pairs_by_topic({0: 5}))
-    assert found.only_defense == 20 and found.p == pytest.approx(2 / 2**5)
-    assert found.difference == pytest.approx(5 / 30) and found.high - found.low > 0.2, (
-        "an interval of 30 draws, not of 120"
-    )
+    pairs = pairs_by_topic({0: 5}).assign(model="m", outcome_other="refused")
+    sides = [pairs.assign(defense="none"), pairs.assign(defense="casa", outcome=pairs["outcome_other"])]
+    tests = paired_tests(pd.concat(sides, ignore_index=True).drop(columns=["outcome_other"]))
+    (row,) = tests[(tests["scope"] == "plain") & (tests["metric"] == "attack_success")].to_dict("records")
+    assert row["only_defense"] == 20 and row["p"] == pytest.approx(2 / 2**5)
+    assert row["difference"] == pytest.approx(5 / 30) and row["high"] - row["low"] > 0.2, "30 draws, not 120"
 
 
 @pytest.mark.parametrize(("differing", "certain"), [({0: 0, 1: 2, 2: 12}, False), ({0: 9, 1: 10, 2: 9}, True)])
