@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
 from casa_mech.compare.grid import GridResult
-from casa_mech.compare.intervals import macro_interval, over_seeds
-from casa_mech.evaluation.evaluate import RESAMPLES
+from casa_mech.compare.intervals import macro_interval
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.merit import BESIDE, NOT_REFUSED, OUTCOME_METRICS, outcome_rows, with_not_refused
 from casa_mech.judging.results import Row, result_table, value_row
@@ -38,7 +37,7 @@ def grid_rows(result: GridResult) -> pd.DataFrame:
     for (model, defense, seed, attack, surface), group in result.replies.groupby(keys, sort=False):
         where = {"model": model, "defense": defense, "attack": attack, "surface": surface, "seed": int(seed)}
         for label, of_label in group.groupby("label", sort=False):
-            rows += outcome_rows(of_label.drop(columns=["split"]), {**where, "label": label}, "cluster")
+            rows += outcome_rows(of_label.drop(columns=["split"]), {**where, "label": label})
         auroc = _auroc(group, int(seed))
         if auroc is not None:
             scored = int(group["gate_score"].notna().sum())
@@ -51,9 +50,8 @@ def summarise(result: GridResult) -> pd.DataFrame:
 
     A scope is an attack, `surface:<name>` or `all`. Over several attacks a rate is the mean of theirs, each counted
     once; `gate_auroc` puts their queries together, as one threshold has to serve them all. Metrics ending in
-    `:held_out` are on topics that training has not seen. With one seed the interval is Wilson's or a bootstrap over
-    topics; with several it is the wider of that, seeds put together, and Student's t over the seeds' values
-    (`interval` says which). Costs have the scope `all`.
+    `:held_out` are on topics that training has not seen. Values are means over training seeds, and intervals cover
+    topics and, with several seeds, other trainings (`interval` names them). Costs have the scope `all`.
     """
     rows = []
     for (model, defense), replies in result.replies.groupby(["model", "defense"], sort=False):
@@ -113,36 +111,33 @@ def _rates(replies: pd.DataFrame) -> list[dict[str, Any]]:
         of_label = decided[decided["label"] == label]
         if of_label.empty:
             continue
-        hits, attacks = (of_label["outcome"] == outcome).to_numpy(), of_label["attack"].to_numpy()
-        groups = list(zip(attacks, of_label["seed"], strict=True))
-        pooled = macro_interval(hits, groups, of_label["cluster"].tolist())
-        by_seed = pd.Series(hits).groupby([of_label["seed"].to_numpy(), attacks]).mean().groupby(level=0).mean()
-        rows.append(_over(metric, label, by_seed.tolist(), pooled, len(of_label)))
+        hits, attacks = (of_label["outcome"] == outcome).to_numpy(), of_label["attack"].tolist()
+        seeds = of_label["seed"].tolist()
+        over = macro_interval(hits, attacks, of_label["cluster"].tolist(), runs=seeds)
+        rows.append(_over(metric, label, over, len(set(seeds)), len(of_label)))
     return rows
 
 
 def _gate(replies: pd.DataFrame) -> list[dict[str, Any]]:
-    pooled = _auroc(replies, 0)
-    if pooled is None:
+    auroc = _auroc(replies, 0)
+    if auroc is None:
         return []
-    by_seed = [_auroc(of_seed, int(seed), resamples=1) for seed, of_seed in replies.groupby("seed", sort=False)]
-    values = [auroc.value for auroc in by_seed if auroc is not None]
-    return [_over("gate_auroc", "both", values, pooled, int(replies["gate_score"].notna().sum()))]
+    scored = replies[replies["gate_score"].notna()]
+    return [_over("gate_auroc", "both", auroc, scored["seed"].nunique(), len(scored))]
 
 
-def _over(metric: str, label: str, values: Sequence[float], pooled: Estimate, n: int) -> dict[str, Any]:
-    estimate, kind = over_seeds(values, pooled)
-    where = {"metric": metric, "label": label, "seeds": len(values), "n": n}
-    return {**where, **estimate._asdict(), "interval": kind}
+def _over(metric: str, label: str, estimate: Estimate, seeds: int, n: int) -> dict[str, Any]:
+    kind = "topics of one seed" if seeds == 1 else f"topics and {seeds} seeds"
+    return {"metric": metric, "label": label, "seeds": seeds, "n": n, **estimate._asdict(), "interval": kind}
 
 
-def _auroc(replies: pd.DataFrame, seed: int, resamples: int = RESAMPLES) -> Estimate | None:
+def _auroc(replies: pd.DataFrame, seed: int) -> Estimate | None:
     scored = replies[replies["gate_score"].notna()]
     if scored["label"].nunique() < 2:
         return None
     harmful = (scored["label"] == "harmful").tolist()
     scores = scored["gate_score"].astype(float).tolist()
-    return auroc_interval(scores, harmful, scored["cluster"].tolist(), seed, resamples=resamples).widened()
+    return auroc_interval(scores, harmful, scored["cluster"].tolist(), seed, runs=scored["seed"].tolist())
 
 
 def _cost_rows(cost: dict[str, Any]) -> Iterator[Row]:

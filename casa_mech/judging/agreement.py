@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import bootstrap_interval
+from casa_mech.judging.bootstrap import RESAMPLES, Statistic, bootstrap_interval, exact_reach, mean_interval, members
 from casa_mech.judging.verdict import UNDECIDED
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Agreement:
     """`measure, raters, n, value, low, high`: a row for each pair of raters (`observed`, `cohen_kappa`) and for each
     group (`krippendorff_alpha`); value is NaN where it is not defined."""
     confusion: pd.DataFrame
-    """`human, judge, n, share, low, high`: a row for each pair of labels; share of that human label (Wilson)."""
+    """`human, judge, n, share, low, high`: a row for each pair of labels; share of that human label,
+    Wilson's interval where every reply is its own cluster."""
     undecided: int
     """Replies without a verdict of the judge: they are in the confusion table and in no measure."""
 
@@ -44,7 +46,7 @@ def agreement(
     level: Level = "nominal",
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
 ) -> Agreement:
     """Agreement of a judge's column with one or more human columns.
 
@@ -78,7 +80,7 @@ def agreement(
     groups = [[*humans, judge]] + ([list(humans)] if len(humans) > 1 else [])
     rows += [_alpha_row(decided, group, level, settings) for group in groups]
     human = MAJORITY if MAJORITY in decided else humans[0]
-    return Agreement(pd.DataFrame(rows), _confusion(decided[human], table[judge]), undecided)
+    return Agreement(pd.DataFrame(rows), _confusion(decided[human], table[judge], settings), undecided)
 
 
 def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
@@ -169,12 +171,13 @@ def _pair_rows(decided: pd.DataFrame, pair: tuple[str, str], settings: dict[str,
     codes = _codes(first, second)
     same = (codes[0] == codes[1]).astype(float)
     rows = []
-    for measure, value, statistic in (
-        ("observed", float(same.mean()), lambda weights: weights @ same / weights.sum(axis=1)),
-        ("cohen_kappa", cohen_kappa(first, second), lambda weights: _weighted_kappa(*codes, weights)),
-    ):
-        rows.append(_row(measure, raters, n, value, _interval(statistic, both, settings) if value == value else None))
-    return rows
+    ones = np.ones((1, n))
+    observed = mean_interval(same, _rated(both, settings), settings["seed"], resamples=settings["resamples"],
+                             limits=(0.0, 1.0))  # fmt: skip
+    rows.append(_row("observed", raters, n, observed.value, (observed.low, observed.high)))
+    value, chance = cohen_kappa(first, second), _expected_agreement(*codes, ones)[0]
+    interval = _interval(lambda weights: _weighted_kappa(*codes, weights), value, 1 - chance, both, settings)
+    return [*rows, _row("cohen_kappa", raters, n, value, interval)]
 
 
 def _alpha_row(decided: pd.DataFrame, raters: list[str], level: Level, settings: dict[str, Any]) -> dict[str, Any]:
@@ -184,20 +187,38 @@ def _alpha_row(decided: pd.DataFrame, raters: list[str], level: Level, settings:
     pairable = counts.sum(axis=1) > 1
     value = krippendorff_alpha(counts, values, level)
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        rows = (np.repeat(counts[pairable], weight, axis=0) for weight in weights.astype(int))
-        return np.array([krippendorff_alpha(row, values, level) for row in rows])
-
-    interval = _interval(statistic, pairable, settings) if value == value else None
+    kinds = np.arange(len(values), dtype=float) if level == "nominal" else np.array([float(each) for each in values])
+    shares = counts[pairable].sum(axis=0) / max(1, counts[pairable].sum())
+    interval = _interval(
+        lambda weights: _weighted_alpha(counts[pairable], kinds, level, weights), value, 1 - float(shares @ shares),
+        pairable, settings,
+    )  # fmt: skip
     return _row("krippendorff_alpha", ", ".join(raters), int(pairable.sum()), value, interval)
 
 
 def _interval(
-    statistic: Callable[[np.ndarray], np.ndarray], rated: np.ndarray, settings: dict[str, Any]
-) -> tuple[float, float]:
+    statistic: Statistic, value: float, disagreement: float, rated: np.ndarray, settings: dict[str, Any]
+) -> tuple[float, float] | None:
+    """The bootstrap's bounds, None for a value that is not defined.
+
+    Raters who never differ leave nothing to draw from: the interval then reaches down to what the largest share of
+    differing draws that so many clusters cannot exclude would give, `disagreement` being the share by chance.
+    """
+    if math.isnan(value):
+        return None
+    clusters = _rated(rated, settings)
+    low, high = bootstrap_interval(
+        statistic, clusters, int(rated.sum()), settings["seed"], resamples=settings["resamples"]
+    )
+    if value == 1:
+        low = 1 - exact_reach(int(members(clusters, int(rated.sum())).max()) + 1) / disagreement
+    return low, high
+
+
+def _rated(rated: np.ndarray, settings: dict[str, Any]) -> list[Hashable] | None:
+    """The clusters of the rows that were rated."""
     clusters = settings["clusters"]
-    of_rated = None if clusters is None else [name for name, keep in zip(clusters, rated, strict=True) if keep]
-    return bootstrap_interval(statistic, of_rated, int(rated.sum()), settings["seed"], resamples=settings["resamples"])
+    return None if clusters is None else [name for name, keep in zip(clusters, rated, strict=True) if keep]
 
 
 def _row(
@@ -214,26 +235,55 @@ def _codes(first: Sequence[Hashable], second: Sequence[Hashable]) -> tuple[np.nd
 
 def _weighted_kappa(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Cohen's kappa [resample] under each row of `weights` [resample, n], as scikit-learn's with sample weights."""
-    size = int(max(first.max(), second.max())) + 1
-    total = weights.sum(axis=1)
-    rows, columns = weights @ np.eye(size)[first] / total[:, None], weights @ np.eye(size)[second] / total[:, None]
-    observed, expected = weights @ (first == second) / total, (rows * columns).sum(axis=1)
+    observed, expected = weights @ (first == second) / weights.sum(axis=1), _expected_agreement(first, second, weights)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(expected < 1 - 1e-12, (observed - expected) / (1 - expected), np.nan)
 
 
-def _confusion(human: pd.Series, judge: pd.Series) -> pd.DataFrame:
+def _expected_agreement(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """How often two raters with these shares of labels agree by chance, [resample]."""
+    size, total = int(max(first.max(), second.max())) + 1, weights.sum(axis=1)[:, None]
+    shares: np.ndarray = ((weights @ np.eye(size)[first] / total) * (weights @ np.eye(size)[second] / total)).sum(
+        axis=1
+    )
+    return shares
+
+
+def _weighted_alpha(counts: np.ndarray, values: np.ndarray, level: Level, weights: np.ndarray) -> np.ndarray:
+    """Krippendorff's alpha [resample] of `counts` [unit, value] under each row of `weights` [resample, unit].
+
+    The matrix of coincidences is a sum over units, so that all resamples are one product (Krippendorff 2011).
+    """
+    units = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(counts.shape[1])
+    units = units / (counts.sum(axis=1) - 1)[:, None, None]
+    coincidences = np.tensordot(weights.astype(float), units, axes=1)
+    totals = coincidences.sum(axis=2)
+    if level == "ordinal":
+        # Half of what lies at either end, all that lies between.
+        middle = np.cumsum(totals, axis=1) - totals / 2
+        distance = (middle[:, :, None] - middle[:, None, :]) ** 2
+    else:
+        apart = values[:, None] - values[None]
+        distance = (apart**2 if level == "interval" else (apart != 0).astype(float))[None]
+    expected = (totals[:, :, None] * totals[:, None, :] * distance).sum(axis=(1, 2)) / (totals.sum(axis=1) - 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(expected > 1e-12, 1 - (coincidences * distance).sum(axis=(1, 2)) / expected, np.nan)
+
+
+def _confusion(human: pd.Series, judge: pd.Series, settings: dict[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
-    from casa_mech.judging.stats import rate
+    from casa_mech.judging.stats import rate_interval
 
     both = human.notna().to_numpy() & judge.notna().to_numpy()
     table = pd.crosstab(human[both], judge[both])
     rows = []
     for truth in table.index:
-        whole = int(table.loc[truth].sum())
+        here = both & (human == truth).to_numpy()
         for verdict in table.columns:
-            k = int(table.loc[truth, verdict])
-            share, low, high = rate(k, whole)
-            rows.append({"human": truth, "judge": verdict, "n": k, "share": share, "low": low, "high": high})
+            hits = (judge[here] == verdict).to_numpy()
+            share, low, high = rate_interval(hits, _rated(here, settings), settings["seed"])
+            rows.append(
+                {"human": truth, "judge": verdict, "n": int(hits.sum()), "share": share, "low": low, "high": high}
+            )
     return pd.DataFrame(rows, columns=["human", "judge", "n", "share", "low", "high"])

@@ -1,53 +1,23 @@
-"""Tests: paired outcomes and values of two systems, labels against scores, and Holm's correction.
+"""Tests: paired values of two systems, labels against scores, and Holm's correction.
 
-Draws that belong to one cluster (`casa_mech.judging.stats.cluster_of`) are kept together everywhere but in McNemar's
-test, which takes each pair for a draw of its own.
+Draws that belong to one cluster (`casa_mech.judging.stats.cluster_of`) are kept together everywhere, and where the two
+systems were trained several times, what differs between the trainings counts as chance, too.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import RESAMPLES, mean_interval, members
+from casa_mech.judging.bootstrap import RESAMPLES, exact_reach, mean_draws, mean_interval, members
 from casa_mech.judging.estimate import Estimate
-from casa_mech.judging.stats import wilson
 
 PERMUTATIONS = 999
 """Permutations of labels behind a p: its least value is then 0.001."""
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Two systems on the same queries."""
-
-    only_first: int
-    """Pairs with the outcome on the first side alone."""
-    only_second: int
-    """Pairs with the outcome on the second side alone."""
-    p_value: float
-    """Exact, two-sided."""
-
-
-def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndarray) -> McNemar:
-    """McNemar's exact test on paired outcomes [n].
-
-    Raises:
-        InputError: no pair, or another number of outcomes on one side.
-    """
-    from statsmodels.stats.contingency_tables import mcnemar as test
-
-    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise InputError(f"McNemar's test compares the same queries: got outcomes of shape {a.shape} and {b.shape}")
-    table = [[int((a & b).sum()), int((a & ~b).sum())], [int((~a & b).sum()), int((~a & ~b).sum())]]
-    # Without a discordant pair statsmodels divides by nothing; the exact p is then 1 by definition.
-    p_value = 1.0 if not table[0][1] + table[1][0] else float(test(table, exact=True).pvalue)
-    return McNemar(table[0][1], table[1][0], p_value)
+_BLOCK = 1000
 
 
 def permutation_test(
@@ -65,8 +35,6 @@ def permutation_test(
     Raises:
         InputError: no pair, or another number of values on one side.
     """
-    from scipy.stats import permutation_test as test
-
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise InputError(f"a paired test compares the same queries: got values of shape {a.shape} and {b.shape}")
@@ -74,13 +42,16 @@ def permutation_test(
     sums = sums[np.abs(sums) > 1e-12]
     if not len(sums):
         return 1.0
-    if len(sums) == 1:
-        return 1.0  # one cluster, two swaps of equal size: scipy refuses, the answer is known
-    result = test(
-        (sums, np.zeros_like(sums)), lambda x, y, axis: (x - y).sum(axis=axis), permutation_type="samples",
-        vectorized=True, n_resamples=resamples, batch=1000, rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(result.pvalue)
+    # 1e-12: the same sum in another order is not a smaller one.
+    least = abs(sums.sum()) - 1e-12 * np.abs(sums).sum()
+    if 2 ** len(sums) <= resamples:
+        signs = 1.0 - 2.0 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
+        return float((np.abs(signs @ sums) >= least).mean())
+    rng, extreme = np.random.default_rng(seed), 0
+    for start in range(0, resamples, _BLOCK):
+        signs = rng.choice((-1.0, 1.0), size=(min(_BLOCK, resamples - start), len(sums)))
+        extreme += int((np.abs(signs @ sums) >= least).sum())
+    return (1 + extreme) / (1 + resamples)
 
 
 def mean_difference(
@@ -91,21 +62,23 @@ def mean_difference(
     *,
     outcomes: bool = False,
     resamples: int = RESAMPLES,
+    runs: Sequence[Hashable] | None = None,
 ) -> Estimate:
-    """Mean of `first` [n] minus `second` [n] with a bootstrap over clusters, widened to hold the mean.
+    """Mean of `first` [n] minus `second` [n] with a bootstrap over clusters and training runs, holding the mean.
 
     Args:
         first, second: values of the same queries.
         clusters: [n], what each pair is one draw with.
         seed, resamples: of the bootstrap.
         outcomes: the values are 0 or 1. Differences that are all alike then have no spread to draw from, and the
-            interval reaches as far as Wilson's for a rate of 0 in as many draws as there are clusters.
+            interval reaches as far as the exact bound for as many draws as there are clusters.
+        runs: [n], the training run of each pair; each run counts once.
     """
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     if outcomes and (differences == differences[0]).all():
-        value, reach = float(differences[0]), wilson(0, len(set(clusters)))[1]
+        value, reach = float(differences[0]), exact_reach(len(set(clusters)))
         return Estimate(value, max(-1.0, value - reach), min(1.0, value + reach))
-    return mean_interval(differences, clusters, seed, resamples=resamples).widened()
+    return mean_interval(differences, clusters, seed, resamples=resamples, runs=runs)
 
 
 def paired_difference(
@@ -115,23 +88,68 @@ def paired_difference(
     seed: int = 0,
     *,
     outcomes: bool = False,
+    runs: Sequence[Hashable] | None = None,
 ) -> tuple[Estimate, float]:
-    """`mean_difference` and the p of `permutation_test`: what a claim about two systems stands on."""
-    change = mean_difference(first, second, clusters, seed, outcomes=outcomes)
-    return change, permutation_test(first, second, clusters, seed)
+    """`mean_difference` and the p of `difference_p`: what a claim about two systems stands on."""
+    change = mean_difference(first, second, clusters, seed, outcomes=outcomes, runs=runs)
+    return change, difference_p(first, second, clusters, seed, runs)
+
+
+def difference_p(
+    first: Sequence[float] | np.ndarray,
+    second: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    runs: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = 9999,
+) -> float:
+    """Two-sided p of the mean difference of `first` [n] and `second` [n], each training run and group counted once.
+
+    With one run it is that of `permutation_test`. With several it is the larger of two: that permutation of topics, and
+    how often the hierarchical bootstrap (`mean_draws`: topics and Student's t over the runs) strays from its mean by as
+    much as the mean is away from 0. Topics alone cannot tell a difference between systems from one between trainings.
+
+    Raises:
+        InputError: as `permutation_test`.
+    """
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    shares = np.ones(len(first))
+    if groups is not None or runs is not None:
+        # Weights under which the mean over rows is that over runs and their groups.
+        run = members(runs, len(first)) if runs is not None else np.zeros(len(first), dtype=int)
+        cells, cell = np.unique(
+            np.stack([run, members(groups, len(first)) if groups is not None else 0 * run]), axis=1, return_inverse=True
+        )
+        shares = len(first) / (np.bincount(cell.ravel()) * np.bincount(cells[0])[cells[0]])[cell.ravel()]
+    p = permutation_test(first * shares, second * shares, clusters, seed, resamples)
+    if runs is None or len(set(runs)) < 2:
+        return p
+    mean, draws = mean_draws(first - second, clusters, seed, resamples, runs, groups)
+    return max(p, (1 + int((np.abs(draws - mean) >= abs(mean) - 1e-12).sum())) / (1 + resamples))
 
 
 def permuted_labels(
     labels: np.ndarray, clusters: Sequence[Hashable] | np.ndarray, draws: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Labels permuted among clusters, bool [draw, n]: a cluster gets one label, of those most of its members have.
+    """Labels dealt anew, bool [draw, n]: whole clusters change labels with each other, mixed ones within.
+
+    A cluster whose members all have one label gets that of another such cluster. Where a cluster has both labels, its
+    members' are permuted among them: each keeps as many of either.
 
     Args:
         labels: bool [n]. clusters: [n]. draws: how many permutations. rng: makes them.
     """
-    _, member = np.unique(np.asarray(clusters), return_inverse=True)
-    mostly = np.bincount(member, weights=labels) > np.bincount(member) / 2
-    return np.stack([rng.permutation(mostly) for _ in range(draws)])[:, member]
+    truth, member = np.asarray(labels, dtype=bool), members(list(clusters), len(labels))
+    shares = np.bincount(member, weights=truth) / np.bincount(member)
+    pure = np.isin(shares, (0.0, 1.0))
+    of_clusters = np.zeros((draws, len(pure)), dtype=bool)
+    of_clusters[:, pure] = rng.permuted(np.tile(shares[pure] == 1, (draws, 1)), axis=1)
+    dealt = of_clusters[:, member]
+    for number in np.flatnonzero(~pure):
+        places = np.flatnonzero(member == number)
+        dealt[:, places] = rng.permuted(np.tile(truth[places], (draws, 1)), axis=1)
+    return dealt
 
 
 def label_permutation_test(
@@ -141,12 +159,12 @@ def label_permutation_test(
     seed: int = 0,
     draws: int = PERMUTATIONS,
 ) -> float:
-    """p of a statistic of labelled draws: how often labels permuted among clusters give as much.
+    """p of a statistic of labelled draws: how often labels dealt anew (`permuted_labels`) give as much.
 
     Args:
         statistic: from labels bool [draw, n] to values [draw]; the larger, the more the labels matter. One that
             ignores the sign makes the test two-sided.
-        labels: bool [n]. clusters: [n], what gets one label. seed, draws: of the permutations.
+        labels: bool [n]. clusters: [n]. seed, draws: of the permutations.
     """
     labels = np.asarray(labels, dtype=bool)
     permuted = statistic(permuted_labels(labels, clusters, draws, np.random.default_rng(seed)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import cluster_counts
+from casa_mech.judging.bootstrap import RESAMPLES, cluster_counts, exact_reach
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.results import Row, value_row
 
@@ -37,7 +37,7 @@ def read_answer(prediction: str) -> Literal["yes", "no", "other"]:
     return "yes" if "yes" in opening else "no" if "no" in opening else "other"
 
 
-def mme_scores(frame: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> pd.DataFrame:
+def mme_scores(frame: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
     """MME's scores with intervals.
 
     Args:
@@ -116,9 +116,14 @@ def _draws(images: np.ndarray, seed: list[int], resamples: int) -> np.ndarray:
     return _score(images, cluster_counts(len(images), resamples, np.random.default_rng(seed)))
 
 
-def _interval(draws: np.ndarray) -> dict[str, float]:
+def _interval(draws: np.ndarray, score: float, best: float, images: int) -> dict[str, float]:
+    """`low` and `high`; a score of 0 or of `best` reaches as far as so many images without an exception exclude."""
     low, high = np.quantile(draws, [0.025, 0.975])
-    return {"low": float(low), "high": float(high)}
+    reach = best * exact_reach(images)
+    return {
+        "low": best - reach if score == best else float(low),
+        "high": reach if score == 0 else float(high),
+    }
 
 
 def _subtask(name: str, judged: pd.DataFrame, images: np.ndarray, draws: np.ndarray) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def _subtask(name: str, judged: pd.DataFrame, images: np.ndarray, draws: np.ndar
     return {
         "group": _SUBTASKS[name], "subtask": name, "n": len(judged), "images": len(images),
         "other": int(judged["other"].sum()), "accuracy": accuracy, "accuracy_plus": plus,
-        "score": 100 * (accuracy + plus), **_interval(draws),
+        "score": 100 * (accuracy + plus), **_interval(draws, 100 * (accuracy + plus), 200, len(images)),
     }  # fmt: skip
 
 
@@ -134,4 +139,11 @@ def _group(group: str, rows: list[dict[str, Any]], draws: np.ndarray) -> dict[st
     sums = {name: sum(row[name] for row in rows) for name in ("n", "images", "other")}
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("accuracy", "accuracy_plus")}
     score = sum(row["score"] for row in rows)
-    return {"group": group, "subtask": "all", **sums, **means, "score": score, **_interval(draws)}
+    return {
+        "group": group,
+        "subtask": "all",
+        **sums,
+        **means,
+        "score": score,
+        **_interval(draws, score, 200 * len(rows), sums["images"]),
+    }

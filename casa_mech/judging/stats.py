@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import RESAMPLES, bootstrap_interval, mean_interval
+from casa_mech.judging.bootstrap import RESAMPLES, Statistic, bootstrap_draws, exact_reach, mean_interval, members
 from casa_mech.judging.estimate import Estimate
 from casa_mech.queries import Query
 from casa_mech.queries.overlap import normalised
@@ -46,15 +46,24 @@ def rate(k: int, n: int) -> Estimate:
 def cluster_of(item: Query | Mapping[str, Any]) -> Hashable:
     """The name of the independent draw that a query, or a row of a table of replies, belongs to.
 
-    Queries about one topic, or with the same request behind them, are one draw. All renderings of a query keep its id,
-    so they are one draw, too. Of a row `topic`, `meta` and `query_id` are read.
+    Queries about one topic are one draw. Where a query names none, all with the same request behind them are, letters'
+    case and spaces aside: `meta["request"]`, or a text query's own text, so that copies and renderings of one prompt
+    are together under whatever ids. What has neither is told apart by its id. Of a row `topic`, `meta`, `surface`,
+    `prompt` and `query_id` are read.
     """
+    surface: Any
+    text: Any
     if isinstance(item, Query):
         topic, request, own = item.meta.get("topic"), item.meta.get("request"), item.id
+        surface, text = item.surface, item.text
     else:
         topic, request, own = item.get("topic"), _meta(item.get("meta")).get("request"), item["query_id"]
+        # Without `meta` a wrapped prompt's request is not known, and its id is what it shares with others.
+        surface, text = item.get("surface"), item.get("prompt") if "meta" in item else None
     # An empty cell of a table can come back as NaN.
-    return topic if isinstance(topic, str) and topic else normalised(request or "") or own
+    if isinstance(topic, str) and topic:
+        return topic
+    return normalised(request or (text if surface == "text" and isinstance(text, str) else "")) or own
 
 
 def _meta(cell: Any) -> Mapping[str, str]:
@@ -62,26 +71,40 @@ def _meta(cell: Any) -> Mapping[str, str]:
 
 
 def clusters_of(frame: pd.DataFrame) -> list[Hashable]:
-    """The draw of each row of a table of replies, by `topic` and `query_id` (see `cluster_of`)."""
-    names = [name for name in ("topic", "query_id") if name in frame.columns]
+    """The draw of each row of a table of replies, by the rule of `cluster_of`."""
+    names = [name for name in ("topic", "meta", "prompt", "surface", "query_id") if name in frame.columns]
     return [cluster_of(row) for row in frame[names].to_dict("records")]
 
 
-def rate_interval(
-    hits: Sequence[bool] | np.ndarray, clusters: Sequence[Hashable] | None = None, seed: int = 0, level: float = 0.95
-) -> Estimate:
-    """Share of `hits` [n]: with Wilson's interval where all draws are independent, else with a cluster bootstrap's.
+def runs_of(frame: pd.DataFrame) -> list[Hashable] | None:
+    """The training run of each row of a table of replies, its `gate_seed`; None where the rows are of one run."""
+    if "gate_seed" not in frame or frame["gate_seed"].nunique(dropna=False) < 2:
+        return None
+    return frame["gate_seed"].astype(str).tolist()
 
-    A rate of 0 or 1 has no spread to draw from; with clusters it gets Wilson's interval for as many draws as clusters.
+
+def rate_interval(
+    hits: Sequence[bool] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    level: float = 0.95,
+    runs: Sequence[Hashable] | None = None,
+) -> Estimate:
+    """Share of `hits` [n]: with Wilson's interval where all draws are independent, else with a bootstrap's.
+
+    A rate of 0 or 1 has no spread to draw from: with clusters it gets the exact bounds for as many draws as clusters.
+
+    Args:
+        hits: [n]. clusters: [n], what is one draw (`cluster_of`). seed, level: of the interval.
+        runs: [n], the training run of each; their rates are averaged, and the interval covers other trainings.
     """
     values = np.asarray(hits, dtype=bool)
-    k, n = int(values.sum()), len(values)
-    effective = n if clusters is None else len(set(clusters))
-    if effective == n:
+    n = len(values)
+    independent = clusters is None or len(set(clusters)) == n
+    if independent and (runs is None or len(set(runs)) == 1):
+        k = int(values.sum())
         return Estimate(k / n if n else math.nan, *wilson(k, n, level))
-    if k in (0, n):
-        return Estimate(k / n, *wilson(effective if k else 0, effective, level))
-    return mean_interval(values, clusters, seed, level)
+    return mean_interval(values, clusters, seed, level, runs=runs, limits=(0.0, 1.0))
 
 
 def auroc(scores: Sequence[float], labels: Sequence[int | bool]) -> float:
@@ -103,19 +126,25 @@ def auroc_interval(
     seed: int = 0,
     level: float = 0.95,
     resamples: int = RESAMPLES,
+    runs: Sequence[Hashable] | None = None,
 ) -> Estimate:
-    """AUROC with a percentile bootstrap over clusters (each item its own cluster when None).
+    """AUROC with a bootstrap over clusters (each item its own when None) and training runs.
 
-    A resample draws as many clusters as there are, with replacement; resamples without both classes are drawn again.
+    Resamples without both classes are drawn again. Perfect ranking leaves nothing to draw from: the interval then
+    reaches as far as the exact bound for as many pairs of a harmful and a benign draw as can be made without using a
+    cluster twice. With `runs` [n] the value is the mean of the runs' AUROCs: scores of two gates are not compared.
 
     Raises:
-        InputError: as `auroc`.
+        InputError: as `auroc`, also of a run that lacks a class.
     """
     values, truth = _checked(scores, labels)
-    low, high = bootstrap_interval(
-        lambda weights: _weighted_auroc(values, truth, weights), clusters, len(values), seed, level, resamples
-    )
-    return Estimate(auroc(scores, labels), low, high)
+    for run in dict.fromkeys(runs or ()):
+        _checked(values[(of_run := np.array([name == run for name in runs or ()]))], truth[of_run])
+    member = members(clusters, len(values))
+    harmful, benign = (len(np.unique(member[truth == label])) for label in (1, 0))
+    pairs = max(1, min(harmful, benign, (int(member.max()) + 1) // 2))
+    return _bounded(lambda weights: _weighted_auroc(values, truth, weights), pairs, clusters, len(values), seed, level,
+                    resamples, runs)  # fmt: skip
 
 
 def aurocs_by_labels(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -152,21 +181,36 @@ def fpr_at_tpr_interval(
     seed: int = 0,
     level: float = 0.95,
     resamples: int = RESAMPLES,
+    runs: Sequence[Hashable] | None = None,
 ) -> Estimate:
-    """`fpr_at_tpr` with a bootstrap over clusters; every resample has its own threshold.
+    """`fpr_at_tpr` with a bootstrap over clusters and training runs; every resample and run has its own threshold.
 
-    The percentile interval of so skewed a statistic can miss its own estimate: it is widened to hold it.
+    The percentile interval of so skewed a statistic can miss its own estimate: it is widened to hold it. A rate of 0 or
+    1 gets the exact bounds for as many draws as there are clusters with a benign one.
     """
     values, truth = _checked(scores, labels)
-    low, high = bootstrap_interval(
-        lambda weights: _weighted_fpr(values, truth, weights, _share(tpr)),
-        clusters,
-        len(values),
-        seed,
-        level,
-        resamples,
-    )
-    return Estimate(fpr_at_tpr(scores, labels, tpr), low, high).widened()
+    benign = len(np.unique(members(clusters, len(values))[truth == 0]))
+    return _bounded(lambda weights: _weighted_fpr(values, truth, weights, _share(tpr)), benign, clusters, len(values),
+                    seed, level, resamples, runs)  # fmt: skip
+
+
+def _bounded(
+    statistic: Statistic,
+    exact_draws: int,
+    clusters: Sequence[Hashable] | None,
+    n: int,
+    seed: int,
+    level: float,
+    resamples: int,
+    runs: Sequence[Hashable] | None,
+) -> Estimate:
+    """A statistic from 0 to 1 with its bootstrap; at 0 or 1 with the exact bound for `exact_draws` draws."""
+    value, draws = bootstrap_draws(statistic, clusters, n, seed, resamples, runs)
+    if value in (0.0, 1.0):
+        reach = exact_reach(exact_draws, level)
+        return Estimate(value, max(0.0, value - reach), min(1.0, value + reach))
+    low, high = np.clip(np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]), 0.0, 1.0)
+    return Estimate(value, float(low), float(high)).widened()
 
 
 def _share(tpr: float) -> float:

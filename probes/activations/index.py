@@ -15,10 +15,13 @@ INDEX_COLUMNS = ("query_id", "label", "surface", "attack", "topic", "category", 
 
 
 def query_columns(query: Query) -> dict[str, str]:
-    """The columns `INDEX_COLUMNS` of a query; the empty string where its maker said nothing."""
-    return {"query_id": query.id, "label": query.label or ""} | {
-        key: query.meta.get(key, "") for key in INDEX_COLUMNS[2:]
-    }
+    """The columns `INDEX_COLUMNS` of a query; the empty string where its maker said nothing.
+
+    `topic` is by the rule of `casa_mech.judging.stats.cluster_of`: of a query that names none, the request itself, so
+    that copies of one prompt are one topic.
+    """
+    said = {key: query.meta.get(key, "") for key in INDEX_COLUMNS[2:]}
+    return {**said, **query_record(query), "label": query.label or ""}
 
 
 def query_record(query: Query) -> dict[str, Any]:

@@ -43,12 +43,8 @@ class Activations:
 
     @property
     def topics(self) -> np.ndarray:
-        """str [query]: each query's topic, or its id where it has none; folds and intervals keep a topic together.
-
-        The same rule as `casa_mech.judging.stats.cluster_of`.
-        """
-        topic = self.index["topic"]
-        return topic.where(topic != "", self.index["query_id"]).to_numpy(dtype=str)
+        """str [query]: what each query is one draw with (`casa_mech.judging.stats.cluster_of`); folds keep it whole."""
+        return self.index["topic"].to_numpy(dtype=str)
 
     def stacked(self, sites: Sequence[str] = ()) -> np.ndarray:
         """[site, query, d_model] of `sites`, all when not given.

@@ -20,8 +20,8 @@ from casa_mech.errors import RunError
 from casa_mech.files import write_text, writing
 from casa_mech.identity import SHORT, digest_of
 
-FORMAT = 2
-"""2: queries are known by the content of their media; in 1 files were known by their path."""
+FORMAT = 3
+"""3: a query without a topic has its request for one; in 2 it had none, and in 1 files were known by their path."""
 ABOUT, SHARDS, INDEX = "store.json", "shards", "index"
 
 

@@ -160,7 +160,7 @@ def cosine_table(
                 gap = harmful_mean - of_benign @ states / of_benign.sum(1, keepdims=True)
                 return gap @ unit / np.linalg.norm(gap, axis=1)
 
-        low, high = bootstrap_interval(along, clusters, len(states), seed, resamples=400)
+        low, high = bootstrap_interval(along, clusters, len(states), seed)
         cosine = float(along(np.ones((1, len(states))))[0])
         rows.append((name, "difference in means", cosine, low, high))
         rows += [

@@ -31,11 +31,11 @@ from .validation import (
     Folds,
     ProbeControls,
     auroc_of,
+    chance_of,
     chance_p,
     cross_validate,
     make_folds,
     matched_auroc,
-    permuted_aurocs,
     probe_controls,
 )
 
@@ -69,6 +69,7 @@ __all__ = [
     "ProbeControls",
     "TransferPrediction",
     "auroc_of",
+    "chance_of",
     "chance_p",
     "controls",
     "cross_validate",
@@ -82,7 +83,6 @@ __all__ = [
     "matched_auroc",
     "opening_ids",
     "pca_plane",
-    "permuted_aurocs",
     "refusal_score",
     "save_probe",
     "probe_controls",

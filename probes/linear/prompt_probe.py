@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
 from casa_mech.judging.estimate import Estimate
-from casa_mech.judging.stats import auroc_interval, cluster_of, wilson
+from casa_mech.judging.stats import auroc_interval, cluster_of
 from casa_mech.omni import Omni
 from casa_mech.queries import Label, Query
 from casa_mech.trace.capture import Positions
@@ -126,9 +126,6 @@ def fit_probe(
         estimator = PROBES[kind](**options).fit(activations.stacked()[0], labels)
     scores = result.scores[0]
     auroc, low, high = auroc_interval(list(scores), list(labels), list(clusters), seed)
-    if auroc in (0, 1):
-        pairs = min(len(np.unique(clusters[labels])), len(np.unique(clusters[~labels])))
-        low, high = wilson(int(auroc) * pairs, pairs)
     held_out = activations.index[["query_id", "label"]].assign(cluster=clusters, score=scores)
     return PromptProbe(estimator, auroc, low, high, held_out, site, positions, omni)
 

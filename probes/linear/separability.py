@@ -19,21 +19,12 @@ from sklearn.metrics import silhouette_score
 from threadpoolctl import threadpool_limits
 
 from casa_mech.errors import InputError
+from casa_mech.judging.hypothesis import PERMUTATIONS
 from casa_mech.judging.stats import auroc_interval
 from probes.activations.memory import Activations
 from probes.linear.estimators import ProbeKind
 from probes.linear.gaussian import fisher_ratios
-from probes.linear.validation import (
-    PENALTIES,
-    CrossValidated,
-    chance_p,
-    cross_validate,
-    permuted_aurocs,
-    probe_controls,
-)
-
-RESAMPLES = 200
-"""Bootstrap draws for a probe's interval."""
+from probes.linear.validation import PENALTIES, CrossValidated, Rows, chance_of, cross_validate, probe_controls
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,12 @@ def fisher_ratio(states: np.ndarray, harmful: np.ndarray) -> float:
 
 
 def transfer_matrix(
-    activations: Activations, kind: ProbeKind = "logistic", folds: int = 5, seed: int = 0, sites: Sequence[str] = ()
+    activations: Activations,
+    kind: ProbeKind = "logistic",
+    folds: int = 5,
+    seed: int = 0,
+    sites: Sequence[str] = (),
+    deals: int = PERMUTATIONS,
 ) -> pd.DataFrame:
     """AUROC of probes fitted on each surface and judged on each, at every site, on unseen topics.
 
@@ -96,10 +92,11 @@ def transfer_matrix(
         folds: of the cross-validation.
         seed: of the folds, the intervals and the permutations.
         sites: which; all when not given.
+        deals: of the labels, behind `p`; 0 for no test.
 
     Returns:
         Columns `site, fit, surface, auroc, low, high, n, p`; the diagonal is the ordinary cross-validated probe. `p` is
-        that of an AUROC as high on labels permuted among topics.
+        that of an AUROC as high, by probes fitted and judged on labels dealt anew (`chance_of`; NaN without deals).
 
     Raises:
         InputError: one class only, fewer topics of a class than folds, or states that are not finite.
@@ -112,29 +109,33 @@ def transfer_matrix(
         for fit, fitted in by_surface.items():
             others = {surface: other for surface, other in by_surface.items() if surface != fit}
             own, *carried = _cross_validate(fitted, names, kind, folds, seed, list(others.values()))
-            for surface, result in zip([fit, *others], [own, *carried], strict=True):
+            p_values = np.full((1 + len(others), len(names)), np.nan)
+            if deals:
+                carried_rows = [_rows(other, names) for other in others.values()]
+                chances = chance_of(_rows(fitted, names), carried_rows, deals, kind=kind, folds=folds, seed=seed)
+                p_values = np.stack([chance.p_value for chance in chances])
+            for surface, result, of_sites in zip([fit, *others], [own, *carried], p_values, strict=True):
                 test = by_surface[surface]
-                for site, scores in zip(names, result.scores, strict=True):
+                for site, scores, p in zip(names, result.scores, of_sites, strict=True):
                     interval = _interval(scores, test, seed)
-                    p_value = chance_p(scores, test.harmful, test.topics, seed)
-                    rows.append({"site": site, "fit": fit, "surface": surface, **interval, "p": p_value})
+                    rows.append({"site": site, "fit": fit, "surface": surface, **interval, "p": float(p)})
     table = pd.DataFrame(rows)
     order = {site: place for place, site in enumerate(names)}
     return table.sort_values("site", key=lambda column: column.map(order), kind="stable").reset_index(drop=True)
 
 
-def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: int = 20) -> pd.DataFrame:
+def controls(activations: Activations, folds: int = 5, seed: int = 0, deals: int = PERMUTATIONS) -> pd.DataFrame:
     """The measures that a probe's AUROC has to be compared with, at every site and surface.
 
     Args:
         activations: one or several surfaces; index column `surface`.
         folds: of the cross-validation.
         seed: of the folds, the intervals and the permutations.
-        repeats: how often labels are permuted.
+        deals: how often labels are dealt anew.
 
     Returns:
         Columns `site, surface`, those of `ProbeControls` (the probe, permuted labels, prompt length,
-        the probe among prompts of equal length), `permuted_low, permuted_high` (extremes over the permutations),
+        the probe among prompts of equal length), `permuted_low, permuted_high` (the middle 95 % of the deals),
         `mean_difference` (that probe's AUROC), `fisher` (shrinkage Fisher ratio), `explained` (the first two
         components' share of the variance) and `silhouette` (of the classes in their plane).
 
@@ -148,16 +149,19 @@ def controls(activations: Activations, folds: int = 5, seed: int = 0, repeats: i
             states, harmful, topics, lengths = subset.stacked(), subset.harmful, subset.topics, _lengths(subset)
             (logistic,) = _cross_validate(subset, subset.sites, "logistic", folds, seed, [])
             (means,) = _cross_validate(subset, subset.sites, "mean_difference", folds, seed, [])
-            chance = permuted_aurocs(states, harmful, topics, PENALTIES[1], repeats, folds=folds, seed=seed)
+            (chance,) = chance_of(_rows(subset, subset.sites), deals=deals, folds=folds, seed=seed)
             for place, site in enumerate(subset.sites):
-                against = probe_controls(logistic.scores[place], chance[place], harmful, lengths, topics, seed)
+                against = probe_controls(
+                    logistic.scores[place], chance.aurocs[place], float(chance.p_value[place]), harmful, lengths,
+                    topics, seed,
+                )  # fmt: skip
                 rows.append(
                     {
                         "site": site,
                         "surface": surface,
                         **asdict(against),
-                        "permuted_low": float(chance[place].min()),
-                        "permuted_high": float(chance[place].max()),
+                        "permuted_low": float(chance.band[0, place]),
+                        "permuted_high": float(chance.band[1, place]),
                         "mean_difference": _interval(means.scores[place], subset, seed)["auroc"],
                         "fisher": fisher_ratio(states[place], harmful),
                         "explained": sum(planes[site].explained),
@@ -199,6 +203,11 @@ def _cross_validate(
     return cross_validate(fit.stacked(sites), fit.harmful, fit.topics, kind, PENALTIES, folds, seed, others)
 
 
+def _rows(activations: Activations, sites: Sequence[str]) -> Rows:
+    units = activations.index["label"] + " " + activations.index["query_id"]
+    return Rows(activations.stacked(sites), activations.harmful, activations.topics, units.to_numpy(dtype=str))
+
+
 def _by_surface(activations: Activations) -> dict[str, Activations]:
     surfaces = list(dict.fromkeys(activations.index["surface"]))
     return {surface: activations.where(surface=surface) for surface in surfaces}
@@ -206,10 +215,10 @@ def _by_surface(activations: Activations) -> dict[str, Activations]:
 
 def _lengths(activations: Activations) -> np.ndarray:
     index = activations.index
-    return index["length"].to_numpy() if "length" in index else np.zeros(len(index))
+    return index["length"].to_numpy(dtype=float) if "length" in index else np.full(len(index), np.nan)
 
 
 def _interval(scores: np.ndarray, test: Activations, seed: int) -> dict[str, float]:
     """`auroc, low, high` (bootstrap over topics) and `n` of held-out `scores` [query]."""
-    auroc, low, high = auroc_interval(list(scores), list(test.harmful), list(test.topics), seed, resamples=RESAMPLES)
+    auroc, low, high = auroc_interval(list(scores), list(test.harmful), list(test.topics), seed)
     return {"auroc": float(auroc), "low": float(low), "high": float(high), "n": len(scores)}

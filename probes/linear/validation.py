@@ -1,4 +1,4 @@
-"""Judging probes: nested cross-validation by topic, and controls (permuted labels, prompt length).
+"""Judging probes: nested cross-validation by topic, and controls (labels dealt anew, prompt length).
 
 Folds keep queries about one topic together (`Activations.topics`, the rule of `casa_mech.judging.stats.cluster_of`), so
 a probe is always judged on topics that it has not seen. Penalties are chosen on the training folds only.
@@ -6,6 +6,7 @@ a probe is always judged on topics that it has not seen. Penalties are chosen on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,18 @@ import torch
 from scipy.stats import rankdata
 
 from casa_mech.errors import InputError
-from casa_mech.judging.hypothesis import label_permutation_test, permuted_labels
+from casa_mech.judging.bootstrap import RESAMPLES, cluster_counts, exact_reach, members
+from casa_mech.judging.estimate import Estimate
+from casa_mech.judging.hypothesis import PERMUTATIONS, label_permutation_test, permuted_labels
 from casa_mech.judging.stats import auroc_interval, aurocs_by_labels
 from probes.linear.estimators import PENALISED, ProbeKind, fit_batch
 
 PENALTIES = (3.0, 30.0, 300.0)
 """Penalties (`1 / C`) that are tried."""
+_SOLVED = 2**25
+"""Numbers of a solve's largest array."""
+_DEALT_TOLERANCE = 1e-2
+"""Of the solver on dealt labels: it moves an AUROC by less than 0.001 and takes a third of the time."""
 INNER = 3
 """Folds within the training folds, on which the penalty is chosen."""
 
@@ -64,10 +71,12 @@ def make_folds(labels: np.ndarray, clusters: np.ndarray, folds: int = 5, seed: i
         raise InputError(f"{folds} folds need {folds} topics of each class, not {least}: add queries or ask for fewer")
     rng = np.random.default_rng(seed)
     outer = _assign_folds(labels, clusters, folds, rng)
+    if not inner:
+        return Folds(outer, (np.zeros((0, len(labels)), dtype=bool),) * folds)
     nested = []
     for number in range(folds):
         train = np.flatnonzero(outer != number)
-        within = _assign_folds(labels[train], clusters[train], max(inner, 1), rng)
+        within = _assign_folds(labels[train], clusters[train], inner, rng)
         masks = np.zeros((inner, len(labels)), dtype=bool)
         for place in range(inner):
             masks[place, train[within == place]] = True
@@ -139,36 +148,118 @@ def cross_validate(
     return results
 
 
-def permuted_aurocs(
-    states: np.ndarray,
-    labels: np.ndarray,
-    clusters: np.ndarray,
+@dataclass(frozen=True)
+class Chance:
+    """What probes reach on labels dealt anew."""
+
+    aurocs: np.ndarray
+    """[site, deal]: held-out AUROC of probes fitted and judged on the dealt labels."""
+    own: np.ndarray
+    """[site]: of the same probe, with the same penalty, on the labels as they are."""
+
+    @property
+    def p_value(self) -> np.ndarray:
+        """[site]: one-sided p of an AUROC as high; exact, since every deal is fitted and judged as the labels are."""
+        # 1e-12: the same sum in another order is not a smaller one.
+        above = (self.aurocs >= self.own[:, None] - 1e-12).sum(axis=1)
+        share: np.ndarray = (1 + above) / (1 + self.aurocs.shape[1])
+        return share
+
+    @property
+    def band(self) -> np.ndarray:
+        """[2, site]: the middle 95 % of the deals."""
+        bounds: np.ndarray = np.quantile(self.aurocs, (0.025, 0.975), axis=1)
+        return bounds
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Hidden states with what a probe is fitted to and judged by."""
+
+    states: np.ndarray
+    """[site, row, d_model]."""
+    labels: np.ndarray
+    """bool [row]."""
+    clusters: np.ndarray
+    """str [row]."""
+    units: np.ndarray
+    """str [row]: rows of one name, such as a query as text and as picture, keep one label."""
+
+
+def chance_of(
+    fitted: Rows,
+    others: Sequence[Rows] = (),
+    deals: int = PERMUTATIONS,
     penalty: float = PENALTIES[1],
-    repeats: int = 20,
     kind: ProbeKind = "logistic",
     folds: int = 5,
     seed: int = 0,
-) -> np.ndarray:
-    """Held-out AUROC [site, repeat] of the same probe on labels dealt anew among clusters: what chance gives.
+) -> list[Chance]:
+    """Chance for a probe and for what it is carried to: labels dealt anew (`permuted_labels`), fitted and judged again.
+
+    Dealing labels to scores that a cross-validated probe gave is not enough: they depend on each other through the
+    labels that it was fitted to, and such a test can find noise twice as often as it says.
 
     Args:
-        states: [site, row, d_model]. labels: bool [row]. clusters: str [row]. penalty: for kinds that take one.
-        repeats: how many deals; all of them are one solve. folds, seed: as in `cross_validate`.
+        fitted: what the probe is fitted to and judged on, in folds.
+        others: more to judge, such as the same queries as pictures; a cluster that `fitted` has is judged by the fold
+            that held it out, a new one by the probe of all rows.
+        deals: how many. penalty: for kinds that take one. kind, folds, seed: as in `cross_validate`.
+
+    Returns:
+        One for `fitted`, then one for each of `others`.
+
+    Raises:
+        InputError: as `cross_validate`.
     """
-    rng = np.random.default_rng(seed)
-    deals, weights, places = [], [], []
-    for repeat, dealt in enumerate(permuted_labels(labels, clusters, repeats, rng)):
-        splits = make_folds(dealt, clusters, folds, seed + repeat, inner=0)
-        deals += [dealt] * folds
-        weights.append(splits.training())
-        places.append(splits.fold)
-    tensor = torch.as_tensor(states, dtype=torch.float32)
-    models = fit_batch(
-        kind, tensor, torch.from_numpy(np.stack(deals)), torch.from_numpy(np.concatenate(weights)), penalty
+    sides = [fitted, *others]
+    dealt = _deal(sides, deals, np.random.default_rng(seed))
+    tensors = [torch.as_tensor(side.states, dtype=torch.float32) for side in sides]
+    whole, member = np.ones((1, len(fitted.labels)), dtype=bool), members(list(fitted.clusters), len(fitted.labels))
+    # For each row whether `fitted` has its cluster, and a row of it there.
+    row_of = {cluster: row for row, cluster in enumerate(fitted.clusters)}
+    places = [
+        (np.isin(side.clusters, fitted.clusters), np.array([row_of.get(cluster, 0) for cluster in side.clusters]))
+        for side in sides
+    ]
+    models_each = folds + any(not known.all() for known, _ in places)
+    # As many deals in one solve as a few hundred megabytes hold.
+    size = max(1, _SOLVED // (len(fitted.states) * models_each * max(fitted.states.shape[1:])))
+    aurocs: list[list[np.ndarray]] = [[] for _ in sides]
+    for start in range(0, 1 + deals, size):
+        block = [labels[start : start + size] for labels in dealt]
+        splits = [
+            make_folds(labels, member, folds, seed + start + number, inner=0) for number, labels in enumerate(block[0])
+        ]
+        weights = np.concatenate([np.concatenate([split.training(), whole])[:models_each] for split in splits])
+        truth = torch.from_numpy(np.repeat(block[0], models_each, axis=0))
+        models = fit_batch(kind, tensors[0], truth, torch.from_numpy(weights), penalty, tolerance=_DEALT_TOLERANCE)
+        for tensor, (known, place), labels, values in zip(tensors, places, block, aurocs, strict=True):
+            scores = models.scores(tensor).numpy().reshape(len(tensor), len(labels), models_each, -1)
+            for number, split in enumerate(splits):
+                fold = np.where(known, split.fold[place], folds)
+                values.append(auroc_of(scores[:, number, fold, np.arange(len(fold))], labels[number]))
+    stacked = [np.stack(values, axis=1) for values in aurocs]
+    return [Chance(values[:, 1:], values[:, 0]) for values in stacked]
+
+
+def _deal(sides: Sequence[Rows], deals: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """For each side bool [1 + deal, row]: its labels, then those dealt anew, a unit's the same on every side.
+
+    Clusters that the first side lacks change labels among themselves, so that it keeps as many of either class.
+    """
+    units = np.concatenate([side.units for side in sides])
+    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
+    labels, clusters = (
+        np.concatenate([getattr(side, name) for side in sides])[first] for name in ("labels", "clusters")
     )
-    scores = models.scores(tensor).numpy().reshape(len(states), repeats, folds, len(labels))
-    held = np.stack([scores[:, repeat, places[repeat], np.arange(len(labels))] for repeat in range(repeats)], axis=1)
-    return np.stack([auroc_of(held[:, repeat], deals[repeat * folds]) for repeat in range(repeats)], axis=1)
+    dealt = np.tile(labels, (1 + deals, 1))
+    fitted = np.isin(clusters, sides[0].clusters)
+    for group in (fitted, ~fitted):
+        if group.any():
+            dealt[1:, group] = permuted_labels(labels[group], clusters[group], deals, rng)
+    ends = np.cumsum([len(side.units) for side in sides])[:-1]
+    return [dealt[:, rows] for rows in np.split(unit.ravel(), ends)]
 
 
 def auroc_of(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -178,8 +269,13 @@ def auroc_of(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (ranks - n_pos * (n_pos + 1) / 2) / (n_pos * (len(labels) - n_pos))
 
 
-def chance_p(scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray, seed: int = 0, draws: int = 999) -> float:
-    """One-sided p of the AUROC of `scores` [row], by dealing the labels anew among clusters."""
+def chance_p(
+    scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray, seed: int = 0, draws: int = PERMUTATIONS
+) -> float:
+    """One-sided p of the AUROC of `scores` [row], by dealing the labels anew (`permuted_labels`).
+
+    For scores that were made without these labels; those of a cross-validated probe need `chance_of`.
+    """
     return label_permutation_test(lambda dealt: aurocs_by_labels(scores, dealt), labels, clusters, seed, draws)
 
 
@@ -189,36 +285,45 @@ def matched_auroc(
     strata: np.ndarray,
     clusters: np.ndarray,
     seed: int = 0,
-    resamples: int = 200,
+    resamples: int = RESAMPLES,
 ) -> tuple[float, float, float, int]:
     """(AUROC, low, high, pairs) over pairs of a harmful and a benign query of one stratum, such as one prompt length.
 
     It is above 1/2 only for what a probe knows beside the stratum. The interval is a percentile bootstrap over
-    clusters; NaN throughout when no stratum has both classes.
+    clusters, and at 0 or 1 the exact bound for as many draws as the classes have clusters among the pairs; NaN
+    throughout when no stratum has both classes.
 
     Args:
         scores: [row].
         labels: bool [row].
-        strata: [row].
+        strata: [row]; a row whose stratum is not known (NaN) is in no pair.
         clusters: [row].
         seed: of the bootstrap.
         resamples: of the bootstrap.
     """
-    names, member = np.unique(clusters, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    counts = np.concatenate([np.ones((1, len(labels))), draws[:, member]])
+    member = members(list(clusters), len(labels))
+    drawn = cluster_counts(int(member.max()) + 1, resamples, np.random.default_rng(seed))
+    counts = np.concatenate([np.ones_like(drawn[:1]), drawn])
     won, pairs = np.zeros(len(counts)), np.zeros(len(counts))
-    for stratum in np.unique(strata):
+    paired = np.zeros(len(labels), dtype=bool)
+    for stratum in np.unique(strata[~np.isnan(strata)]):
         harmful, benign = (np.flatnonzero((strata == stratum) & side) for side in (labels, ~labels))
+        if not len(harmful) or not len(benign):
+            continue
+        paired[harmful], paired[benign] = True, True
         wins = (np.sign(scores[harmful][:, None] - scores[benign][None]) + 1) / 2
-        won += np.einsum("rh,hb,rb->r", counts[:, harmful], wins, counts[:, benign], optimize=True)
-        pairs += counts[:, harmful].sum(axis=1) * counts[:, benign].sum(axis=1)
+        of_harmful, of_benign = counts[:, member[harmful]], counts[:, member[benign]]
+        won += ((of_harmful @ wins) * of_benign).sum(axis=1)
+        pairs += of_harmful.sum(axis=1) * of_benign.sum(axis=1)
     if pairs[0] == 0:
         return float("nan"), float("nan"), float("nan"), 0
+    value = float(won[0] / pairs[0])
     rates = won[1:][pairs[1:] > 0] / pairs[1:][pairs[1:] > 0]
-    low, high = np.quantile(rates, (0.025, 0.975))
-    return float(won[0] / pairs[0]), float(low), float(high), int(pairs[0])
+    low, high = (float(bound) for bound in np.quantile(rates, (0.025, 0.975)))
+    if value in (0.0, 1.0):
+        draws = min(len(np.unique(member[paired & side])) for side in (labels, ~labels))
+        low, high = max(0.0, value - exact_reach(draws)), min(1.0, value + exact_reach(draws))
+    return value, min(low, value), max(high, value), int(pairs[0])
 
 
 @dataclass(frozen=True)
@@ -236,37 +341,50 @@ class ProbeControls:
     p_value: float
     """Of the permutation test, one-sided."""
     length: float
-    """AUROC of the prompt's number of tokens alone, with its interval."""
+    """AUROC of the prompt's number of tokens alone, with its interval, over queries whose length is known; NaN where
+    that leaves a class empty: the control is then missing, not passed."""
     length_low: float
     length_high: float
     matched: float
-    """AUROC of the probe among prompts of equal length, with its interval, over `pairs` pairs."""
+    """AUROC of the probe among prompts of equal, known length, with its interval, over `pairs` pairs."""
     matched_low: float
     matched_high: float
     pairs: int
     n: int
     """Queries."""
+    lengths_missing: int
+    """Queries whose length is not known."""
 
 
 def probe_controls(
     scores: np.ndarray,
     permuted: np.ndarray,
+    p_value: float,
     labels: np.ndarray,
     lengths: np.ndarray,
     clusters: np.ndarray,
     seed: int = 0,
 ) -> ProbeControls:
-    """Comparison of held-out `scores` [row] with permuted labels (`permuted_aurocs`, [repeat]) and lengths [row]."""
+    """Comparison of held-out `scores` [row] with permuted labels and lengths.
+
+    Args:
+        scores: [row]. permuted, p_value: of `chance_of`, [deal] and the test's p. labels: bool [row].
+        lengths: [row], the prompts' numbers of tokens, NaN where not known. clusters: [row]. seed: of the intervals.
+    """
     groups = list(clusters)
-    value, low, high = auroc_interval(list(scores), list(labels), groups, seed, resamples=200)
-    by_length = auroc_interval(list(lengths.astype(float)), list(labels), groups, seed, resamples=200)
+    value, low, high = auroc_interval(list(scores), list(labels), groups, seed)
+    lengths = np.asarray(lengths, dtype=np.float64)
+    known = ~np.isnan(lengths)
+    by_length = Estimate(math.nan, math.nan, math.nan)
+    if labels[known].any() and not labels[known].all():
+        by_length = auroc_interval(list(lengths[known]), list(labels[known]), list(clusters[known]), seed)
     chance = float(permuted.mean())
-    p_value = (1 + int((permuted >= value).sum())) / (1 + len(permuted))
     matched, matched_low, matched_high, pairs = matched_auroc(scores, labels, lengths, clusters, seed)
     return ProbeControls(
         auroc=value, low=low, high=high, permuted=chance, above_permuted=value - chance, p_value=p_value,
         length=by_length[0], length_low=by_length[1], length_high=by_length[2],
         matched=matched, matched_low=matched_low, matched_high=matched_high, pairs=pairs, n=len(labels),
+        lengths_missing=int((~known).sum()),
     )  # fmt: skip
 
 

@@ -14,12 +14,11 @@ from casa_mech.casa.config import CasaConfig
 from casa_mech.compare.ablations import AXES, FEW, PROMPT_AXIS, ablation_frame, systems_of, variants
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.grid import COST_COLUMNS, GridResult
-from casa_mech.compare.intervals import macro_interval, over_seeds
+from casa_mech.compare.intervals import macro_interval
 from casa_mech.compare.paired import effect, paired_tests, pairs_of
 from casa_mech.compare.systems import training_records
 from casa_mech.compare.tables import ALL, compact, grid_rows, summarise
 from casa_mech.errors import InputError
-from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.published import published_rates
 from casa_mech.judging.stats import wilson
 from casa_mech.reports.ablations import claims as ablation_claims
@@ -65,28 +64,34 @@ def test_a_mean_over_attacks_counts_each_once() -> None:
     # One group of independent draws is a plain rate.
     assert macro_interval(hits[:20], groups[:20], clusters[:20]) == (0.5, *wilson(10, 20))
     topics = [index % 10 for index in range(20)]
-    assert macro_interval([False] * 20, ["a"] * 20, topics) == (0.0, *wilson(0, 10))
+    assert macro_interval([False] * 20, ["a"] * 20, topics) == (0.0, 0.0, pytest.approx(1 - 0.025 ** (1 / 10)))
 
 
 def test_no_spread_is_no_certainty() -> None:
     """One attack that always works beside one that never does is not 50 % for sure."""
     hits, groups = [True] * 20 + [False] * 20, ["a"] * 20 + ["b"] * 20
     value, low, high = macro_interval(hits, groups, [f"{i % 20}" for i in range(40)])
-    reach = wilson(0, 20)[1] / 2
+    reach = (1 - 0.025 ** (1 / 20)) / 2
     assert (value, low, high) == pytest.approx((0.5, 0.5 - reach, 0.5 + reach))
     value, low, high = macro_interval([0.0] * 20, ["a"] * 20, list(range(20)), limits=(-1.0, 1.0))
     assert (value, low, high) == pytest.approx((0.0, -2 * reach, 2 * reach))
 
 
-def test_an_interval_over_seeds_is_the_wider_of_two() -> None:
-    values = [0.2, 0.3, 0.7]
-    (mean, low, high), kind = over_seeds(values, Estimate(0.4, 0.35, 0.45))
-    half = stats.sem(values) * stats.t.ppf(0.975, 2)
-    assert mean == pytest.approx(0.4) and kind == "t over 3 seeds"
-    assert (low, high) == pytest.approx((max(0, 0.4 - half), min(1, 0.4 + half)))
-    pooled = Estimate(0.4, 0.3, 0.5)
-    assert over_seeds([0.4, 0.4, 0.4], pooled) == (pytest.approx(pooled), "draws of 3 seeds")
-    assert over_seeds([0.4], pooled) == (pooled, "draws of one seed")
+def test_an_interval_over_seeds_covers_other_seeds() -> None:
+    """Two attacks in three trainings: means of 0.2, 0.3 and 0.7, and Student's t of two degrees of freedom."""
+    shares = {0: (0.1, 0.3), 1: (0.2, 0.4), 2: (0.6, 0.8)}
+    rows = [
+        (seed, attack, n, n < shares[seed][attack] * 100) for seed in shares for attack in (0, 1) for n in range(100)
+    ]
+    seeds, attacks, topics, hits = (list(column) for column in zip(*rows, strict=True))
+    value, low, high = macro_interval(hits, attacks, topics, runs=seeds)
+    half = stats.sem([0.2, 0.3, 0.7]) * stats.t.ppf(0.975, 2)
+    assert value == pytest.approx(0.4)
+    assert low == 0.0 and 0.4 + 0.85 * half < high <= 1.0, "0.4 - half is below 0"
+    one = [row for row in rows if row[0] == 1]
+    _, attacks, topics, hits = (list(column) for column in zip(*one, strict=True))
+    value, low, high = macro_interval(hits, attacks, topics, runs=[1] * 200)
+    assert value == pytest.approx(0.3) and low > 0.2 and high < 0.4, "of one seed the topics alone"
 
 
 def test_the_summary_has_every_scope() -> None:
@@ -112,7 +117,8 @@ def test_rows_are_tested_against_casa_on_the_same_queries() -> None:
     row = tests[(tests["defense"] == "none") & (tests["metric"] == "attack_success") & (tests["scope"] == "plain")]
     (row,) = row.to_dict("records")
     assert (row["only_defense"], row["only_against"], row["n"]) == (16, 0, N)
-    assert row["test"] == "McNemar, exact" and row["p"] == pytest.approx(stats.binomtest(0, 16).pvalue)
+    # Queries 4 to 19 fail under the one alone: 16 topics, two of whose 2**16 swaps are as uneven.
+    assert row["test"] == "permutation of topics" and row["p"] == pytest.approx(2 / 10000, abs=3e-4)
     assert (row["value"], row["value_against"], row["difference"]) == pytest.approx((0.5, 0.1, 0.4))
     assert row["low"] < 0.4 < row["high"]
     for overall in (False, True):
@@ -121,6 +127,38 @@ def test_rows_are_tested_against_casa_on_the_same_queries() -> None:
     same = tests[tests["defense"] == "coca"]
     assert (same["difference"] == 0).all() and (same["p"] == 1).all() and (same["low"] < 0).all()
     assert paired_tests(result.replies[result.replies["defense"] != "casa"]).empty
+
+
+def pairs_by_topic(differing: dict[int, int], topics: int = 30, copies: int = 4) -> pd.DataFrame:
+    """Pairs under one attack: by seed the number of topics in which the row alone fails, in all `copies`."""
+    return pd.DataFrame(
+        {"attack": "plain", "label": "harmful", "seed": seed, "query_id": f"{topic}-{copy}", "cluster": f"t{topic}",
+         "outcome": "complied" if topic < number else "refused", "outcome_other": "refused"}
+        for seed, number in differing.items() for topic in range(topics) for copy in range(copies)
+    )  # fmt: skip
+
+
+def test_under_one_attack_a_topic_is_one_draw() -> None:
+    """Five topics of four requests each: exact p = 2 / 2**5, where twenty requests would give 2 / 2**20."""
+    found = effect(pairs_by_topic({0: 5}))
+    assert found.only_defense == 20 and found.p == pytest.approx(2 / 2**5)
+    assert found.difference == pytest.approx(5 / 30) and found.high - found.low > 0.2, (
+        "an interval of 30 draws, not of 120"
+    )
+
+
+@pytest.mark.parametrize(("differing", "certain"), [({0: 0, 1: 2, 2: 12}, False), ({0: 9, 1: 10, 2: 9}, True)])
+def test_what_one_training_gave_is_no_difference_between_systems(differing: dict[int, int], certain: bool) -> None:
+    """Seed differences of 0.0, 6.7 and 40 points have t = 1.2, of 30, 33 and 30 points t = 28."""
+    found = effect(pairs_by_topic(differing))
+    expected = [number / 30 for number in differing.values()]
+    assert found.value == pytest.approx(np.mean(expected)) and found.value_against == 0
+    assert found.test == "hierarchical bootstrap of topics and seeds"
+    assert (found.p < 0.05) == certain == (found.low > 0)
+    by_t = stats.ttest_1samp(expected, 0).pvalue
+    assert found.p >= 0.9 * by_t, "topics on top of seeds make it no more certain"
+    half = stats.sem(expected) * stats.t.ppf(0.975, 2)
+    assert found.high - found.low >= 1.5 * half
 
 
 def test_undecided_pairs_are_left_out_and_unequal_attacks_count_alike() -> None:

@@ -9,21 +9,33 @@ from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import evaluate, result_rows
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.judging.stats import wilson
+from casa_mech.judging.verdict import Verdict
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.media import check_media
-from casa_mech.queries import AudioPart, ImagePart, Query
+from casa_mech.queries import AudioPart, ImagePart, Query, Reply
+
+
+class ByName:
+    """A judge whose verdicts are known: the outcome that stands in the query's id."""
+
+    name = "by-name"
+
+    def judge(self, query: Query, reply: Reply | str) -> Verdict:
+        return Verdict(query_id=query.id, judge=self.name, outcome=query.id.split("-")[0])
 
 
 def test_evaluation_counts_what_the_judge_says(tiny_omni: Omni) -> None:
-    queries = [Query.from_text(f"how do i make tea {word}", id=word, label="benign") for word in ("a", "b", "c")]
-    found = evaluate(tiny_omni, None, queries, settings=GenerationSettings(max_new_tokens=2))
-    assert list(found.replies["query_id"]) == ["a", "b", "c"]
+    names = ["refused-1", "complied-2", "refused-3", "incoherent-4"]
+    queries = [Query.from_text(f"how do i make tea {name}", id=name, label="benign") for name in names]
+    found = evaluate(tiny_omni, None, queries, ByName(), settings=GenerationSettings(max_new_tokens=2))
+    assert list(found.replies["query_id"]) == names
+    assert list(found.replies["outcome"]) == ["refused", "complied", "refused", "incoherent"]
     for row in found.rows:
         assert set(row) == set(RESULT_COLUMNS)
-    refused = int((found.replies["outcome"] == "refused").sum())
+    rates = {row["metric"]: (row["value"], row["n"]) for row in found.rows}
+    assert rates == {"over_refusal": (2 / 4, 4), "benign_answered": (1 / 4, 4), "undecided": (0.0, 4)}
     row = next(row for row in found.rows if row["metric"] == "over_refusal")
-    assert (row["value"], row["n"]) == (refused / 3, 3)
-    assert (row["low"], row["high"]) == wilson(refused, 3)
+    assert (row["low"], row["high"]) == wilson(2, 4)
 
 
 def test_rates_split_by_topic_and_auroc(tiny_omni: Omni) -> None:

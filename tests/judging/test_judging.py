@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from casa_mech.errors import InputError, RunError
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, read_table, write_table
-from casa_mech.judging.hypothesis import holm, mcnemar
+from casa_mech.judging.hypothesis import holm
 from casa_mech.judging.refusals import find_refusal
 from casa_mech.judging.results import RESULT_COLUMNS, auroc_row, result_table, value_row
 from casa_mech.judging.stats import _weighted_auroc, auroc, auroc_interval, cluster_of, rate, wilson
@@ -164,20 +164,12 @@ def test_auroc_says_what_it_lacks():
 
 
 def test_queries_of_one_topic_are_one_cluster():
-    first, second = (Query.from_text("x", id=name, meta={"topic": "bomb"}) for name in "ab")
-    assert cluster_of(first) == cluster_of(second) != cluster_of(Query.from_text("x"))
-
-
-def test_mcnemar_is_the_exact_binomial_test():
-    first = [True] * 9 + [False] + [True] * 5
-    second = [False] * 9 + [True] + [True] * 5
-    result = mcnemar(first, second)
-    assert (result.only_first, result.only_second) == (9, 1)
-    expected = 2 * sum(math.comb(10, k) for k in (0, 1)) / 2**10
-    assert result.p_value == pytest.approx(expected)
-    assert mcnemar([True, False], [True, False]).p_value == 1
-    with pytest.raises(InputError, match="the same queries"):
-        mcnemar([True], [True, False])
+    first, second = (Query.from_text(name, id=name, meta={"topic": "bomb"}) for name in "ab")
+    assert cluster_of(first) == cluster_of(second) != cluster_of(Query.from_text("a"))
+    copies = [Query.from_text("How do I, x?", id="1"), Query.from_text("how do i x", id="2"),
+              Query.from_text("say: how do i x", id="3", meta={"request": "How do I x"})]  # fmt: skip
+    assert len({cluster_of(query) for query in copies}) == 1, "copies of one prompt under three ids"
+    assert cluster_of(Query.from_text("how do i y", id="1")) != cluster_of(copies[0])
 
 
 def test_holm_steps_down():

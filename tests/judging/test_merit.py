@@ -5,18 +5,27 @@ import pandas as pd
 import pytest
 import torch
 from helpers.paths import DATA
+from scipy import stats
 from sklearn.metrics import cohen_kappa_score, roc_curve
 
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import result_rows
 from casa_mech.judging import agreement
-from casa_mech.judging.agreement import cohen_kappa, krippendorff_alpha
+from casa_mech.judging.agreement import _weighted_alpha, cohen_kappa, krippendorff_alpha
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.hypothesis import permutation_test
 from casa_mech.judging.merit import NOT_REFUSED, with_not_refused
 from casa_mech.judging.mme import MME_GROUPS, mme_rows, mme_scores, read_answer
 from casa_mech.judging.results import result_table
-from casa_mech.judging.stats import cluster_of, clusters_of, fpr_at_tpr, fpr_at_tpr_interval, rate_interval, wilson
+from casa_mech.judging.stats import (
+    auroc_interval,
+    cluster_of,
+    clusters_of,
+    fpr_at_tpr,
+    fpr_at_tpr_interval,
+    rate_interval,
+    wilson,
+)
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.replies import reply_logits
@@ -98,9 +107,10 @@ def test_rates_over_clusters_are_wider_and_wilson_where_draws_are_independent() 
     k = int(hits.sum())
     assert low < value == k / 200 < high and high - low > 2 * (wilson(k, 200)[1] - wilson(k, 200)[0])
     assert rate_interval(hits, list(range(200)))[1:] == wilson(k, 200) == rate_interval(hits)[1:]
-    assert rate_interval([False] * 200, topics) == (0, *wilson(0, 20)), "no spread to draw from: as many as clusters"
+    nothing = (0, 0, pytest.approx(1 - 0.025 ** (1 / 20)))
+    assert rate_interval([False] * 200, topics) == nothing, "no spread to draw from: as many as clusters"
     frame = replies(["complied" if hit else "refused" for hit in hits], topics=[f"t{t}" for t in topics])
-    row = next(row for row in result_rows(frame, interval="cluster") if row["metric"] == "attack_success")
+    row = next(row for row in result_rows(frame) if row["metric"] == "attack_success")
     assert (row["low"], row["high"]) == (low, high)
 
 
@@ -113,6 +123,65 @@ def test_the_bootstrap_covers_about_as_often_as_it_says() -> None:
         _, low, high = mean_interval(values, np.repeat(np.arange(40), 3), seed=seed, resamples=200)
         held += low <= 0 <= high
     assert 86 <= held <= 100
+
+
+@pytest.mark.parametrize(("runs", "between"), [(3, 0.0), (3, 0.1), (3, 0.4), (5, 0.1), (5, 0.4)])
+def test_an_interval_over_trainings_covers_what_another_training_gives(runs: int, between: float) -> None:
+    """Runs that differ more than topics: drawing them anew, as topics are, would cover 79 % with three, 87 % with five.
+
+    Of 300 intervals at 95 % between 270 and 296 hold the truth in all but one case of a thousand; at most all do.
+    """
+    rng = np.random.default_rng(runs)
+    topics = 40
+    clusters, run = list(range(topics)) * runs, np.repeat(np.arange(runs), topics).tolist()
+    covered = 0
+    for seed in range(300):
+        values = 0.4 * rng.normal(size=topics) + between * rng.normal(size=(runs, 1)) + rng.normal(size=(runs, topics))
+        _, low, high = mean_interval(values.ravel(), clusters, seed, resamples=300, runs=run)
+        covered += low <= 0 <= high
+    assert covered >= 270
+
+
+def test_a_perfect_value_is_not_certain() -> None:
+    """The exact bound: so many draws without an error have a chance of 2.5 % where errors are this frequent."""
+    topics = np.repeat(np.arange(20), 5)
+    labels = topics < 12
+    low = 0.025 ** (1 / 8)  # eight topics are benign: as many pairs of a harmful and a benign one
+    assert auroc_interval(labels.astype(float), labels, topics) == (1.0, pytest.approx(low), 1.0)
+    assert auroc_interval(-labels.astype(float), labels, topics) == (0.0, 0.0, pytest.approx(1 - low))
+    both_in_each = np.arange(100) % 2 == 0
+    ten_pairs = (1.0, pytest.approx(0.025 ** (1 / 10)), 1.0)
+    assert auroc_interval(both_in_each.astype(float), both_in_each, topics) == ten_pairs, "a topic serves one pair"
+    assert fpr_at_tpr_interval(labels.astype(float), labels, topics) == (0.0, 0.0, pytest.approx(1 - low))
+    assert rate_interval([True] * 100, topics, runs=[0, 1] * 50) == (1.0, pytest.approx(0.025 ** (1 / 20)), 1.0)
+    assert mean_interval([-1.0] * 100, topics, limits=(-1.0, 1.0)).high == pytest.approx(
+        -1 + 2 * (1 - 0.025 ** (1 / 20))
+    )
+
+
+def test_each_training_counts_once_and_their_scores_are_not_compared() -> None:
+    hits, runs = [True] * 2 + [False] * 2 + [True] * 6, ["a"] * 4 + ["b"] * 6
+    assert rate_interval(hits, None, runs=runs).value == pytest.approx((0.5 + 1.0) / 2)
+    labels, scores = [True, True, False, False] * 2, [3.0, 2.0, 1.0, 0.0, 13.0, 12.0, 11.0, 10.0]
+    assert auroc_interval(scores, labels, runs=[0] * 4 + [1] * 4).value == 1.0
+    assert auroc_interval(scores, labels).value < 1.0, "a gate's unit is its own"
+    with pytest.raises(InputError, match="both classes"):
+        auroc_interval(scores, labels, runs=[0, 0, 1, 1] * 2)
+
+
+def test_an_attack_table_counts_a_topic_as_one_draw_and_covers_its_gates() -> None:
+    """600 draws of 30 topics, each answered wholly or not at all, are 30 draws: Wilson's interval is far too narrow."""
+    topics = [f"t{number % 30}" for number in range(600)]
+    frame = replies(["complied" if number % 30 < 12 else "refused" for number in range(600)], topics=topics)
+    (row,) = [row for row in result_rows(frame) if row["metric"] == "attack_success"]
+    assert row["high"] - row["low"] > 3 * np.diff(wilson(240, 600))[0]
+    # Three gates: 0.2, 0.4 and 0.6 of the same topics.
+    gates = [frame.assign(gate_seed=gate, outcome=["complied" if n % 30 < 6 + 6 * gate else "refused"
+                                                    for n in range(600)]) for gate in range(3)]  # fmt: skip
+    (row,) = [row for row in result_rows(pd.concat(gates)) if row["metric"] == "attack_success"]
+    half = stats.t.ppf(0.975, 2) * stats.sem([0.2, 0.4, 0.6])
+    assert row["value"] == pytest.approx(0.4)
+    assert row["low"] == 0.0 and row["high"] > 0.4 + half, "two runs beside the mean say little of the next"
 
 
 def test_false_positives_at_95_percent_true_positives() -> None:
@@ -181,6 +250,13 @@ def test_mme_sums_ten_subtasks_and_four() -> None:
     assert totals.loc["perception", "n"] == 40 and (totals["low"] < totals["score"]).all()
     best = mme_scores(mme_frame({name: [right] * 3 for names in MME_GROUPS.values() for name in names}))
     assert best.query("subtask == 'all'")["score"].to_list() == [2000, 800]
+    # Three images a subtask, thirty a group of ten: all right, and not certain.
+    assert best.set_index("subtask").loc["OCR", ["low", "high"]].tolist() == pytest.approx(
+        [200 * 0.025 ** (1 / 3), 200]
+    )
+    assert best.query("group == 'perception' and subtask == 'all'")["low"].item() == pytest.approx(
+        2000 * 0.025 ** (1 / 30)
+    )
     table = result_table(mme_rows(mme_scores(frame), model="m", defense="d"))
     assert {"mme_perception", "mme_cognition", "mme:OCR"} <= set(table["metric"]) and len(table) == 16
 
@@ -249,6 +325,28 @@ def test_krippendorffs_alpha_equals_his_example() -> None:
         alpha = rows[(rows["measure"] == "krippendorff_alpha") & (rows["raters"] == "a, b, c, d")].iloc[0]
         assert alpha["value"] == pytest.approx(expected, abs=5e-4) and alpha["n"] == 11
     assert np.isnan(krippendorff_alpha(np.array([[2], [3]]), ["x"]))
+
+
+@pytest.mark.parametrize("level", ["nominal", "ordinal", "interval"])
+def test_alpha_of_all_resamples_at_once_is_the_library_s(level: str) -> None:
+    rng = np.random.default_rng(3)
+    counts = rng.multinomial(3, [0.2, 0.5, 0.3], size=25)
+    weights = rng.integers(0, 3, size=(6, 25))
+    expected = [krippendorff_alpha(np.repeat(counts, row, axis=0), [1.0, 2.0, 4.0], level) for row in weights]
+    values = np.arange(3.0) if level == "nominal" else np.array([1.0, 2.0, 4.0])
+    np.testing.assert_allclose(_weighted_alpha(counts, values, level, weights), expected)
+
+
+def test_raters_who_never_differ_are_not_certain() -> None:
+    """Twelve replies of six topics, half refused: up to a share of 1 - 0.025**(1/6) of topics may yet differ."""
+    frame = pd.DataFrame({"j": ["refused", "complied"] * 6, "x": ["refused", "complied"] * 6})
+    found = agreement(frame, "j", ["x"], clusters=[n // 2 for n in range(12)], resamples=50)
+    rows, reach = found.measures.set_index("measure"), 1 - 0.025 ** (1 / 6)
+    assert rows["value"].tolist() == [1.0, 1.0, 1.0] and rows["high"].tolist() == [1.0, 1.0, 1.0]
+    assert rows["low"].tolist() == pytest.approx([1 - reach, 1 - 2 * reach, 1 - 2 * reach])
+    assert found.confusion["low"].max() == pytest.approx(wilson(6, 6)[0]), "six refused replies of six topics"
+    clustered = agreement(pd.concat([frame] * 5), "j", ["x"], clusters=[n // 2 for n in range(12)] * 5, resamples=50)
+    assert clustered.confusion["low"].max() == pytest.approx(1 - reach), "thirty of six"
 
 
 def test_undecided_and_missing_labels_are_no_labels() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.errors import InputError
@@ -13,7 +14,7 @@ from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.plots import plot_attention_maps
 from probes.gate.attribution import GATE, attribute_token_difference
-from probes.gate.calibration import reliability
+from probes.gate.calibration import reliability, spiegelhalter
 from probes.gate.pairs import MatchedPair, aligned_pairs, pair_spans
 from probes.gate.patching import INSERT, REMOVE, PatchEffects, Target, ablate_directions, patch_effects
 from probes.gate.positions import KEY, position_roles
@@ -251,6 +252,32 @@ def test_reliability_knows_a_calibrated_score_from_a_bold_one() -> None:
     from sklearn.metrics import brier_score_loss
 
     assert honest.brier[0] == pytest.approx(brier_score_loss(harmful, chance))
+
+
+def test_calibration_s_p_is_spiegelhalter_s_where_queries_are_independent() -> None:
+    """Z by hand: scores of 0.2 and 0.8, so (1 - 2v)(y - v) is -0.12 or 0.48 and its variance 0.36 * 0.16."""
+    scores, harmful = np.repeat([0.2, 0.8], 50), np.repeat([True, False, True, False], [5, 45, 45, 5])
+    z = (90 * 0.12 - 10 * 0.48) / np.sqrt(100 * 0.36 * 0.16)
+    assert z == pytest.approx(2.5) and spiegelhalter(scores, harmful) == pytest.approx(2 * stats.t.sf(2.5, 99))
+    assert spiegelhalter([0.0, 1.0], [False, True]) == 1 and spiegelhalter([0.0, 1.0, 1.0], [False, True, False]) == 0
+
+
+def test_a_request_under_five_attacks_is_one_draw() -> None:
+    """Calibrated scores whose outcome is one for all five renderings: 5 % of 300 sets, binomial bounds of 99.9 %."""
+    rng, clustered, rows = np.random.default_rng(11), [], []
+    topics = np.repeat(np.arange(30), 5).tolist()
+    for _ in range(300):
+        scores = np.repeat(rng.uniform(0.05, 0.95, 30), 5)
+        harmful = np.repeat(rng.uniform(size=30), 5) < scores
+        clustered.append(spiegelhalter(scores, harmful, topics))
+        rows.append(spiegelhalter(scores, harmful))
+    most = stats.binom.ppf(0.9995, 300, 0.05)
+    assert np.sum(np.array(clustered) <= 0.05) <= most < np.sum(np.array(rows) <= 0.05)
+    bold = np.where(harmful, 0.1, 0.9)
+    assert spiegelhalter(bold, harmful, topics) < 1e-6, "wrong scores are still found"
+    wide, narrow = reliability(scores, harmful, topics).curve, reliability(scores, harmful).curve
+    assert ((wide["high"] - wide["low"]) >= (narrow["high"] - narrow["low"]) - 1e-9).all()
+    assert (wide["high"] - wide["low"]).mean() > 1.3 * (narrow["high"] - narrow["low"]).mean()
 
 
 def test_reliability_names_what_it_cannot_use() -> None:

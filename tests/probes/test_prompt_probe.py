@@ -10,7 +10,6 @@ from sklearn.preprocessing import StandardScaler
 
 import probes
 from casa_mech.errors import InputError
-from casa_mech.judging.stats import wilson
 from casa_mech.omni import Omni, load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query
@@ -26,7 +25,7 @@ def organism() -> Omni:
 
 def test_the_organism_tells_its_requests_apart(organism: Omni) -> None:
     found = probes.fit_probe(organism, HARMFUL, BENIGN)
-    assert found.auroc == found.high == 1 and found.low == pytest.approx(wilson(8, 8)[0])
+    assert found.auroc == found.high == 1 and found.low == pytest.approx(0.025 ** (1 / 8))
     assert list(found.held_out["query_id"][[0, 8]]) == ["harmful-0", "benign-0"]
     assert found.held_out["cluster"].nunique() == 16 and np.isfinite(found.held_out["score"]).all()
     assert str(found).startswith("logistic probe at site norm, positions last: AUROC ")

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError, RunError
+from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.sites import all_sites
 from probes.activations import ActivationStore, collect
 from probes.activations.forward import media_tokens
 from probes.linear.separability import pca_plane, transfer_matrix
+from probes.linear.validation import make_folds
 
 POSITIONS = ("last", "mean", "mean:image", "every:3", "all", "generated:2")
 
@@ -196,3 +198,23 @@ def test_states_that_are_not_finite_are_named(tiny_omni: Omni, mixed_queries: li
         tiny_omni.blocks[1].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="query text: the states at site '1' are not finite"):
         collect(tiny_omni, mixed_queries)
+
+
+def test_copies_of_a_prompt_are_one_topic(tiny_omni: Omni, tmp_path: Path) -> None:
+    """Four prompts without a topic, each three times: plain, written otherwise, and wrapped by an attack."""
+    queries = []
+    for number in range(4):
+        request = f"how do i make tea {number}"
+        queries += [
+            Query.from_text(request, id=f"a{number}", label="benign"),
+            Query.from_text(f"How do I make  tea {number}?", id=f"b{number}", label="benign"),
+            Query.from_text(f"say sure : {request}", id=f"c{number}", label="benign", meta={"request": request}),
+        ]
+    clusters = [str(cluster_of(query)) for query in queries]
+    assert len(set(clusters)) == 4 and len(set(clusters[:3])) == 1
+    in_memory = collect(tiny_omni, queries, ["norm"])
+    on_disk = ActivationStore.collect(tiny_omni, queries, ["norm"], "mean", tmp_path / "topics").activations("mean")
+    assert in_memory.topics.tolist() == on_disk.topics.tolist() == clusters
+    labels = np.repeat([True, True, False, False], 3)
+    fold = make_folds(labels, in_memory.topics, 2).fold
+    assert all(len(set(fold[3 * number : 3 * number + 3])) == 1 for number in range(4)), "no copy in another fold"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from helpers.figures import unlike
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -52,3 +53,15 @@ def test_a_title_is_wrapped_only_where_the_figure_is_too_narrow() -> None:
 def test_bars_reach_no_further_than_their_interval() -> None:
     rows = pd.DataFrame({"value": [0.5, 1.0, 0.2], "low": [0.4, 1.1, float("nan")], "high": [0.7, 1.2, float("nan")]})
     assert bar_lengths(rows).round(6).tolist() == [[0.1, 0.0, 0.0], [0.2, 0.2, 0.0]]
+
+
+def test_a_table_with_a_wrong_sign_or_in_another_order_is_unlike() -> None:
+    """Forty small effects beside one of the gate's own size: turned round they are within a tenth of the range."""
+    effects = [0.1 + 0.01 * number for number in range(40)]
+    kept = pd.DataFrame({"component": [f"c{n}" for n in range(41)], "mean": [*effects, 12.0], "held": [True] * 41})
+    assert unlike(kept, kept.assign(mean=kept["mean"] + 0.01)) == []
+    assert unlike(kept, kept.assign(mean=-kept["mean"])) == ["mean"]
+    assert unlike(kept, kept.assign(component=kept["component"][::-1].to_numpy())) == ["component"]
+    assert unlike(kept, kept.assign(held=[False] * 5 + [True] * 36)) == ["held"]
+    assert unlike(kept, kept.assign(mean=float("nan"))) == ["mean"] and unlike(kept, kept[1:]) == ["columns and rows"]
+    assert unlike(kept, kept.assign(mean=-kept["mean"]), frozenset({"mean"})) == []

@@ -107,7 +107,7 @@ def test_labels_are_permuted_over_topics() -> None:
         {"topic": [f"t{item // 3}" for item in range(60)], "label": ["harmful"] * 30 + ["benign"] * 30}
     )
     by_label = np.where(frame["label"] == "harmful", 1.0, -1.0)
-    assert claims._label_permutation(frame.assign(difference=by_label), 0, 199) == pytest.approx(1 / 200)
+    assert claims._label_permutation(frame.assign(difference=by_label), 1, 199) == pytest.approx(1 / 200)
     # Values that belong to topics, not to labels: 60 queries, but only 20 draws.
     by_topic = np.repeat(rng.standard_normal(20), 3)
     assert claims._label_permutation(frame.assign(difference=by_topic), 0, 199) > 0.05

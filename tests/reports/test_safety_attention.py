@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.figures import assert_one_line
+from scipy import stats
 
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.reports.claim import claim_rows
@@ -18,6 +19,7 @@ from casa_mech.reports.safety_attention import claims as gate_claims
 from casa_mech.reports.safety_attention import plots as gate_plots
 from casa_mech.reports.safety_attention import tables as gate_analysis
 from casa_mech.study import Study
+from probes.gate.patching import INSERT
 from probes.gate.positions import position_roles
 
 SIZES = {"n_probe": 6, "train_examples": 16, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
@@ -55,7 +57,7 @@ def test_directions_are_found_or_said_to_be_second_best(study: Study) -> None:
     direction = gate_analysis.refusal_direction(study)
     assert direction.difference.shape == (64,) and not direction.rules_met
     table = gate_analysis.cosines(study)
-    assert table["cosine"].abs().max() <= 1 and len(table) == 9
+    assert len(table) == 9
     ablated = gate_analysis.ablation(study, 2)
     assert set(ablated["run"]) == set(gate_analysis.RUNS)
     assert (ablated.groupby(["surface", "run"])["query_id"].count() == [4, 4, 20, 4] * 3).all()
@@ -71,10 +73,13 @@ def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
         gate_claims.calibration_claim(study, readings, calibration),
     ]
     for claim in claims:
-        assert 0 <= claim.p <= 1 and claim.n > 0 and claim.low <= claim.high and claim.refuted_if
+        assert claim.refuted_if
         assert_one_line(claim.title)
     rows = claim_rows(study, claims)
-    assert all(tuple(row) == RESULT_COLUMNS or set(row) == set(RESULT_COLUMNS) for row in rows)
+    assert [(row["metric"], row["n"], row["value"]) for row in rows] == [
+        (claim.figure, claim.n, claim.value) for claim in claims
+    ]
+    assert {frozenset(row) for row in rows} == {frozenset(RESULT_COLUMNS)}
     study.save_table("gate", rows)
     summary = gate_analysis.patch_summary(study, effects)
     residual, heads = gate_analysis.residual_rows(summary), gate_analysis.head_rows(summary)
@@ -84,6 +89,67 @@ def test_claims_of_the_gate_hold_their_numbers(study: Study) -> None:
     assert gate_plots.plot_reliability(calibration, *claims[2].heading).axes
     parts = gate_analysis.attribution(study, 2).table()
     assert gate_plots.plot_attribution(parts, *gate_claims.attribution_heading(study, parts)).axes
+
+
+def patched(study: Study, deltas: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Effects after the last block on text, a pair a topic: for each span by how much it moves v_s from 0.1."""
+    where = {"direction": INSERT, "site": str(study.omni().n_layers - 1), "head": -1, "surface": "text"}
+    return pd.DataFrame(
+        {**where, "span": span, "pair": f"p{number}", "topic": f"t{number:02d}", "v_s": 0.1, "v_s_donor": 0.9,
+         "v_s_patched": 0.1 + delta}
+        for span, values in deltas.items() for number, delta in enumerate(values)
+    )  # fmt: skip
+
+
+def test_the_span_through_which_harm_passes_is_measured_where_it_was_not_chosen(study: Study) -> None:
+    """Of twenty topics ten choose; on the others the word moves v_s by 0.5, the header by 0.2: exact p = 2 / 2**10."""
+    effects = patched(study, {"the word": np.full(20, 0.5), "the header": np.full(20, 0.2), "system": np.zeros(20)})
+    claim = gate_claims.patching_claim(study, effects)
+    assert (claim.n, claim.value, claim.p) == (10, pytest.approx(0.3), 2 / 2**10)
+    assert "the word move a benign text's v_s by +0.50" in claim.title and "of 0.80 (n = 10)" in claim.statement
+    other = gate_claims.patching_claim(
+        study, patched(study, {"the word": np.zeros(20), "the header": np.full(20, -0.2)})
+    )
+    assert other.value == pytest.approx(0.2), "the sign is first minus second, not their sizes"
+
+
+def test_the_best_of_spans_without_a_difference_is_no_better(study: Study) -> None:
+    """Eight spans alike but for chance: chosen and compared on the same pairs most would differ; 5 % of 200 may."""
+    rng, p_values = np.random.default_rng(12), []
+    for _ in range(200):
+        effects = patched(study, {f"span {number}": rng.normal(size=20) for number in range(8)})
+        p_values.append(gate_claims.patching_claim(study, effects).p)
+    least, most = stats.binom.ppf([0.0005, 0.9995], 200, 0.05)
+    assert least <= np.sum(np.array(p_values) <= 0.05) <= most
+
+
+def test_what_the_ablated_direction_costs_has_its_sign(study: Study) -> None:
+    """Five topics of two texts: none is flagged without the direction, all without random ones."""
+    flagged = {gate_claims.NOTHING: 1.0, gate_claims.REFUSAL: 0.0, gate_claims.OWN: 0.5, gate_claims.RANDOM: 1.0}
+    ablated = pd.DataFrame(
+        {"label": "harmful", "surface": "text", "query_id": f"q{number}", "topic": f"t{number // 2}", "run": run,
+         "unsafe": share}
+        for number in range(10) for run, share in flagged.items()
+    )  # fmt: skip
+    claim = gate_claims.ablation_claim(study, ablated)
+    assert (claim.n, claim.value, claim.p) == (10, -1.0, 2 / 2**5)
+    assert "without the refusal direction 0% of harmful texts get the unsafe token, with it 100%" in claim.title
+
+
+def test_calibration_says_which_way_and_counts_requests_once(study: Study) -> None:
+    """Twelve requests of either label under three attacks, all scored 0.3: half are harmful, so 0.2 too low."""
+    readings = pd.DataFrame(
+        {"attack": attack, "label": label, "topic": f"{label}{number}", "v_s": 0.3}
+        for attack in ("plain", "image", "audio", "spelled") for label in ("harmful", "benign") for number in range(12)
+    )  # fmt: skip
+    claim = gate_claims.calibration_claim(study, readings, {})
+    assert claim.n == 72 and claim.value == pytest.approx(0.2) and "0.20 too low" in claim.title
+    # Each of 24 topics adds three times 0.4 * (1 - 0.3) or 0.4 * (0 - 0.3): Z is their sum over their own spread.
+    sums = np.repeat([3 * 0.4 * 0.7, -3 * 0.4 * 0.3], 12)
+    assert claim.p == pytest.approx(2 * stats.t.sf(sums.sum() / np.sqrt(24 * sums.var(ddof=1)), 23))
+    assert "is not a calibrated probability" not in claim.title, "24 draws do not show what 72 would"
+    turned = gate_claims.calibration_claim(study, readings.assign(v_s=0.7), {})
+    assert "0.20 too high" in turned.title and turned.p == pytest.approx(claim.p)
 
 
 def test_prefill_tables_and_claims(study: Study) -> None:

@@ -22,7 +22,6 @@ from casa_mech.study import Study
 from casa_mech.study.settings import slug
 
 ALL, READ = "all attacks", "the attacks that it reads"
-RESAMPLES = 200
 FURTHER_REPLIES = 20
 """Harmful replies of each attack and defence that a judge which costs time or money gives a verdict on."""
 
@@ -151,8 +150,8 @@ def _against(
     both = outcomes[outcomes[judge].notna()].reset_index(drop=True)
     shared: dict[str, Any] = {"clusters": both["topic"].tolist(), "seed": seed}
     occurs = (both[[judge, reference]] == COMPLIED).any(axis=None)
-    success = agreement(both, judge, [reference], positive=(COMPLIED,) if occurs else (), resamples=RESAMPLES, **shared)
-    # All outcomes, for the confusion table alone: its intervals are Wilson's, no resample is looked at.
+    success = agreement(both, judge, [reference], positive=(COMPLIED,) if occurs else (), **shared)
+    # All outcomes, for the confusion table alone: no measure of it is looked at.
     whole = agreement(both, judge, [reference], resamples=1, **shared)
     confusion = whole.confusion.rename(columns={"human": "reference", "judge": "judged"})
     groups = [((ALL, which), both), *(both.groupby(["defense", "attack"], sort=False) if which == ALL else ())]
@@ -168,9 +167,7 @@ def _against(
 def _count(outcomes: pd.DataFrame, judge: str, reference: str, seed: int) -> dict[str, Any]:
     decided = _decided(outcomes, judge, reference)
     judged, actual = (decided[name].to_numpy() == COMPLIED for name in (judge, reference))
-    excess, low, high = mean_difference(
-        judged, actual, decided["topic"].tolist(), seed, outcomes=True, resamples=RESAMPLES
-    )
+    excess, low, high = mean_difference(judged, actual, decided["topic"].tolist(), seed, outcomes=True)
     return {
         "n": len(decided),
         "undecided": len(outcomes) - len(decided),

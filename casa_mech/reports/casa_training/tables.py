@@ -26,7 +26,7 @@ def gate_rows(study: Study, readings: pd.DataFrame) -> list[dict[str, object]]:
             if requests["label"].nunique() < 2 or requests["topic"].nunique() < 6:
                 continue
             harmful, topics = (requests["label"] == "harmful").tolist(), requests["topic"].tolist()
-            auroc = auroc_interval(requests["v_s"].tolist(), harmful, topics, study.settings.seed, resamples=200)
+            auroc = auroc_interval(requests["v_s"].tolist(), harmful, topics, study.settings.seed)
             rows.append(
                 value_row(
                     model=study.settings.model, defense=f"{CASA} {moment} training", attack="none",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
+from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import paired_difference
@@ -105,29 +107,56 @@ def removal_heading(study: Study, sets: pd.DataFrame) -> Heading:
 
 
 def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
-    """Through which span harm reaches v_s after the last block, on text; the test is against the next best span."""
+    """Through which span harm reaches v_s after the last block, on text; the test is against the next best span.
+
+    Spans are chosen on the pairs of one half of the topics and measured on the other half's: the best of several is
+    better than the next by chance alone where both are chosen and compared on the same pairs.
+    """
     seed, last = study.settings.seed, str(study.omni().n_layers - 1)
     rows = effects[(effects["direction"] == INSERT) & (effects["site"] == last) & (effects["head"] < 0)]
     rows = rows.assign(delta=rows["v_s_patched"] - rows["v_s"], gap=rows["v_s_donor"] - rows["v_s"])
     rows = rows[rows["span"] != WHOLE]
     by_surface = []
     for surface, of_surface in rows.groupby("surface", sort=False):
-        best = str(of_surface.groupby("span")["delta"].mean().idxmax())
-        pairs = of_surface[of_surface["span"] == best]
+        choosing, tested = _halves(of_surface, seed)
+        best = _by_delta(choosing)[0]
+        pairs = tested[tested["span"] == best]
         delta = mean_interval(pairs["delta"].to_numpy(), pairs["topic"].tolist(), seed)
         by_surface.append(f"{surface}: {best} {delta.text()} of {pairs['gap'].mean():.2f} (n = {len(pairs)})")
-    text = rows[rows["surface"] == "text"].pivot(index=["pair", "topic"], columns="span", values="delta").dropna()
-    first, second = text.mean().sort_values(ascending=False).index[:2]
+    choosing, tested = _halves(rows[rows["surface"] == "text"], seed)
+    first, second = _by_delta(choosing)[:2]
+    text = tested.pivot(index=["pair", "topic"], columns="span", values="delta")[[first, second]]
+    text = text.dropna()
     topics = list(text.index.get_level_values("topic"))
     difference, p = paired_difference(text[first].to_numpy(), text[second].to_numpy(), topics, seed)
     return Claim(
         f"{study.name}: after the last block, harmful states at the {first} move a benign text's v_s by "
         f"{text[first].mean():+.2f}",
-        "One span's states are exchanged for those of a harmful request that differs in the key word alone. Where "
-        f"that raises v_s most, of the whole gap: {'; '.join(by_surface)}.",
-        "gate_patching", len(text), *difference, f"permutation over topics: {first} against {second}, text", p,
+        "One span's states are exchanged for those of a harmful request that differs in the key word alone. The span "
+        "that raises v_s most is chosen on half of the topics; on the other half, of the whole gap: "
+        f"{'; '.join(by_surface)}.",
+        "gate_patching", len(text), *difference,
+        f"permutation over topics that did not choose the spans: {first} against {second}, text", p,
         f"on fresh pairs the difference between {first} and {second} has an interval that holds 0",
     )  # fmt: skip
+
+
+def _halves(rows: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of every second topic in a random order, and those of the others.
+
+    Raises:
+        InputError: all rows are of one topic.
+    """
+    topics = np.random.default_rng(seed).permutation(sorted(set(rows["topic"])))
+    if len(topics) < 2:
+        raise InputError("spans are chosen on one topic's pairs and measured on another's: ask for more pairs")
+    choosing = rows["topic"].isin(topics[::2])
+    return rows[choosing], rows[~choosing]
+
+
+def _by_delta(rows: pd.DataFrame) -> list[str]:
+    """The spans, the one that moves v_s up most first."""
+    return [str(span) for span in rows.groupby("span")["delta"].mean().sort_values(ascending=False).index]
 
 
 def ablation_claim(study: Study, ablated: pd.DataFrame) -> Claim:
@@ -157,14 +186,14 @@ def calibration_claim(study: Study, readings: pd.DataFrame, calibrations: Mappin
     rows = readings[readings["attack"] != "plain"]
     harmful, topics = (rows["label"] == "harmful").to_numpy(), rows["topic"].tolist()
     scores = rows["v_s"].to_numpy()
-    pooled, p = reliability(scores, harmful, topics, seed=study.settings.seed), spiegelhalter(scores, harmful)
+    pooled, p = reliability(scores, harmful, topics, seed=study.settings.seed), spiegelhalter(scores, harmful, topics)
     errors = ", ".join(f"{attack} {entry.ece.value:.2f}" for attack, entry in calibrations.items())
     verdict = "is not a calibrated probability" if p < 0.05 else "is not shown to be miscalibrated"
     lean = "low" if pooled.bias.value < 0 else "high"
     return Claim(
         f"{study.name}: off plain text v_s {verdict}; on average it is {abs(pooled.bias.value):.2f} too {lean}",
         f"Expected calibration error: {errors}; over all attacks but plain {pooled.ece.text()}.",
-        "gate_calibration", pooled.n, *pooled.ece, "Spiegelhalter's Z on all attacks but plain", p,
+        "gate_calibration", pooled.n, *pooled.ece, "Spiegelhalter's Z over topics, all attacks but plain", p,
         "on fresh requests under these attacks the calibration error is no larger than on plain text",
     )  # fmt: skip
 

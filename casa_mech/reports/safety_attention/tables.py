@@ -178,7 +178,7 @@ def share_data(maps: Mapping[str, Sequence[AttentionMap]], seed: int) -> pd.Data
     for surface, of_surface in maps.items():
         shares = attention_shares(of_surface)
         for (label, span), group in shares.groupby(["label", "span"], sort=False):
-            mean, low, high = mean_interval(group["share"].to_numpy(), group["topic"].tolist(), seed)
+            mean, low, high = mean_interval(group["share"].to_numpy(), group["topic"].tolist(), seed, limits=(0.0, 1.0))
             where = {"surface": surface, "span": span, "label": label, "n": len(group)}
             rows.append({**where, "mean": mean, "low": low, "high": high, "even": group["even"].mean()})
     return pd.DataFrame(rows)

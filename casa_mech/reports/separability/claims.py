@@ -142,14 +142,15 @@ def kinds_claim(study: Study, kinds: pd.DataFrame) -> Claim:
     hardest = single["auroc"].idxmin()
     elsewhere = kinds[(kinds["positions"] == POSITIONS) & (kinds["kind"] == ALL) & (kinds["surface"] != "text")]
     carried = ", ".join(f"{row.surface} {row.auroc:.2f}" for row in elsewhere.itertuples())
-    finds = "finds" if overall.low > 0.5 else "is not shown to find"
+    p_value = float(rows.at[ALL, "p"])
+    finds = "finds" if p_value < 0.05 else "is not shown to find"
     return Claim(
         f"{study.name}: on kinds of harm it has not met a text probe has AUROC {overall.value:.2f}, on new topics "
         f"alone {topics.value:.2f}",
         f"It {finds} harm of a new kind: AUROC {overall.text()} over kinds; with topics alone left out "
         f"{topics.text()}. Hardest kind: {hardest}, {_auroc(single.loc[hardest]).text()}. Elsewhere: {carried}.",
-        "probe_kinds", int(rows.at[ALL, "n"]), *overall, "labels permuted over kinds, 999 draws",
-        float(rows.at[ALL, "p"]), "on further kinds of harm the interval holds 0.5",
+        "probe_kinds", int(rows.at[ALL, "n"]), *overall, "labels permuted over kinds, 999 draws", p_value,
+        "further kinds of harm are ranked no better than with labels permuted over kinds",
     )  # fmt: skip
 
 
@@ -208,13 +209,18 @@ def prediction_claim(study: Study, points: pd.DataFrame) -> Claim:
     prediction = transfer_prediction(points, seed=study.settings.seed)
     overall = Estimate(prediction.spearman, prediction.low, prediction.high)
     within = Estimate(prediction.within, prediction.within_low, prediction.within_high)
-    predicts = "predicts" if prediction.low > 0 else "is not shown to predict"
+    holds = prediction.within_p < 0.05 and prediction.within > 0
+    predicts = "predicts" if prediction.p_value < 0.05 and prediction.low > 0 and holds else "is not shown to predict"
+    by_model = ", ".join(
+        f"{model} {value:.2f} (p = {p:.2g}, {gates} gates)" for model, (value, p, gates) in prediction.by_model.items()
+    )
     return Claim(
         f"A text probe's transfer {predicts} CASA's transfer: rank correlation {overall.text()}",
-        f"Over models, layers and training steps, {prediction.clusters} gates; within a model and surface the rank "
-        f"correlation is {within.text()}.",
+        f"Over models, layers and training steps, {prediction.clusters} gates; by model {by_model}. The check within a "
+        f"model and surface {'holds' if holds else 'fails'}: rank correlation {within.text()}, "
+        f"p = {prediction.within_p:.2g}.",
         "transfer_prediction", prediction.n, *overall,
-        f"permutation of points, 2000 draws; interval by bootstrap over {prediction.clusters} gates",
+        f"permutation of whole gates within a model, 2000 draws; interval by bootstrap over {prediction.clusters}",
         prediction.p_value, "gates on further models whose correlation lies outside the interval",
     )  # fmt: skip
 

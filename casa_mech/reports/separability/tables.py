@@ -32,7 +32,7 @@ from probes.linear.harm_and_refusal import (
 )
 from probes.linear.kinds import left_out_kinds
 from probes.linear.mean_differences import mean_difference_table
-from probes.linear.separability import RESAMPLES, controls, pca_plane, separability_table, transfer_matrix
+from probes.linear.separability import controls, pca_plane, separability_table, transfer_matrix
 from probes.linear.thresholds import carried_scores, threshold_table
 from probes.linear.validation import cross_validate
 
@@ -240,7 +240,7 @@ def transfer_points(study: Study, positions: Literal["last", "mean"] = "mean", c
     probes, gates = [], []
     for model in [*study.models, *(name.strip() for name in checkpoints.split(",") if name.strip())]:
         states = study.activations(positions, model)
-        probes.append(transfer_matrix(states, seed=study.settings.seed).assign(model=slug(model)))
+        probes.append(transfer_matrix(states, seed=study.settings.seed, deals=0).assign(model=slug(model)))
         few = study.settings.profile == "smoke"
         layers: list[Layer] = ["norm", *(range(1) if few else range(study.omni(model).n_layers))]
         steps = max(1, study.sizes.train_steps // SHORT)
@@ -277,8 +277,6 @@ def _gate_aurocs(study: Study, model: str, layer: Layer, steps: int, readings: p
     rows = []
     for surface, requests in readings.groupby("surface", sort=False):
         harmful, topics = (requests["label"] == "harmful").tolist(), requests["topic"].tolist()
-        auroc, low, high = auroc_interval(
-            requests["v_s"].tolist(), harmful, topics, study.settings.seed, resamples=RESAMPLES
-        )
+        auroc, low, high = auroc_interval(requests["v_s"].tolist(), harmful, topics, study.settings.seed)
         rows.append({"surface": surface, "auroc": auroc, "low": low, "high": high, "n": len(requests)})
     return pd.DataFrame(rows).assign(model=slug(model), steps=steps, site=str(layer))

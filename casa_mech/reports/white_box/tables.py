@@ -20,7 +20,7 @@ from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging import Judge
 from casa_mech.judging.results import value_row
-from casa_mech.judging.stats import rate_interval
+from casa_mech.judging.stats import clusters_of, rate_interval
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import refusal_direction
@@ -206,7 +206,7 @@ def restart_data(tables: WhiteBoxTables, claimed: int, seed: int = 0) -> pd.Data
             hits |= {starts: own["broken_after"] & (own["start"] < starts) for starts in range(1, _starts(table) + 1)}
             for starts, broken in hits.items():
                 where = {"medium": medium, "attacker": attacker, "measure": SUCCESS, "x": starts}
-                rows.append({**where, **_rate(broken, own["topic"], seed)})
+                rows.append({**where, **_rate(broken, own, seed)})
     return pd.DataFrame(rows)
 
 
@@ -228,7 +228,7 @@ def _rates(table: pd.DataFrame, medium: str, seed: int) -> pd.DataFrame:
             passed = queries[f"token_{moment}"] == "safe"
             for measure, hits in ((SUCCESS, queries[f"broken_{moment}"]), (PASSED, passed)):
                 where = {"medium": medium, "attacker": attacker, "measure": measure, "x": x}
-                rows.append({**where, **_rate(hits, queries["topic"], seed)})
+                rows.append({**where, **_rate(hits, queries, seed)})
     return pd.DataFrame(rows)
 
 
@@ -244,13 +244,13 @@ def ablation_data(tables: WhiteBoxTables, seed: int = 0) -> pd.DataFrame:
             }
             for (system, measure), succeeded in hits.items():
                 where = {"surface": surface, "system": system, "measure": measure, "moment": name}
-                rows.append({**where, **_rate(succeeded, queries["topic"], seed)})
+                rows.append({**where, **_rate(succeeded, queries, seed)})
     return pd.DataFrame(rows)
 
 
-def _rate(hits: pd.Series, topics: pd.Series, seed: int) -> dict[str, float]:
+def _rate(hits: pd.Series, queries: pd.DataFrame, seed: int) -> dict[str, float]:
     """`n, value, low, high`; a topic's requests are one draw."""
-    return {"n": len(hits), **rate_interval(hits.to_numpy(), topics.tolist(), seed)._asdict()}
+    return {"n": len(hits), **rate_interval(hits.to_numpy(), clusters_of(queries), seed)._asdict()}
 
 
 def white_box_rows(study: Study, rates: Mapping[str, pd.DataFrame], ablation: pd.DataFrame) -> list[dict[str, Any]]:
