@@ -73,7 +73,7 @@ class Effort:
 EFFORTS: Mapping[ProfileName, Effort] = MappingProxyType(
     {
         "smoke": Effort(8, (8,), (328,), 8, 2, 2, 8, 4, 2),
-        "default": Effort(48, (1, 8, 32), (33, 328), 8, 12, 8, 16, 8, 2),
+        "default": Effort(32, (1, 8, 32), (33, 328), 8, 10, 7, 16, 8, 2),
         "full": Effort(100, (1, 2, 4, 8, 16, 32), (33, 104, 328, 1036), 8, 100, 100, 64, 12, 10),
     }
 )
