@@ -37,6 +37,17 @@ def states(gap: float, shift: float = 0.0, seed: int = 0) -> np.ndarray:
     return noise
 
 
+def matrix(*surfaces: str) -> pd.DataFrame:
+    """The transfer matrix of probes that make no mistake anywhere."""
+    rows = [
+        {"site": "norm", "positions": "last", "fit": fit, "surface": surface, "n": len(TOPIC), "p": 0.001}
+        | {"auroc": 1.0, "low": 0.9, "high": 1.0}
+        for fit in surfaces
+        for surface in surfaces
+    ]
+    return pd.DataFrame(rows)
+
+
 @pytest.fixture
 def read() -> Activations:
     """Text apart, pictures apart but shifted below text's threshold, speech mixed."""
@@ -66,15 +77,15 @@ def test_kinds_claim_sets_new_kinds_beside_new_topics(study: Study) -> None:
     by_kind = np.random.default_rng(0).standard_normal((len(TOPIC), 11)) * 0.3
     by_kind[:, 1:] += 4 * own_axes
     data = activations({"text": by_kind, "image": by_kind}, HARMFUL, NAMES, KINDS)
-    matrix = tables.matrices([data], 0)
-    kinds = tables.kind_data([data], matrix, 0)
+    perfect = matrix("text", "image")
+    kinds = tables.kind_data([data], perfect, 0)
     claim = claims.kinds_claim(study, kinds)
     assert claim.low < 0.5 and "is not shown to find harm of a new kind" in claim.statement and claim.p > 0.05
     assert claim.title.endswith("on new topics alone 1.00")
     assert list(dict.fromkeys(kinds["kind"])) == [tables.TOPICS, "all", *(f"harm{kind}" for kind in (0, 2, 4, 6, 8))]
     assert len(plots.plot_kinds(kinds, *claim.heading).axes) == 1
     shared = activations({"text": states(4), "image": states(4, 0, 1)}, HARMFUL, NAMES, KINDS)
-    met = claims.kinds_claim(study, tables.kind_data([shared], tables.matrices([shared], 0), 0))
+    met = claims.kinds_claim(study, tables.kind_data([shared], perfect, 0))
     assert met.value > 0.99 and "It finds harm of a new kind" in met.statement and met.p < 0.01
 
 
@@ -130,7 +141,7 @@ def test_controls_have_random_weights_and_the_control_task(study: Study, read: A
     assert rows.at["text", "auroc"] > 0.99 and abs(rows.at["text", "untrained"] - 0.5) < 0.2
     assert np.allclose(rows["selectivity"], rows["task"] - rows["control_task"])
     assert rows.at["text", "selectivity"] > 0.3 > rows.at["audio", "selectivity"] and len(table) == 3
-    claim = claims.probe_claim(study, tables.matrices([read], 0), table)
+    claim = claims.probe_claim(study, matrix("text", "image", "audio"), table)
     assert f"text {rows.at['text', 'auroc']:.2f}" in claim.statement and "random weights" in claim.refuted_if
     assert f"{rows.at['text', 'task']:.2f} / {rows.at['text', 'control_task']:.2f}" in claim.statement
     assert len(plots.plot_controls(table, *claim.heading).axes) == 3

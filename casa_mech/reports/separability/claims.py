@@ -142,14 +142,15 @@ def kinds_claim(study: Study, kinds: pd.DataFrame) -> Claim:
     hardest = single["auroc"].idxmin()
     elsewhere = kinds[(kinds["positions"] == POSITIONS) & (kinds["kind"] == ALL) & (kinds["surface"] != "text")]
     carried = ", ".join(f"{row.surface} {row.auroc:.2f}" for row in elsewhere.itertuples())
-    finds = "finds" if overall.low > 0.5 else "is not shown to find"
+    p_value = float(rows.at[ALL, "p"])
+    finds = "finds" if p_value < 0.05 else "is not shown to find"
     return Claim(
         f"{study.name}: on kinds of harm it has not met a text probe has AUROC {overall.value:.2f}, on new topics "
         f"alone {topics.value:.2f}",
         f"It {finds} harm of a new kind: AUROC {overall.text()} over kinds; with topics alone left out "
         f"{topics.text()}. Hardest kind: {hardest}, {_auroc(single.loc[hardest]).text()}. Elsewhere: {carried}.",
-        "probe_kinds", int(rows.at[ALL, "n"]), *overall, "labels permuted over kinds, 999 draws",
-        float(rows.at[ALL, "p"]), "on further kinds of harm the interval holds 0.5",
+        "probe_kinds", int(rows.at[ALL, "n"]), *overall, "labels permuted over kinds, 999 draws", p_value,
+        "further kinds of harm are ranked no better than with labels permuted over kinds",
     )  # fmt: skip
 
 

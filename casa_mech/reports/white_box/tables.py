@@ -73,7 +73,7 @@ class Effort:
 EFFORTS: Mapping[ProfileName, Effort] = MappingProxyType(
     {
         "smoke": Effort(8, (8,), (328,), 8, 2, 2, 8, 4, 2),
-        "default": Effort(48, (1, 8, 32), (33, 328), 8, 12, 8, 16, 8, 2),
+        "default": Effort(32, (1, 8, 32), (33, 328), 8, 10, 7, 16, 8, 2),
         "full": Effort(100, (1, 2, 4, 8, 16, 32), (33, 104, 328, 1036), 8, 100, 100, 64, 12, 10),
     }
 )
@@ -206,7 +206,7 @@ def restart_data(tables: WhiteBoxTables, claimed: int, seed: int = 0) -> pd.Data
             hits |= {starts: own["broken_after"] & (own["start"] < starts) for starts in range(1, _starts(table) + 1)}
             for starts, broken in hits.items():
                 where = {"medium": medium, "attacker": attacker, "measure": SUCCESS, "x": starts}
-                rows.append({**where, **_rate(broken, own["topic"], seed)})
+                rows.append({**where, **_rate(broken, own, seed)})
     return pd.DataFrame(rows)
 
 
