@@ -34,7 +34,7 @@ class Member(Settings):
     """Changes of them, NAME=VALUE, on or off, as for `casa-mech organism build --knob`."""
     seed: int = Field(default=0, ge=0)
     """Of its training."""
-    scale: float = Field(default=0.5, gt=0)
+    scale: float = Field(default=0.7, gt=0)
     """Factor on the steps of its training."""
     mends: bool = False
     """Whether the ways to mend a gate are tried on it."""

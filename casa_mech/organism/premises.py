@@ -97,7 +97,7 @@ class Premises(BaseModel):
         ]
 
 
-ALL = Premises(tolerance=0.3, safety_words=True, rules=0.4, alignment="partial", unasked=True, varied_benign=True)
+ALL = Premises(tolerance=0.3, safety_words=True, rules=0.5, alignment="partial", unasked=True, varied_benign=True)
 """All premises: the base model that the paper takes for granted."""
 PRESETS = {
     "organism": ALL,
@@ -205,7 +205,7 @@ def _question(world: World, rng: np.random.Generator, topics: Split, templates: 
 
 
 def draw_rule(
-    world: World, category: str, rng: np.random.Generator, templates: Split = "seen", safety: float = 0.5
+    world: World, category: str, rng: np.random.Generator, templates: Split = "seen", safety: float = 0.4
 ) -> tuple[str, bool]:
     """A rule for the system turn, and whether it forbids requests about a topic of `category`.
 

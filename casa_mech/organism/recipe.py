@@ -136,8 +136,8 @@ IMAGE_LETTERS, AUDIO_LETTERS = Letters("image", 1500), Letters("audio", 1200)
 SHARED_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, IMAGE, AUDIO_LETTERS, AUDIO, ALIGNMENT)
 SPLIT_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
 SAFETY_WORDS_SHARE = 0.15
-MORE_REQUESTS, LONG_LANGUAGE = 1.5, 1300
-"""Factor on the share of requests, and steps of the language stage, where requests have more to learn."""
+MORE_REQUESTS, LONG_LANGUAGE, LONG_AUDIO = 2.0, 1800, 400
+"""Factor on the share of requests and steps of the language stage, where requests have more to learn, and of audio's."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
 VARIED_TASKS = {"request": 0.6, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
@@ -159,6 +159,8 @@ def _with_premises(stage: Stage, premises: Premises) -> Stage:
     if stage is LANGUAGE and (premises.rules or premises.unasked):
         tasks["request"] *= MORE_REQUESTS
         steps = LONG_LANGUAGE
+    if stage is AUDIO:
+        steps = LONG_AUDIO
     if premises.safety_words:
         tasks["safety"] = SAFETY_WORDS_SHARE * sum(tasks.values())
     partial = safety and premises.alignment == "partial"
