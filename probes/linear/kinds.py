@@ -10,7 +10,7 @@ import pandas as pd
 from casa_mech.errors import InputError
 from casa_mech.judging.stats import auroc_interval
 from probes.activations.memory import Activations
-from probes.linear.validation import PENALTIES, chance_p, cross_validate, make_folds
+from probes.linear.validation import PENALTIES, Rows, chance_of, chance_p, cross_validate, make_folds
 
 ALL = "all"
 
@@ -31,7 +31,8 @@ def left_out_kinds(
 
     Returns:
         Columns `site, surface, kind, auroc, low, high, n, p`. For a kind of harm: its requests against the benign ones
-        of its fold, interval and labels' permutation over topics. For "all": all requests, both over kinds.
+        of its fold, interval and labels' permutation over topics. For "all": all requests, both over kinds, and probes
+        fitted anew to the permuted labels.
 
     Raises:
         InputError: fewer than three kinds of a label, or states that are not finite.
@@ -48,18 +49,22 @@ def left_out_kinds(
         own.stacked(names), own.harmful, kinds, "logistic", PENALTIES, count, seed,
         [(there.stacked(names), _kinds(there)) for there in others],
     )  # fmt: skip
+    sides = [Rows(side.stacked(names), side.harmful, _kinds(side), _units(side)) for side in (own, *others)]
+    chances = chance_of(sides[0], sides[1:], folds=count, seed=seed)
     fold_of = dict(zip(kinds, make_folds(own.harmful, kinds, count, seed).fold, strict=True))
     rows = []
-    for surface, there, result in zip(surfaces, [own, *others], results, strict=True):
+    for surface, there, result, chance in zip(surfaces, [own, *others], results, chances, strict=True):
         here = _kinds(there)
         fold = np.array([fold_of.get(kind, count) for kind in here])
-        for site, scores in zip(names, result.scores, strict=True):
+        for site, scores, p_value in zip(names, result.scores, chance.p_value, strict=True):
             where = {"site": site, "surface": surface}
-            rows.append({**where, "kind": ALL, **_auroc(scores, there.harmful, here, seed)})
+            rows.append({**where, "kind": ALL, **_auroc(scores, there.harmful, here, seed), "p": float(p_value)})
             for kind in sorted(set(here[there.harmful]) & set(fold_of)):
                 judged = (here == kind) | (~there.harmful & (fold == fold_of[kind]))
-                measured = _auroc(scores[judged], there.harmful[judged], there.topics[judged], seed)
-                rows.append({**where, "kind": kind, **measured})
+                labels, topics = there.harmful[judged], there.topics[judged]
+                # No label of these rows went into the probe that judges them, so they can be dealt to its scores.
+                p = chance_p(scores[judged], labels, topics, seed)
+                rows.append({**where, "kind": kind, **_auroc(scores[judged], labels, topics, seed), "p": p})
     return pd.DataFrame(rows)
 
 
@@ -69,5 +74,8 @@ def _kinds(activations: Activations) -> np.ndarray:
 
 def _auroc(scores: np.ndarray, harmful: np.ndarray, clusters: np.ndarray, seed: int) -> dict[str, float]:
     auroc, low, high = auroc_interval(list(scores), list(harmful), list(clusters), seed).widened()
-    p_value = chance_p(scores, harmful, clusters, seed)
-    return {"auroc": auroc, "low": low, "high": high, "n": len(scores), "p": p_value}
+    return {"auroc": auroc, "low": low, "high": high, "n": len(scores)}
+
+
+def _units(activations: Activations) -> np.ndarray:
+    return (activations.index["label"] + " " + activations.index["query_id"]).to_numpy(dtype=str)

@@ -86,7 +86,7 @@ def test_kinds_claim_sets_new_kinds_beside_new_topics(study: Study) -> None:
     assert len(plots.plot_kinds(kinds, *claim.heading).axes) == 1
     shared = activations({"text": states(4), "image": states(4, 0, 1)}, HARMFUL, NAMES, KINDS)
     met = claims.kinds_claim(study, tables.kind_data([shared], perfect, 0))
-    assert met.value > 0.99 and "It finds harm of a new kind" in met.statement and met.p < 0.01
+    assert met.value > 0.99 and "It finds harm of a new kind" in met.statement and met.p < 0.02
 
 
 def test_differences_are_named_by_surface(study: Study, read: Activations) -> None:
