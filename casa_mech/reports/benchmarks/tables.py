@@ -69,13 +69,16 @@ def in_attack_table(attack: str, label: Label) -> bool:
 
 
 def attack_replies(study: Study, defense: str, attack: str) -> pd.DataFrame:
-    """Replies to one attack, harmful and benign (columns: `evaluate.REPLY_COLUMNS`), made once in the run folder."""
+    """Replies to one attack, harmful and benign (columns: `evaluate.REPLY_COLUMNS`), made once in the run folder.
+
+    CASA's are gate 0's throughout.
+    """
     model = study.settings.model
     tables = [study.replies(model, defense, attack, label) for label in LABELS if in_attack_table(attack, label)]
     new = [label for label in LABELS if not in_attack_table(attack, label)]
     if new:
         tables.append(_matched_replies(study, defense, attack, new))
-    return pd.concat(tables, ignore_index=True).assign(attack=attack)
+    return pd.concat(tables, ignore_index=True).drop(columns="gate_seed", errors="ignore").assign(attack=attack)
 
 
 def _matched_replies(study: Study, defense: str, attack: str, labels: list[Label]) -> pd.DataFrame:
