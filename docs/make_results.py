@@ -39,6 +39,15 @@ DEFENSES = {
     "safecode": "SafeCoDe (paper mode)",
     "moras": "MoRAS",
 }
+"""Rows of the first organisms' grids."""
+NEW_DEFENSES = {
+    "casa-scale": "CASA, rule S1 (the paper's equation)",
+    "casa-scale-replace": "CASA, trained with S1, v_s alone at inference",
+    "casa-mended": "CASA, mended",
+    "safecode-code": "SafeCoDe (released code)",
+    "any-depth": "any-depth alignment",
+}
+"""Further rows of the study's comparison."""
 ENGLISH = {
     ("AdvBench ~ Alpaca", "text"): ("AdvBench, held-out Alpaca", "text"),
     ("XSTest unsafe ~ safe", "text"): ("XSTest unsafe, safe", "text"),
@@ -48,6 +57,7 @@ ENGLISH = {
     ("SafeBench ~ benign twin", "FigStep picture"): ("SafeBench, its benign counterpart", "FigStep picture"),
 }
 AUDIT = "token_audit.csv"
+ENDS = ("mean", "low", "high")
 READ = 0.5
 """An attack is one that the organism reads where it answers at least this share of its benign counterparts."""
 
@@ -207,9 +217,16 @@ def attack_numbers(figures: Path) -> dict[str, str]:
             (f"split_{attack}_gate", "organism-split", "gate_auroc"),
         ):
             numbers[name] = gate.interval(model, attack, metric, digits=2, percent=False)
-    numbers["split_image_token"] = gate.interval("organism-split", "image", "token_auroc", digits=2, percent=False)
-    pairs = [(gate.value(m, a, "token_auroc"), gate.value(m, a, "gate_auroc")) for m in MODELS for a in SURFACES]
-    numbers["token_better"] = f"{sum(token > v_s for token, v_s in pairs)} of {len(pairs)}"
+    for name, model in zip(("own", "split"), MODELS, strict=True):
+        scores = [gate.value(model, "image", metric) for metric in ("raw_token_auroc", "gate_auroc", "token_auroc")]
+        numbers[f"pair_{name}"] = " / ".join(f"{score:.2f}" for score in scores)
+    gains = [gate.row(model, attack, "token_auroc_gain") for model in MODELS for attack in SURFACES]
+    numbers["pairs"] = str(len(gains))
+    numbers["pair_raised"] = str(sum(gain["low"] > 0 for gain in gains))
+    numbers["pair_lowered"] = str(sum(gain["high"] < 0 for gain in gains))
+    numbers["table_n"] = str(rates.row(*after, "image", "attack_success")["n"])
+    gates = pd.read_csv(figures / "gate_before_after.csv")["gate_seed"].nunique()
+    numbers["gates"] = {1: "one", 2: "two", 3: "three", 5: "five"}[gates]
     return numbers
 
 
@@ -302,7 +319,8 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
     patching = pd.read_csv(figures / "gate_patching.csv").query(
         "direction == 'insert harm' and surface == 'text' and span == 'header'"
     )
-    best = patching.loc[patching["delta_v_s_mean"].idxmax()]
+    best = patching.loc[patching["delta_log_odds_mean"].idxmax()]
+    within = [f"{slug} {rho:.2f} (p = {p:.2g}, {count} gates)" for slug, (rho, p, count) in found.by_model.items()]
     budget = read_rates(figures, "white_box_budget.csv", "medium", "attacker", "measure", "x")
     steps = pd.read_csv(figures / "white_box_steps.csv")
     suffix = steps[(steps["medium"] == "suffix") & (steps["measure"] == "attack success")]
@@ -314,11 +332,12 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
     return {
         "transfer": f"{found.spearman:.2f} [{found.low:.2f}, {found.high:.2f}]",
         "transfer_n": f"{found.n} points of {found.clusters} gates",
+        "transfer_models": " and ".join(within),
         "ssft_prefill_2": lengths.percent("attack success", "SSFT", 2),
         "casa_prefill_2": lengths.percent("attack success", "CASA", 2),
         "unsafe_before_prefill": lengths.percent("given the unsafe token", "decision before the prefill", 12),
-        "header_moves": f"{best['delta_v_s_mean']:.2f} [{best['delta_v_s_low']:.2f}, {best['delta_v_s_high']:.2f}]",
-        "header_gap": f"{best['gap_v_s']:.2f}",
+        "header_moves": "{:.1f} [{:.1f}, {:.1f}]".format(*(best[f"delta_log_odds_{end}"] for end in ENDS)),
+        "header_gap": f"{best['gap_log_odds']:.1f}",
         "header_n": f"{best['n']}",
         "white_known": budget.percent("picture", "knows the gate", "attack success", 8),
         "white_unknown": budget.percent("picture", "does not", "attack success", 8),
@@ -340,15 +359,17 @@ def analysis_numbers(figures: Path) -> dict[str, str]:
 
 def defence_table(figures: Path) -> str:
     """Attack success of each defence by attack, and benign counterparts answered."""
-    rates = read_rates(figures, DEFENCES, "defense", "metric", "scope")
+    rates, table = read_rates(figures, DEFENCES, "defense", "metric", "scope"), pd.read_csv(figures / DEFENCES)
+    curve = pd.read_csv(figures / "coca_alpha.csv").query("chosen and defense == 'coca'")
+    names = {**DEFENSES, **NEW_DEFENSES, "coca": f"CoCA (α = {curve['alpha'].iloc[0]:g})"}
     rows = [
         (
-            DEFENSES[defense],
+            names[defense],
             *(rates.percent(defense, "attack_success", attack) for attack in STUDY_ATTACKS),
             rates.interval(defense, "attack_success", "all"),
             rates.interval(defense, "benign_answered", "all"),
         )
-        for defense in DEFENSES
+        for defense in table["defense"].unique()
     ]
     return markdown(("defence", *STUDY_ATTACKS, "mean", "answered"), rows)
 

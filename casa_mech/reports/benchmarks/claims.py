@@ -31,7 +31,7 @@ def success_claim(study: Study, replies: pd.DataFrame, readable: pd.DataFrame) -
     left = 100 * harmful.groupby("attack", sort=False)[CASA].mean().sort_values(ascending=False)
     which = "that it reads" if read else "there are"
     return Claim(
-        f"{study.name}: over the {len(attacks)} attacks {which}, CASA takes mean success from "
+        f"{study.name}: over the {len(attacks)} attacks {which}, this gate takes mean success from "
         f"{100 * before.mean():.0f} to {100 * after.mean():.0f} %",
         f"A change of {points.text('.1f')} points; benign counterparts answered go from {benign[PRETRAINED]:.0f} to "
         f"{benign[CASA]:.0f} %. Most is left of {left.index[0]} ({left.iloc[0]:.0f} %).",
