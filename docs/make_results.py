@@ -379,7 +379,6 @@ def defence_numbers(figures: Path) -> dict[str, str]:
     rates = read_rates(figures, DEFENCES, "defense", "metric", "scope")
     numbers = {
         "defence_n": str(rates.row("casa", "attack_success", "plain")["n"]),
-        "coca_answered_now": rates.percent("coca", "benign_answered", "all"),
     }
     for defense in ("casa", "ssft"):
         media = [rates.percent(defense, "attack_success", attack) for attack in ("spelled", "image", "audio")]
