@@ -137,7 +137,7 @@ SHARED_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, IM
 SPLIT_STAGES: tuple[Stage | Letters, ...] = (WORDS, LANGUAGE, IMAGE_LETTERS, AUDIO_LETTERS, JOINT, ALIGNMENT)
 SAFETY_WORDS_SHARE = 0.15
 MORE_REQUESTS, LONG_LANGUAGE, LONG_AUDIO = 2.0, 1800, 400
-"""Factor on the share of requests, and steps of the language stage, where requests have more to learn; audio's steps."""
+"""Factor on the share of requests, and steps of the language stage, where requests have more to learn; audio steps."""
 PARTIAL_SURFACES = {"text": 0.55, "spelled": 0.12, "image": 0.15, "audio": 0.18}
 VARIED_TASKS = {"request": 0.6, "name": 0.1, "spell": 0.1, "dangerous": 0.1, "category": 0.1}
 
