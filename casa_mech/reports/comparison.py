@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from casa_mech.compare.ablations import BASE, NO_ATTENTION, PROMPT_AXIS
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.systems import REFERENCE
 from casa_mech.compare.tables import HELD_OUT
+from casa_mech.errors import InputError
 from casa_mech.figures import save_figure
 from casa_mech.reports.ablations.claims import MEDIA, attention_claim, variant_claim
 from casa_mech.reports.ablations.plots import plot_ablations, plot_by_attack
@@ -49,7 +51,10 @@ def _defences(comparison: Comparison) -> dict[str, tuple[Figure, pd.DataFrame]]:
     if {"attack_success", "benign_answered"} <= metrics:
         rivals = any(not str(other).startswith(REFERENCE) for other in defenses)
         claimed = REFERENCE in defenses and rivals and _has_held_out(comparison)
-        heading = rival_claim(comparison).heading if claimed else neutral
+        heading = neutral
+        if claimed:
+            with suppress(InputError):  # too few held-out topics for an interval: nothing is claimed
+                heading = rival_claim(comparison).heading
         points = tradeoff_data(comparison.summary)
         figures["tradeoff"] = (plot_tradeoff(points, *heading), points)
     if len(comparison.curves):

@@ -118,6 +118,7 @@ def test_compare_takes_pictures_alone_and_a_tables_own_labels(
         "timing_rounds: 0\n"
     )
     arguments = ["--queries-config", tmp_path / "sets.yaml", "--defenses", "none", "--out", tmp_path / "out", "--json"]
+    arguments += ["--seeds", "0"]
     code, printed, err = run(capsys, "compare", "--model", random_organism, *arguments)
     assert code == 0, err
     assert json.loads(printed)["cells"]["computed"] == 3 and json.loads(printed)["n_cell"] == 1
