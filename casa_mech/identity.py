@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from casa_mech.queries import Example, Part, Query
+    from casa_mech.queries.query import Example, Part, Query
 
 SHORT = 16
 """Hex digits of a digest in the name of a file or folder."""

@@ -15,18 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from casa_mech.audit.result import (
-    BASE,
-    BASE_WORD,
-    COLUMNS,
-    GROUPS,
-    INTERVENTIONS,
-    OWN,
-    SAFE,
-    UNSAFE,
-    WORD,
-    AuditResult,
-)
+from casa_mech.audit.names import BASE, BASE_WORD, COLUMNS, GROUPS, INTERVENTIONS, OWN, SAFE, UNSAFE, WORD
+from casa_mech.audit.result import AuditResult
 from casa_mech.casa import Casa
 from casa_mech.defenses.base import Defense
 from casa_mech.defenses.refusal_token import RefusalTokenSettings

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from casa_mech.audit.result import BASE, OWN, SAFE, UNSAFE, AuditResult
+from casa_mech.audit.names import BASE, OWN, SAFE, UNSAFE
 from casa_mech.figures import BENIGN, HARMFUL, error_bars, named_rows, style, titled
 
 STACK = {
@@ -57,18 +57,6 @@ def plot_audit(summary: pd.DataFrame, title: str, caption: str = "") -> Figure:
             "intervals over clusters."
         )
         return titled(figure, title, f"{caption} {how}", legend_of=axes)
-
-
-def audit_title(result: AuditResult) -> str:
-    """The claim: how much of the fall of attack success the token caused, over all harmful requests alike."""
-    harmful = result.requests("harmful")
-    if harmful.empty:
-        return f"{result.defense} on {result.model}: benign requests behind the gate"
-    means = 100 * harmful[["total", "gate"]].mean()
-    return (
-        f"{result.defense} on {result.model}: attack success falls by {means['total']:.0f} points, "
-        f"{means['gate']:.0f} of them by the token"
-    )
 
 
 def _named_cells(table: pd.DataFrame) -> pd.DataFrame:

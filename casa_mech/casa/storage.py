@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from casa_mech.casa import adapter as adapter_files
+from casa_mech.casa.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from casa_mech.casa.config import OLD_NAMES, CasaConfig, InferenceSettings, LoraSettings, TrainSettings
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import ModelError
@@ -210,7 +210,7 @@ def model_card(stored: Stored) -> str:
         f"between `{config.safe_token}` and `{config.unsafe_token}`, "
         f"{'guided by safety attention over the prompt' if attends else 'without safety attention'}.",
         "",
-        f"Load it with `Casa.from_pretrained(directory, load_omni({base.source!r}))`. `{adapter_files.WEIGHTS}` is a",
+        f"Load it with `Casa.from_pretrained(directory, load_omni({base.source!r}))`. `{ADAPTER_WEIGHTS}` is a",
         f"plain peft adapter; {f'`{ATTENTION}` holds safety attention, ' if attends else ''}`{ROWS}` the tokens' rows.",
         "",
         *base_lines(base),

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from casa_mech.audit import AuditResult
-from casa_mech.audit.result import BASE, OWN, SAFE, UNSAFE
+from casa_mech.audit.names import BASE, OWN, SAFE, UNSAFE
 from casa_mech.family.plan import Member
 from casa_mech.judging import MicroWorldJudge, judge_all
 from casa_mech.judging.estimate import Estimate

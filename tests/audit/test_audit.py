@@ -11,15 +11,7 @@ from helpers.casa import SHORT, stir
 
 from casa_mech.audit import AuditResult, audit
 from casa_mech.audit.audit import random_words
-from casa_mech.audit.result import (
-    BASE,
-    INTERVENTIONS,
-    OWN,
-    PATHS,
-    SAFE,
-    SPLIT,
-    UNSAFE,
-)
+from casa_mech.audit.names import BASE, INTERVENTIONS, OWN, PATHS, SAFE, SPLIT, UNSAFE
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.cli import main
 from casa_mech.defenses import load_defense

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from helpers.command import run
 
-from casa_mech.audit.result import SPLIT
+from casa_mech.audit.names import SPLIT
 from casa_mech.errors import InputError, RunError
 from casa_mech.family import command, member
 from casa_mech.family.command import TABLES, Request, check_order, family

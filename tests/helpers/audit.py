@@ -3,7 +3,7 @@
 import pandas as pd
 
 from casa_mech.audit import AuditResult
-from casa_mech.audit.result import BASE, BASE_WORD, COLUMNS, OWN, SAFE, UNSAFE, WORD
+from casa_mech.audit.names import BASE, BASE_WORD, COLUMNS, OWN, SAFE, UNSAFE, WORD
 
 # One request a row: flagged?, then the outcome under base, base + word, own, safe, unsafe, random word.
 HARMFUL = [

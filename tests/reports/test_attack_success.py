@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from helpers.figures import assert_one_line
 
-from casa_mech.audit.result import PATHS
+from casa_mech.audit.names import PATHS
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.reports.attack_success import claims, plots, tables
 from casa_mech.study import Study

@@ -10,7 +10,7 @@ from helpers.audit import by_hand
 from helpers.figures import assert_one_line
 
 from casa_mech.audit import AuditResult
-from casa_mech.audit.result import INTERVENTIONS
+from casa_mech.audit.names import INTERVENTIONS
 from casa_mech.errors import InputError
 from casa_mech.judging.results import result_table
 from casa_mech.reports.token_audit import claims, tables

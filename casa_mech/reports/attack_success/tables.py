@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from casa_mech.attacks import STUDY_ATTACKS
-from casa_mech.audit.result import PATHS, path_of
+from casa_mech.audit.names import PATHS
+from casa_mech.audit.result import path_of
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.merit import BESIDE, NOT_REFUSED, with_not_refused

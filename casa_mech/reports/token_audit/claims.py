@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from casa_mech.audit import AuditResult
-from casa_mech.audit.result import BASE, BASE_WORD, OWN, SAFE, UNSAFE
+from casa_mech.audit.names import BASE, BASE_WORD, OWN, SAFE, UNSAFE
 from casa_mech.judging.hypothesis import paired_difference
 from casa_mech.reports.claim import Claim
 from casa_mech.study import Study

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from casa_mech.audit import AuditResult, audit
-from casa_mech.audit.result import COLUMNS
+from casa_mech.audit.names import COLUMNS
 from casa_mech.compare.sets import WorldSets
 from casa_mech.evaluation.evaluate import CASA, judge_for
 from casa_mech.evaluation.sources import check_labels, load_sources, query_sources, under_attack
