@@ -36,19 +36,19 @@ docs: $(STAMP)
 results: $(STAMP)
 	$(BIN)/python docs/make_results.py
 
-# The committed figures: the default study's, the smoke profile's numbers that a test makes again, and one more organism's audit.
+# The committed figures: the default study's, the smoke profile's numbers that a test makes again, and audits of three gates each.
 gallery: $(STAMP)
 	$(BIN)/casa-mech run --out runs/gallery
 	$(BIN)/casa-mech run --profile smoke --out runs/gallery-smoke
 	mkdir -p figures/smoke
 	cp runs/gallery/figures/* runs/gallery/manifest.json figures/
 	cp runs/gallery-smoke/figures/*.csv runs/gallery-smoke/manifest.json figures/smoke/
-	rm -rf runs/unasked-gate runs/unasked-audit
-	$(BIN)/casa-mech train --model organism-unasked --out runs/unasked-gate
-	$(BIN)/casa-mech audit --model organism-unasked --gate runs/unasked-gate --attacks plain,spelled,image,audio --n 100 \
-	  --out runs/unasked-audit
-	mkdir -p figures/audit_unasked
-	cp runs/unasked-audit/effects.csv figures/audit_unasked/
+	mkdir -p figures/audit_gates
+	for model in organism organism-unasked; do for seed in 0 1 2; do \
+	  one=runs/audits/$$model-$$seed; rm -rf $$one; \
+	  $(BIN)/casa-mech train --model $$model --seed $$seed --out $$one/gate && \
+	  $(BIN)/casa-mech audit --model $$model --gate $$one/gate --attacks plain,spelled,image,audio --n 100 --out $$one/audit && \
+	  cp $$one/audit/effects.csv figures/audit_gates/$$model-$$seed.csv || exit 1; done; done
 	$(BIN)/python docs/make_results.py
 
 $(STAMP): pyproject.toml constraints.txt

@@ -290,23 +290,34 @@ def audit_numbers(figures: Path) -> dict[str, str]:
     }
 
 
-def unasked_numbers(figures: Path) -> dict[str, str]:
-    """The audit of `organism-unasked` in percent, for its four attacks."""
+def gates_table(figures: Path) -> str:
+    """Share refused, in percent, by gate: a row for each audit in `audit_gates/`, four surfaces in a cell."""
     attacks = ("plain", "spelled", "image", "audio")
-    rates = read_rates(figures, "audit_unasked/effects.csv", "attack", "label", "intervention", "outcome")
-
-    def each(label: str, intervention: str, outcome: str) -> str:
-        return " / ".join(rates.percent(name, label, intervention, outcome) for name in attacks) + " %"
-
-    return {
-        "unasked_n": str(rates.row("image", "harmful", "own", "refused")["n"]),
-        "unasked_unsafe": each("harmful", "do(unsafe)", "refused"),
-        "unasked_safe": each("harmful", "do(safe)", "refused"),
-        "unasked_own": each("harmful", "own", "answered"),
-        "unasked_benign": each("benign", "own", "answered"),
-        "unasked_word": each("harmful", "do(random word)", "refused"),
-        "unasked_benign_unsafe": each("benign", "do(unsafe)", "refused"),
+    columns = {
+        "harmful, own token": ("harmful", "own"),
+        "harmful, safe": ("harmful", "do(safe)"),
+        "harmful, random word": ("harmful", "do(random word)"),
+        "harmful, unsafe": ("harmful", "do(unsafe)"),
+        "benign, unsafe": ("benign", "do(unsafe)"),
     }
+    lines = ["| gate | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for path in sorted((figures / "audit_gates").glob("*.csv")):
+        rates = read_rates(path.parent, path.name, "attack", "label", "intervention", "outcome")
+        cells = [
+            " / ".join(rates.percent(attack, label, intervention, "refused") for attack in attacks)
+            for label, intervention in columns.values()
+        ]
+        model, _, seed = path.stem.rpartition("-")
+        lines.append(f"| `{model}`, seed {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def breaker_sentence(figures: Path) -> str:
+    """Whether the training of notebook 05's circuit breakers met its own criterion."""
+    row = pd.read_csv(figures / "defence_tradeoff.csv").set_index("defense").loc["circuit-breaker"]
+    if row["failed"]:
+        return "the rerouting loss has not fallen by half here, so the training counts as failed"
+    return "the rerouting loss has fallen by half"
 
 
 def analysis_numbers(figures: Path) -> dict[str, str]:
@@ -432,6 +443,8 @@ def places(figures: Path = FIGURES) -> dict[str, str]:
         "attack_table": attack_table(figures),
         "prefill_table": prefill_table(figures),
         "audit_table": audit_table(figures),
+        "gates_table": gates_table(figures),
+        "breaker": breaker_sentence(figures),
         "benchmark_table": benchmark_table(figures),
         "defence_table": defence_table(figures),
         "grid_organism": grid_table(figures, "organism"),
@@ -441,7 +454,6 @@ def places(figures: Path = FIGURES) -> dict[str, str]:
     numbers = (
         attack_numbers,
         audit_numbers,
-        unasked_numbers,
         analysis_numbers,
         defence_numbers,
         grid_numbers,

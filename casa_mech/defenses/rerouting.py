@@ -60,9 +60,9 @@ class CircuitBreakerSettings(LoraSettings):
     """Constant learning rate; default, the published 1e-4 from d_model 1024 on, else 1e-2.
 
     At the start the states are the frozen ones, and a cosine has no slope at its maximum. Whether rerouting gets away
-    from there before retaining holds it back depends on the size of the first steps. On the organism, whose states are
-    about 40 long, L_rr stayed at 1 for the published 150 steps with rates up to 5e-3; 1e-2 was the first of six tried
-    with which it fell. How far it falls differs from seed to seed, hence `fall`.
+    from there before retaining holds it back depends on the size of the first steps. On the first organism L_rr stayed
+    at 1 for the published 150 steps with rates up to 5e-3; 1e-2 was the first of six tried with which it fell. How far
+    differs from seed to seed and from model to model (on the rebuilt organism it does not fall), hence `fall`.
     """
     max_reply_tokens: int = Field(default=512, ge=1)
     """Replies are cut to this many tokens."""

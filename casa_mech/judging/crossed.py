@@ -12,10 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from casa_mech.errors import InputError
-from casa_mech.judging.bootstrap import cluster_counts, members
+from casa_mech.judging.bootstrap import RESAMPLES, cluster_counts, members
 from casa_mech.judging.estimate import Estimate
-
-RESAMPLES = 2000
 
 
 def crossed_interval(

@@ -13,7 +13,6 @@ from casa_mech.judging.bootstrap import bootstrap_interval, members
 from casa_mech.judging.estimate import Estimate
 from probes.activations.memory import Activations
 
-RESAMPLES = 2000
 MEASURES = ("length", "shrinkage", "cosine")
 Statistic = Callable[[np.ndarray], np.ndarray]
 
@@ -67,7 +66,7 @@ def mean_differences(
         # A resample has the sampling noise twice: once drawn, once drawn again.
         again = partial(_of_resample, statistics[name], products)
         try:
-            low, high = bootstrap_interval(again, topics, len(topics), seed, resamples=RESAMPLES)
+            low, high = bootstrap_interval(again, topics, len(topics), seed)
             estimates[name] = Estimate(value, low, high).widened()
         except InputError:  # hardly a resample in which text parts the classes
             estimates[name] = Estimate(value, np.nan, np.nan)

@@ -17,6 +17,7 @@ from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
 from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, SEEDS, ComparedSystem, system_named
 from casa_mech.compare.tables import ALL
 from casa_mech.compare.weights import TrainingPlan, Weights
+from casa_mech.defenses.rerouting import CircuitBreakerSettings
 from casa_mech.judging.merit import NOT_REFUSED, with_not_refused
 from casa_mech.omni import GenerationSettings
 from casa_mech.study import Study
@@ -124,7 +125,7 @@ def defense_grid(study: Study, n: int = 0, tables: str = "") -> Comparison:
         study.sizes.train_examples,
         {"max_steps": steps, "batch_size": batch, "micro_batch_size": min(32, batch)},
     )
-    systems = [system_named(name) for name in sizes.defenses]
+    systems = [_in_a_study(system_named(name), study) for name in sizes.defenses]
     if sizes.seeds == 1 and sizes.steps is None:
         study.casa()
         gate = str(study.folder.path("gates", slug(study.settings.model)))
@@ -133,6 +134,15 @@ def defense_grid(study: Study, n: int = 0, tables: str = "") -> Comparison:
             for system in systems
         ]
     return filled_grid(study, systems, sizes, plan, n)
+
+
+def _in_a_study(system: ComparedSystem, study: Study) -> ComparedSystem:
+    """The row with circuit breakers trained for the published steps alone: those after them cost minutes."""
+    if system.defense != "circuit-breaker" or study.settings.profile != "default":
+        return system
+    return system.model_copy(
+        update={"training": {"max_steps": CircuitBreakerSettings().schedule_steps} | system.training}
+    )
 
 
 def filled_grid(

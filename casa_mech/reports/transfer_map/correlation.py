@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from casa_mech.judging.bootstrap import RESAMPLES
 from probes.linear.gate_transfer import interval, rank_correlation
 
-RESAMPLES, PERMUTATIONS = 2000, 1999
+PERMUTATIONS = 1999
 LEAST = 4
 """Organisms below which a correlation says nothing."""
 
