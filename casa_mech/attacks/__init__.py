@@ -15,6 +15,7 @@ from casa_mech.attacks.registry import (
     apply_attack,
     apply_to_pairs,
     attack_named,
+    media_of,
 )
 from casa_mech.attacks.render import RenderSettings, render_word
 from casa_mech.attacks.seeding import paired
@@ -54,6 +55,7 @@ __all__ = [
     "jailbreak",
     "letter_spaced",
     "letters_of",
+    "media_of",
     "multi_turn",
     "page_picture",
     "paired",

@@ -134,6 +134,16 @@ ATTACKS: Mapping[str, Attack] = MappingProxyType(
 )
 
 
+_DRAWN = {"image", "rendered", "figstep", "typo", "sd-typo", "split"}
+_SPOKEN = {"audio", "spoken", "spoken-question", "split", "aiah-word", "aiah-speech"}
+
+
+def media_of(name: str) -> frozenset[str]:
+    """The media, of "image" and "audio", that the attack of that name puts into a text query."""
+    spoken = name in _SPOKEN or name.startswith("distractor-")
+    return frozenset({"image"} if name in _DRAWN else ()) | frozenset({"audio"} if spoken else ())
+
+
 SUMMARIES: Mapping[str, str] = MappingProxyType(
     {
         "plain": "the request as it is",

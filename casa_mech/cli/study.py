@@ -23,6 +23,9 @@ def run(
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", help="A notebook parameter, NAME=VALUE; repeatable.")
     ] = None,
+    plan: Annotated[
+        str, typer.Option(help="What it is about: world, english or a .yaml file [world for an organism, else english].")
+    ] = "",
     control: Annotated[str, typer.Option(help="Second model of the table [organism-split beside organism].")] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder [runs/MODEL-PROFILE-seedN].")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Notebooks at a time [one a core for an organism, else one].")] = 0,
@@ -35,7 +38,8 @@ def run(
     from casa_mech.study.settings import settings_of
 
     settings = settings_of(
-        model=model.model, control=control, profile=profile, seed=seed, device=model.device, dtype=model.dtype
+        model=model.model, plan=plan, control=control, profile=profile, seed=seed, device=model.device,
+        dtype=model.dtype,
     )
     parameters = dict(_pair(text) for text in param or ())
     root = run_study(settings, out, only or (), parameters, arguments=sys.argv[1:], jobs=jobs)

@@ -12,11 +12,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from casa_mech.errors import InputError
+from casa_mech.omni.checkpoint import speaks_micro_world
+from casa_mech.plan.records import WORLD, read_plan
 
 ProfileName = Literal["smoke", "default", "full"]
 CLONE = Path(__file__).parents[2]
 SMALL_BYTES = 200 * 2**20
 """Weights of a model that a machine with two cores holds a few times over; the organisms have 6 MB."""
+ENGLISH = "english"
+"""The shipped plan of models that read English."""
 ORGANISM, CONTROL = "organism", "organism-split"
 SHIPPED = {name: Path(__file__).parents[1] / "organism" / "weights" / name for name in (ORGANISM, CONTROL)}
 """Folders of the models in this package, known without importing torch."""
@@ -90,6 +94,9 @@ class StudySettings(BaseModel):
 
     model: str = ORGANISM
     """A shipped organism, a hub id or a directory; a directory is kept as an absolute path, wherever notebooks run."""
+    plan: str = ""
+    """What it is about: a plan's name or YAML file (`casa_mech.plan.read_plan`; kept as an absolute path); empty: the
+    micro-world for an organism, `english` for any other model."""
     control: str = ""
     """A second model for the attack table; empty: `organism-split` beside `organism`, otherwise none."""
     profile: ProfileName = "default"
@@ -107,10 +114,23 @@ class StudySettings(BaseModel):
         is_folder = model not in SHIPPED and model and Path(model).is_dir()
         return os.path.abspath(model) if is_folder else model
 
+    @field_validator("plan")
+    @classmethod
+    def _absolute_plan(cls, plan: str) -> str:
+        return os.path.abspath(plan) if plan.endswith((".yaml", ".yml")) else plan
+
+    @property
+    def plan_name(self) -> str:
+        """The plan, chosen by the model where none is given."""
+        return self.plan or (WORLD if speaks_micro_world(self.model) else ENGLISH)
+
     @property
     def sizes(self) -> Profile:
-        """The profile's numbers."""
-        return PROFILES[self.profile]
+        """The profile's numbers, and those that the plan has in their place."""
+        profile = PROFILES[self.profile]
+        if self.plan_name == WORLD:
+            return profile
+        return profile.model_copy(update=read_plan(self.plan_name).sizes.get(self.profile, {}))
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -127,7 +147,13 @@ class StudySettings(BaseModel):
     @property
     def identity(self) -> dict[str, str | int]:
         """What a run folder is bound to. Models are held to it by name here, by fingerprint in each artifact's key."""
-        return {"model": self.model, "control": self.control, "profile": self.profile, "seed": self.seed}
+        names: dict[str, str | int] = {
+            "model": self.model,
+            "control": self.control,
+            "profile": self.profile,
+            "seed": self.seed,
+        }
+        return names if self.plan_name == WORLD else {**names, "plan": self.plan_name}
 
     @property
     def default_folder(self) -> Path:
@@ -137,7 +163,8 @@ class StudySettings(BaseModel):
         """
         here = Path.cwd()
         base = CLONE if here.is_relative_to(CLONE) else here
-        return base / "runs" / f"{slug(self.model)}-{self.profile}-seed{self.seed}"
+        plan = "" if self.plan_name == WORLD else f"-{slug(self.plan_name.removesuffix('.yaml'))}"
+        return base / "runs" / f"{slug(self.model)}{plan}-{self.profile}-seed{self.seed}"
 
 
 def settings_of(**fields: object) -> StudySettings:

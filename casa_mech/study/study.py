@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,21 +16,20 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from casa_mech.attacks import STUDY_ATTACKS, apply_attack
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.casa.generation import Order
-from casa_mech.draws import BENIGN, Draw
+from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.figures import save_figure
 from casa_mech.files import write_text
-from casa_mech.identity import file_sha256, key_digest
-from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
+from casa_mech.identity import file_sha256, key_digest, query_digest
+from casa_mech.judging import KeywordJudge, write_table
+from casa_mech.judging.stats import cluster_of
 from casa_mech.judging.verdict import Judge
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.omni.untrained import untrained
-from casa_mech.organism.wording import MICRO_WORLD
-from casa_mech.organism.world import default_world
+from casa_mech.plan import WORLD, OwnData, StudyData, read_plan, world_data
 from casa_mech.processes import Note, in_processes
 from casa_mech.queries import Example, Label, Query
 from casa_mech.study.folder import RunFolder, is_complete
@@ -40,10 +40,6 @@ from probes.activations.shards import FORMAT
 
 PREFILL_FIRST = "CASA, prefill first"
 """CASA with the attacker's tokens before the gate (`prefill_first`). Plain `CASA` decides right after the header."""
-SURFACES = {"text": "plain", "spelled": "spelled", "image": "image", "audio": "audio"}
-"""The attack that puts a plain request on each surface."""
-BENIGN_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "spoken")
-"""Attacks that the attack table also puts benign requests under."""
 LABELS: tuple[Label, ...] = ("harmful", "benign")
 ProbePositions = Literal["last", "last:user", "mean"]
 """Where probes read (`casa_mech.trace.capture.Positions`)."""
@@ -126,8 +122,54 @@ class Study:
             yield self.omni(model)
 
     def judge(self, model: str = "") -> Judge:
-        """The exact judge for a model of the micro-world, the keyword judge (an upper bound) for any other."""
-        return MicroWorldJudge() if self.omni(model).speaks_micro_world else KeywordJudge()
+        """The plan's: of the micro-world the exact one, where the model speaks it."""
+        if self.data.micro_world and not self.omni(model).speaks_micro_world:
+            return KeywordJudge()
+        return self.data.judge()
+
+    # What it is about
+
+    @cached_property
+    def data(self) -> StudyData:
+        """The plan's prompts."""
+        name = self.settings.plan_name
+        return world_data() if name == WORLD else OwnData(read_plan(name), self._note)
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """Columns of the attack table that the models read."""
+        return tuple(name for name in self.data.attacks if self._reads(name))
+
+    @property
+    def benign_attacks(self) -> tuple[str, ...]:
+        """Those of `attacks` that benign counterparts are put under, too."""
+        return tuple(name for name in self.data.benign_attacks if self._reads(name))
+
+    @property
+    def surfaces(self) -> dict[str, str]:
+        """Surfaces that the models read, each with the attack that puts a plain prompt there."""
+        return {surface: name for surface, name in self.data.surfaces.items() if self._reads(name)}
+
+    def lacks(self, part: str) -> str:
+        """Why a notebook leaves `part` out, in one line, which the run folder keeps, too; empty if it does not.
+
+        Args:
+            part: "pairs", "exact judge", "kinds", or "image" or "audio" of the surfaces.
+        """
+        if part in ("image", "audio"):
+            reason = "" if part in self.surfaces else f"plan {self.data.name} shows {self.name} no {part}"
+        else:
+            reason = self.data.lacks(part)
+        if reason:
+            write_text(self.folder.path("left-out", f"{slug(part)}.txt"), reason + "\n")
+        return reason
+
+    def _reads(self, attack: str) -> bool:
+        return self.data.media(attack) <= set(self.omni().modalities)
+
+    def _note(self, line: str) -> None:
+        if self.progress:
+            print(line, file=sys.stderr)
 
     # The gates
 
@@ -229,7 +271,24 @@ class Study:
 
     def training_examples(self, gate: int = 0) -> list[Example]:
         """The plain-text requests and replies that a gate is trained on; each gate has a draw of its own."""
-        return default_world().training_examples(self.sizes.train_examples, Draw.TRAINING + self.gate_seed(gate))
+        return self.data.training_examples(
+            self.sizes.train_examples, Draw.TRAINING + self.gate_seed(gate), self.own_replies
+        )
+
+    def own_replies(self, prompts: Sequence[Query]) -> list[str]:
+        """The model's replies to plain prompts before CASA, made once for each prompt and kept in the run folder."""
+        settings = GenerationSettings(max_new_tokens=self.sizes.max_new_tokens, batch_size=self.sizes.batch_size)
+        ids = key_digest({"prompts": [query_digest(query) for query in prompts]})
+        key = {"model": self.omni().fingerprint(), "prompts": ids, "tokens": settings.max_new_tokens}
+
+        def build() -> pd.DataFrame:
+            with self.without_gate() as omni:
+                replies = omni.generate(prompts, settings, progress=self.progress)
+            return pd.DataFrame(
+                {"query_id": [query.id for query in prompts], "reply": [reply.text for reply in replies]}
+            )
+
+        return self.table("own-replies", ids, key, build)["reply"].tolist()
 
     @cached_property
     def train_settings(self) -> TrainSettings:
@@ -253,20 +312,20 @@ class Study:
     # What tables are made of
 
     def queries(self, attack: str, label: Label, n: int = 0, seed: int = Draw.EVALUATION) -> list[Query]:
-        """Requests in held-out phrasings, on seen and held-out topics, under `attack`.
-
-        The two labels are drawn apart: with one seed each harmful request would have a benign counterpart of the same
-        wording, and a probe that met the counterpart in training would be pushed the wrong way.
+        """Requests of the plan under `attack`, the two labels drawn apart.
 
         Args:
-            attack: a name of the registry.
+            attack: one of `attacks`, or a name of the registry.
             label: of all of them.
             n: how many; 0: the profile's `n_eval`.
             seed: a `Draw`; the study's own seed is added.
         """
-        seed += BENIGN * (label == "benign") + self.settings.seed
-        requests = default_world().requests(n or self.sizes.n_eval, seed, label, templates="held_out")
-        return apply_attack(attack, requests, seed, tokenizer=self.omni().tokenizer, wording=MICRO_WORLD)
+        tokenizer = self.omni().tokenizer
+        return self.data.queries(attack, label, n or self.sizes.n_eval, seed + self.settings.seed, tokenizer)
+
+    def attacked(self, attack: str, queries: Sequence[Query], seed: int) -> list[Query]:
+        """Plain requests of the plan under `attack`."""
+        return self.data.attacked(attack, queries, seed, self.omni().tokenizer)
 
     def table(
         self, kind: str, name: str, key: Mapping[str, Any], build: Callable[[], pd.DataFrame], stem: str = "table"
@@ -290,7 +349,8 @@ class Study:
 
     def model_key(self, model: str = "") -> dict[str, Any]:
         """The part of an artifact's key that stands for the model, the seed and the package's data."""
-        return {"model": self.omni(model).fingerprint(), "seed": self.settings.seed, "data": key_digest(data_hashes())}
+        data = {"data": key_digest(data_hashes()), **self.data.key()}
+        return {"model": self.omni(model).fingerprint(), "seed": self.settings.seed, **data}
 
     def gate_key(self, model: str = "", gate: int = 0) -> dict[str, Any]:
         """All that a trained gate depends on."""
@@ -308,7 +368,7 @@ class Study:
         """The harmful and benign requests on text, image and audio whose states are read."""
         return [
             query
-            for surface, attack in SURFACES.items()
+            for surface, attack in self.surfaces.items()
             if surface != "spelled"
             for label in LABELS
             for query in self.queries(attack, label, self.sizes.n_probe, Draw.PROBING)
@@ -355,21 +415,21 @@ class Study:
 
         def build() -> pd.DataFrame:
             with self._casa_at(model, moment, gate) as casa:
-                tables = [self.read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
+                tables = [self.read_gate(casa, surface, label) for surface in self.surfaces for label in LABELS]
             return pd.concat(tables, ignore_index=True).assign(moment=moment)
 
         return self.table("readings", f"{gate_name(slug(model), gate)}-{moment}", key, build, "readings")
 
     def read_gate(self, casa: Casa, surface: str, label: Label) -> pd.DataFrame:
         """Decisions of a gate on the probing requests of a surface and label: `surface, label, topic, ..., v_s`."""
-        queries = self.queries(SURFACES[surface], label, self.sizes.n_probe, Draw.PROBING)
+        queries = self.queries(self.surfaces[surface], label, self.sizes.n_probe, Draw.PROBING)
         replies = casa.decide(queries)
         return pd.DataFrame(
             {
                 "surface": surface,
                 "label": label,
-                "topic": [query.meta["topic"] for query in queries],
-                "split": [query.meta["split"] for query in queries],
+                "topic": [str(cluster_of(query)) for query in queries],
+                "split": [query.meta.get("split", "") for query in queries],
                 "query_id": [query.id for query in queries],
                 "safety_token": [reply.safety_token for reply in replies],
                 "v_s": [reply.v_s for reply in replies],
@@ -410,9 +470,9 @@ class Study:
         cells: list[tuple[str, str, str, Label]] = []
         for model in self.models:
             for defense in (PRETRAINED, CASA):
-                cells += [(model, defense, attack, "harmful") for attack in STUDY_ATTACKS]
-                cells += [(model, defense, attack, "benign") for attack in BENIGN_ATTACKS]
-            prefills = [attack for attack in STUDY_ATTACKS if attack.startswith("prefill")]
+                cells += [(model, defense, attack, "harmful") for attack in self.attacks]
+                cells += [(model, defense, attack, "benign") for attack in self.benign_attacks]
+            prefills = [attack for attack in self.attacks if "prefill" in attack]
             cells += [(model, PREFILL_FIRST, attack, "harmful") for attack in prefills]
         return cells
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from casa_mech.reports.prefill_dynamics.phrasings import PHRASINGS, in_phrasing, phrased
 from helpers.figures import assert_one_line
 
 from casa_mech.omni import load_omni
 from casa_mech.organism.world import default_world
 from casa_mech.reports.claim import claim_rows
 from casa_mech.reports.prefill_dynamics import claims, plots, tables
-from casa_mech.reports.prefill_dynamics.phrasings import PHRASINGS, in_phrasing, phrased
 from casa_mech.study import Study
 from probes.gate.pairs import MatchedPair
 from probes.prefill.depth import ALL, EARLIER, LAST

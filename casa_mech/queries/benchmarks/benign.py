@@ -32,6 +32,10 @@ def _xstest_row(record: Record, file: File) -> Row:
     if label not in ("safe", "unsafe"):
         raise InputError(f"{file.path or 'xstest'} row {file.number}: label '{label}'; XSTest has safe and unsafe")
     meta = meta_of(record, category="type", focus="focus", note="note") | {"xstest": label}
+    number = cell(record.get("id", ""))
+    if number.isdigit():
+        # A contrast stands 25 rows below the safe prompt that it was written from.
+        meta["pair"] = str(int(number) - _CONTRAST * (label == "unsafe"))
     return Row(cell(record["prompt"]), "benign" if label == "safe" else "harmful", meta)
 
 
@@ -49,6 +53,8 @@ def _or_bench(name: str, rows: int, summary: str, toxic: bool = False) -> Benchm
         remote={WHOLE: f"{_OR_BENCH}/{name}.csv"},
     )
 
+
+_CONTRAST = 25
 
 BENIGN = (
     Benchmark(

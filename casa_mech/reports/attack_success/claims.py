@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from casa_mech.attacks import PREFILL_LENGTHS, STUDY_ATTACKS
+from casa_mech.attacks import PREFILL_LENGTHS
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import paired_difference
@@ -14,7 +14,7 @@ from casa_mech.queries import Label
 from casa_mech.reports.attack_success.tables import GAIN, SEPARATION, replies_of, separation_data
 from casa_mech.reports.claim import Claim, Heading, span
 from casa_mech.study.settings import slug
-from casa_mech.study.study import BENIGN_ATTACKS, Study
+from casa_mech.study.study import Study
 
 KINDS = {
     "plain": ("plain",),
@@ -62,14 +62,14 @@ def attack_claims(study: Study, results: pd.DataFrame) -> list[Claim]:
 
 def success_claim(study: Study, results: pd.DataFrame) -> Claim:
     """What CASA does to attack success on the model under study, over all attacks."""
-    replies = _paired_replies(study, study.settings.model, STUDY_ATTACKS, "harmful")
+    replies = _paired_replies(study, study.settings.model, study.attacks, "harmful")
     after, before = (replies[name] == "complied" for name in (CASA, PRETRAINED))
     change, p = _change(study, replies, after, before)
     rates = results[(results["metric"] == "attack_success") & results["defense"].isin([PRETRAINED, CASA])]
     by_model = " ".join(f"{slug(model)}: {_by_kind(rates[rates['model'] == model])}." for model in study.models)
     return Claim(
         f"{study.name}: CASA, trained on plain text alone, takes mean attack success {_from_to(before, after)}",
-        f"{_points(change)} over {len(STUDY_ATTACKS)} attacks. {_by_gate(replies, after, before)} Mean attack success "
+        f"{_points(change)} over {len(study.attacks)} attacks. {_by_gate(replies, after, before)} Mean attack success "
         f"before → after CASA, by kind of attack. {by_model}",
         "attack_success", len(replies), *change, _TEST, p,
         "on fresh requests and gates the mean change has the other sign, or its interval holds 0",
@@ -78,12 +78,12 @@ def success_claim(study: Study, results: pd.DataFrame) -> Claim:
 
 def refusal_claim(study: Study) -> Claim:
     """What CASA costs in refusals of benign requests under the same attacks."""
-    replies = _paired_replies(study, study.settings.model, BENIGN_ATTACKS, "benign")
+    replies = _paired_replies(study, study.settings.model, study.benign_attacks, "benign")
     after, before = (replies[name] == "refused" for name in (CASA, PRETRAINED))
     change, p = _change(study, replies, after, before)
     return Claim(
         f"{study.name}: CASA takes over-refusal of benign requests {_from_to(before, after)}",
-        f"{_points(change)} over {len(BENIGN_ATTACKS)} attacks. {_by_gate(replies, after, before)}",
+        f"{_points(change)} over {len(study.benign_attacks)} attacks. {_by_gate(replies, after, before)}",
         "attack_success", len(replies), *change, _TEST, p,
         "on fresh benign requests and gates the mean change has the other sign, or its interval holds 0",
     )  # fmt: skip
@@ -91,7 +91,7 @@ def refusal_claim(study: Study) -> Claim:
 
 def fall_claim(study: Study) -> Claim:
     """Whether refusals or replies that fall apart make up more of what attack success loses."""
-    replies = _paired_replies(study, study.settings.model, STUDY_ATTACKS, "harmful")
+    replies = _paired_replies(study, study.settings.model, study.attacks, "harmful")
     ends = {
         name: replies[name].where(replies[name].isin(["complied", "refused"]), "failed") for name in (CASA, PRETRAINED)
     }
@@ -102,7 +102,7 @@ def fall_claim(study: Study) -> Claim:
     return Claim(
         f"{study.name}: under CASA refusals of attacked requests change by {refused:+.0f} points, replies that fall "
         f"apart by {failed:+.0f}",
-        f"A difference of {difference.times(100).text('+.1f')} points over {len(STUDY_ATTACKS)} attacks. CASA flags "
+        f"A difference of {difference.times(100).text('+.1f')} points over {len(study.attacks)} attacks. CASA flags "
         f"{_share(flagged)} of the requests: {_share(flagged & (ends[CASA] == 'refused'))} are flagged and refused, "
         f"{_share(flagged & (ends[CASA] == 'complied'))} flagged and answered all the same, "
         f"{_share(flagged & (ends[CASA] == 'failed'))} flagged and fall apart.",
@@ -115,7 +115,7 @@ def control_claim(study: Study) -> Claim:
     """Whether CASA takes more off attack success on the model under study than on the control."""
     sides = []
     for model in study.models[:2]:
-        replies = _paired_replies(study, model, STUDY_ATTACKS, "harmful")
+        replies = _paired_replies(study, model, study.attacks, "harmful")
         change = (replies[CASA] == "complied").astype(float) - (replies[PRETRAINED] == "complied")
         sides.append(replies.assign(change=change).set_index(["attack", "query_id", "topic", "gate_seed"])["change"])
     both = pd.concat(sides, axis=1, keys=["first", "second"], join="inner").reset_index()
@@ -124,7 +124,7 @@ def control_claim(study: Study) -> Claim:
     means = 100 * both[["first", "second"]].mean()
     return Claim(
         f"CASA changes attack success by {means['first']:+.0f} points on {first}, {means['second']:+.0f} on {second}",
-        f"A difference of {difference.times(100).text('+.1f')} points on the same requests under {len(STUDY_ATTACKS)} "
+        f"A difference of {difference.times(100).text('+.1f')} points on the same requests under {len(study.attacks)} "
         "attacks. Where the two differ before CASA, part of this is how much there is to take off.",
         "attack_success", len(both), *difference, _TEST, p,
         "on fresh requests and gates the difference has the other sign, or its interval holds 0",

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from casa_mech.attacks import STUDY_ATTACKS
 from casa_mech.audit.names import PATHS
 from casa_mech.audit.result import path_of
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
@@ -62,7 +61,7 @@ def path_data(study: Study) -> pd.DataFrame:
     rows = []
     for model in study.models:
         for defense in (PRETRAINED, CASA):
-            replies = replies_of(study, model, defense, STUDY_ATTACKS, "harmful")
+            replies = replies_of(study, model, defense, study.attacks, "harmful")
             for attack, cell in replies[replies["outcome"] != UNDECIDED].groupby("attack", sort=False):
                 taken, clusters, runs = path_of(cell), clusters_of(cell), runs_of(cell)
                 for path in PATHS:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from casa_mech.attacks import ATTACKS, PROMPT_SLOTS, STUDY_ATTACKS, apply_to_pairs
+from casa_mech.attacks import ATTACKS, PROMPT_SLOTS, apply_to_pairs
 from casa_mech.compare.tables import TOPICS
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, reply_table, result_rows
 from casa_mech.identity import key_digest
@@ -27,7 +27,7 @@ from casa_mech.judging.stats import clusters_of, rate_interval
 from casa_mech.omni import GenerationSettings
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.queries import Label, Query
-from casa_mech.study.study import BENIGN_ATTACKS, LABELS, Study
+from casa_mech.study.study import LABELS, Study
 
 DEFENSES = (PRETRAINED, CASA)
 LARGE_PICTURES = ("figstep", "typo", "sd-typo")
@@ -63,9 +63,9 @@ def matched_queries(study: Study, attack: str) -> dict[Label, list[Query]]:
     return dict(zip(LABELS, attacked, strict=True))
 
 
-def in_attack_table(attack: str, label: Label) -> bool:
+def in_attack_table(study: Study, attack: str, label: Label) -> bool:
     """Whether the attack table has this cell."""
-    return attack in STUDY_ATTACKS and (label == "harmful" or attack in BENIGN_ATTACKS)
+    return attack in (study.attacks if label == "harmful" else study.benign_attacks)
 
 
 def attack_replies(study: Study, defense: str, attack: str) -> pd.DataFrame:
@@ -74,8 +74,8 @@ def attack_replies(study: Study, defense: str, attack: str) -> pd.DataFrame:
     CASA's are gate 0's throughout.
     """
     model = study.settings.model
-    tables = [study.replies(model, defense, attack, label) for label in LABELS if in_attack_table(attack, label)]
-    new = [label for label in LABELS if not in_attack_table(attack, label)]
+    tables = [study.replies(model, defense, attack, label) for label in LABELS if in_attack_table(study, attack, label)]
+    new = [label for label in LABELS if not in_attack_table(study, attack, label)]
     if new:
         tables.append(_matched_replies(study, defense, attack, new))
     return pd.concat(tables, ignore_index=True).drop(columns="gate_seed", errors="ignore").assign(attack=attack)
@@ -103,11 +103,16 @@ def _matched_replies(study: Study, defense: str, attack: str, labels: list[Label
     return study.table("benchmarks", f"{study.name}/{defense.lower()}/{attack}", key, build, "replies")
 
 
+def all_attacks(study: Study) -> tuple[str, ...]:
+    """Every attack of the registry on the micro-world's requests; of another plan the columns of its attack table."""
+    return tuple(ATTACKS) if study.data.micro_world else study.attacks
+
+
 def all_replies(study: Study) -> pd.DataFrame:
     """Replies to every attack, before and after CASA, harmful and benign."""
     from tqdm import tqdm
 
-    cells = [(defense, attack) for defense in DEFENSES for attack in ATTACKS]
+    cells = [(defense, attack) for defense in DEFENSES for attack in all_attacks(study)]
     bar = tqdm(cells, desc="benchmarks", unit="attack", disable=not study.progress)
     return pd.concat([attack_replies(study, *cell) for cell in bar], ignore_index=True)
 

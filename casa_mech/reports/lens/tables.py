@@ -9,18 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from casa_mech.attacks import apply_attack
 from casa_mech.draws import Draw
 from casa_mech.evaluation.evaluate import CASA
 from casa_mech.identity import key_digest
 from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.results import value_row
-from casa_mech.judging.stats import auroc_interval
-from casa_mech.organism.wording import MICRO_WORLD
-from casa_mech.organism.world import default_world
+from casa_mech.judging.stats import auroc_interval, cluster_of
 from casa_mech.queries import Query
 from casa_mech.study.settings import slug
-from casa_mech.study.study import LABELS, SURFACES, Study
+from casa_mech.study.study import LABELS, Study
 
 HEAD_SURFACES = ("text", "image", "audio")
 TOP_HEADS = 3
@@ -55,9 +52,9 @@ def lens_tables(study: Study, model: str = "") -> LensTables:
         "gate": key_digest(study.gate_key(model)),
         "draws": [Draw.LENS_MEASUREMENT, Draw.LENS_TRANSLATORS],
         "kl_epochs": KL_EPOCHS,
-        "fitted_on": list(SURFACES),
+        "fitted_on": list(study.surfaces),
         "ablation_means": "surface and role",
-        "surfaces": list(HEAD_SURFACES),
+        "surfaces": _head_surfaces(study),
         "top": TOP_HEADS,
     }
 
@@ -82,16 +79,16 @@ def _measure(study: Study, model: str) -> LensTables:
         for surface, queries in _fitting_queries(study, n).items()
     }
     depth, quality = [], []
-    for surface in SURFACES:
+    for surface in study.surfaces:
         queries = _queries(study, (surface,), n)
         tuned = {TUNED_LENS: fits[surface]} | ({FROM_TEXT: fits["text"]} if surface != "text" else {})
         depth.append(logit_lens(lens, casa, queries, None, size).table())
         depth += [logit_lens(lens, casa, queries, maps, size, name).table() for name, maps in tuned.items()]
         quality.append(lens_quality(lens, casa.omni, queries, tuned, size))
-    some = _queries(study, HEAD_SURFACES, max(1, n // 2))
+    some = _queries(study, _head_surfaces(study), max(1, n // 2))
     heads = ablate_heads(lens, casa, some, batch_size=size).table()
     patterns = attention_patterns(lens, casa.omni, some, best_heads(heads), size)
-    known = {query.id: {"surface": query.meta["surface"], "topic": query.meta["topic"]} for query in some}
+    known = {query.id: {"surface": query.meta["surface"], "topic": str(cluster_of(query))} for query in some}
     shares = [
         {"query_id": pattern.query_id, "label": pattern.label, **known[pattern.query_id]}
         | {"layer": pattern.layer, "head": pattern.head, "role": role, "share": share}
@@ -104,14 +101,14 @@ def _measure(study: Study, model: str) -> LensTables:
 
 
 def _fitting_queries(study: Study, n: int) -> dict[str, list[Query]]:
-    """For each surface `2 * n` requests on seen topics, in seen phrasings, that its translators are fitted on."""
+    """For each surface `2 * n` requests like those of training, that its translators are fitted on."""
     seed = Draw.LENS_TRANSLATORS + study.settings.seed
-    text = default_world().requests(2 * n, seed, None, "seen", "seen")
-    tokenizer = study.omni().tokenizer
-    return {
-        surface: apply_attack(attack, text, seed, tokenizer=tokenizer, wording=MICRO_WORLD)
-        for surface, attack in SURFACES.items()
-    }
+    text = study.data.texts(2 * n, seed)
+    return {surface: study.attacked(attack, text, seed) for surface, attack in study.surfaces.items()}
+
+
+def _head_surfaces(study: Study) -> list[str]:
+    return [surface for surface in HEAD_SURFACES if surface in study.surfaces]
 
 
 def _queries(study: Study, surfaces: Iterable[str], n: int) -> list[Query]:
@@ -120,7 +117,7 @@ def _queries(study: Study, surfaces: Iterable[str], n: int) -> list[Query]:
         query.model_copy(update={"id": f"{surface}-{query.id}", "meta": {**query.meta, "surface": surface}})
         for surface in surfaces
         for label in LABELS
-        for query in study.queries(SURFACES[surface], label, n, Draw.LENS_MEASUREMENT)
+        for query in study.queries(study.surfaces[surface], label, n, Draw.LENS_MEASUREMENT)
     ]
 
 

@@ -7,24 +7,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from casa_mech.attacks import apply_attack, apply_to_pairs
-from casa_mech.attacks.seeding import query_rng
+from casa_mech.attacks.seeding import paired
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.judging.bootstrap import bootstrap_interval, mean_interval
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import PERMUTATIONS
-from casa_mech.organism.wording import MICRO_WORLD
-from casa_mech.organism.world import Topic, default_world
-from casa_mech.queries import Query, TextPart
 from casa_mech.study.study import Study
 from probes.gate.pairs import MatchedPair, aligned_pairs
 from probes.gate.patching import ESTIMATED, INSERT, MEASURES, PatchEffects, patch_effects
 from probes.gate.paths import DIRECT, INDIRECT, path_effects
 from probes.gate.surfaces import surface_effects
 
-PATCHED = {"text": "plain", "image": "image", "audio": "audio"}
-"""Surfaces on which states are exchanged, and their attacks."""
+PATCHED = ("text", "image", "audio")
+"""Surfaces on which states are exchanged."""
 WHOLE = "whole prompt"
 """The span of a patch that exchanges all of them."""
 TOTAL = "total"
@@ -32,6 +28,11 @@ TOTAL = "total"
 PATHS = (TOTAL, DIRECT, INDIRECT)
 HARMFUL_TEXT, BENIGN_TEXT = "harmful text", "benign text"
 """Whose states a picture's or clip's run gets: those of its own request as text, or of its benign counterpart."""
+
+
+def patched_surfaces(study: Study) -> dict[str, str]:
+    """Surfaces on which states are exchanged, of those that the study has, and their attacks."""
+    return {surface: attack for surface, attack in study.surfaces.items() if surface in PATCHED}
 
 
 def matched_pairs(
@@ -47,16 +48,17 @@ def matched_pairs(
     """
     omni = study.omni()
     # Half of the clips or more have no counterpart of as many tokens.
-    requests = study.queries("plain", "harmful", 2 * n, draw)
+    requests = study.data.paired_prompts(2 * n, draw + study.settings.seed)
     waiting = list(requests)
     pairs: dict[str, MatchedPair] = {}
     for attempt in range(tries):
-        proposed = [(query, other) for query in waiting if (other := _counterpart(query, attempt)) is not None]
+        proposed = [
+            (query, other) for query in waiting if (other := study.data.counterparts(query, attempt)) is not None
+        ]
         if not proposed:
             break
         harmful, benign = (list(side) for side in zip(*proposed, strict=True))
-        options = {"tokenizer": omni.tokenizer, "wording": MICRO_WORLD}
-        both = apply_to_pairs(attack, harmful, benign, study.settings.seed, **options)
+        both = [study.attacked(attack, side, study.settings.seed) for side in paired(harmful, benign)]
         candidates = [MatchedPair(*pair) for pair in zip(*both, strict=True)]
         try:
             pairs |= {pair.harmful.id: pair for pair in aligned_pairs(omni, candidates)}
@@ -75,7 +77,7 @@ def patching(study: Study, n: int) -> pd.DataFrame:
         casa = study.casa()
         tables = [
             patch_effects(casa, matched_pairs(study, attack, n)).effects.assign(surface=surface)
-            for surface, attack in PATCHED.items()
+            for surface, attack in patched_surfaces(study).items()
         ]
         return pd.concat(tables, ignore_index=True)
 
@@ -89,7 +91,7 @@ def paths(study: Study, n: int) -> pd.DataFrame:
         casa = study.casa()
         tables = [
             path_effects(casa, matched_pairs(study, attack, n)).assign(surface=surface)
-            for surface, attack in PATCHED.items()
+            for surface, attack in patched_surfaces(study).items()
         ]
         return pd.concat(tables, ignore_index=True)
 
@@ -259,14 +261,14 @@ def moved_states(study: Study, n: int) -> pd.DataFrame:
     """
 
     def build() -> pd.DataFrame:
-        casa, options = study.casa(), {"tokenizer": study.omni().tokenizer, "wording": MICRO_WORLD}
+        casa = study.casa()
         pairs = matched_pairs(study, "plain", n)
         texts = {HARMFUL_TEXT: [pair.harmful for pair in pairs], BENIGN_TEXT: [pair.benign for pair in pairs]}
         tables = []
-        for surface, attack in PATCHED.items():
+        for surface, attack in patched_surfaces(study).items():
             if surface == "text":
                 continue
-            receivers = apply_attack(attack, texts[HARMFUL_TEXT], study.settings.seed, **options)
+            receivers = study.attacked(attack, texts[HARMFUL_TEXT], study.settings.seed)
             tables += [
                 surface_effects(casa, receivers, donors).assign(surface=surface, donor=donor)
                 for donor, donors in texts.items()
@@ -312,24 +314,3 @@ def residual_rows(summary: pd.DataFrame) -> pd.DataFrame:
 def head_rows(summary: pd.DataFrame) -> pd.DataFrame:
     """The rows that put one head of the harmful run into the benign one."""
     return summary[(summary["head"] >= 0) & (summary["direction"] == INSERT)].reset_index(drop=True)
-
-
-def _counterpart(query: Query, attempt: int) -> Query | None:
-    """`query` about a benign topic with the same article and, where there is one, as many letters; another one at each
-    `attempt`. None when there are no more."""
-    world = default_world()
-    topic = next(entry for entry in world.topics if entry.word == query.meta["topic"])
-    fitting = [entry for entry in world.topics_of("all", "benign") if entry.article == topic.article]
-    order = query_rng(query, 0, "twin").permutation(len(fitting))
-    ranked: list[Topic] = sorted(
-        (fitting[place] for place in order), key=lambda entry: abs(len(entry.word) - len(topic.word))
-    )
-    if attempt >= len(ranked):
-        return None
-    other = ranked[attempt]
-    answer = world.answer("request", other, query.meta["verb"])
-    changed = {"topic": other.word, "category": other.category, "danger": "no", "split": other.split}
-    meta = {**query.meta, **changed, "answer": answer, "compliance": answer}
-    words = [other.word if word == topic.word else word for word in query.text.split(" ")]
-    parts = (TextPart(text=" ".join(words)),)
-    return query.model_copy(update={"id": f"{query.id}-twin", "label": "benign", "parts": parts, "meta": meta})

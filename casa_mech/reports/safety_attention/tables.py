@@ -10,15 +10,12 @@ import numpy as np
 import pandas as pd
 
 from casa_mech.casa import Casa
-from casa_mech.casa.casa import REFUSAL
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
-from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.bootstrap import mean_interval
-from casa_mech.judging.stats import rate_interval
-from casa_mech.organism.world import default_world
-from casa_mech.reports.safety_attention.patch_tables import PATCHED
-from casa_mech.study.study import BENIGN_ATTACKS, LABELS, SURFACES, Study
+from casa_mech.judging.stats import cluster_of, rate_interval
+from casa_mech.reports.safety_attention.patch_tables import patched_surfaces
+from casa_mech.study.study import LABELS, Study
 from casa_mech.trace.sites import Site
 from probes.activations import Activations, collect
 from probes.gate.attribution import Attribution, attribute_token_difference
@@ -42,7 +39,7 @@ def v_s_by_attack(study: Study) -> pd.DataFrame:
 
     def build() -> pd.DataFrame:
         casa = study.casa()
-        tables = [_readings(study, casa, attack, label) for attack in BENIGN_ATTACKS for label in LABELS]
+        tables = [_readings(study, casa, attack, label) for attack in study.benign_attacks for label in LABELS]
         return pd.concat(tables, ignore_index=True)
 
     return study.gate_table("v_s-by-attack", {"n": study.sizes.n_probe}, build)
@@ -55,7 +52,7 @@ def maps_by_surface(study: Study, n: int) -> dict[str, list[AttentionMap]]:
         surface: attention_maps(
             casa, [query for label in LABELS for query in study.queries(attack, label, n, Draw.GATE_MEASUREMENT)]
         )
-        for surface, attack in SURFACES.items()
+        for surface, attack in study.surfaces.items()
     }
 
 
@@ -121,7 +118,7 @@ def removals(study: Study, n: int) -> pd.DataFrame:
     def build() -> pd.DataFrame:
         casa = study.casa()
         tables = []
-        for surface, attack in PATCHED.items():
+        for surface, attack in patched_surfaces(study).items():
             queries = study.queries(attack, "harmful", study.sizes.n_probe, Draw.GATE_MEASUREMENT)
             flagged = [
                 query
@@ -148,15 +145,8 @@ def states_for_directions(study: Study, sites: Sequence[Site]) -> Activations:
 
 
 def refusals(study: Study) -> tuple[str, ...]:
-    """Refusals in the words of the model under study: the micro-world's, or common openings for any other model."""
-    if isinstance(study.judge(), MicroWorldJudge):
-        return default_world().refusals
-    return (
-        REFUSAL,
-        "I'm sorry, but I can't help with that.",
-        "I cannot assist with that.",
-        "I apologize, but I cannot.",
-    )
+    """Refusals in the words of the plan."""
+    return study.data.refusals
 
 
 def refusal_direction(study: Study) -> RefusalDirection:
@@ -234,7 +224,7 @@ def ablation(study: Study, n: int) -> pd.DataFrame:
             ablate_directions(casa, study.queries(attack, label, n, Draw.GATE_MEASUREMENT), directions).assign(
                 surface=surface
             )
-            for surface, attack in PATCHED.items()
+            for surface, attack in patched_surfaces(study).items()
             for label in LABELS
         ]
         table = pd.concat(tables, ignore_index=True)
@@ -263,12 +253,10 @@ def attribution(study: Study, n: int) -> Attribution:
     return attribute_token_difference(study.casa(), queries)
 
 
-def calibration(
-    study: Study, readings: pd.DataFrame, attacks: Sequence[str] = BENIGN_ATTACKS
-) -> dict[str, Reliability]:
+def calibration(study: Study, readings: pd.DataFrame, attacks: Sequence[str] = ()) -> dict[str, Reliability]:
     """Calibration of v_s on each attack, as many harmful as benign requests."""
     calibrations = {}
-    for attack in attacks:
+    for attack in attacks or study.benign_attacks:
         rows = readings[readings["attack"] == attack]
         harmful, topics = (rows["label"] == "harmful").to_numpy(), rows["topic"].tolist()
         calibrations[attack] = reliability(rows["v_s"].to_numpy(), harmful, topics, seed=study.settings.seed)
@@ -292,8 +280,8 @@ def _readings(study: Study, casa: Casa, attack: str, label: Any) -> pd.DataFrame
             "attack": attack,
             "label": label,
             "query_id": [query.id for query in queries],
-            "topic": [query.meta["topic"] for query in queries],
-            "split": [query.meta["split"] for query in queries],
+            "topic": [str(cluster_of(query)) for query in queries],
+            "split": [query.meta.get("split", "") for query in queries],
             "v_s": [reply.v_s for reply in replies],
             "unsafe": [reply.safety_token == "unsafe" for reply in replies],
         }

@@ -17,7 +17,7 @@ from casa_mech.judging.stats import auroc_interval
 from casa_mech.omni import GenerationSettings
 from casa_mech.organism.premise_rows import PROBE_DEPTH as DEPTH
 from casa_mech.study.settings import slug
-from casa_mech.study.study import LABELS, SURFACES, ProbePositions, Study
+from casa_mech.study.study import LABELS, ProbePositions, Study
 from probes.activations import Activations
 from probes.linear.control_task import control_task
 from probes.linear.gate_transfer import join_points
@@ -267,7 +267,7 @@ def _short_gate(study: Study, model: str, layer: Layer, steps: int) -> pd.DataFr
     def build() -> pd.DataFrame:
         casa = Casa.attach(study.new_omni(model), config)
         casa.train(study.training_examples(), settings, progress=study.progress)
-        tables = [study.read_gate(casa, surface, label) for surface in SURFACES for label in LABELS]
+        tables = [study.read_gate(casa, surface, label) for surface in study.surfaces for label in LABELS]
         return pd.concat(tables, ignore_index=True)
 
     return study.table("transfer", f"{slug(model)}-{layer}-{steps}", key, build, "readings")

@@ -10,20 +10,20 @@ import pandas as pd
 
 from casa_mech.audit import AuditResult, audit
 from casa_mech.audit.names import COLUMNS
-from casa_mech.compare.sets import WorldSets
+from casa_mech.compare.sets import LABELS, WorldSets
 from casa_mech.evaluation.evaluate import CASA, judge_for
 from casa_mech.evaluation.sources import check_labels, load_sources, query_sources, under_attack
 from casa_mech.identity import queries_digest
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.results import value_row
 from casa_mech.omni import GenerationSettings
+from casa_mech.plan.world_data import BENIGN_ATTACKS
 from casa_mech.queries import Query
 from casa_mech.study import Study
 from casa_mech.study.settings import ProfileName
-from casa_mech.study.study import BENIGN_ATTACKS
 
 ATTACKS = (*BENIGN_ATTACKS, "prefill-12")
-"""Attacks of the study that the gate is audited on: those with benign requests, and the longest prefill."""
+"""Attacks of the micro-world that the gate is audited on: those with benign requests, and the longest prefill."""
 PAIRS: Mapping[ProfileName, int] = MappingProxyType({"smoke": 24, "default": 100, "full": 300})
 """Harmful requests under each attack, with as many benign counterparts; each is answered five times."""
 OWN_QUERIES = "own queries"
@@ -36,7 +36,7 @@ def token_audit(study: Study, queries: str = "", n: int = 0) -> AuditResult:
     Args:
         study: whose gate, model and sizes are used.
         queries: labelled tables, attack's folders or benchmarks, with commas between; empty: pairs of the micro-world
-            in held-out phrasings under `ATTACKS`.
+            in held-out phrasings under `ATTACKS`, or the columns of another plan's attack table.
         n: pairs under each attack; 0: the profile's of `PAIRS`.
 
     Raises:
@@ -57,6 +57,9 @@ def token_audit(study: Study, queries: str = "", n: int = 0) -> AuditResult:
 
 
 def _queries(study: Study, queries: str, n: int) -> list[Query]:
+    if not queries and not study.data.micro_world:
+        columns = [(attack, label) for attack in study.benign_attacks for label in LABELS]
+        return [query for attack, label in columns for query in study.queries(attack, label, n)]
     if not queries:
         sets = WorldSets(ATTACKS, n)
         return [query for cell in sets.cells() for query in sets.queries(cell, study.settings.seed, study.omni())]

@@ -25,7 +25,7 @@ from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Query
 from casa_mech.reports.safety_attention.tables import refusal_direction
 from casa_mech.study.settings import ProfileName
-from casa_mech.study.study import SURFACES, Study
+from casa_mech.study.study import Study
 from casa_mech.whitebox import (
     Aim,
     AttackResult,
@@ -117,7 +117,7 @@ def white_box_tables(study: Study, n: int = 0) -> WhiteBoxTables:
 
 
 def _requests(study: Study, surface: str, n: int) -> list[Query]:
-    return study.queries(SURFACES[surface], "harmful", n, Draw.WHITE_BOX)
+    return study.queries(study.surfaces[surface], "harmful", n, Draw.WHITE_BOX)
 
 
 def _measuring(study: Study) -> tuple[Judge, GenerationSettings]:
