@@ -34,6 +34,8 @@ class Draw(IntEnum):
     """Requests that are attacked with the model's gradients; harmful ones alone."""
     CALIBRATION = 22_000
     """Requests that a trained gate is calibrated on."""
+    PROBE_TRAINING = 23_000
+    """Prompts of the training sets that a probe is fitted on, to be judged on several benign sets."""
 
 
 BENIGN = 10_000

@@ -48,14 +48,6 @@ NEW_DEFENSES = {
     "any-depth": "any-depth alignment",
 }
 """Further rows of the study's comparison."""
-ENGLISH = {
-    ("AdvBench ~ Alpaca", "text"): ("AdvBench, held-out Alpaca", "text"),
-    ("XSTest unsafe ~ safe", "text"): ("XSTest unsafe, safe", "text"),
-    ("SafeBench ~ benign twin", "text"): ("SafeBench, its benign counterpart", "text"),
-    ("SafeBench ~ benign twin", "image strip"): ("SafeBench, its benign counterpart", "strip of letters"),
-    ("SafeBench ~ benign twin", "speech"): ("SafeBench, its benign counterpart", "speech"),
-    ("SafeBench ~ benign twin", "FigStep picture"): ("SafeBench, its benign counterpart", "FigStep picture"),
-}
 AUDIT = "token_audit.csv"
 ENDS = ("mean", "low", "high")
 READ = 0.5
@@ -173,24 +165,6 @@ def grid_table(figures: Path, model: str) -> str:
             "1" if defense == "none" else f"{rates.value(defense, 'relative_seconds', 'all'):.2f}",
         ))  # fmt: skip
     return markdown(("defence", *GRID_ATTACKS, "mean", "answered", "AUROC", "time"), rows)
-
-
-def english_table(figures: Path) -> str:
-    """AUROC on real English by v_s, the safety token, words alone and length alone."""
-    rates = read_rates(figures, "english/english_gate.csv", "attack", "surface", "metric")
-    table = pd.read_csv(figures / "english/english_gate.csv")
-    measured = set(table[["attack", "surface", "metric"]].itertuples(index=False, name=None))
-    rows = []
-    for key, names in ENGLISH.items():
-        cells = [
-            rates.interval(*key, metric, digits=3, percent=False) if (*key, metric) in measured else "–"
-            for metric in ("gate_auroc", "token_auroc", "words_auroc", "length_auroc")
-        ]
-        rows.append((*names, str(rates.row(*key, "gate_auroc")["n"]), *cells))
-    head = (
-        "harmful against benign", "surface", "n", "v_s", "safety token's log-odds", "words alone", "length alone",
-    )  # fmt: skip
-    return markdown(head, rows)
 
 
 def attack_numbers(figures: Path) -> dict[str, str]:
@@ -425,18 +399,6 @@ def grid_numbers(figures: Path) -> dict[str, str]:
     return numbers
 
 
-def english_numbers(figures: Path) -> dict[str, str]:
-    """The numbers of the section on real English."""
-    rates = read_rates(figures, "english/english_gate.csv", "attack", "surface", "metric")
-    twin = "SafeBench ~ benign twin"
-    return {
-        "english_length": f"{rates.value(twin, 'text', 'length_auroc'):.2f}",
-        "errors_text": rates.percent("AdvBench ~ Alpaca", "text", "character_error_rate"),
-        "errors_drawn": rates.percent(twin, "image strip", "character_error_rate"),
-        "errors_spoken": rates.percent(twin, "speech", "character_error_rate"),
-    }
-
-
 def places(figures: Path = FIGURES) -> dict[str, str]:
     """What stands at each place of the template."""
     tables = {
@@ -449,7 +411,6 @@ def places(figures: Path = FIGURES) -> dict[str, str]:
         "defence_table": defence_table(figures),
         "grid_organism": grid_table(figures, "organism"),
         "grid_split": grid_table(figures, "organism-split"),
-        "english_table": english_table(figures),
     }
     numbers = (
         attack_numbers,
@@ -457,7 +418,6 @@ def places(figures: Path = FIGURES) -> dict[str, str]:
         analysis_numbers,
         defence_numbers,
         grid_numbers,
-        english_numbers,
     )
     return tables | card_numbers() | {name: text for part in numbers for name, text in part(figures).items()}
 

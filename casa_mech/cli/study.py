@@ -24,7 +24,8 @@ def run(
         list[str] | None, typer.Option("--param", "-p", help="A notebook parameter, NAME=VALUE; repeatable.")
     ] = None,
     plan: Annotated[
-        str, typer.Option(help="What it is about: world, english or a .yaml file [world for an organism, else english].")
+        str,
+        typer.Option(help="What it is about: world, english or a .yaml file [world for an organism, else english]."),
     ] = "",
     control: Annotated[str, typer.Option(help="Second model of the table [organism-split beside organism].")] = "",
     out: Annotated[Path | None, typer.Option(help="Run folder [runs/MODEL-PROFILE-seedN].")] = None,
@@ -38,7 +39,12 @@ def run(
     from casa_mech.study.settings import settings_of
 
     settings = settings_of(
-        model=model.model, plan=plan, control=control, profile=profile, seed=seed, device=model.device,
+        model=model.model,
+        plan=plan,
+        control=control,
+        profile=profile,
+        seed=seed,
+        device=model.device,
         dtype=model.dtype,
     )
     parameters = dict(_pair(text) for text in param or ())

@@ -67,7 +67,10 @@ class StudyData(Protocol):
         ...
 
     def lacks(self, part: str) -> str:
-        """Why the plan gives no `part` ("pairs", "exact judge", "topics held out"), in a sentence; empty if it does."""
+        """Why the plan gives no `part`, in a sentence; empty if it does.
+
+        Parts: "pairs", "exact judge", "kinds" of harm, "benign sets".
+        """
         ...
 
     def key(self) -> dict[str, Any]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 REPLY, PHRASING, PAIR = "reply", "phrasing", "pair"
 _THIRD = 1 / 3
+HALVES = "first half", "second half"
+"""`meta["split"]`: no prompt was seen in training, and what is chosen on one half is judged on the other."""
 _FITTED = (Draw.GATE_DIRECTIONS, Draw.PREFILL_AXES, Draw.LENS_TRANSLATORS, Draw.CALIBRATION)
 """What is fitted takes prompts of the training sets, so that it is measured on others."""
 _ANSWER_COLUMNS = ("reply", "reference")
@@ -94,6 +96,8 @@ class OwnData:
             return f"plan {self.name} names no pairs, so no states are exchanged between matched prompts"
         if part == "exact judge":
             return f"plan {self.name} is judged by {self.plan.judge.name}, and no exact judge knows its replies"
+        if part == "benign sets" and len(self.plan.probing.benign) < 2:
+            return f"plan {self.name} has one benign probing set"
         if part == "kinds" and len({query.meta.get("category", "") for query in self._probing("harmful")}) < 2:
             return f"plan {self.name}: its harmful probing set names no kinds of harm"
         return ""
@@ -314,7 +318,8 @@ def _plain(query: Query) -> Query:
     if "topic" in query.meta:
         meta.setdefault("category", query.meta["topic"])
     request = normalised(query.meta.get("request") or query.text) or query.id
-    return query.model_copy(update={"meta": {"surface": query.surface, **meta, "topic": request, "split": ""}})
+    half = HALVES[unit_draw(request, 0, "half") >= 1 / 2]
+    return query.model_copy(update={"meta": {"surface": query.surface, **meta, "topic": request, "split": half}})
 
 
 def _mixed(sets: Sequence[Sequence[Query]]) -> list[Query]:

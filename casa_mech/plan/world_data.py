@@ -49,8 +49,10 @@ class WorldData:
         return default_world().refusals
 
     def lacks(self, part: str) -> str:
-        """Nothing."""
-        return ""
+        """Several benign sets alone: the world's prompts are of one style."""
+        return (
+            "the micro-world has one benign set, in the style of its harmful requests" if part == "benign sets" else ""
+        )
 
     def key(self) -> dict[str, Any]:
         """Nothing of its own: the package's data files stand in every key."""

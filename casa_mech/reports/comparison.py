@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from casa_mech.compare.ablations import BASE, NO_ATTENTION, PROMPT_AXIS
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.systems import REFERENCE
-from casa_mech.compare.tables import HELD_OUT
 from casa_mech.errors import InputError
 from casa_mech.figures import save_figure
 from casa_mech.reports.ablations.claims import MEDIA, attention_claim, variant_claim
@@ -21,6 +20,7 @@ from casa_mech.reports.claim import Heading
 from casa_mech.reports.defences.claims import alpha_heading, rival_claim, success_claim
 from casa_mech.reports.defences.plots import plot_alpha, plot_grid, plot_tradeoff
 from casa_mech.reports.defences.tables import grid_data, tradeoff_data
+from casa_mech.reports.topics import JUDGING
 from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import slug
 
@@ -81,4 +81,5 @@ def _ablations(comparison: Comparison) -> dict[str, tuple[Figure, pd.DataFrame]]
 
 def _has_held_out(comparison: Comparison) -> bool:
     splits = comparison.replies["split"]
-    return bool(splits.eq(HELD_OUT).any() and splits.ne(HELD_OUT).any())
+    judged = splits.isin(JUDGING)
+    return bool(judged.any() and not judged.all())

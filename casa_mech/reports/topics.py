@@ -1,4 +1,4 @@
-"""Rates on topics that safety training saw beside those on held-out topics."""
+"""Topics that safety training saw beside those held out from it, and what is chosen on one and judged on the other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ import pandas as pd
 
 from casa_mech.compare.tables import TOPICS
 from casa_mech.judging.estimate import Estimate
+from casa_mech.plan.own_data import HALVES
+
+CHOOSING, JUDGING = ("seen", HALVES[0]), ("held_out", HALVES[1])
+"""Splits that something is chosen on, and those that it is then judged on: topics seen in safety training and held out
+from it; of other plans, whose evaluation prompts are all unseen, two halves."""
+
+
+def chosen_on(table: pd.DataFrame) -> tuple[str, str]:
+    """What a choice is made and judged on, in words, from the column `split`."""
+    if table["split"].isin(HALVES).any():
+        return "one half of the prompts", "the other half"
+    return "seen topics", "unseen topics"
 
 
 def topic_table(

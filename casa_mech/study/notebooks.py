@@ -15,7 +15,7 @@ from casa_mech.errors import InputError, RunError
 from casa_mech.study.settings import CLONE
 
 TAG = "parameters"
-PATH_PARAMETERS = ("checkpoints", "data", "english", "judge", "judge_model", "map_tables", "plan", "queries")
+PATH_PARAMETERS = ("checkpoints", "judge", "judge_model", "map_tables", "plan", "queries")
 """Parameters that may name files or folders, several separated by commas; a kernel's working directory is another."""
 
 

@@ -86,8 +86,13 @@ class Study:
 
     @property
     def name(self) -> str:
-        """The model under study, as titles and file names call it."""
+        """The model under study, as file names call it."""
         return slug(self.settings.model)
+
+    @property
+    def title(self) -> str:
+        """The model under study, and the plan if it is not the micro-world, as claims and titles call them."""
+        return self.name if self.data.micro_world else f"{self.name} on plan {self.data.name}"
 
     # The models
 
@@ -154,10 +159,12 @@ class Study:
         """Why a notebook leaves `part` out, in one line, which the run folder keeps, too; empty if it does not.
 
         Args:
-            part: "pairs", "exact judge", "kinds", or "image" or "audio" of the surfaces.
+            part: "pairs", "exact judge", "kinds", "benign sets", "other surfaces" than text, or "image" or "audio".
         """
         if part in ("image", "audio"):
             reason = "" if part in self.surfaces else f"plan {self.data.name} shows {self.name} no {part}"
+        elif part == "other surfaces":
+            reason = "" if len(self.surfaces) > 1 else f"plan {self.data.name} shows {self.name} text alone"
         else:
             reason = self.data.lacks(part)
         if reason:

@@ -84,7 +84,6 @@ def test_success_by_attack_stands_in_its_row_and_column() -> None:
             "metric == 'benign_answered' and scope == 'all'", "value", "grid_table", ("organism-split",),
         ),
         ("token_audit.csv", "measure == 'refused' and name == 'do(unsafe)'", "value", "audit_table", ()),
-        ("english/english_gate.csv", "metric == 'gate_auroc'", "value", "english_table", ()),
     ],
 )  # fmt: skip
 def test_two_numbers_that_change_places_show(

@@ -87,8 +87,8 @@ def test_paths_among_the_parameters_are_seen_from_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sets").mkdir()
-    values = check_parameters(find_notebooks(["04"]), {"data": "sets", "judge": "refusal", "english": ""})
-    assert values["04_benchmarks"] == {"data": str(tmp_path / "sets"), "judge": "refusal", "english": ""}
+    values = check_parameters(find_notebooks(["04"]), {"judge_model": "sets", "judge": "refusal"})
+    assert values["04_benchmarks"] == {"judge_model": str(tmp_path / "sets"), "judge": "refusal"}
 
 
 def test_only_small_models_run_side_by_side(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from casa_mech.compare.ablations import BASE, NO_ATTENTION, PROMPT_AXIS
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.paired import FAILURES
-from casa_mech.compare.tables import HELD_OUT
 from casa_mech.reports.claim import Claim, listed
 from casa_mech.reports.defences.claims import (
     ATTACK_SUCCESSES,
@@ -15,6 +14,7 @@ from casa_mech.reports.defences.claims import (
     from_to,
     mean_error,
 )
+from casa_mech.reports.topics import JUDGING, chosen_on
 
 PROMPT_FIGURE, ABLATION_FIGURE = "ablation_attention_prompt", "ablations"
 MEDIA = ("image", "audio")
@@ -49,9 +49,10 @@ def variant_claim(comparison: Comparison) -> Claim:
     base = mean_error(comparison.replies, BASE)
     sizes = {name: abs(mean_error(comparison.replies, name) - base) for name in names if name != BASE}
     largest = max(sizes, key=lambda name: sizes[name])
-    change = change_between(comparison, largest, BASE, FAILURES, HELD_OUT)
+    change = change_between(comparison, largest, BASE, FAILURES, JUDGING)
+    choice, rest = chosen_on(comparison.replies)
     return change_claim(
-        comparison, ABLATION_FIGURE, change, f"{largest} takes mean error on held-out topics {from_to(change)}",
-        f"{MEAN_ERROR} {largest} is the change that did most on seen topics.",
-        "on fresh held-out topics the mean change has the other sign, or its interval holds 0",
+        comparison, ABLATION_FIGURE, change, f"{largest} takes mean error on {rest} {from_to(change)}",
+        f"{MEAN_ERROR} {largest} is the change that did most on {choice}.",
+        "on fresh topics of that kind the mean change has the other sign, or its interval holds 0",
     )  # fmt: skip

@@ -68,7 +68,7 @@ def success_claim(study: Study, results: pd.DataFrame) -> Claim:
     rates = results[(results["metric"] == "attack_success") & results["defense"].isin([PRETRAINED, CASA])]
     by_model = " ".join(f"{slug(model)}: {_by_kind(rates[rates['model'] == model])}." for model in study.models)
     return Claim(
-        f"{study.name}: CASA, trained on plain text alone, takes mean attack success {_from_to(before, after)}",
+        f"{study.title}: CASA, trained on plain text alone, takes mean attack success {_from_to(before, after)}",
         f"{_points(change)} over {len(study.attacks)} attacks. {_by_gate(replies, after, before)} Mean attack success "
         f"before → after CASA, by kind of attack. {by_model}",
         "attack_success", len(replies), *change, _TEST, p,
@@ -82,7 +82,7 @@ def refusal_claim(study: Study) -> Claim:
     after, before = (replies[name] == "refused" for name in (CASA, PRETRAINED))
     change, p = _change(study, replies, after, before)
     return Claim(
-        f"{study.name}: CASA takes over-refusal of benign requests {_from_to(before, after)}",
+        f"{study.title}: CASA takes over-refusal of benign requests {_from_to(before, after)}",
         f"{_points(change)} over {len(study.benign_attacks)} attacks. {_by_gate(replies, after, before)}",
         "attack_success", len(replies), *change, _TEST, p,
         "on fresh benign requests and gates the mean change has the other sign, or its interval holds 0",
@@ -100,7 +100,7 @@ def fall_claim(study: Study) -> Claim:
     refused, failed = (100 * more[end].mean() for end in ("refused", "failed"))
     flagged = replies["safety_token"] == "unsafe"
     return Claim(
-        f"{study.name}: under CASA refusals of attacked requests change by {refused:+.0f} points, replies that fall "
+        f"{study.title}: under CASA refusals of attacked requests change by {refused:+.0f} points, replies that fall "
         f"apart by {failed:+.0f}",
         f"A difference of {difference.times(100).text('+.1f')} points over {len(study.attacks)} attacks. CASA flags "
         f"{_share(flagged)} of the requests: {_share(flagged & (ends[CASA] == 'refused'))} are flagged and refused, "
@@ -173,7 +173,12 @@ def _by_gate(replies: pd.DataFrame, after: pd.Series, before: pd.Series) -> str:
 
 def _by_kind(rates: pd.DataFrame) -> str:
     changes = []
-    for kind, attacks in KINDS.items():
+    own = dict.fromkeys(rates["attack"])
+    # The columns of another plan are no attacks of the registry, and stand for themselves.
+    kinds = (
+        KINDS if own.keys() <= {name for names in KINDS.values() for name in names} else {name: (name,) for name in own}
+    )
+    for kind, attacks in kinds.items():
         mean = 100 * rates[rates["attack"].isin(attacks)].groupby("defense")["value"].mean()
         changes.append(f"{kind} {mean[PRETRAINED]:.0f} → {mean[CASA]:.0f} %")
     return ", ".join(changes)

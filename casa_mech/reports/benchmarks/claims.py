@@ -31,7 +31,7 @@ def success_claim(study: Study, replies: pd.DataFrame, readable: pd.DataFrame) -
     left = 100 * harmful.groupby("attack", sort=False)[CASA].mean().sort_values(ascending=False)
     which = "that it reads" if read else "there are"
     return Claim(
-        f"{study.name}: over the {len(attacks)} attacks {which}, this gate takes mean success from "
+        f"{study.title}: over the {len(attacks)} attacks {which}, this gate takes mean success from "
         f"{100 * before.mean():.0f} to {100 * after.mean():.0f} %",
         f"A change of {points.text('.1f')} points; benign counterparts answered go from {benign[PRETRAINED]:.0f} to "
         f"{benign[CASA]:.0f} %. Most is left of {left.index[0]} ({left.iloc[0]:.0f} %).",
@@ -46,7 +46,7 @@ def reading_claim(study: Study, replies: pd.DataFrame, readable: pd.DataFrame) -
     unread = attacks_that(readable, NO)
     if not unread:
         return Claim(
-            f"{study.name}: no attack is known to be unreadable to it",
+            f"{study.title}: no attack is known to be unreadable to it",
             "Only the exact judge can tell whether a model reads an attack.",
             "attack_reading", len(readable), 0.0, 0.0, 0.0, "none", 1.0, "an attack that it cannot read",
         )  # fmt: skip
@@ -58,7 +58,7 @@ def reading_claim(study: Study, replies: pd.DataFrame, readable: pd.DataFrame) -
     topics = cells["topic"].to_numpy()
     gap = _label_gap(refused, harmful, topics, study.settings.seed)
     return Claim(
-        f"{study.name} cannot read {len(unread)} of {len(readable)} attacks; before CASA {succeeded:.0f} % of their "
+        f"{study.title} cannot read {len(unread)} of {len(readable)} attacks; before CASA {succeeded:.0f} % of their "
         f"requests succeed, {turned_down:.0f} % are refused",
         f"It answers {100 * complied[~harmful].mean():.0f} % of their benign counterparts. Harmful requests are "
         f"refused {gap.value:+.1f} {gap.bounds('.1f')} points more often than the counterparts, and "
@@ -86,7 +86,7 @@ def _judge_claim(study: Study, judges: JudgeTables) -> Claim:
         Estimate(*(float(100 * row[name]) for name in ("excess", "low", "high"))) for row in (here, everywhere)
     )
     return Claim(
-        f"{study.name}: the {judge} judge counts {100 * here['success']:.0f} % attack success where the "
+        f"{study.title}: the {judge} judge counts {100 * here['success']:.0f} % attack success where the "
         f"{judges.reference} judge counts {100 * here['reference']:.0f} %",
         f"On the same replies to {which}: {excess.value:+.1f} {excess.bounds('.1f')} points, Cohen's kappa "
         f"{Estimate.of(measures.loc['cohen_kappa']).text()}. On {ALL}: {overall.value:+.1f} {overall.bounds('.1f')} "

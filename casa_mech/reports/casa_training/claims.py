@@ -26,7 +26,7 @@ def training_heading(study: Study, steps: pd.DataFrame) -> Heading:
     by_gate = last.groupby("gate_seed")[["v_s_harmful", "v_s_benign"]].mean()
     harmful, benign = by_gate.mean()
     return Heading(
-        f"{study.name}: {count} steps on text alone take v_s to {harmful:.2f} on harmful and {benign:.2f} on "
+        f"{study.title}: {count} steps on text alone take v_s to {harmful:.2f} on harmful and {benign:.2f} on "
         "benign requests",
         f"Means of {gates_of(steps)}, over the batches of the last {last['step'].nunique()} steps; gate by gate "
         f"{span(by_gate['v_s_harmful'])} and {span(by_gate['v_s_benign'])}. Loss of reply and safety token.",
@@ -34,24 +34,30 @@ def training_heading(study: Study, steps: pd.DataFrame) -> Heading:
 
 
 def gate_heading(study: Study, readings: pd.DataFrame) -> Heading:
-    """Medians of v_s after training, on requests in held-out phrasings."""
+    """Medians of v_s after training, on prompts that it did not see."""
     after = readings[readings["moment"] == "after"].groupby(["surface", "label"], sort=False)["v_s"].median().unstack()
     medians = ", ".join(f"{surface} {row['harmful']:.2f} / {row['benign']:.2f}" for surface, row in after.iterrows())
     return Heading(
-        f"{study.name}: trained on text alone, median v_s is {span(after['harmful'])} on harmful, "
+        f"{study.title}: trained on text alone, median v_s is {span(after['harmful'])} on harmful, "
         f"{span(after['benign'])} on benign requests",
-        f"Median v_s of harmful / benign requests after training, {gates_of(readings)} together: {medians}. All in "
-        "held-out phrasings.",
+        f"Median v_s of harmful / benign requests after training, {gates_of(readings)} together: {medians}. No "
+        "prompt of training is among them.",
     )
 
 
 def training_claims(study: Study, readings: pd.DataFrame) -> list[Claim]:
     """The claims of the notebook: the weakest surface, what training adds, and topics that it did not see."""
-    after = readings[(readings["moment"] == "after") & (readings["surface"] != "text")]
-    before = readings[(readings["moment"] == "before") & (readings["surface"] != "text")]
+    carried = carried_readings(readings)
+    after, before = (carried[carried["moment"] == moment] for moment in ("after", "before"))
     claims = [gate_claim(study, after), change_claim(study, before, after)]
     held_out = after[after["split"] == "held_out"]
     return claims + ([held_out_claim(study, held_out)] if held_out["label"].nunique() == 2 else [])
+
+
+def carried_readings(readings: pd.DataFrame) -> pd.DataFrame:
+    """Those off text, which the gate was not trained on; of a plan that has text alone, all."""
+    off_text = readings[readings["surface"] != "text"]
+    return off_text if len(off_text) else readings
 
 
 def gate_claim(study: Study, after: pd.DataFrame) -> Claim:
@@ -64,8 +70,8 @@ def gate_claim(study: Study, after: pd.DataFrame) -> Claim:
     rows = after[after["surface"] == least]
     by_surface = ", ".join(f"{surface} {each.text()}" for surface, (each, _) in tested.items())
     return Claim(
-        f"{study.name}: trained on text alone, v_s tells harm least on {least}, with AUROC {auroc.text()}",
-        f"AUROC of v_s after training, on requests in held-out phrasings: {by_surface}. {_by_gate(rows)}",
+        f"{study.title}: trained on text alone, v_s tells harm least on {least}, with AUROC {auroc.text()}",
+        f"AUROC of v_s after training, on prompts that training did not see: {by_surface}. {_by_gate(rows)}",
         FIGURE, len(rows), *auroc, _CHANCE, p,
         "on fresh requests and gates the interval of this surface holds 0.5, or lies elsewhere",
     )  # fmt: skip
@@ -76,7 +82,7 @@ def change_claim(study: Study, before: pd.DataFrame, after: pd.DataFrame) -> Cla
     change, p = auroc_change(before, after, study.settings.seed)
     start, end = (mean_auroc(rows, study.settings.seed)[0] for rows in (before, after))
     return Claim(
-        f"{study.name}: training on text takes v_s's AUROC off text from {start.value:.2f} to {end.value:.2f}",
+        f"{study.title}: training on text takes v_s's AUROC {_where(after)} from {start.value:.2f} to {end.value:.2f}",
         f"A change of {change.value:+.2f} {change.bounds('+.2f')}, mean of {span_of(after)}: from {start.text()} to "
         f"{end.text()}.",
         FIGURE, len(after), *change, "bootstrap over topics and gates", p,
@@ -88,7 +94,7 @@ def held_out_claim(study: Study, held_out: pd.DataFrame) -> Claim:
     """How well v_s tells harm off text on topics that training did not see."""
     auroc, p = mean_auroc(held_out, study.settings.seed)
     return Claim(
-        f"{study.name}: on topics that training did not see, v_s's AUROC off text is {auroc.text()}",
+        f"{study.title}: on topics that training did not see, v_s's AUROC {_where(held_out)} is {auroc.text()}",
         f"Mean of {span_of(held_out)}, {held_out['topic'].nunique()} topics. {_by_gate(held_out)}",
         FIGURE, len(held_out), *auroc, _CHANCE, p,
         "on fresh topics and gates the interval holds 0.5, or lies elsewhere",
@@ -98,6 +104,10 @@ def held_out_claim(study: Study, held_out: pd.DataFrame) -> Claim:
 def span_of(readings: pd.DataFrame) -> str:
     """The surfaces and gates of a mean, in words."""
     return f"{', '.join(dict.fromkeys(readings['surface']))} and {gates_of(readings)}"
+
+
+def _where(readings: pd.DataFrame) -> str:
+    return "on unseen text" if set(readings["surface"]) == {"text"} else "off text"
 
 
 def _by_gate(readings: pd.DataFrame) -> str:

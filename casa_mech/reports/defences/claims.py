@@ -9,10 +9,10 @@ import pandas as pd
 from casa_mech.compare.comparison import Comparison
 from casa_mech.compare.paired import FAILURES, Effect, Outcomes, counted, effect, pairs_of
 from casa_mech.compare.systems import REFERENCE
-from casa_mech.compare.tables import HELD_OUT
 from casa_mech.compare.tuning import BENIGN_LOSS, UNDEFENDED
 from casa_mech.judging.estimate import Estimate
 from casa_mech.reports.claim import Claim, Heading
+from casa_mech.reports.topics import JUDGING, chosen_on
 from casa_mech.study.settings import slug
 
 GRID_FIGURE, TRADE_FIGURE, ALPHA_FIGURE = "defence_grid", "defence_tradeoff", "coca_alpha"
@@ -45,13 +45,14 @@ def rival_claim(comparison: Comparison) -> Claim:
     others = [name for name in dict.fromkeys(comparison.replies["defense"]) if not str(name).startswith(REFERENCE)]
     errors = {name: mean_error(comparison.replies, str(name)) for name in others}
     rival = min(errors, key=lambda name: errors[name])
-    change = change_between(comparison, REFERENCE, str(rival), FAILURES, HELD_OUT)
+    change = change_between(comparison, REFERENCE, str(rival), FAILURES, JUDGING)
+    choice, rest = chosen_on(comparison.replies)
     return change_claim(
         comparison, TRADE_FIGURE, change,
-        f"mean error on held-out topics is {100 * change.value:.1f} % for CASA, {100 * change.value_against:.1f} % for "
+        f"mean error on {rest} is {100 * change.value:.1f} % for CASA, {100 * change.value_against:.1f} % for "
         f"{rival}",
-        f"{MEAN_ERROR} {rival} is the best other defence on seen topics.",
-        "on fresh held-out topics the mean difference has the other sign, or its interval holds 0",
+        f"{MEAN_ERROR} {rival} is the best other defence on {choice}.",
+        "on fresh topics of that kind the mean difference has the other sign, or its interval holds 0",
     )  # fmt: skip
 
 
@@ -72,8 +73,8 @@ def alpha_heading(comparison: Comparison) -> Heading:
         title = f"no weight of CoCA's principle adds safety at {loss}"
     return Heading(
         f"{name}: {title}",
-        f"Chosen on calibration requests of seen topics, which the grid does not hold: there it takes benign answers "
-        f"{benign} and attack success {attacks}.",
+        f"Chosen on calibration requests of the training data, which the grid does not hold: there it takes benign "
+        f"answers {benign} and attack success {attacks}.",
     )
 
 
@@ -82,13 +83,13 @@ def change_between(
     first: str,
     second: str,
     outcomes: Outcomes,
-    split: str = "",
+    splits: Sequence[str] = (),
     attacks: Sequence[str] = (),
 ) -> Effect:
-    """Paired change of an outcome rate from `second` to `first`, on a split of the topics or some attacks only."""
+    """Paired change of an outcome rate from `second` to `first`, on some splits of the prompts or some attacks only."""
     replies = comparison.replies
-    if split:
-        replies = replies[replies["split"] == split]
+    if splits:
+        replies = replies[replies["split"].isin(splits)]
     if attacks:
         replies = replies[replies["attack"].isin(attacks)]
     pairs = pairs_of(replies[replies["defense"] == first], replies[replies["defense"] == second])
@@ -97,7 +98,7 @@ def change_between(
 
 def mean_error(replies: pd.DataFrame, defense: str) -> float:
     """Mean error rate on topics that training saw, each attack and label counted once."""
-    seen = replies[(replies["defense"] == defense) & (replies["split"] != HELD_OUT)]
+    seen = replies[(replies["defense"] == defense) & ~replies["split"].isin(JUDGING)]
     failed = counted(seen["outcome"], seen["label"], FAILURES)
     return float(failed.groupby([seen["attack"], seen["label"]]).mean().mean())
 

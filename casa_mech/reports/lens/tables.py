@@ -16,6 +16,7 @@ from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.results import value_row
 from casa_mech.judging.stats import auroc_interval, cluster_of
 from casa_mech.queries import Query
+from casa_mech.reports.topics import CHOOSING
 from casa_mech.study.settings import slug
 from casa_mech.study.study import LABELS, Study
 
@@ -122,8 +123,8 @@ def _queries(study: Study, surfaces: Iterable[str], n: int) -> list[Query]:
 
 
 def best_heads(heads: pd.DataFrame, count: int = TOP_HEADS) -> list[tuple[int, int]]:
-    """The heads whose mean support of the logit is greatest on text about topics that safety training saw."""
-    part = heads[(heads["surface"] == "text") & (heads["split"] == "seen")]
+    """The heads whose mean support of the logit is greatest on text, of the prompts that a choice is made on."""
+    part = heads[(heads["surface"] == "text") & heads["split"].isin(CHOOSING)]
     means = part.groupby(["layer", "head"])["support_logit"].mean().sort_values(ascending=False)
     return [(int(layer), int(head)) for layer, head in means.index[:count]]
 

@@ -46,7 +46,7 @@ def token_heading(study: Study, tokens: pd.DataFrame) -> Heading:
     longest = rows[rows["length"] == rows["length"].max()].sort_values("token")
     first, last = longest["value"].iloc[0], longest["value"].iloc[-1]
     return Heading(
-        f"{study.name}: {int(longest['length'].max())} prefilled tokens leave this gate {first:.1f} nats from itself "
+        f"{study.title}: {int(longest['length'].max())} prefilled tokens leave this gate {first:.1f} nats from itself "
         f"at first, {last:.1f} at token {int(longest['token'].max())}",
         "KL of CASA's next word from what it is without an attack, token by token of its unattacked reply.",
     )
@@ -59,7 +59,7 @@ def state_heading(study: Study, states: pd.DataFrame) -> Heading:
     where = "at no depth" if not len(half) else _where(str(half["site"].iloc[0]))
     gap = float(rows["gap"].iloc[0])
     return Heading(
-        f"{study.name}: the clean state in place of the prefill's end brings half of the refusal back {where}",
+        f"{study.title}: the clean state in place of the prefill's end brings half of the refusal back {where}",
         f"Under {STATE_LENGTH} prefilled tokens the log-odds of a refusal are {-gap:+.1f} from the clean run's. The "
         "state of the token's own position is the same in both runs and cannot carry the attack; its counterpart's "
         "says what it still does.",
@@ -80,7 +80,7 @@ def success_claim(study: Study, tables: PrefillTables) -> Claim:
     difference = estimate(complied.reset_index().assign(value=casa - ssft), seed, outcomes=True)
     p_values = holm([crossed_test(casa, other, *factors, seed) for other in (ssft, base)])
     return Claim(
-        f"{study.name}, this gate: {longest} prefilled tokens succeed against "
+        f"{study.title}, this gate: {longest} prefilled tokens succeed against "
         + ", ".join(f"{name} in {rate.value:.0%}" for name, rate in rates.items()),
         f"Attack success under {longest} prefilled tokens in {len(PHRASINGS)} wordings (benign counterparts answered): "
         + ", ".join(f"{name} {rate.text('.0%')} ({answered[name]:.0%})" for name, rate in rates.items()) + ".",
@@ -102,7 +102,7 @@ def order_claim(study: Study, tables: PrefillTables) -> Claim:
     spread = float(rows.groupby("query_id")["v_s"].agg(lambda values: values.max() - values.min()).max())
     logits = rows.groupby("length")["logit"].mean()
     return Claim(
-        f"{study.name}, this gate: {before.mean():.0%} of harmful requests are flagged before a prefill, "
+        f"{study.title}, this gate: {before.mean():.0%} of harmful requests are flagged before a prefill, "
         f"{after.mean():.0%} after {longest} tokens of one",
         f"{before.mean():.0%} of harmful requests get the unsafe token before a prefill, {after.mean():.0%} when "
         f"{longest} tokens of it come first: the token difference goes from {logits.iloc[0]:.1f} to "
@@ -123,7 +123,7 @@ def axis_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Claim
     before, after = estimate(at_first, seed), estimate(at_last, seed)
     values, factors = at_last["value"].to_numpy(), _factors(at_last)
     return Claim(
-        f"{study.name}, this gate: harmful and benign states lie {before.value:.1f} SD apart after {first} prefilled "
+        f"{study.title}, this gate: harmful and benign states lie {before.value:.1f} SD apart after {first} prefilled "
         f"tokens, {after.value:.1f} after {last}",
         f"{system}: after the final norm, on the axis of each position, a harmful request lies {before.text('.1f')} "
         f"standard deviations from its benign counterpart after {first} prefilled tokens and {after.text('.1f')} after "
@@ -149,7 +149,7 @@ def shallow_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Cl
     first, later = kl.iloc[:, :FIRST_TOKENS].mean(axis=1), kl.iloc[:, FIRST_TOKENS:].mean(axis=1)
     even, share = FIRST_TOKENS / tokens, shares["harmful"]
     return Claim(
-        f"{study.name}, this gate: {share.value:.0%} of its KL from the pretrained model is on the first "
+        f"{study.title}, this gate: {share.value:.0%} of its KL from the pretrained model is on the first "
         f"{FIRST_TOKENS} of {tokens} tokens",
         f"{system}, along complying answers to harmful requests: {share.text('.0%')} of the KL from the pretrained "
         f"model is on the first {FIRST_TOKENS} tokens (evenly spread {even:.0%}; benign counterparts "
@@ -182,7 +182,7 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
     difference = estimate(moved.assign(value=moved[LAST] - moved[EARLIER]), seed)
     where = _where(site)
     return Claim(
-        f"{study.name}, this gate: {where} a prefill's last token moves the next word {last.value:.1f} nats, earlier "
+        f"{study.title}, this gate: {where} a prefill's last token moves the next word {last.value:.1f} nats, earlier "
         f"ones {earlier.value:.1f}",
         f"{system}, {DEPTH_LENGTH} prefilled tokens: {where}, found on one half of the harmful requests, the exchanged "
         f"state of the last token moves the next word of the other half by {last.text()} nats, in the direction of the "
@@ -214,7 +214,7 @@ def edge_claim(study: Study, tables: PrefillTables) -> Claim:
     )
     change, excess = changes[TOKEN]
     return Claim(
-        f"{study.name}, this gate: hidden from {length} prefilled tokens, the token moves refusal's log-odds "
+        f"{study.title}, this gate: hidden from {length} prefilled tokens, the token moves refusal's log-odds "
         f"{change.value:+.1f}",
         f"Harmful requests under {length} prefilled tokens, change of the log-odds of a refusal when edges of "
         f"attention are cut. {by_set}.",

@@ -40,7 +40,7 @@ def attack_heading(study: Study, readings: pd.DataFrame) -> Heading:
     medians = readings.groupby(["attack", "label"], sort=False)["v_s"].median().unstack()
     by_attack = ", ".join(f"{attack} {row['harmful']:.2f} / {row['benign']:.2f}" for attack, row in medians.iterrows())
     return Heading(
-        f"{study.name}: trained on plain text alone, median v_s of harmful requests is {span(medians['harmful'])} by "
+        f"{study.title}: trained on plain text alone, median v_s of harmful requests is {span(medians['harmful'])} by "
         "attack",
         f"Median v_s of harmful / benign requests: {by_attack}.",
     )
@@ -50,7 +50,7 @@ def map_heading(study: Study, maps: Sequence[AttentionMap]) -> Heading:
     """How many of the examples are read at one place."""
     at_one = sum(bool(word_shares(attention)[1].max() > 0.5) for attention in maps)
     return Heading(
-        f"{study.name}: in {at_one} of {len(maps)} typical requests one token or medium gets most safety attention",
+        f"{study.title}: in {at_one} of {len(maps)} typical requests one token or medium gets most safety attention",
         "The requests whose v_s is the median of their surface and class.",
     )
 
@@ -68,7 +68,7 @@ def share_heading(study: Study, shares: pd.DataFrame) -> Heading:
         for surface, row in header.iterrows()
     )
     return Heading(
-        f"{study.name}: safety attention lies most on {_by_surface(most)}",
+        f"{study.title}: safety attention lies most on {_by_surface(most)}",
         "Of harmful requests. The header's share (that of an even spread): "
         f"{by_surface}. It gets more than an even spread gives on {listed(above) if above else 'no surface'}.",
     )
@@ -82,7 +82,7 @@ def span_heading(study: Study, spans: pd.DataFrame) -> Heading:
         f"{row['surface']} {Estimate.of(row).text('.0%')} of a gap of {row['gap']:.1f}" for _, row in header.iterrows()
     )
     return Heading(
-        f"{study.name}: v_s takes harm from {_by_surface(most)}",
+        f"{study.title}: v_s takes harm from {_by_surface(most)}",
         "Where one span's harmful states after the last block move the log-odds of v_s most. The header's share of the "
         f"gap: {by_surface}.",
     )
@@ -93,7 +93,7 @@ def head_heading(study: Study, heads: pd.DataFrame) -> Heading:
     most = _telling_heads(heads, "log_odds")
     surface, top = max(most.items(), key=lambda item: abs(item[1]["delta_log_odds_mean"]))
     return Heading(
-        f"{study.name}: one head's harmful output moves a benign request's log-odds of v_s by at most "
+        f"{study.title}: one head's harmful output moves a benign request's log-odds of v_s by at most "
         f"{top['delta_log_odds_mean']:+.1f} ({surface}, {_head(top)})",
         "The head that moves them most, of the gap between the two runs: "
         + "; ".join(
@@ -118,7 +118,8 @@ def path_heading(study: Study, paths: pd.DataFrame) -> Heading:
         sentences.append(f"{name[0].upper()}{name[1:]}: {'; '.join(parts)}.")
     n = 2 * paths["surface"].nunique()
     return Heading(
-        f"{study.name}: the most telling head works more through later blocks than directly in {indirect} of {n} cases",
+        f"{study.title}: the most telling head works more through later blocks than directly in {indirect} of {n} "
+        "cases",
         "The head with the largest total, for each surface. " + " ".join(sentences),
     )
 
@@ -130,7 +131,7 @@ def attribution_heading(study: Study, components: pd.DataFrame) -> Heading:
     own = gap.drop(GATE)
     top = str(own.abs().idxmax())
     return Heading(
-        f"{study.name}: safety attention adds {gap[GATE]:.1f} of the {gap.sum():.1f} by which the classes' token "
+        f"{study.title}: safety attention adds {gap[GATE]:.1f} of the {gap.sum():.1f} by which the classes' token "
         "logits differ",
         f"On plain text; of the model's own parts the most telling is {top} with {own[top]:.1f}. Logits: the unsafe "
         "token's minus the safe one's.",
@@ -156,7 +157,7 @@ def removal_heading(study: Study, sets: pd.DataFrame) -> Heading:
             f"{control.text('.0%')} with no more)"
         )
     return Heading(
-        f"{study.name}: hiding {span(medians, '.0f')} positions (median) lets a flagged request through, on permuted "
+        f"{study.title}: hiding {span(medians, '.0f')} positions (median) lets a flagged request through, on permuted "
         f"scores {as_few.mean():.0%}",
         f"Median by surface: {', '.join(by_surface)}.",
     )
@@ -186,7 +187,7 @@ def patching_claim(study: Study, effects: pd.DataFrame) -> Claim:
     topics = list(text.index.get_level_values("topic"))
     difference, p = paired_difference(text[first].to_numpy(), text[second].to_numpy(), topics, seed)
     return Claim(
-        f"{study.name}: after the last block, harmful {first} states move a benign text's log-odds of v_s by "
+        f"{study.title}: after the last block, harmful {first} states move a benign text's log-odds of v_s by "
         f"{text[first].mean():+.1f}",
         "One span's states are exchanged for those of a harmful request that differs in the key word alone. The span "
         "that raises the log-odds most is chosen on half of the topics; on the other half, of the whole gap: "
@@ -231,7 +232,7 @@ def ablation_claim(study: Study, ablated: pd.DataFrame) -> Claim:
     each = harmful[(harmful["surface"] == "text") & (harmful["run"] == RANDOM)].groupby("ablated")["unsafe"].mean()
     as_low = int((each <= text[REFUSAL].mean()).sum())
     return Claim(
-        f"{study.name}: {text[REFUSAL].mean():.0%} of harmful texts are flagged without the refusal direction, "
+        f"{study.title}: {text[REFUSAL].mean():.0%} of harmful texts are flagged without the refusal direction, "
         f"{text[RANDOM].mean():.0%} without a random one",
         "Harmful requests given the unsafe token, before → after the refusal direction is ablated, beside directions "
         f"along which states vary as much: {by_surface}. Of {len(each)} such directions {as_low} leave as few texts "
@@ -259,7 +260,7 @@ def agreement_claim(study: Study, points: pd.DataFrame, agreement: pd.DataFrame)
     )
     own = total.loc["text"]
     return Claim(
-        f"{study.name}: on text attribution patching and patching correlate at r = {own['value']:.2f}; it fails at "
+        f"{study.title}: on text attribution patching and patching correlate at r = {own['value']:.2f}; it fails at "
         f"{len(failing)} of {len(parts)} parts",
         f"Pearson's r of estimated and patched change of v_s's log-odds: {by_surface}. It explains less than half of "
         f"the variance at {len(failing)} of {len(parts)} parts of the model and surface{': ' if names else ''}{names}.",
@@ -292,7 +293,7 @@ def moved_claim(study: Study, moved: pd.DataFrame) -> Claim:
         sentences.append(f"{surface}: {', '.join(parts)}; its own text's log-odds of v_s are {gap:+.1f} away")
     change, difference, p = tests["audio", "log_odds"]
     return Claim(
-        f"{study.name}: a harmful text's header moves speech's log-odds of v_s by "
+        f"{study.title}: a harmful text's header moves speech's log-odds of v_s by "
         f"{change[HARMFUL_TEXT].mean():+.1f}, a benign text's by {change[BENIGN_TEXT].mean():+.1f}",
         f"Header states after block {middle}, of the request's own text against those of its benign counterpart. "
         f"{'; '.join(sentences)}.",
@@ -312,7 +313,7 @@ def calibration_claim(study: Study, readings: pd.DataFrame, calibrations: Mappin
     verdict = "is not a calibrated probability" if p < 0.05 else "is not shown to be miscalibrated"
     lean = "low" if pooled.bias.value < 0 else "high"
     return Claim(
-        f"{study.name}: off plain text v_s {verdict}; on average it is {abs(pooled.bias.value):.2f} too {lean}",
+        f"{study.title}: off plain text v_s {verdict}; on average it is {abs(pooled.bias.value):.2f} too {lean}",
         f"Expected calibration error: {errors}; over all attacks but plain {pooled.ece.text()}.",
         "gate_calibration", pooled.n, *pooled.ece, "Spiegelhalter's Z over topics, all attacks but plain", p,
         "on fresh requests under these attacks the calibration error is no larger than on plain text",

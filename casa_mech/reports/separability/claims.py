@@ -27,7 +27,7 @@ def plane_heading(study: Study, points: pd.DataFrame) -> Heading:
     best = silhouettes.max(axis=1)
     by_surface = ", ".join(f"{surface} {value:.2f}" for surface, value in best.items())
     return Heading(
-        f"{study.name} before CASA: harmful and benign part in two dimensions with silhouettes of {span(best)}",
+        f"{study.title} before CASA: harmful and benign part in two dimensions with silhouettes of {span(best)}",
         f"States behind the final norm, in their first two principal components. Best silhouette: {by_surface}.",
     )
 
@@ -40,7 +40,7 @@ def probe_heading(study: Study, table: pd.DataFrame) -> Heading:
         for measure in ("probe", "transfer")
     )
     return Heading(
-        f"{study.name}: probes tell harm in unseen topics with AUROC {span(aurocs['probe'])}, "
+        f"{study.title}: probes tell harm in unseen topics with AUROC {span(aurocs['probe'])}, "
         f"from text alone {span(aurocs['transfer'])}",
         f"Behind the final norm at the last position, probes reach {own} on the surface that they were fitted on; "
         f"fitted on text alone, {carried}.",
@@ -53,7 +53,7 @@ def matrix_heading(study: Study, matrix: pd.DataFrame) -> Heading:
     own, away = rows[rows["fit"] == rows["surface"]]["auroc"], rows[rows["fit"] != rows["surface"]]
     worst = away.loc[away["auroc"].idxmin()]
     return Heading(
-        f"{study.name}: probes reach AUROC {span(own)} on their own surface, {span(away['auroc'])} on another",
+        f"{study.title}: probes reach AUROC {span(own)} on their own surface, {span(away['auroc'])} on another",
         "Rows: where a probe was fitted; columns: where it is judged. Behind the final norm at the last position least "
         f"is carried from {worst['fit']} to {worst['surface']}.",
     )
@@ -71,12 +71,13 @@ def probe_claim(study: Study, matrix: pd.DataFrame, controls: pd.DataFrame) -> C
         for row in by_surface.itertuples()
     )
     tasks = ", ".join(f"{row.Index} {row.task:.2f} / {row.control_task:.2f}" for row in by_surface.itertuples())
+    tasks = f" Where topics are met in training, of harm / of random labels of topics (a control task): {tasks}."
+    tasks *= bool(by_surface["task"].notna().all())
     return Claim(
-        f"{study.name} before CASA: a linear probe {finds} harm in unseen topics on every surface",
+        f"{study.title} before CASA: a linear probe {finds} harm in unseen topics on every surface",
         f"Behind the final norm at the last position the weakest surface is {weakest}: AUROC "
         f"{_auroc(own.loc[weakest]).text()}, among prompts of equal length {matched.text()}. AUROC of the probe / "
-        f"among equal lengths / of length alone / with random weights: {lengths}. Where topics are met in training, of "
-        f"harm / of random labels of topics (a control task): {tasks}.",
+        f"among equal lengths / of length alone / with random weights: {lengths}.{tasks}",
         "probe_controls", int(own.at[weakest, "n"]), *_auroc(own.loc[weakest]),
         "labels permuted over topics, 999 draws", float(own.at[weakest, "p"]),
         "on fresh requests the interval of a surface holds 0.5, or holds it among prompts of equal length, or random "
@@ -90,7 +91,7 @@ def transfer_claim(study: Study, matrix: pd.DataFrame) -> Claim:
     away = rows[(rows["fit"] == "text") & (rows["surface"] != "text")].set_index("surface")
     least = away["auroc"].idxmin()
     return Claim(
-        f"{study.name} before CASA: a probe fitted on text carries over least to {least}, AUROC "
+        f"{study.title} before CASA: a probe fitted on text carries over least to {least}, AUROC "
         f"{_auroc(away.loc[least]).text()}",
         f"Behind the final norm at the last position; a probe fitted on {least} itself reaches "
         f"{_auroc(_own(matrix).loc[least]).text()}.",
@@ -124,7 +125,7 @@ def threshold_claim(study: Study, scores: pd.DataFrame, thresholds: pd.DataFrame
         for model in dict.fromkeys(thresholds["model"])
     )
     return Claim(
-        f"{study.name}: at its own threshold a text probe flags {there.mean():.0%} of harmful {least} requests, "
+        f"{study.title}: at its own threshold a text probe flags {there.mean():.0%} of harmful {least} requests, "
         f"{text.mean():.0%} of texts",
         f"{lost.times(100).value:.0f} points {lost.times(100).bounds('.0f')} fewer. Harmful / benign flagged, as it "
         f"is and with its mean moved onto text's: {numbers}. The mean is moved without labels, on as many harmful as "
@@ -145,7 +146,7 @@ def kinds_claim(study: Study, kinds: pd.DataFrame) -> Claim:
     p_value = float(rows.at[ALL, "p"])
     finds = "finds" if p_value < 0.05 else "is not shown to find"
     return Claim(
-        f"{study.name}: on kinds of harm it has not met a text probe has AUROC {overall.value:.2f}, on new topics "
+        f"{study.title}: on kinds of harm it has not met a text probe has AUROC {overall.value:.2f}, on new topics "
         f"alone {topics.value:.2f}",
         f"It {finds} harm of a new kind: AUROC {overall.text()} over kinds; with topics alone left out "
         f"{topics.text()}. Hardest kind: {hardest}, {_auroc(single.loc[hardest]).text()}. Elsewhere: {carried}.",
@@ -167,7 +168,7 @@ def differences_heading(study: Study, differences: pd.DataFrame) -> Heading:
     own = rows[rows["model"] == study.name]
     span_of = {name: span(own[own["measure"] == name]["value"]) for name in ("shrinkage", "cosine")}
     return Heading(
-        f"{study.name}: off text the difference of class means has {span_of['shrinkage']} of text's length, "
+        f"{study.title}: off text the difference of class means has {span_of['shrinkage']} of text's length, "
         f"cosine {span_of['cosine']}",
         f"Behind the final norm at the last position. Length as a share of text's, cosine with text's: {numbers}. "
         "Sampling noise of the topics is taken off; every feature is in units of its spread on text.",
@@ -185,7 +186,7 @@ def dissociation_claim(study: Study, by_surface: Mapping[str, Dissociation | Non
     }
     if text is None:
         return Claim(
-            f"{study.name}: too few requests of a kind to part harm from refusal",
+            f"{study.title}: too few requests of a kind to part harm from refusal",
             f"{where.capitalize()}: a direction needs harmful requests of two topics or more that are refused, as many "
             "that are answered, and benign ones that are answered.",
             n=0, value=float("nan"), low=float("nan"), high=float("nan"), p=1.0, **shared,
@@ -196,7 +197,7 @@ def dissociation_claim(study: Study, by_surface: Mapping[str, Dissociation | Non
         for surface, each in by_surface.items()
     )
     return Claim(
-        f"{study.name}: harm at the user's last token and refusal after the header {parted}",
+        f"{study.title}: harm at the user's last token and refusal after the header {parted}",
         f"{where.capitalize()}, on text. By how much AUROC each reads its own contrast better than the other does "
         f"(harm, answered requests alone / refusal, harmful requests alone): {numbers}. The number is the smaller of "
         "text's two.",

@@ -88,7 +88,7 @@ def control_table(states: Sequence[Activations], random_weights: Sequence[Activa
 
     Beside those of `controls`: `untrained` with its interval, the AUROC of the same probes on the states of the same
     architecture with random weights (`random_weights`, of the same positions as `states`), and of the control task
-    (`probes.linear.control_task`) `task, control_task` and `selectivity`.
+    (`probes.linear.control_task`) `task, control_task` and `selectivity`, NaN where no topic has two requests.
     """
     tables = []
     for read, untrained in zip(states, random_weights, strict=True):
@@ -103,15 +103,18 @@ def _beside(read: Activations, untrained: Activations, surface: str, seed: int) 
     there, control = read.where(surface=surface), untrained.where(surface=surface)
     with threadpool_limits(1):
         (probe,) = cross_validate(control.stacked(), control.harmful, control.topics, seed=seed)
-        tasks = control_task(there.stacked(), there.harmful, there.topics, seed=seed)
+        # A control task is on topics that are met in training: there is none where every prompt is its own.
+        shared = len(set(there.topics)) < len(there.topics)
+        tasks = control_task(there.stacked(), there.harmful, there.topics, seed=seed) if shared else None
     rows = []
     for place, (site, scores) in enumerate(zip(there.sites, probe.scores, strict=True)):
         auroc, low, high = auroc_interval(list(scores), list(control.harmful), list(control.topics), seed).widened()
         rows.append(
             {
                 "site": site, "surface": surface, "untrained": auroc, "untrained_low": low, "untrained_high": high,
-                "task": tasks.task[place], "control_task": tasks.control[place].mean(),
-                "selectivity": tasks.selectivity[place],
+                "task": tasks.task[place] if tasks else np.nan,
+                "control_task": tasks.control[place].mean() if tasks else np.nan,
+                "selectivity": tasks.selectivity[place] if tasks else np.nan,
             }
         )  # fmt: skip
     return pd.DataFrame(rows)

@@ -71,7 +71,7 @@ def _claim(
     difference, p = paired_difference(first, second, requests["cluster"].tolist(), study.settings.seed)
     points = difference.times(100)
     return Claim(
-        f"{study.name}: {title}",
+        f"{study.title}: {title}",
         f"Of gate 0 alone (seed {study.gate_seed(0)}); another training may differ. A difference of "
         f"{points.value:+.0f} points {points.bounds('+.0f')}, n = {len(requests)} requests under "
         f"{requests['attack'].nunique()} attacks. {detail}",

@@ -53,7 +53,7 @@ def token_audit(study: Study, queries: str = "", n: int = 0) -> AuditResult:
         return audit(study.casa(), audited, judge, settings=settings, seed=seed, progress=progress).replies
 
     replies = study.gate_table("token-audit", key, build)
-    return AuditResult(replies.reindex(columns=list(COLUMNS)), study.name, CASA, seed)
+    return AuditResult(replies.reindex(columns=list(COLUMNS)), study.title, CASA, seed)
 
 
 def _queries(study: Study, queries: str, n: int) -> list[Query]:

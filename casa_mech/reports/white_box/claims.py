@@ -64,7 +64,7 @@ def restart_heading(study: Study, restarts: pd.DataFrame) -> Heading:
     )
     added = max(both[1].value - both[0].value for both in rates.values())
     return Heading(
-        f"{study.name}: at this gate {last} starts break up to {100 * added:.0f} points more than one; both are lower "
+        f"{study.title}: at this gate {last} starts break up to {100 * added:.0f} points more than one; both are lower "
         "bounds",
         f"By an attacker who knows the gate, in percent: with one start {first}; with {last} {after}. More starts can "
         "only add.",
@@ -104,7 +104,7 @@ def _paired_claim(
     difference, p = paired_difference(first, second, topics.tolist(), study.settings.seed, outcomes=True)
     points = difference.times(100)
     return Claim(
-        f"{study.name}: {title}",
+        f"{study.title}: {title}",
         f"A difference of {points.value:.0f} points {points.bounds('.0f')}, n = {len(first)}. {detail}",
         figure, len(first), *difference, "paired permutation over topics", p, refuted_if,
     )  # fmt: skip

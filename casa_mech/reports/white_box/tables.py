@@ -81,7 +81,10 @@ EFFORTS: Mapping[ProfileName, Effort] = MappingProxyType(
 
 @dataclass(frozen=True)
 class WhiteBoxTables:
-    """The attacks, one row an attack and query: `whitebox.result_frame`, and `restarts`, how many starts were tried."""
+    """The attacks, one row an attack and query: `whitebox.result_frame`, and `restarts`, how many starts were tried.
+
+    A medium that the study does not have is an empty table.
+    """
 
     picture: pd.DataFrame
     """On the pixels of pictures."""
@@ -105,6 +108,8 @@ def white_box_tables(study: Study, n: int = 0) -> WhiteBoxTables:
     effort = Effort(**{**asdict(effort), "n": n or effort.n})
 
     def table(name: str, build: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        if {PICTURE: "image", CLIP: "audio"}.get(name, "text") not in study.surfaces:
+            return pd.DataFrame()
         key = {"effort": asdict(effort), "tokens": study.sizes.max_new_tokens}
         return study.gate_table(f"white-box-{name}", key, build)
 
@@ -157,11 +162,12 @@ def _suffix_table(study: Study, effort: Effort) -> pd.DataFrame:
 def _ablation_table(study: Study, effort: Effort) -> pd.DataFrame:
     direction = refusal_direction(study)
     unit = torch.from_numpy(direction.unit)
+    surfaces = [surface for surface in ABLATED if surface in study.surfaces]
     tables = [
         result_frame(ablate(study.casa(), _requests(study, surface, effort.n), unit, *_measuring(study)))
-        for surface in ABLATED
+        for surface in surfaces
     ]
-    named = [table.assign(surface=surface) for table, surface in zip(tables, ABLATED, strict=True)]
+    named = [table.assign(surface=surface) for table, surface in zip(tables, surfaces, strict=True)]
     return pd.concat(named, ignore_index=True).assign(rules_met=direction.rules_met)
 
 
@@ -175,7 +181,10 @@ def budget_data(tables: WhiteBoxTables, seed: int = 0) -> pd.DataFrame:
     `x` is in levels of the file, of 255 or 32768; 0 is the request as it was.
     """
     rates = []
-    for medium, table in ((PICTURE, tables.picture), (CLIP, tables.clip)):
+    for medium in (PICTURE, CLIP):
+        if medium not in _by_medium(tables):
+            continue
+        table = _by_medium(tables)[medium]
         last = table[table["steps"] == table["steps"].max()]
         rates.append(_rates(last.assign(x=(last["budget"] * _UNITS[medium]).round().astype(int)), medium, seed))
     return pd.concat(rates, ignore_index=True)
@@ -211,7 +220,8 @@ def restart_data(tables: WhiteBoxTables, claimed: int, seed: int = 0) -> pd.Data
 
 
 def _by_medium(tables: WhiteBoxTables) -> dict[str, pd.DataFrame]:
-    return {PICTURE: tables.picture, CLIP: tables.clip, SUFFIX: tables.suffix}
+    by_medium = {PICTURE: tables.picture, CLIP: tables.clip, SUFFIX: tables.suffix}
+    return {medium: table for medium, table in by_medium.items() if len(table)}
 
 
 def _starts(table: pd.DataFrame) -> int:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from casa_mech.queries import Example, Query
+from casa_mech.queries import Query
 
 Scorer = Callable[[Sequence[str]], np.ndarray]
 LENGTH, WORDS = "length_auroc", "words_auroc"
 
 
-def baselines(examples: Sequence[Example]) -> dict[str, Scorer]:
-    """Scores [n] of prompts [n] by name of metric, higher for more harmful, from the gate's own training examples.
+def baselines(training: Sequence[Query]) -> dict[str, Scorer]:
+    """Scores [n] of prompts [n] by name of metric, higher for more harmful, from training prompts of both labels.
 
     `LENGTH`: the number of characters, with the sign that training shows. `WORDS`: a logistic regression on TF-IDF of
     words and word pairs (scikit-learn).
@@ -22,8 +22,8 @@ def baselines(examples: Sequence[Example]) -> dict[str, Scorer]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    texts = [example.query.text for example in examples]
-    harmful = np.array([example.query.label == "harmful" for example in examples])
+    texts = [query.text for query in training]
+    harmful = np.array([query.label == "harmful" for query in training])
     lengths = np.array([len(text) for text in texts], dtype=float)
     sign = 1.0 if lengths[harmful].mean() >= lengths[~harmful].mean() else -1.0
     model = make_pipeline(
