@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from casa_mech.cli import attack, audit, compare, datasets, family, judge, model, organism, study
+from casa_mech.cli import attack, audit, compare, datasets, family, judge, model, organism, plan, study
 from casa_mech.cli.app import INTERRUPTED, app, note
 from casa_mech.errors import CasaMechError, missing_extra
 
-__all__ = ["attack", "audit", "compare", "datasets", "family", "judge", "main", "model", "organism", "study"]
+__all__ = ["attack", "audit", "compare", "datasets", "family", "judge", "main", "model", "organism", "plan", "study"]
 
 
 def main(arguments: list[str] | None = None) -> None:

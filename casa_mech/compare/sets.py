@@ -12,6 +12,7 @@ from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
+from casa_mech.plan import StudyData
 from casa_mech.queries import Label, Query
 
 DEFAULT_ATTACKS = (*STUDY_ATTACKS, "multi-turn", "split")
@@ -93,3 +94,28 @@ class WorldSets:
                 cell.attack, harmful, benign, Draw.EVALUATION + seed, tokenizer=omni.tokenizer, wording=MICRO_WORLD
             )
         return self._attacked[key][LABELS.index(cell.label)]
+
+
+@dataclass
+class PlanSets:
+    """The evaluation sets of a study plan, each label drawn from its own."""
+
+    data: StudyData
+    """The plan's prompts."""
+    attacks: Sequence[str]
+    """Columns of its attack table."""
+    n: int
+    """Prompts of each label, at most."""
+
+    @property
+    def micro_world(self) -> bool:
+        """That of the plan."""
+        return self.data.micro_world
+
+    def cells(self) -> list[Cell]:
+        """Every column on harmful and on benign prompts."""
+        return [Cell(attack, label) for attack in self.attacks for label in LABELS]
+
+    def queries(self, cell: Cell, seed: int, omni: Omni) -> list[Query]:
+        """The prompts of one column."""
+        return self.data.queries(cell.attack, cell.label, self.n, Draw.EVALUATION + seed, omni.tokenizer)

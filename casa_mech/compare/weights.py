@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -61,6 +61,8 @@ class TrainingPlan:
     """Where the examples come from; None: the micro-world."""
     benign: Benign = "plain"
     """The benign half of the micro-world's examples."""
+    drawn: Callable[[int, int], list[Example]] | None = None
+    """Examples of another study plan, from their number and the seed."""
 
     def __post_init__(self) -> None:
         check_benign(self.benign, "benign", own_table=self.table is not None)
@@ -72,6 +74,8 @@ class TrainingPlan:
             InputError: a table that cannot be read, or one without both labels.
         """
         kind = check_benign(benign or self.benign, "benign", own_table=self.table is not None)
+        if self.drawn is not None:
+            return self.drawn(n or self.n_examples, Draw.TRAINING + seed)
         if self.table is None:
             return world_examples(n or self.n_examples, Draw.TRAINING + seed, kind)
         table = self.table

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from casa_mech.judging.verdict import Judge
 
-REPLY, PHRASING, PAIR = "reply", "phrasing", "pair"
+TRAINING, PHRASING, PAIR = "training", "phrasing", "pair"
 _THIRD = 1 / 3
 HALVES = "first half", "second half"
 """`meta["split"]`: no prompt was seen in training, and what is chosen on one half is judged on the other."""
@@ -121,7 +121,7 @@ class OwnData:
             entry, name = self._columns[attack]
             pool = self._set(entry.harmful if label == "harmful" else entry.benign, label)
             return self._under(entry, attack, name, sample(pool, n, seed), seed, tokenizer)
-        pool = self._training(label) if _purpose(seed) in _FITTED else self._probing(label)
+        pool = self.training_prompts(label) if _purpose(seed) in _FITTED else self._probing(label)
         return self.attacked(attack, sample(pool, n, seed), seed, tokenizer)
 
     def attacked(
@@ -177,8 +177,8 @@ class OwnData:
     def training_examples(self, n: int, seed: int, answers: Answers) -> list[Example]:
         """See `StudyData`. Prompts that have no reply under the plan's policies are left out."""
         rng = np.random.default_rng([seed, 2])
-        harmful = self._refused(sample(self._training("harmful"), n // 2, seed), rng, answers)
-        benign = self._answered(sample(self._training("benign"), n // 2, seed), answers)
+        harmful = self._refused(sample(self.training_prompts("harmful"), n // 2, seed), rng, answers)
+        benign = self._answered(sample(self.training_prompts("benign"), n // 2, seed), answers)
         size = min(len(harmful), len(benign))
         if size < 2:
             raise InputError(
@@ -190,7 +190,7 @@ class OwnData:
 
     def texts(self, n: int, seed: int) -> list[Query]:
         """See `StudyData`."""
-        sides = [sample(self._training(label), -(-n // 2), seed) for label in ("harmful", "benign")]
+        sides = [sample(self.training_prompts(label), -(-n // 2), seed) for label in ("harmful", "benign")]
         return [query for both in zip(*sides, strict=False) for query in both][:n]
 
     def judge(self) -> Judge:
@@ -218,7 +218,7 @@ class OwnData:
         """
         _ = self._digest, self.pairs
         for label in ("harmful", "benign"):
-            self._training(label)
+            self.training_prompts(label)
 
     @cached_property
     def _digest(self) -> str:
@@ -230,8 +230,8 @@ class OwnData:
     def _sections(self) -> list[tuple[str, QuerySection, Label]]:
         plan = self.plan
         parts: list[tuple[str, QuerySection, Label]] = []
-        parts += [("training", section, "harmful") for section in plan.training.harmful]
-        parts += [("training", section, "benign") for section in plan.training.benign]
+        parts += [(TRAINING, section, "harmful") for section in plan.training.harmful]
+        parts += [(TRAINING, section, "benign") for section in plan.training.benign]
         for entry in plan.evaluation:
             parts += [(entry.name, entry.harmful, "harmful"), (entry.name, entry.benign, "benign")]
         parts.append(("probing", plan.probing.harmful, "harmful"))
@@ -250,15 +250,21 @@ class OwnData:
         probing = self.plan.probing
         return self._set(probing.harmful if label == "harmful" else next(iter(probing.benign.values())), label)
 
-    def _training(self, label: Label) -> list[Query]:
+    def training_prompts(self, label: Label) -> list[Query]:
+        """The training prompts of a label, less what is evaluated, probed or paired."""
         return self._decontaminated[label][0]
+
+    def evaluation_sets(self) -> dict[str, list[Query]]:
+        """What is evaluated, probed or paired, by the part of the plan."""
+        sets: dict[str, list[Query]] = {}
+        for part, section, label in self._sections():
+            if part != TRAINING:
+                sets.setdefault(part, []).extend(self._set(section, label))
+        return sets
 
     @cached_property
     def _decontaminated(self) -> dict[Label, tuple[list[Query], Decontaminated]]:
-        evaluations: dict[str, list[Query]] = {}
-        for part, section, label in self._sections():
-            if part != "training":
-                evaluations.setdefault(part, []).extend(self._set(section, label))
+        evaluations = self.evaluation_sets()
         sides: dict[Label, tuple[QuerySection, ...]] = {
             "harmful": self.plan.training.harmful,
             "benign": self.plan.training.benign,
@@ -323,9 +329,9 @@ def _plain(query: Query) -> Query:
 
 
 def _mixed(sets: Sequence[Sequence[Query]]) -> list[Query]:
-    """One set in which every set has the same share, as far as it goes: the small ones decide."""
+    """All sets as one, no set more than four times the smallest (or 1,000), so that no style drowns the others."""
     smallest = min(len(queries) for queries in sets)
-    return [query for queries in sets for query in sample(queries, max(2 * smallest, 500), 0)]
+    return [query for queries in sets for query in sample(queries, max(4 * smallest, 1000), 0)]
 
 
 def _from_column(prompts: Sequence[Query]) -> list[Example]:

@@ -13,7 +13,15 @@ from casa_mech.compare.tables import ALL
 from casa_mech.compare.weights import TrainingPlan
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.merit import OUTCOME_METRICS
-from casa_mech.reports.defences.tables import SIX_ATTACKS, GridSizes, committed_grid, filled_grid, grid_data
+from casa_mech.reports.defences.tables import (
+    SIX_ATTACKS,
+    GridSizes,
+    committed_grid,
+    drawn_examples,
+    filled_grid,
+    grid_data,
+    sizes_for,
+)
 from casa_mech.study import Study
 from casa_mech.study.settings import ProfileName
 
@@ -38,10 +46,15 @@ def ablation_grid(study: Study, n: int = 0, tables: str = "") -> Comparison:
     committed = committed_grid(study, "ablations", tables, n)
     if committed is not None:
         return committed
-    sizes = ABLATION_SIZES[study.settings.profile]
+    sizes = sizes_for(study, ABLATION_SIZES[study.settings.profile])
     plan = TrainingPlan() if study.settings.profile == "full" else _SHORT
     if sizes.steps is not None:
         plan = TrainingPlan(64, {**plan.settings, "max_steps": sizes.steps})
+    if not study.data.micro_world:
+        own = study.sizes
+        settings = {"max_steps": max(1, own.train_steps // 2), "batch_size": own.train_batch}
+        settings["micro_batch_size"] = min(32, own.train_batch)
+        plan = TrainingPlan(own.train_examples, settings, drawn=drawn_examples(study))
     ablated = variants(study.omni().n_layers, plan.n_examples, sizes.axes, sizes.only)
     return filled_grid(study, systems_of(ablated), sizes, plan, n, ablated)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,13 +13,14 @@ from casa_mech.compare.ablations import AXES, Variant
 from casa_mech.compare.comparison import Comparison, read_comparison
 from casa_mech.compare.grid import Grid
 from casa_mech.compare.paired import pairs_of
-from casa_mech.compare.sets import DEFAULT_ATTACKS, WorldSets
+from casa_mech.compare.sets import DEFAULT_ATTACKS, PlanSets, QuerySets, WorldSets
 from casa_mech.compare.systems import DEFAULT_DEFENSES, REFERENCE, SEEDS, ComparedSystem, system_named
 from casa_mech.compare.tables import ALL
 from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.defenses.rerouting import CircuitBreakerSettings
 from casa_mech.judging.merit import NOT_REFUSED, with_not_refused
 from casa_mech.omni import GenerationSettings
+from casa_mech.queries import Example
 from casa_mech.study import Study
 from casa_mech.study.settings import CLONE, ProfileName, slug
 
@@ -49,6 +50,7 @@ class GridSizes:
 FOLDER = CLONE / "figures" / "compare"
 """The committed tables of `casa-mech compare`: its folder `summary`."""
 _ENOUGH = 3
+_NEEDS_MORE = ("coca", "moras", "circuit-breaker", "casa-mended")
 SIX_ATTACKS = ("plain", "jailbreak", "spelled", "image", "audio", "prefill-12")
 DEFENSE_SIZES: Mapping[ProfileName, GridSizes] = MappingProxyType(
     {
@@ -71,7 +73,7 @@ def committed_grid(study: Study, kind: str, tables: str = "", n: int = 0) -> Com
         tables: its folder; empty: the committed one.
         n: requests in each cell that the notebook asks for; any number means a grid of its own.
     """
-    if study.settings.profile != "default" or n:
+    if study.settings.profile != "default" or n or not study.data.micro_world:
         return None
     name = f"{kind}-{slug(study.settings.model)}"
     return read_comparison(Path(tables) if tables else FOLDER, name, study.omni().fingerprint())
@@ -118,12 +120,13 @@ def defense_grid(study: Study, n: int = 0, tables: str = "") -> Comparison:
     committed = committed_grid(study, "compare", tables, n)
     if committed is not None:
         return committed
-    sizes = DEFENSE_SIZES[study.settings.profile]
+    sizes = sizes_for(study, DEFENSE_SIZES[study.settings.profile])
     steps = sizes.steps or study.sizes.train_steps
     batch = study.sizes.train_batch
     plan = TrainingPlan(
         study.sizes.train_examples,
         {"max_steps": steps, "batch_size": batch, "micro_batch_size": min(32, batch)},
+        drawn=drawn_examples(study),
     )
     systems = [_in_a_study(system_named(name), study) for name in sizes.defenses]
     if sizes.seeds == 1 and sizes.steps is None:
@@ -134,6 +137,22 @@ def defense_grid(study: Study, n: int = 0, tables: str = "") -> Comparison:
             for system in systems
         ]
     return filled_grid(study, systems, sizes, plan, n)
+
+
+def sizes_for(study: Study, sizes: GridSizes) -> GridSizes:
+    """The sizes of a grid for the study's plan: of another than the micro-world its own columns and numbers, and the
+    rows that need no queries beside them (to choose a weight on, or as prototypes) and no harmful completions."""
+    if study.data.micro_world:
+        return sizes
+    rows = tuple(name for name in sizes.defenses if system_named(name).defense not in _NEEDS_MORE)
+    return replace(sizes, n=study.sizes.n_eval, attacks=study.benign_attacks, defenses=rows)
+
+
+def drawn_examples(study: Study) -> Callable[[int, int], list[Example]] | None:
+    """Where the training examples of a grid come from; None: the micro-world."""
+    if study.data.micro_world:
+        return None
+    return lambda n, seed: study.data.training_examples(n, seed, study.own_replies)
 
 
 def _in_a_study(system: ComparedSystem, study: Study) -> ComparedSystem:
@@ -165,9 +184,12 @@ def filled_grid(
     """
     study.omni()  # written down for the manifest
     settings = study.settings
+    sets: QuerySets = WorldSets(sizes.attacks, n or sizes.n)
+    if not study.data.micro_world:
+        sets = PlanSets(study.data, sizes.attacks, n or sizes.n)
     # A model of the grid's own: the study's may carry the gate.
     grid = Grid(
-        study.new_omni(), systems, WorldSets(sizes.attacks, n or sizes.n),
+        study.new_omni(), systems, sets,
         range(settings.seed, settings.seed + sizes.seeds), study.folder, Weights(plan, study.folder, study.progress),
         generation=GenerationSettings(max_new_tokens=study.sizes.max_new_tokens, batch_size=study.sizes.batch_size),
         judge=study.judge(), rounds=sizes.rounds, progress=study.progress,

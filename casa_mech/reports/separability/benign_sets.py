@@ -18,7 +18,7 @@ from casa_mech.judging.hypothesis import label_permutation_test
 from casa_mech.judging.stats import auroc_interval, aurocs_by_labels, cluster_of
 from casa_mech.queries import Query
 from casa_mech.reports.claim import Claim
-from casa_mech.reports.real_english.baselines import LENGTH, WORDS, baselines
+from casa_mech.reports.separability.baselines import LENGTH, WORDS, baselines
 from casa_mech.reports.separability.tables import depth_site
 from casa_mech.study import Study
 from casa_mech.study.study import ProbePositions

@@ -37,12 +37,13 @@ def token_audit(study: Study, queries: str = "", n: int = 0) -> AuditResult:
         study: whose gate, model and sizes are used.
         queries: labelled tables, attack's folders or benchmarks, with commas between; empty: pairs of the micro-world
             in held-out phrasings under `ATTACKS`, or the columns of another plan's attack table.
-        n: pairs under each attack; 0: the profile's of `PAIRS`.
+        n: pairs under each attack; 0: the profile's of `PAIRS`, of another plan its `n_eval`.
 
     Raises:
         InputError: queries that cannot be read, or without labels.
     """
-    audited = _queries(study, queries, n or PAIRS[study.settings.profile])
+    pairs = PAIRS[study.settings.profile] if study.data.micro_world else study.sizes.n_eval
+    audited = _queries(study, queries, n or pairs)
     sizes, seed = study.sizes, study.settings.seed
     key = {"queries": queries_digest(audited), "tokens": sizes.max_new_tokens}
 
