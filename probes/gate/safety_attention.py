@@ -68,7 +68,8 @@ def attention_maps(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -
         with torch.no_grad():
             v_s, weights = attention(whole_states(sweep), mask)
         key = key_positions(casa.omni, batch, members)
-        media = _media(batch, members, casa.omni.processor.image_processor.merge_size)
+        pictures = getattr(casa.omni.processor, "image_processor", None)
+        media = _media(batch, members, pictures.merge_size if pictures else 1)
         for row, index in enumerate(group):
             maps[index] = _map(casa, batch, members[row], row, float(v_s[row]), weights, key, media[row])
     return [attention_map for attention_map in maps if attention_map is not None]

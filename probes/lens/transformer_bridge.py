@@ -19,10 +19,11 @@ from transformers import PreTrainedConfig
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.trace.sites import ENCODERS, Site, check_sites
-from probes.lens.adapter import ARCHITECTURE, register
+from probes.lens.adapter import register
 
 _HOOKS = {"embeddings": "blocks.0.hook_in", "norm": "ln_final.hook_out"}
 _ENCODER_HOOKS = {"audio": "audio_encoder.hook_out", "vision": "vision_encoder.hook_merged"}
+_NORMED_HOOKS = {"attention": "ln1_post.hook_out", "mlp": "ln2_post.hook_out"}
 _BLOCK_HOOKS = {"pre": "hook_in", "z": "attn.o.hook_in", "attention": "attn.hook_out", "mlp": "mlp.hook_out"}
 
 
@@ -33,14 +34,15 @@ def bridge(omni: Omni) -> TransformerBridge:
     model with eager attention, bit for bit, and differ from other kinds by rounding. The bridge has the layers that the
     model has now: make it after attaching a gate, and anew after detaching it. Inputs are what `omni.encode` gives:
     `model(batch.inputs["input_ids"], **rest)`, or `run_with_cache` likewise; positions are left to the model (M-RoPE).
-    As in all of TransformerLens's bridges with native attention, `hook_attn_scores` holds the pattern.
+    As in all of TransformerLens's bridges with native attention, `hook_attn_scores` holds the pattern. Other families
+    than Qwen2.5-Omni have TransformerLens's own adapters.
     """
     register()
     model = _shared_copy(omni.model)
     # The bridge gives its tokenizer a token to begin with; ours has none and must stay so.
     tokenizer = copy.deepcopy(omni.tokenizer)
     bridged = build_bridge_from_module(
-        model, ARCHITECTURE, hf_config=model.config, tokenizer=tokenizer, model_name=omni.source
+        model, omni.architecture.model_class, hf_config=model.config, tokenizer=tokenizer, model_name=omni.source
     )
     bridged.processor = omni.processor
     return bridged
@@ -71,11 +73,16 @@ def _shared_copy(model: nn.Module) -> Any:
     return build(model)
 
 
-def hook_name(site: Site) -> str:
-    """TransformerLens's name for one of our sites (`casa_mech.trace.sites`)."""
+def hook_name(site: Site, normed: bool = False) -> str:
+    """TransformerLens's name for one of our sites (`casa_mech.trace.sites`).
+
+    `normed`: the model's blocks have a norm behind attention and MLP (Gemma), and what is added is what that gives.
+    """
+    name, _, layer = str(site).partition(".")
+    if normed and name in _NORMED_HOOKS:
+        return f"blocks.{layer}.{_NORMED_HOOKS[name]}"
     if isinstance(site, int):
         return f"blocks.{site}.hook_out"
-    name, _, layer = site.partition(".")
     return f"blocks.{layer}.{_BLOCK_HOOKS[name]}" if layer else (_HOOKS | _ENCODER_HOOKS)[name]
 
 
@@ -98,16 +105,18 @@ def cached_states(model: TransformerBridge, batch: OmniBatch, sites: Sequence[Si
     """
     order = check_sites(sites, model.cfg.n_layers)
     idle = [site for site in order if site in ENCODERS and not batch.modality[ENCODERS[str(site)]].any()]
-    _, cache = run_with_cache(model, batch, [hook_name(site) for site in order if site not in idle])
+    normed = "ln1_post" in dict(model.blocks[0].named_children())
+    names = {site: hook_name(site, normed) for site in order if site not in idle}
+    _, cache = run_with_cache(model, batch, list(names.values()))
     states = {}
     for site in order:
         if site not in ENCODERS:
-            states[site] = cache[hook_name(site)]
+            states[site] = cache[names[site]]
             continue
         valid = batch.modality[ENCODERS[str(site)]]
         states[site] = torch.zeros(*valid.shape, model.cfg.d_model, dtype=model.cfg.dtype, device=valid.device)
         if site not in idle:
-            states[site][valid] = cache[hook_name(site)]
+            states[site][valid] = cache[names[site]]
     return states
 
 

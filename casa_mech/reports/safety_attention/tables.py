@@ -113,7 +113,7 @@ def share_data(maps: Mapping[str, Sequence[AttentionMap]], seed: int) -> pd.Data
 
 def removals(study: Study, n: int) -> pd.DataFrame:
     """Minimal sets of the harmful requests that the gate flags, `n` requests at most a surface: the columns of
-    `sets_table` and `surface`."""
+    `sets_table` and `surface`; empty where the gate flags none."""
 
     def build() -> pd.DataFrame:
         casa = study.casa()
@@ -127,9 +127,7 @@ def removals(study: Study, n: int) -> pd.DataFrame:
             ][:n]
             if flagged:
                 tables.append(sets_table(minimal_sets(casa, flagged, seed=study.settings.seed)).assign(surface=surface))
-        if not tables:
-            raise InputError("the gate flags no harmful request, so there is no decision to take away; train it longer")
-        return pd.concat(tables, ignore_index=True)
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     key = {"n": n, "flagged_of": study.sizes.n_probe, "control": PERMUTED}
     return study.gate_table("minimal-sets", key, build)

@@ -36,9 +36,14 @@ def probe_heading(study: Study, table: pd.DataFrame) -> Heading:
     """What probes reach on the surface that they were fitted on, and from text on others."""
     aurocs = _there(table).set_index(["measure", "surface"])["auroc"]
     own, carried = (
-        ", ".join(f"{surface} {value:.2f}" for surface, value in aurocs[measure].items())
+        ", ".join(f"{surface} {value:.2f}" for surface, value in aurocs.get(measure, pd.Series(dtype=float)).items())
         for measure in ("probe", "transfer")
     )
+    if not carried:
+        return Heading(
+            f"{study.title}: probes tell harm in unseen prompts with AUROC {span(aurocs['probe'])}",
+            f"Behind the final norm at the last position, probes reach {own}.",
+        )
     return Heading(
         f"{study.title}: probes tell harm in unseen topics with AUROC {span(aurocs['probe'])}, "
         f"from text alone {span(aurocs['transfer'])}",
