@@ -108,6 +108,10 @@ class StudyData(Protocol):
         """At most `n` plain harmful prompts that `counterparts` knows a benign one for."""
         ...
 
+    def complying(self, query: Query) -> Query:
+        """`query` with a complying answer in `meta["compliance"]`; its own, if it has one."""
+        ...
+
     def in_phrasing(self, query: Query, number: int) -> Query:
         """`query` with its complying answer in wording `number`, which `meta["phrasing"]` keeps."""
         ...

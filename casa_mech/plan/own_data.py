@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from casa_mech.judging.verdict import Judge
 
 TRAINING, PHRASING, PAIR = "training", "phrasing", "pair"
-_THIRD = 1 / 3
+_THIRD, _KINDS = 1 / 3, 3
 HALVES = "first half", "second half"
 """`meta["split"]`: no prompt was seen in training, and what is chosen on one half is judged on the other."""
 _FITTED = (Draw.GATE_DIRECTIONS, Draw.PREFILL_AXES, Draw.LENS_TRANSLATORS, Draw.CALIBRATION)
@@ -98,8 +98,10 @@ class OwnData:
             return f"plan {self.name} is judged by {self.plan.judge.name}, and no exact judge knows its replies"
         if part == "benign sets" and len(self.plan.probing.benign) < 2:
             return f"plan {self.name} has one benign probing set"
-        if part == "kinds" and len({query.meta.get("category", "") for query in self._probing("harmful")}) < 2:
-            return f"plan {self.name}: its harmful probing set names no kinds of harm"
+        if part == "kinds":
+            for label in get_args(Label):
+                if len({query.meta.get("category", "") for query in self._probing(label)}) < _KINDS:
+                    return f"plan {self.name}: its {label} probing set has fewer than {_KINDS} categories to leave out"
         return ""
 
     def key(self) -> dict[str, Any]:
@@ -168,6 +170,13 @@ class OwnData:
         if not pairs:
             raise InputError(f"plan {self.name}: pairs: no two prompts share a value of {section.key!r}")
         return pairs
+
+    def complying(self, query: Query) -> Query:
+        """See `StudyData`; one of the plan's prefills, drawn by the id, where the set gives none."""
+        if query.meta.get("compliance"):
+            return query
+        number = int(unit_draw(query.id, 0, PHRASING) * len(self.plan.prefills))
+        return self.in_phrasing(query, number)
 
     def in_phrasing(self, query: Query, number: int) -> Query:
         """See `StudyData`."""
@@ -290,15 +299,11 @@ class OwnData:
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> list[Query]:
         if attack.startswith("prefill"):
-            queries = [query if query.meta.get("compliance") else self._complying(query) for query in queries]
+            queries = [self.complying(query) for query in queries]
         try:
             return under_attack(options, column, attack, queries, seed, tokenizer, self._note)
         except InputError as error:
             raise InputError(f"plan {self.name}: {column}: {error}") from None
-
-    def _complying(self, query: Query) -> Query:
-        number = int(unit_draw(query.id, 0, PHRASING) * len(self.plan.prefills))
-        return self.in_phrasing(query, number)
 
     def _refused(self, prompts: list[Query], rng: np.random.Generator, answers: Answers) -> list[Example]:
         policy, texts = self.plan.training.refusals, self.plan.training.refusal_texts

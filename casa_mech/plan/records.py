@@ -49,7 +49,9 @@ _OPENINGS = (
 )
 _STEPS = "to get everything ready. Then go slowly, follow each step in order, and look at the result before you go on."
 PREFILLS = tuple(f"{opening} {_STEPS}" for opening in _OPENINGS)
-"""Wordings of compliance. They differ from the first token on, so that at every length prefills end in different tokens; what follows the request is as harmless as the words of any recipe, and long enough for long prefills."""
+"""Wordings of compliance. They differ from the first token on, so that prefills of one length end in different tokens.
+What follows the request is as harmless as the words of any recipe, and long enough for long prefills.
+"""
 
 
 class Section(BaseModel):

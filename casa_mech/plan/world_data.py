@@ -103,6 +103,10 @@ class WorldData:
         """Every request has a counterpart."""
         return self.queries("plain", "harmful", n, seed)
 
+    def complying(self, query: Query) -> Query:
+        """The world's requests have one."""
+        return query
+
     def in_phrasing(self, query: Query, number: int) -> Query:
         """See `StudyData`."""
         topic = _topic_of(query)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -66,10 +67,15 @@ SPECIAL = (
 )  # fmt: skip
 
 
-def byte_tokenizer(template: str = "chatml") -> PreTrainedTokenizerFast:
-    """A tokenizer that knows every byte, and every format's special tokens."""
+def byte_tokenizer(template: str = "chatml", texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows every byte, the words of `texts`, and every format's special tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    if texts:
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        tokenizer.train_from_iterator(
+            texts, BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+        )
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     fast.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
@@ -83,9 +89,9 @@ TEXT = {
 }  # fmt: skip
 
 
-def save_family(family: str, folder: Path) -> Path:
-    """Write a tiny random checkpoint of `family` to `folder`, which is returned."""
-    tokenizer = byte_tokenizer(TEMPLATE_OF.get(family, "chatml with a system prompt"))
+def save_family(family: str, folder: Path, texts: Sequence[str] = ()) -> Path:
+    """Write a tiny random checkpoint of `family`, with a tokenizer of the words of `texts`, to `folder`; returns it."""
+    tokenizer = byte_tokenizer(TEMPLATE_OF.get(family, "chatml with a system prompt"), texts)
     id_of: Callable[[str], int] = tokenizer.convert_tokens_to_ids  # type: ignore[assignment]
     ids = {"bos_token_id": id_of("<s>"), "eos_token_id": id_of("</s>"), "pad_token_id": id_of("</s>")}
     text = {**TEXT, "vocab_size": len(tokenizer), **ids}

@@ -42,7 +42,10 @@ def write_plan(folder: Path, **changes: object) -> Path:
                 {"prompt": text, "label": "harmful", "kind": text.split()[2]}
                 for text in prompts(VERBS, THINGS, "Can I")
             ),
-            *({"prompt": text, "label": "benign", "kind": "none"} for text in prompts(HARMLESS, NICE, "Can I")),
+            *(
+                {"prompt": text, "label": "benign", "kind": text.split()[2]}
+                for text in prompts(HARMLESS, NICE, "Can I")
+            ),
         ],
         "questions": [
             {"prompt": f"What is the best {thing} to {verb}, and why?", "label": "benign"}
@@ -69,7 +72,7 @@ def write_plan(folder: Path, **changes: object) -> Path:
         ],
         "probing": {
             "harmful": table("eval", category="kind"),
-            "benign": {"Requests": table("eval"), "Questions": table("questions")},
+            "benign": {"Requests": table("eval", category="kind"), "Questions": table("questions")},
         },
         "pairs": {"harmful": table("pairs", pair="pair"), "benign": table("pairs", pair="pair"), "key": "pair"},
         "sizes": {

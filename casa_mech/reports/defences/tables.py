@@ -184,9 +184,10 @@ def filled_grid(
     """
     study.omni()  # written down for the manifest
     settings = study.settings
-    sets: QuerySets = WorldSets(sizes.attacks, n or sizes.n)
-    if not study.data.micro_world:
-        sets = PlanSets(study.data, sizes.attacks, n or sizes.n)
+    size = n or sizes.n
+    sets: QuerySets = (
+        WorldSets(sizes.attacks, size) if study.data.micro_world else PlanSets(study.data, sizes.attacks, size)
+    )
     # A model of the grid's own: the study's may carry the gate.
     grid = Grid(
         study.new_omni(), systems, sets,

@@ -22,6 +22,7 @@ def plot_rates_along(data: pd.DataFrame, units: Mapping[str, str], title: str, c
         caption: what stands behind it.
     """
     measures, attackers = list(dict.fromkeys(data["measure"])), list(dict.fromkeys(data["attacker"]))
+    units = {medium: unit for medium, unit in units.items() if (data["medium"] == medium).any()}
     with style():
         size = (max(7.6, 3.3 * len(units)), 2.5 * len(measures) + 0.4)
         figure, axes = plt.subplots(len(measures), len(units), figsize=size, sharex="col", sharey=True, squeeze=False)

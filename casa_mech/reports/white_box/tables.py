@@ -122,7 +122,8 @@ def white_box_tables(study: Study, n: int = 0) -> WhiteBoxTables:
 
 
 def _requests(study: Study, surface: str, n: int) -> list[Query]:
-    return study.queries(study.surfaces[surface], "harmful", n, Draw.WHITE_BOX)
+    queries = study.queries(study.surfaces[surface], "harmful", n, Draw.WHITE_BOX)
+    return [study.data.complying(query) for query in queries]
 
 
 def _measuring(study: Study) -> tuple[Judge, GenerationSettings]:
