@@ -22,7 +22,7 @@ from casa_mech.draws import BENIGN, Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.figures import save_figure
-from casa_mech.files import write_text
+from casa_mech.files import remove_folder, write_text
 from casa_mech.identity import file_sha256, key_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, write_table
 from casa_mech.judging.verdict import Judge
@@ -214,7 +214,7 @@ class Study:
         casa.train(self.training_examples(gate), settings, out=work, resume=True, progress=self.progress)
         casa.save_pretrained(new)
         shutil.copy(work / "metrics.jsonl", new / "metrics.jsonl")
-        shutil.rmtree(work)
+        remove_folder(work)
         self._hold(model, gate, casa)
 
     @contextmanager
