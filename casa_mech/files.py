@@ -111,7 +111,7 @@ def writing_folder(path: Path | str) -> Iterator[Path]:
 
 
 def remove_folder(path: Path | str) -> None:
-    """Remove a folder, if it is there, whole or not at all: it loses its name first, so that nobody finds half of it."""
+    """Remove a folder, if it is there, whole or not at all: it loses its name first, so half of it is never found."""
     path = Path(path)
     if path.is_dir():
         aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix=path.name, dir=path.parent))

@@ -24,11 +24,11 @@ def recomputed_blocks(model: PreTrainedModel) -> Iterator[None]:
 
     Gradients are the same, dropout's draws included; the backward pass costs one more forward.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

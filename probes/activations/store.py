@@ -260,7 +260,7 @@ class _ShardWriter:
     def __init__(
         self, store: ActivationStore, queries: Sequence[Query], known: Mapping[str, np.ndarray], limit: int
     ) -> None:
-        """For `queries`, whose places are what `add` is given; `known` are more columns of the index, a value a query; a
+        """For `queries`, whose places are what `add` is given; `known` are more columns of the index, a value each; a
         shard is closed at `limit` bytes."""
         self._store, self._limit = store, limit
         self._dtype: torch.dtype = getattr(torch, store._about["dtype"])
