@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -96,7 +97,9 @@ def _config(tokenizer: Tokenizer) -> Qwen2_5OmniThinkerConfig:
         "num_mel_bins": 128, "encoder_layers": LAYERS, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120,
         "d_model": TOWERS, "output_dim": WIDTH, "n_window": 100,
     }  # fmt: skip
-    return Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=audio, user_token_id=872, **ids)
+    return Qwen2_5OmniThinkerConfig(
+        text_config=text, vision_config=vision, audio_config=audio, user_token_id=872, **ids
+    )
 
 
 def _save_shards(folder: Path, config: Qwen2_5OmniThinkerConfig) -> int:
@@ -160,7 +163,9 @@ def _ranks() -> Mapping[bytes, int]:
             wheel = next(Path(folder).glob("*.whl"))
             lines = zipfile.ZipFile(wheel).read("dashscope/resources/qwen.tiktoken").splitlines()
         except (OSError, subprocess.SubprocessError, StopIteration, KeyError) as error:
-            pytest.skip(f"qwen.tiktoken cannot be fetched from the wheel dashscope ({type(error).__name__}): no real BPE")
+            pytest.skip(
+                f"qwen.tiktoken cannot be fetched from the wheel dashscope ({type(error).__name__}): no real BPE"
+            )
     pairs = (line.split() for line in lines)
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
@@ -169,7 +174,7 @@ def _halves(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """The two tokens that are merged last into `token`."""
     parts, limit = [bytes([byte]) for byte in token], ranks[token]
     while len(parts) > 2:
-        joined = [ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
         place = joined.index(min(joined))
         assert joined[place] < limit
         parts[place : place + 2] = [parts[place] + parts[place + 1]]

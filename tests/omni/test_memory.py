@@ -22,7 +22,9 @@ from casa_mech.omni.precision import bfloat16_products
 from casa_mech.queries import Example, Query
 from probes.activations import ActivationStore
 
-FULL = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+FULL = (
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+)
 
 
 def with_completions(n: int = 24) -> list[Example]:

@@ -1,4 +1,4 @@
-"""Every command that takes a model, on one as wide as Qwen2.5-Omni-3B: memory, precision of the loss, what is written."""
+"""Commands that take a model, on one as wide as Qwen2.5-Omni-3B: memory, precision of the loss, what is written."""
 
 from __future__ import annotations
 
