@@ -24,15 +24,18 @@ from casa_mech.study.settings import settings_of
 from probes.activations import ActivationStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="no fork")]
+PARAMETERS = "\n".join(f'{name}: str = "smoke"' for name in ("model", "out", "profile"))
 NOTEBOOK = """
+from casa_mech.evaluation.evaluate import result_rows
 from casa_mech.study import Study
 sizes = {"n_probe": 4, "train_examples": 32, "train_steps": 12, "train_batch": 8, "n_eval": 4, "max_new_tokens": 2}
 study = Study.open(out, model=model, profile=profile, progress=False, sizes=sizes)
-readings = study.readings()
-study.save_table("log", study.training_log().drop(columns="seconds"))
-study.save_table("states", study.activation_store().frame())
-study.folder.path("figures").mkdir(exist_ok=True)
-readings.to_csv(study.folder.path("figures", "readings.csv"), index=False)
+study.save_table("attacks", result_rows(study.replies(model, "CASA", "plain", "harmful")))
+figures = study.folder.path("figures")
+figures.mkdir(exist_ok=True)
+tables = {"log": study.training_log().drop(columns="seconds"), "states": study.activation_store().frame()}
+for name, table in {**tables, "readings": study.readings()}.items():
+    table.to_csv(figures / f"{name}.csv", index=False)
 """
 
 
@@ -108,11 +111,11 @@ def test_compare(random_organism: Path, tmp_path: Path) -> None:
 
         return {name: without_seconds(name, file) for name, file in files_in(out, "summary/*").items()}
 
-    continued(compare, tmp_path, 2, content)
+    continued(compare, tmp_path, 1, content)
 
 
 def test_run(random_organism: Path, tmp_path: Path) -> None:
-    parameters = nbformat.v4.new_code_cell('model = out = profile = ""', metadata={"tags": ["parameters"]})
+    parameters = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
     book = nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(NOTEBOOK)])
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     (tmp_path / "books").mkdir()
