@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.casa import SHORT, stir
+from helpers.casa import SHORT
 from helpers.kills import killed
 from torch.nn import functional
 
 from casa_mech.attacks import apply_attack
-from casa_mech.casa import Casa
+from casa_mech.casa import Casa, TrainSettings
 from casa_mech.errors import InputError
 from casa_mech.evaluation.envelope import batch_envelope
-from casa_mech.omni import GenerationSettings, Omni, OmniBatch, load_omni
+from casa_mech.omni import GenerationSettings, OmniBatch, load_omni
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
 from casa_mech.queries import Query, Reply
@@ -52,13 +52,19 @@ def queries() -> list[Query]:
 
 @pytest.fixture(scope="module")
 def casa() -> Casa:
-    """A gate off its start on the shipped organism, that says both."""
-    return stir(Casa.attach(load_omni("organism", device="cpu")), 0.05)
+    """A gate on the shipped organism, trained for a few seconds."""
+    casa = Casa.attach(load_omni("organism", device="cpu"))
+    settings = TrainSettings(max_steps=25, batch_size=16, precision="full", validation=0.0)
+    casa.train(default_world().training_examples(128, seed=3), settings, progress=False)
+    return casa
 
 
 @pytest.fixture(scope="module")
 def alone(casa: Casa, queries: list[Query]) -> list[Reply]:
-    return [casa.decide([query])[0] for query in queries]
+    replies = [casa.decide([query])[0] for query in queries]
+    assert {reply.safety_token for reply in replies} == {"safe", "unsafe"}
+    assert len({round(reply.v_s or 0, 2) for reply in replies}) > 5
+    return replies
 
 
 def test_neither_batch_size_nor_neighbours_matter(casa: Casa, queries: list[Query], alone: list[Reply]) -> None:
@@ -116,19 +122,22 @@ def test_the_number_of_processes_does_not_matter(
             work = lambda share=share, out=out: out.write_text(  # noqa: E731
                 json.dumps([reply.model_dump(mode="json") for reply in casa.decide(share)])
             )
-            killed(work, None)
+            killed(work, None, tmp_path / "log.txt")
             found += [Reply(**reply) for reply in json.loads(out.read_text())]
         order = [place for number in range(processes) for place in range(number, len(queries), processes)]
         same(found, [alone[place] for place in order])
 
 
-def test_the_envelope_of_batches(casa: Casa, queries: list[Query], tiny_omni: Omni) -> None:
+def test_the_envelope_of_batches(casa: Casa, queries: list[Query], tmp_path: Path) -> None:
     envelope = batch_envelope(casa, queries)
     assert (envelope.dtype, envelope.n, envelope.decisions) == ("float32", len(queries), 0)
     assert envelope.v_s < CLOSE and envelope.log_odds < 10 * CLOSE
+    casa.save_pretrained(tmp_path / "gate")
     half = load_omni("organism", device="cpu", dtype="bfloat16")
-    halves = batch_envelope(stir(Casa.attach(half), 0.05), queries)
-    print(f"float32 {envelope}, halves {halves}")
+    with pytest.warns(UserWarning, match="not on these weights"):  # the rounded ones
+        halved = Casa.from_pretrained(tmp_path / "gate", half)
+    halves = batch_envelope(halved, queries)
+    print(envelope, halves)
     assert halves.dtype == "bfloat16" and CLOSE < halves.v_s < 0.1
     with pytest.raises(InputError, match="at least one query"):
         batch_envelope(casa, [])

@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 
 from casa_mech.cli import main
-from casa_mech.errors import CasaMechError
 from casa_mech.files import TEMPORARY
 
 KILLS = int(os.environ.get("CASA_MECH_KILLS", "0"))
@@ -25,16 +24,16 @@ def command(*arguments: object) -> Callable[[], None]:
     return lambda: main([str(argument) for argument in arguments])
 
 
-def killed(work: Callable[[], None], after: float | None) -> tuple[bool, float]:
+def killed(work: Callable[[], None], after: float | None, log: Path) -> tuple[bool, float]:
     """Do `work` in a forked process that is killed, with all that it started, `after` seconds (None: never).
 
     Returns:
-        Whether it was killed before its end, and the seconds that it took.
+        Whether it was killed before its end, and the seconds that it took. What it says is in the file `log`.
     """
     began = time.perf_counter()
     process = os.fork()
     if not process:
-        _do(work)
+        _do(work, log)
     ended = 0
     while not ended and (after is None or time.perf_counter() - began < after):
         ended, _ = os.waitpid(process, os.WNOHANG)
@@ -48,18 +47,20 @@ def killed(work: Callable[[], None], after: float | None) -> tuple[bool, float]:
     return not ended, time.perf_counter() - began
 
 
-def _do(work: Callable[[], None]) -> None:
-    """Do it and end this process, whatever comes, without a word to pytest."""
-    silence = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(silence, stream)
+def _do(work: Callable[[], None], log: Path) -> None:
+    """Do it and end this process, whatever comes."""
+    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
     try:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         work()
-    except (SystemExit, CasaMechError):
+    except SystemExit:
         pass
     except BaseException:
         traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 
@@ -74,21 +75,23 @@ def continued(
         kills: how many, each at a moment drawn evenly from the work's duration; after an end the work begins anew.
         content: of a folder that is finished, what is compared.
     """
-    _, seconds = killed(work(folder / "whole"), None)
+    log = folder / "log.txt"
+    _, seconds = killed(work(folder / "whole"), None, log)
     expected, rng = content(folder / "whole"), np.random.default_rng(kills)
-    assert expected, "the work that nobody stopped leaves nothing"
+    assert expected, log.read_text()
     left, round_, moments = KILLS or kills, 0, list[float]()
     while left:
         out = folder / f"cut-{round_}"
         while left:
             moment = float(rng.uniform(0, seconds))
-            was_killed, _ = killed(work(out), moment)
+            was_killed, _ = killed(work(out), moment, log)
             if not was_killed:
                 break
             moments.append(moment)
             left -= 1
-        killed(work(out), None)
-        assert content(out) == expected, f"after kills at {moments} of {seconds:.1f} s"
+        killed(work(out), None, log)
+        last = "\n".join(log.read_text().splitlines()[-5:])
+        assert content(out) == expected, f"after kills at {moments} of {seconds:.1f} s: {last}"
         round_ += 1
     print(f"{len(moments)} kills within {seconds:.1f} s, {round_} folders: {[round(moment, 2) for moment in moments]}")
 
