@@ -176,7 +176,7 @@ def lens_quality(
         row = mask.nonzero()[:, 0].cpu().numpy()
         states = depth_states(model, batch)[:, mask]
         with torch.no_grad():
-            distances = {name: [] for name in divergence}
+            distances: dict[str, list[np.ndarray]] = {name: [] for name in divergence}
             for part in _parts(omni, states):
                 here = states[:, part]
                 truth = read_off(omni, here[-1])
