@@ -158,6 +158,7 @@ def _ranks() -> Mapping[bytes, int]:
     """Qwen's BPE, token to rank, from the wheel `dashscope` on the package index."""
     with TemporaryDirectory() as folder:
         download = [sys.executable, "-m", "pip", "download", "dashscope", "--no-deps", "--only-binary", ":all:", "-q"]
+        download += ["--retries", "1", "--timeout", "10"]
         try:
             subprocess.run([*download, "-d", folder], check=True, capture_output=True, timeout=60)
             wheel = next(Path(folder).glob("*.whl"))

@@ -59,7 +59,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_commands_from_generate_to_evaluate(
+@pytest.mark.timeout(900)
+def test_commands_that_take_a_model(
     folder: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
@@ -90,6 +91,16 @@ def test_commands_from_generate_to_evaluate(
         "evaluate", "--gate", tmp_path / "calibrated", *sources, "--max-new-tokens", 2, "--out", tmp_path / "results"
     )
     assert found and len(pd.read_parquet(tmp_path / "results" / "replies.parquet")) == 8
+    audited = told("audit", "--gate", gate, "--queries", table, "--max-new-tokens", 1, "--out", tmp_path / "audit")
+    assert audited and len(list((tmp_path / "audit").glob("*.csv")))
+    (tmp_path / "sets.yaml").write_text(
+        f"sets: [{{name: own, harmful: {{set: table, path: {table}, limit: 2, columns: "
+        "{column: prompt, label_column: label}}}]\n"
+        f"training: {{examples: {{path: {table}}}, settings: {{max_steps: 1, batch_size: 2, validation: 0}}}}\n"
+        "generation: {max_new_tokens: 1}\nseeds: [0]\ntiming_rounds: 0\ndefenses: [none, ssft, casa]\n"
+    )
+    compared = told("compare", "--queries-config", tmp_path / "sets.yaml", "--out", tmp_path / "compare")
+    assert {row["defense"] for row in compared["defenses"]} == {"none", "ssft", "casa"}  # type: ignore[index,attr-defined]
 
 
 @pytest.fixture(scope="module")
