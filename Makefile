@@ -24,7 +24,7 @@ test: $(STAMP)
 
 # Kill -9 at twenty random moments of train, collect, compare and run each; what is left in the end is an unstopped run's.
 kills: $(STAMP)
-	CASA_MECH_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kills -s -o timeout=0 $(ARGS)
+	CASA_MECH_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/project/test_kills.py -s -o timeout=0 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
