@@ -1,7 +1,7 @@
 # `make study` runs the whole study, `make test` the tests. Needs Python >= 3.11, make and pip, nothing else.
 #   make study ARGS="--profile smoke"       options of `casa-mech run`
 #   make test ARGS="-k gate"                options of pytest
-#   make lint | docs | results | gallery | clean
+#   make lint | docs | results | gallery | kills | clean
 #   PYTHON=python3.12                       another interpreter for the virtual environment
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu   take torch from another index (a CPU-only build, say)
 
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 
-.PHONY: study test lint docs results gallery clean
+.PHONY: study test lint docs results gallery kills clean
 .DELETE_ON_ERROR:
 
 study: $(STAMP)
@@ -21,6 +21,10 @@ study: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Kill -9 at twenty random moments of train, collect, compare and run each; what is left in the end is an unstopped run's.
+kills: $(STAMP)
+	CASA_MECH_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/project/test_kills.py -s -o timeout=0 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -104,11 +104,19 @@ def writing_folder(path: Path | str) -> Iterator[Path]:
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
-            if path.exists():
-                shutil.rmtree(path)
+            remove_folder(path)
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path | str) -> None:
+    """Remove a folder, if it is there, whole or not at all: it loses its name first, so half of it is never found."""
+    path = Path(path)
+    if path.is_dir():
+        aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, suffix=path.name, dir=path.parent))
+        os.replace(path, aside / path.name)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

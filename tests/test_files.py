@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from casa_mech.errors import RunError
-from casa_mech.files import TEMPORARY, check_folder
+from casa_mech.files import TEMPORARY, check_folder, remove_folder, writing_folder
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,26 @@ def test_a_folder_that_is_not_there_passes_and_is_made_on_request(tmp_path: Path
     for create in (False, True):
         with pytest.raises(RunError, match="a file of that name, or of a folder's name on the way, is there already"):
             check_folder(tmp_path / "file", create=create)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "gate"
+    with writing_folder(target) as new:
+        (new / "old").write_text("x")
+    with pytest.raises(KeyboardInterrupt), writing_folder(target) as new:
+        (new / "new").write_text("y")
+        raise KeyboardInterrupt
+    assert [entry.name for entry in target.iterdir()] == ["old"]
+    removed: list[bool] = []
+    # While what was there is being removed, a killed process could stop at any file: it has lost its name before.
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removed.append(target.exists()))
+    with writing_folder(target) as new:
+        (new / "new").write_text("y")
+    assert removed[0] is False and [entry.name for entry in target.iterdir()] == ["new"]
+    remove_folder(target)
+    remove_folder(target)
+    assert not target.exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="cannot write"), writing_folder(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").read_text() == "x"

@@ -217,7 +217,14 @@ class TrainSettings(Settings):
     batch_size: int = Field(default=64, ge=2)
     """Examples a step, half of them harmful."""
     micro_batch_size: int = Field(default=16, ge=1)
-    """Examples a forward; the gradients of a batch's parts are summed."""
+    """Examples a forward; the gradients of a batch's parts are summed. Halved, with a warning, where they do not fit
+    into memory."""
+    forward_tokens: int | None = Field(default=None, ge=1)
+    """Positions a forward, padding included, in place of `micro_batch_size`: many short examples then share a forward,
+    or a few long ones. An example with more positions has a forward of its own."""
+    gradient_checkpointing: bool = False
+    """Hold the blocks' inputs alone and compute the rest again in the backward pass: a fraction of the memory, about a
+    third more time, the same gradients."""
     lr_lora: float | None = Field(default=None, gt=0)
     """Learning rate of LoRA and of the token rows; by default 1e-4 from d_model 1024 on, else 1e-3."""
     lr_attention: float | None = Field(default=None, gt=0)

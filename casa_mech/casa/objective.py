@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import BoolTensor, Tensor
-from torch.nn import functional
 
 from casa_mech.casa.attention import SAFE, UNSAFE
 from casa_mech.casa.config import CasaConfig
 from casa_mech.trace.gate import GatedTargets
 from casa_mech.trace.targets import Targets
+from casa_mech.vocabulary import cross_entropy
 
 
 @dataclass(frozen=True)
 class SequenceLosses:
-    """Losses of each sequence of a batch."""
+    """Losses of each sequence of a batch, at least float32 whatever the model's dtype is."""
 
     token: Tensor
     """Loss of the safety token [batch]."""
@@ -32,12 +32,12 @@ def sequence_losses(config: CasaConfig, targets: GatedTargets, harmful: BoolTens
     The reply's loss is a mean over its tokens, apart from the safety token's: neither a long reply nor a short one
     drowns the decision. The token's softmax runs over the vocabulary or over the pair (`config.ce_support`).
     """
-    losses = functional.cross_entropy(targets.logits, targets.tokens, reduction="none")
+    losses = cross_entropy(targets.logits, targets.tokens)
     truth = torch.where(harmful, UNSAFE, SAFE)
     if config.ce_support == "two_way":
-        token = functional.cross_entropy(targets.reading.pair, truth, reduction="none")
+        token = cross_entropy(targets.reading.pair, truth)
     else:
-        token = losses[targets.first]
+        token = cross_entropy(targets.gated, targets.tokens[targets.first])
     is_reply = torch.ones_like(losses).index_fill(0, targets.first, 0.0)
     count = torch.zeros_like(token).index_add(0, targets.row, is_reply)
     total = torch.zeros_like(token).index_add(0, targets.row, losses * is_reply)
@@ -47,7 +47,7 @@ def sequence_losses(config: CasaConfig, targets: GatedTargets, harmful: BoolTens
 
 def reply_losses(targets: Targets, size: int) -> Tensor:
     """Mean loss of the reply's tokens [batch] of a teacher-forced forward without safety tokens; `size` is batch."""
-    losses = functional.cross_entropy(targets.logits, targets.tokens, reduction="none")
+    losses = cross_entropy(targets.logits, targets.tokens)
     total = losses.new_zeros(size).index_add(0, targets.row, losses)
     return total / torch.bincount(targets.row, minlength=size).clamp(min=1)
 

@@ -34,17 +34,18 @@ class OpenGate:
         gate = casa.safety_gate
         self.layer = gate.layer
         self.mask = gate.mask
-        self._attention, self._ids, self._rule = gate.attention, gate.token_ids, casa.config.rule
+        self.token_ids = gate.token_ids
+        self._attention, self._rule = gate.attention, casa.config.rule
 
     def __call__(self, states: Tensor, mask: BoolTensor, logits: Tensor) -> tuple[Tensor, OpenReading]:
         """As `SafetyGate`: states [batch, position, d_model], mask, logits [batch, vocab] → new logits, reading."""
         none = torch.zeros_like(mask, dtype=torch.float32)
-        raw = logits[:, self._ids].to(torch.promote_types(logits.dtype, torch.float32))
+        raw = logits[:, self.token_ids].to(torch.promote_types(logits.dtype, torch.float32))
         apart = raw[:, 1] - raw[:, 0]
         if self._attention is None:
             return logits, OpenReading(torch.sigmoid(apart), raw, raw, none, apart, apart)
         log_odds = self._attention.log_odds(states, mask)
         v_s = torch.sigmoid(log_odds)
-        logits, raw, pair = rewrite(self._rule, logits, self._ids, v_s)
+        logits, raw, pair = rewrite(self._rule, logits, self.token_ids, v_s)
         surrogate = apart + log_odds if self._rule == "add_log" else pair[:, 1] - pair[:, 0]
         return logits, OpenReading(v_s, pair, raw, none, surrogate, log_odds)

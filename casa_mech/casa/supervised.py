@@ -25,6 +25,7 @@ from casa_mech.casa.tokens import SafetyTokens
 from casa_mech.casa.trainer import Row, learning_rate_factor
 from casa_mech.identity import examples_digest
 from casa_mech.omni import Omni
+from casa_mech.omni.batch import encode
 from casa_mech.queries import Example
 from casa_mech.trace.gate import gated_targets
 
@@ -133,6 +134,7 @@ class Supervised:
         added, added_held_out = (
             counterfactuals(rows, parts.counterfactual, refusals, settings.seed) for rows in (train, held_out)
         )
+        self._size, self._budget, self._largest = settings.micro_batch_size, settings.forward_tokens, 1
         self._batches = BalancedBatches(train, settings.batch_size, settings.seed, added)
         # The weights that are kept are those of the lowest validation loss, so it is the loss that is trained on.
         self._held_out: list[Example] = [*held_out, *added_held_out.values()]
@@ -161,6 +163,17 @@ class Supervised:
         """The objective's sums on the examples held out."""
         return [row for _, row in self._objectives(self._held_out)]
 
+    def halve(self) -> str:
+        """Take half as much a forward from now on; see `Learner`."""
+        if self._largest == 1:
+            return ""
+        self._largest = 1
+        if self._budget is not None:
+            self._budget = max(1, self._budget // 2)
+            return f"{self._budget} tokens"
+        self._size = max(1, self._size // 2)
+        return f"{self._size} example{'s' * (self._size > 1)}"
+
     def finished(self, log: Sequence[Row]) -> bool:
         """Never: how long to train is told by the validation set."""
         return False
@@ -171,13 +184,41 @@ class Supervised:
 
     def _objectives(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, Row]]:
         weights = class_weights(is_harmful(examples), self._parts.beta, is_counterfactual(examples))
-        size, limit = self._settings.micro_batch_size, self._settings.max_reply_tokens
-        order = list(range(len(examples)))
+        for places in self._forwards(examples):
+            self._largest = max(self._largest, len(places))
+            members = [examples[place] for place in places]
+            yield self._parts.objective(members, weights[places], self._settings.max_reply_tokens)
+
+    def _forwards(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The places of the examples of each forward."""
+        if self._budget is not None:
+            return within(self._lengths(examples), self._budget)
+        size, order = self._size, list(range(len(examples)))
         if self._settings.by_length and len(examples) > size:
             order.sort(key=lambda place: len(examples[place].query.text) + len(examples[place].reply))
-        for start in range(0, len(examples), size):
-            places = order[start : start + size]
-            yield self._parts.objective([examples[place] for place in places], weights[places], limit)
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def _lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Positions of each example: its prompt, a safety token, and its reply."""
+        omni, limit = self.omni, self._settings.max_reply_tokens
+        prompts = encode(omni.processor, [example.query for example in examples], prefill=False)
+        lengths = prompts.inputs["attention_mask"].sum(dim=1).tolist()
+        replies = [len(omni.reply_ids(example.reply)[:limit]) for example in examples]
+        return [prompt + 1 + reply for prompt, reply in zip(lengths, replies, strict=True)]
+
+
+def within(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Places of `lengths` in groups of like length, the shortest first, whose padded size is at most `budget`.
+
+    One that is longer than that is a group of its own.
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if groups and (len(groups[-1]) + 1) * lengths[place] <= budget:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def is_harmful(examples: Sequence[Example]) -> BoolTensor:

@@ -71,9 +71,9 @@ class TokenRows(nn.Module):
         return embeddings
 
     def score(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """`logits` [row, vocab] with the two tokens' columns computed from `hidden` [row, d_model]."""
-        scores = hidden @ self.head_rows.to(hidden.dtype).T
-        return logits.index_copy(1, self.ids, scores.to(logits.dtype))
+        """`logits` [row, vocab] with the two tokens' columns computed in their dtype from `hidden` [row, d_model]."""
+        scores = hidden.to(logits.dtype) @ self.head_rows.to(logits.dtype).T
+        return logits.index_copy(1, self.ids, scores)
 
 
 class SafetyTokens:

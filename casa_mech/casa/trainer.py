@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Protocol
@@ -30,6 +30,7 @@ from casa_mech.files import write_text
 from casa_mech.identity import digest_of
 from casa_mech.locks import locked
 from casa_mech.omni import Omni
+from casa_mech.omni.memory import free_memory, is_out_of_memory, recomputed_blocks, say_halved
 from casa_mech.omni.precision import bfloat16_products, fast_bfloat16
 
 Row = dict[str, float]
@@ -71,6 +72,10 @@ class Learner(Protocol):
 
     def summarise(self, sums: Sequence[Row]) -> Row:
         """Metrics, `loss` among them, from their sums."""
+
+    def halve(self) -> str:
+        """Take half as much a forward from now on, since it did not fit into memory; what that is, or "" for an example
+        alone, which cannot be halved."""
 
     def finished(self, log: Sequence[Row]) -> bool:
         """True where training may end before `steps`, told by the metrics of the steps done."""
@@ -121,6 +126,7 @@ class Trainer:
             locked(self._out) if self._out is not None else nullcontext(),
             torch.random.fork_rng(),
             bfloat16_products(omni) if halved else nullcontext(),
+            recomputed_blocks(model) if self._settings.gradient_checkpointing else nullcontext(),
         ):
             torch.manual_seed(self._settings.seed)
             self._begin(resume)
@@ -175,12 +181,41 @@ class Trainer:
 
     def _gradients(self) -> list[Row]:
         """Gradients of one step, in parts that fit in memory."""
-        self._optimizer.zero_grad(set_to_none=True)
-        sums = []
-        for loss, row in self._learner.losses(self._progress.step):
-            loss.backward()
-            sums.append(row)
-        return sums
+
+        def attempt() -> list[Row]:
+            self._optimizer.zero_grad(set_to_none=True)
+            sums = []
+            for loss, row in self._learner.losses(self._progress.step):
+                loss.backward()
+                sums.append(row)
+            return sums
+
+        return self._fitting(attempt)
+
+    def _fitting(self, attempt: Callable[[], list[Row]]) -> list[Row]:
+        """The result of `attempt`, which is made again with half as much a forward as long as memory does not suffice.
+
+        Raises:
+            RunError: it does not for a single example.
+        """
+        before = rng_state()
+        while True:
+            try:
+                return attempt()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here, since the error's traceback held the attempt's tensors.
+            self._optimizer.zero_grad(set_to_none=True)
+            free_memory()
+            smaller = self._learner.halve()
+            if not smaller:
+                raise RunError(
+                    "out of memory with one example a forward: set gradient_checkpointing, lower max_reply_tokens, or "
+                    "train in bfloat16 (--dtype bfloat16)"
+                )
+            say_halved(smaller)
+            set_rng_state(before)
 
     def _update(self, sums: list[Row]) -> Row:
         """One optimiser step; returns its metrics."""
@@ -227,7 +262,7 @@ class Trainer:
         model = self._learner.omni.model
         model.eval()
         with torch.no_grad():
-            sums = self._learner.validation()
+            sums = self._fitting(self._learner.validation)
         model.train()
         return self._learner.summarise(sums)
 

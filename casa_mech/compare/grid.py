@@ -7,7 +7,6 @@ grid that was killed goes on in the middle of the cell, or of the training, that
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from casa_mech.defenses.casa import world_prompts
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import evaluate
-from casa_mech.files import write_text
+from casa_mech.files import remove_folder, write_text
 from casa_mech.identity import json_digest, key_digest, queries_digest
 from casa_mech.judging import Judge, KeywordJudge, MicroWorldJudge
 from casa_mech.judging.stats import clusters_of
@@ -274,7 +273,7 @@ class _Row:
             replies = evaluate(grid.omni, self.defense, queries, grid.judge, identity=key, **shared).replies
             replies["gate_score"] = self._scores(replies, queries, settings)
             replies.to_parquet(new / "replies.parquet")
-            shutil.rmtree(work, ignore_errors=True)
+            remove_folder(work)
 
         folder = grid.folder.artifact("cells", key_digest(key), key, build)
         table = pd.read_parquet(folder / "replies.parquet")

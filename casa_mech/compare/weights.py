@@ -18,6 +18,7 @@ from casa_mech.defenses.training import WORK, train_defense
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
 from casa_mech.evaluation.training import Benign, check_benign, world_examples
+from casa_mech.files import remove_folder
 from casa_mech.identity import examples_digest, folder_sha256, json_digest, key_digest
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
@@ -135,14 +136,14 @@ class Weights:
         def build(new: Path) -> None:
             work = self.folder.path("training", key_digest(key))
             if work.exists() and not (work / WORK).is_dir():
-                shutil.rmtree(work)  # killed between its end and the copy
+                remove_folder(work)  # killed between its end and the copy
             settings, _ = training_records(system, self.plan.settings, seed)
             trained = train_defense(
                 system.defense, omni, self._training_set(system, seed), work, progress=self.progress, **settings
             )
             trained.close()
             shutil.copytree(work, new, dirs_exist_ok=True)
-            shutil.rmtree(work)
+            remove_folder(work)
 
         return self.folder.artifact("trained", key_digest(key), key, build)
 

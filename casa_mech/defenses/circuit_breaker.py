@@ -61,6 +61,7 @@ class CircuitBreaker(Tuned):
             seed=config.seed,
             validation=0.0,
             patience=None,
+            gradient_checkpointing=config.gradient_checkpointing,
             precision="full",  # its losses compare the states of two forwards
             checkpoint_every=config.checkpoint_every,
         )

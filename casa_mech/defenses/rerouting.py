@@ -51,7 +51,10 @@ class CircuitBreakerSettings(LoraSettings):
     batch_size: int = Field(default=16, ge=1)
     """Sequences a step in the circuit-breaker batch, and in the retain batch."""
     micro_batch_size: int = Field(default=16, ge=1)
-    """Sequences a forward; the gradients of a batch's parts are averaged."""
+    """Sequences a forward; the gradients of a batch's parts are averaged. Halved, with a warning, where they do not fit
+    into memory."""
+    gradient_checkpointing: bool = False
+    """As in `TrainSettings`."""
     blank_share: float = Field(default=0.5, ge=0, le=1)
     """Share of the harmful completions that are rerouted without their request (Llama: half; Mistral: none)."""
     refusal_share: float = Field(default=0.25, ge=0, le=1)
@@ -139,7 +142,7 @@ def retain_loss(states: Tensor, frozen: Tensor, mask: Tensor) -> Tensor:
     Padded positions add nothing, but count in the mean, as in the authors' code. Shapes as in `reroute_loss`.
     """
     # The norm's gradient at 0, where training starts, is taken as 0; padding may hold anything.
-    difference = (states - frozen).float().masked_fill(~mask.bool().unsqueeze(-1), 0.0)
+    difference = (states.float() - frozen.float()).masked_fill(~mask.bool().unsqueeze(-1), 0.0)
     return torch.linalg.vector_norm(difference, dim=-1).mean()
 
 
@@ -159,7 +162,7 @@ class Rerouting:
         self, omni: Omni, adapter: Adapter, config: CircuitBreakerSettings, examples: Sequence[Example]
     ) -> None:
         check_examples(examples)
-        self._adapter, self._config = adapter, config
+        self._adapter, self._config, self._size = adapter, config, config.micro_batch_size
         self.omni = omni
         self.targets = config.target_layers(omni.n_layers)
         self.depth = config.depth(omni.n_layers)
@@ -205,6 +208,11 @@ class Rerouting:
         """None: the authors train for a fixed number of steps."""
         return []
 
+    def halve(self) -> str:
+        """Take half as many sequences a forward from now on; see `Learner`."""
+        self._size = min(self._size, self._config.batch_size) // 2
+        return f"{self._size} sequence{'s' * (self._size > 1)}" if self._size else ""
+
     def finished(self, log: Sequence[Row]) -> bool:
         """True once the schedule is over and L_rr has fallen."""
         return len(log) >= self._config.scheduled and not self._config.failure(log)
@@ -222,8 +230,9 @@ class Rerouting:
 
     def _micro_batches(self, size: int) -> Iterator[slice]:
         """Slices of a batch that fit in memory."""
-        for start in range(0, size, self._config.micro_batch_size):
-            yield slice(start, start + self._config.micro_batch_size)
+        step = self._size
+        for start in range(0, size, step):
+            yield slice(start, start + step)
 
     def _encode(self, examples: Sequence[Example]) -> OmniBatch:
         limit = self._config.max_reply_tokens

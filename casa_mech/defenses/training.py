@@ -9,7 +9,7 @@ from typing import Any
 from casa_mech.casa.checkpoint import METRICS
 from casa_mech.defenses.registry import DEFENSES, training_options
 from casa_mech.defenses.trained import TrainedDefense
-from casa_mech.files import check_folder, write_text
+from casa_mech.files import check_folder, writing_folder
 from casa_mech.locks import locked
 from casa_mech.omni import Omni
 from casa_mech.queries import Example
@@ -59,8 +59,9 @@ def train_defense(
         try:
             defense.train(examples, work, resume=True, progress=progress)
             metrics = (work / METRICS).read_text(encoding="utf-8")
-            defense.save_pretrained(out)  # takes the place of the folder, the checkpoints included
-            write_text(out / METRICS, metrics)
+            with writing_folder(out) as new:  # takes the place of the folder, the checkpoints included
+                defense.save_pretrained(new)
+                (new / METRICS).write_text(metrics, encoding="utf-8")
         except BaseException:
             defense.close()
             raise

@@ -20,6 +20,7 @@ from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
 from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD
 from casa_mech.omni.finite import finite_logits
 from casa_mech.omni.media import SAMPLE_RATE
+from casa_mech.omni.memory import in_halves
 from casa_mech.omni.processor import Processor
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply, TextPart
 
@@ -329,7 +330,8 @@ class Omni:
     ) -> list[Reply]:
         """The replies of `work`, in the order of the queries: without gradients, seeded, a bar called `name`.
 
-        `work` takes the indices of the queries of one batch (see `batches`) and gives a reply to each.
+        `work` takes the indices of the queries of one batch (see `batches`) and gives a reply to each. A batch that
+        does not fit into memory is halved, with a warning.
         """
         from tqdm import tqdm
 
@@ -340,8 +342,8 @@ class Omni:
             tqdm(total=len(queries), disable=not progress, desc=name, unit="query") as bar,
         ):
             torch.manual_seed(settings.seed)
-            for group in self.batches(queries, settings.batch_size):
-                replies |= zip(group, work(group), strict=True)
+            for group, written in in_halves(self.batches(queries, settings.batch_size), work):
+                replies |= zip(group, written, strict=True)
                 bar.update(len(group))
         return [replies[index] for index in range(len(queries))]
 

@@ -19,6 +19,8 @@ from casa_mech.identity import file_sha256
 from casa_mech.study.settings import CLONE
 
 PACKAGE = Path(__file__).parents[1]
+ENVELOPES, ENVELOPE_FILE = "envelopes", "envelope.json"
+"""Where a run folder has the envelopes of batches: a folder for each model, a file in it."""
 PACKAGES = (
     "casa-mech", "torch", "transformers", "nnsight", "peft", "transformer-lens", "tokenizers", "safetensors", "numpy",
     "scipy", "scikit-learn", "statsmodels", "pandas", "pyarrow", "matplotlib", "pillow", "soundfile",
@@ -45,6 +47,9 @@ class Manifest(BaseModel):
     """Commit, and whether the tree had changes; None outside a clone."""
     models: dict[str, dict[str, Any]]
     """Source, fingerprint and size of every model."""
+    batch_envelopes: dict[str, dict[str, Any]] = {}
+    """Of each model that runs in half precision: how far the batch moves its gate's v_s, log-odds and decisions
+    (`casa_mech.evaluation.envelope`)."""
     data: dict[str, str]
     """SHA-256 of the shipped data files."""
     outputs: dict[str, str]
@@ -113,6 +118,12 @@ def output_hashes(root: Path) -> dict[str, str]:
 def models_seen(root: Path) -> dict[str, dict[str, Any]]:
     """The records that notebooks wrote of each model that they loaded."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(root.glob("models/*.json"))}
+
+
+def envelopes_seen(root: Path) -> dict[str, dict[str, Any]]:
+    """The envelopes of batches that notebooks measured, by model."""
+    files = sorted(root.glob(f"{ENVELOPES}/*/{ENVELOPE_FILE}"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def now() -> str:

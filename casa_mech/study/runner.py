@@ -164,6 +164,7 @@ def _write_manifest(
         versions=records.versions(),
         git=records.git_state(),
         models=records.models_seen(folder.root),
+        batch_envelopes=records.envelopes_seen(folder.root),
         data=records.data_hashes(),
         outputs=records.output_hashes(folder.root),
         timings=timings,

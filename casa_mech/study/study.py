@@ -20,9 +20,10 @@ from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.casa.generation import Order
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
+from casa_mech.evaluation.envelope import batch_envelope
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED, evaluate, result_rows
 from casa_mech.figures import save_figure
-from casa_mech.files import write_text
+from casa_mech.files import remove_folder, write_text
 from casa_mech.identity import file_sha256, key_digest, query_digest
 from casa_mech.judging import KeywordJudge, write_table
 from casa_mech.judging.stats import cluster_of
@@ -33,7 +34,7 @@ from casa_mech.plan import WORLD, OwnData, StudyData, read_plan, world_data
 from casa_mech.processes import Note, in_processes
 from casa_mech.queries import Example, Label, Query
 from casa_mech.study.folder import RunFolder, is_complete
-from casa_mech.study.manifest import data_hashes
+from casa_mech.study.manifest import ENVELOPE_FILE, ENVELOPES, data_hashes
 from casa_mech.study.settings import Profile, StudySettings, settings_of, slug
 from probes.activations import Activations, ActivationStore
 from probes.activations.shards import FORMAT
@@ -45,6 +46,8 @@ ProbePositions = Literal["last", "last:user", "mean"]
 """Where probes read (`casa_mech.trace.capture.Positions`)."""
 Moment = Literal["before", "after"]
 """Of a gate's training."""
+ENVELOPE_QUERIES = 6
+"""Requests for each surface and label that the envelope of batches is measured on."""
 _POLL_SECONDS = 0.5
 
 
@@ -200,7 +203,21 @@ class Study:
             folder = self._gate_folder(model, gate)
             if (model, gate) not in self._gates:
                 self._hold(model, gate, Casa.from_pretrained(folder, self._gate_omni(model, gate)))
+            if not gate and self._gates[model, gate].omni.dtype.itemsize < 4:
+                self._measure_envelope(model)
         return self._gates[model, gate]
+
+    def _measure_envelope(self, model: str) -> None:
+        """Write down for the manifest how far a half-precision gate's numbers depend on the batch."""
+        casa = self._gates[model, 0]
+        key = {"gate": key_digest(self.gate_key(model)), "dtype": str(casa.omni.dtype), "device": casa.omni.device.type}
+
+        def build(folder: Path) -> None:
+            surfaces = [(attack, label) for attack in SURFACES.values() for label in LABELS]
+            queries = [query for surface in surfaces for query in self.queries(*surface, ENVELOPE_QUERIES)]
+            (folder / ENVELOPE_FILE).write_text(batch_envelope(casa, queries).model_dump_json(indent=2) + "\n")
+
+        self.folder.artifact(ENVELOPES, slug(model), key, build)
 
     def gates(self, model: str = "") -> Iterator[tuple[int, Casa]]:
         """Every gate of the model with its number, one at a time; those that are missing are trained first."""
@@ -263,7 +280,7 @@ class Study:
         casa.train(self.training_examples(gate), settings, out=work, resume=True, progress=self.progress)
         casa.save_pretrained(new)
         shutil.copy(work / "metrics.jsonl", new / "metrics.jsonl")
-        shutil.rmtree(work)
+        remove_folder(work)
         self._hold(model, gate, casa)
 
     @contextmanager

@@ -15,6 +15,7 @@ from torch import BoolTensor, LongTensor, Tensor
 
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.trace.sites import Edit, Site, site_module
+from casa_mech.vocabulary import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class SafetyGateLike(Protocol):
     """Reads prompt states, rewrites the two safety logits."""
 
     layer: Site
+    token_ids: LongTensor
+    """[2]: ids of the safety tokens (safe, unsafe)."""
 
     def mask(self, batch: OmniBatch) -> BoolTensor:
         """Positions [batch, position] that may be read."""
@@ -115,7 +118,7 @@ def _gated_prompt(
         if edits is not None:
             states, last = edits.attended(states), edits.decided(last)
         head.input = last.unsqueeze(1)
-        logits, reading = gate(states, mask, head.output[:, 0])
+        logits, reading = gate(states, mask, precise_pair(omni, gate, head.output[:, 0], last))
         head.output = logits.unsqueeze(1)
         logits = nnsight.save(logits)
         reading = nnsight.save(reading)
@@ -130,13 +133,15 @@ class GatedTargets:
     reading: GateReading
     """The gate's numbers."""
     logits: Tensor
-    """[target, vocab]."""
+    """[target, vocab]: the language model's own, in its dtype."""
     tokens: LongTensor
     """[target]."""
     row: LongTensor
     """[target]: the query that each belongs to."""
     first: LongTensor
     """[batch]: the target that is the query's safety token."""
+    gated: Tensor
+    """[batch, vocab]: the logits of these, rewritten by the gate; at least float32."""
 
 
 def gated_targets(omni: Omni, batch: OmniBatch, gate: SafetyGateLike, rows: TokenRows) -> GatedTargets:
@@ -151,8 +156,8 @@ def gated_targets(omni: Omni, batch: OmniBatch, gate: SafetyGateLike, rows: Toke
     predicted = batch.labels[:, 1:] != -100
     row = predicted.nonzero()[:, 0]
     first = torch.searchsorted(row, torch.arange(batch.size, device=row.device))
-    reading, logits = _gated_targets(omni, batch, gate, rows, mask, predicted, first)
-    return GatedTargets(reading, logits, batch.labels[:, 1:][predicted], row, first)
+    reading, logits, gated = _gated_targets(omni, batch, gate, rows, mask, predicted, first)
+    return GatedTargets(reading, logits, batch.labels[:, 1:][predicted], row, first, gated)
 
 
 def _gated_targets(
@@ -163,10 +168,11 @@ def _gated_targets(
     mask: BoolTensor,
     predicted: Tensor,
     first: LongTensor,
-) -> tuple[GateReading, Tensor]:
+) -> tuple[GateReading, Tensor, Tensor]:
     model, embedding = omni.nnsight, omni.envoy("embedding")
     norm, head = omni.envoy("norm"), omni.envoy("head")
     site, _ = site_module(omni, gate.layer)
+    half = omni.head.weight.dtype.itemsize < 4
     with model.trace(**batch.inputs, use_cache=False):
         embedding.output = rows.embed(embedding.output, batch.inputs["input_ids"])
         states = site.output
@@ -174,9 +180,24 @@ def _gated_targets(
         hidden = hidden[:, :-1][predicted]
         head.input = hidden
         logits = rows.score(head.output, hidden)
-        gated, reading = gate(states, mask, logits[first])
-        logits = logits.index_copy(0, first, gated.to(logits.dtype))
-        head.output = logits
+        decided = logits[first]
+        if half:  # the pair does not survive rounding: steps of 1/16 where logits are about 10
+            decided = rows.score(at_least_float32(decided), hidden[first])
+        gated, reading = gate(states, mask, decided)
         logits = nnsight.save(logits)
+        gated = nnsight.save(gated)
         reading = nnsight.save(reading)
-    return reading, logits
+    return reading, logits, gated
+
+
+def precise_pair(omni: Omni, gate: SafetyGateLike, logits: Tensor, hidden: Tensor) -> Tensor:
+    """The head's `logits` [batch, vocab] with the safety tokens' two columns computed in float32.
+
+    They are computed from the states `hidden` [batch, d_model] that the head read. In float32 and wider the logits are
+    returned as they are: the head's own product is that precise.
+    """
+    if logits.dtype.itemsize >= 4:
+        return logits
+    rows = omni.head.weight[gate.token_ids]
+    pair = at_least_float32(hidden) @ at_least_float32(rows).T
+    return at_least_float32(logits).index_copy(1, gate.token_ids, pair)

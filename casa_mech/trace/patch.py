@@ -14,7 +14,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor
 
 from casa_mech.omni import Omni, OmniBatch
-from casa_mech.trace.gate import GateReading, SafetyGateLike
+from casa_mech.trace.gate import GateReading, SafetyGateLike, precise_pair
 from casa_mech.trace.sites import Edit, Site, check_edited, check_sites, site_module
 
 
@@ -120,11 +120,12 @@ def _edited_prompt(
                 else:
                     module.output = value
             states_at[site] = value
-        head.input = states_at["norm"][rows, position].unsqueeze(1)
+        last = states_at["norm"][rows, position]
+        head.input = last.unsqueeze(1)
         logits = head.output[:, 0]
         reading = None
         if gate is not None:
-            logits, reading = gate(states_at[gate.layer], mask, logits)
+            logits, reading = gate(states_at[gate.layer], mask, precise_pair(omni, gate, logits, last))
         logits = nnsight.save(logits)
         reading = nnsight.save(reading)
     return logits, reading

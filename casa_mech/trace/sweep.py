@@ -27,6 +27,8 @@ class Sweep:
     """[batch, step, vocab]."""
     whole: Tensor | None
     """[batch, position, d_model]: every position's states at one site, if one was asked for whole."""
+    final: Tensor
+    """[batch, step, d_model]: the final states, which the head read."""
 
 
 def read_positions(
@@ -42,7 +44,8 @@ def read_positions(
     batch, positions = batch.to(omni.device), positions.to(omni.device)
     with torch.no_grad():
         states, logits, every = _read_positions(omni, batch, positions, order, whole)
-    return Sweep({site: states[site] for site in check_sites(sites, omni.n_layers)}, logits, every)
+    chosen = {site: states[site] for site in check_sites(sites, omni.n_layers)}
+    return Sweep(chosen, logits, every, states["norm"])
 
 
 def _read_positions(

@@ -19,6 +19,7 @@ from casa_mech.omni.finite import check_decision
 from casa_mech.queries import Query
 from casa_mech.trace.gate import SafetyGateLike, TokenRows, gated_prompt, gated_targets
 from casa_mech.trace.targets import plain_targets
+from casa_mech.vocabulary import cross_entropy
 
 Aim = Literal["token", "v_s", "joint", "compliance"]
 """The loss that is minimised. "token": the rewritten logit of the unsafe token minus that of the safe one. "v_s": the
@@ -159,6 +160,6 @@ def _slopes(value: Tensor, wrt: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _mean_loss(logits: Tensor, tokens: LongTensor, row: LongTensor, size: int) -> Tensor:
     """Mean over each query's tokens of minus their log-probability [batch]."""
-    losses = functional.cross_entropy(logits.float(), tokens, reduction="none")
+    losses = cross_entropy(logits, tokens)
     total = losses.new_zeros(size).index_add(0, row, losses)
     return total / losses.new_zeros(size).index_add(0, row, torch.ones_like(losses))

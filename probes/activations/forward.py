@@ -13,6 +13,7 @@ from casa_mech.errors import InputError, RunError
 from casa_mech.identity import SHORT, adapted_fingerprint, query_digest
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import OmniBatch
+from casa_mech.omni.memory import in_halves
 from casa_mech.queries import Query
 from casa_mech.trace.capture import Cut, Positions, capture_cuts, check_positions, make_cut
 from casa_mech.trace.sites import Site, all_sites, check_sites
@@ -65,20 +66,24 @@ class ReadingPlan:
         Args:
             queries: those to run; batches are of similar length, in no particular order.
             omni: the model.
-            batch_size: queries in one forward.
+            batch_size: queries in one forward; halved, with a warning, where they do not fit into memory.
             places: the place of each of `queries` in the caller's list, which names them in what is returned.
 
         Raises:
             RunError: states that are not finite.
         """
-        for group in omni.batches(queries, batch_size):
+
+        def read(group: list[int]) -> tuple[OmniBatch, list[Cut], dict[Site, list[Tensor]]]:
             members = [queries[index] for index in group]
-            own_places = [places[index] for index in group]
-            batch = omni.encode(members, self._targets(omni, members, own_places), prefill=self.prefill)
+            targets = self._targets(omni, members, [places[index] for index in group])
+            batch = omni.encode(members, targets, prefill=self.prefill)
             cuts = [make_cut(batch, name) for name in self.positions]
             states = capture_cuts(omni, batch, self.sites, cuts)
             _check_finite(states, cuts, members)
-            yield own_places, batch, cuts, states
+            return batch, cuts, states
+
+        for group, read_states in in_halves(omni.batches(queries, batch_size), read):
+            yield [places[index] for index in group], *read_states
 
     def _targets(self, omni: Omni, queries: Sequence[Query], places: Sequence[int]) -> list[list[int]] | None:
         count = self.reply_tokens

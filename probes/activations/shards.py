@@ -22,7 +22,8 @@ from casa_mech.identity import SHORT, digest_of
 
 FORMAT = 3
 """3: a query without a topic has its request for one; in 2 it had none, and in 1 files were known by their path."""
-ABOUT, SHARDS, INDEX = "store.json", "shards", "index"
+ABOUT, SHARDS, INDEX, QUERIES = "store.json", "shards", "index", "queries.parquet"
+_KEY = ["query_id", "digest"]
 
 
 def write_about(root: Path, about: Mapping[str, Any]) -> None:
@@ -50,9 +51,35 @@ def read_about(root: Path) -> dict[str, Any]:
     return about
 
 
+def write_orders(root: Path, order_of: Mapping[tuple[str, str], int]) -> None:
+    """Write down the place in the store of each query, by its id and digest."""
+    table = pd.DataFrame([*order_of], columns=_KEY).assign(order=list(order_of.values()))
+    with writing(root / QUERIES) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def read_orders(root: Path, index: pd.DataFrame) -> dict[tuple[str, str], int]:
+    """What `write_orders` wrote; for a store of a release before it, what its `index` says.
+
+    Raises:
+        RunError: the file is unreadable.
+    """
+    path, table = root / QUERIES, index
+    if path.is_file():
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is unreadable ({_first(error)}): delete the store, collect again") from None
+    if not len(table):
+        return {}
+    keys = zip(table["query_id"], table["digest"], strict=True)
+    return {key: int(order) for key, order in zip(keys, table["order"], strict=True)}
+
+
 def write_shard(root: Path, number: int, states: Mapping[str, Tensor], rows: pd.DataFrame) -> None:
     """Write shard `number`: `states` [row, ...] by site, and beside them `rows`, the index, one for each vector."""
-    metadata = {"rows": str(len(rows)), "order": _order(rows)}
+    # One entry: safetensors writes several in an order that differs from call to call.
+    metadata = {"order": _order(rows)}
     with writing(_shard(root, number)) as temporary:
         save_file({site: value.contiguous() for site, value in states.items()}, temporary, metadata=metadata)
     with writing(_index(root, number)) as temporary:

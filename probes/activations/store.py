@@ -12,7 +12,9 @@ A store is a folder:
   this row belongs to; `at`, the token's number in the prompt (in the reply for `generated`, in the prefill for
   `prefill`; -1 for a mean); `token`, its id (-1 for a mean); `tokens`, how many positions the vector is the mean of (1
   if it is none), and `audio_tokens` and `image_tokens`, how many of those an encoder filled (where 0, that encoder's
-  vector is zero and stands for nothing); `shard` and `row`.
+  vector is zero and stands for nothing); `shard` and `row`;
+* `queries.parquet`: `query_id`, `digest` and `order` of every query that was asked for, written before the first of
+  them is read, so that a run which is stopped and continued numbers them as one that is not.
 
 Rows of one position are consecutive in a shard. Shards are written whole and mapped into memory when read.
 """
@@ -39,7 +41,16 @@ from casa_mech.trace.sites import ENCODERS, Site
 from probes.activations.forward import ReadingPlan, fingerprint, query_digests
 from probes.activations.index import INDEX_COLUMNS, query_columns, vector_columns
 from probes.activations.memory import Activations
-from probes.activations.shards import next_shard, read_about, read_index, shard_tensor, write_about, write_shard
+from probes.activations.shards import (
+    next_shard,
+    read_about,
+    read_index,
+    read_orders,
+    shard_tensor,
+    write_about,
+    write_orders,
+    write_shard,
+)
 
 
 class ActivationStore:
@@ -107,8 +118,10 @@ class ActivationStore:
         """
         plan = ReadingPlan.of(omni, sites, positions, replies, prefill)
         store = cls._begin(Path(out), omni, plan, dtype or omni.dtype)
-        missing = store._missing(queries)
-        writer = _ShardWriter(store, queries, shard_mb * 2**20)
+        digests = query_digests(queries)
+        missing, orders = store._missing(queries, digests), store._orders(queries, digests)
+        known = {"order": np.asarray(orders), "digest": digests}
+        writer = _ShardWriter(store, queries, known, shard_mb * 2**20)
         held = len(queries) - len(missing)
         with tqdm(total=len(queries), initial=held, disable=not progress, desc="activations") as bar:
             queue = [queries[place] for place in missing]
@@ -210,13 +223,13 @@ class ActivationStore:
                 )
         return store
 
-    def _missing(self, queries: Sequence[Query]) -> list[int]:
+    def _missing(self, queries: Sequence[Query], digests: np.ndarray) -> list[int]:
         # Attacks keep a query's id, so only id and content together say which query it is.
         index = self._index
         stored = set(zip(index["query_id"], index["digest"], strict=True)) if len(index) else set()
         seen: set[tuple[str, str]] = set()
         missing = []
-        for place, (query, digest) in enumerate(zip(queries, query_digests(queries), strict=True)):
+        for place, (query, digest) in enumerate(zip(queries, digests, strict=True)):
             key = (query.id, digest)
             if key in seen:
                 raise InputError(f"query {query.id} comes twice with the same content; give each query once")
@@ -224,6 +237,17 @@ class ActivationStore:
             if key not in stored:
                 missing.append(place)
         return missing
+
+    def _orders(self, queries: Sequence[Query], digests: np.ndarray) -> list[int]:
+        """The place in the store of each query; new ones follow those that were asked for before, in their order."""
+        keys = list(zip((query.id for query in queries), digests, strict=True))
+        order_of = read_orders(self.root, self._index)
+        first = 1 + max(order_of.values(), default=-1)
+        new = [key for key in keys if key not in order_of]
+        if new:
+            order_of |= dict(zip(new, range(first, first + len(new)), strict=True))
+            write_orders(self.root, order_of)
+        return [order_of[key] for key in keys]
 
     def _check(self, kind: str, name: str, names: Sequence[str]) -> None:
         if name not in names:
@@ -233,15 +257,17 @@ class ActivationStore:
 class _ShardWriter:
     """The vectors that are not on disk yet; written as a shard when they reach a size."""
 
-    def __init__(self, store: ActivationStore, queries: Sequence[Query], limit: int) -> None:
-        """For `queries`, whose places are what `add` is given; a shard is closed at `limit` bytes."""
+    def __init__(
+        self, store: ActivationStore, queries: Sequence[Query], known: Mapping[str, np.ndarray], limit: int
+    ) -> None:
+        """For `queries`, whose places are what `add` is given; `known` are more columns of the index, a value each; a
+        shard is closed at `limit` bytes."""
         self._store, self._limit = store, limit
         self._dtype: torch.dtype = getattr(torch, store._about["dtype"])
-        index = store._index
-        self._number, first = next_shard(store.root), 1 + int(index["order"].max()) if len(index) else 0
+        self._number = next_shard(store.root)
         columns = pd.DataFrame([query_columns(query) for query in queries], columns=list(INDEX_COLUMNS), dtype=object)
         self._query_columns = {name: columns[name].to_numpy() for name in INDEX_COLUMNS}
-        self._query_columns |= {"order": first + np.arange(len(queries)), "digest": query_digests(queries)}
+        self._query_columns |= known
         self._clear()
 
     def add(self, group: Sequence[int], batch: OmniBatch, cuts: list[Cut], states: dict[Site, list[Tensor]]) -> None:

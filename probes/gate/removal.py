@@ -18,7 +18,9 @@ from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.capture import capture
+from casa_mech.trace.gate import precise_pair
 from casa_mech.trace.patch import edited_prompt
+from casa_mech.vocabulary import chunks
 from probes.gate.positions import KEY, ROLES, key_positions, position_roles
 from probes.gate.safety_attention import gate_inputs, whole_states
 
@@ -71,7 +73,17 @@ class _Prompt:
     """[1, position, d_model]: the model's input."""
 
     def read(self, removed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """v_s [set] and the rewritten pair's difference, unsafe minus safe [set], without each set of `removed`."""
+        """v_s [set] and the rewritten pair's difference, unsafe minus safe [set], without each set of `removed`.
+
+        So many sets at a time that neither the prompts' states nor their logits are more than a chunk.
+        """
+        omni = self.casa.omni
+        width = max(len(self.readable) * omni.d_model, omni.vocab_size)
+        parts = [self._read(removed[rows]) for rows in chunks(len(removed), width)]
+        v_s, margins = zip(*parts, strict=True)
+        return torch.cat(v_s), torch.cat(margins)
+
+    def _read(self, removed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         count = len(removed)
         hidden = torch.zeros(count, len(self.readable), dtype=torch.bool, device=self.readable.device)
         for row, positions in enumerate(removed):
@@ -171,7 +183,8 @@ def _prompt(casa: Casa, query: Query, removed_from: Removal) -> _Prompt:
     batch, sweep, mask = gate_inputs(casa, [query])
     embeddings = capture(casa.omni, batch, ["embeddings"], "all")["embeddings"]
     if removed_from == "gate":
-        return _Prompt(casa, batch, mask[0], mask[0], whole_states(sweep)[0], sweep.logits[0, 0], embeddings)
+        logits = precise_pair(casa.omni, casa.safety_gate, sweep.logits[:, 0], sweep.final[:, 0])[0]
+        return _Prompt(casa, batch, mask[0], mask[0], whole_states(sweep)[0], logits, embeddings)
     removable = mask[0].clone()
     removable[batch.gate_position[0]] = False
     return _Prompt(casa, batch, mask[0], removable, None, None, embeddings)

@@ -19,7 +19,7 @@ from casa_mech.judging.bootstrap import mean_interval
 from casa_mech.judging.hypothesis import holm, permutation_test
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
-from casa_mech.trace.gate import GateReading
+from casa_mech.trace.gate import GateReading, precise_pair
 from probes.gate.positions import ROLES, position_roles
 from probes.lens.logit import query_index
 from probes.lens.transformer_bridge import check_bridge, hook_name, run_with_cache
@@ -158,13 +158,15 @@ def read_gate(model: TransformerBridge, casa: Casa, batch: OmniBatch, hooks: Seq
         captured["states"] = value
 
     def cut(value: Tensor, hook: Any) -> Tensor:
-        return value[rows, batch.gate_position].unsqueeze(1)  # the head need not score the other positions
+        captured["final"] = value[rows, batch.gate_position]
+        return captured["final"].unsqueeze(1)  # the head need not score the other positions
 
     inputs = dict(batch.inputs)
     reading = [*hooks, (hook_name(casa.safety_gate.layer), keep), ("unembed.hook_in", cut)]
     with torch.no_grad():
         logits = model.run_with_hooks(inputs.pop("input_ids"), fwd_hooks=reading, use_cache=False, **inputs)
-        return casa.safety_gate(captured["states"], casa.safety_gate.mask(batch), logits[:, 0])[1]
+        logits = precise_pair(casa.omni, casa.safety_gate, logits[:, 0], captured["final"])
+        return casa.safety_gate(captured["states"], casa.safety_gate.mask(batch), logits)[1]
 
 
 def _measures(reading: GateReading) -> np.ndarray:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,9 @@ from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
 from casa_mech.trace.sites import Site
+from casa_mech.vocabulary import chunks
 from probes.activations.index import query_columns
-from probes.lens.transformer_bridge import check_bridge, hook_name, run_with_cache
+from probes.lens.transformer_bridge import check_bridge, hook_name
 
 LOGIT_LENS, TUNED_LENS = "logit lens", "tuned lens"
 QUERY_COLUMNS = ["query_id", "label", "surface", "topic", "split"]
@@ -100,9 +102,11 @@ def logit_lens(
     for group in omni.batches(queries, batch_size):
         batch = omni.encode([queries[index] for index in group], prefill=False)
         states = depth_states(model, batch)[:, torch.arange(batch.size), batch.gate_position]
-        logits = read_off(omni, states if translate is None else translate(states))
-        pair[:, group] = logits[..., tokens].cpu().numpy()
-        mass[:, group] = torch.softmax(logits, dim=-1)[..., tokens].sum(dim=-1).cpu().numpy()
+        for part in chunks(batch.size, len(sites) * omni.vocab_size):
+            here, members = states[:, part], group[part]
+            logits = read_off(omni, here if translate is None else translate(here))
+            pair[:, members] = logits[..., tokens].cpu().numpy()
+            mass[:, members] = torch.softmax(logits, dim=-1)[..., tokens].sum(dim=-1).cpu().numpy()
     return Trajectory(
         name or (LOGIT_LENS if translate is None else TUNED_LENS),
         tuple(map(str, sites)),
@@ -114,9 +118,20 @@ def logit_lens(
 
 def depth_states(model: TransformerBridge, batch: OmniBatch) -> Tensor:
     """The residual stream [site, batch, position, d_model] at every depth (`depth_sites`)."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any, name: str) -> None:
+        seen[name] = value
+
+    def last(value: Tensor, hook: Any) -> Tensor:
+        return value[:, -1:]  # the head has nothing to score
+
     names = [hook_name(site) for site in depth_sites(model.cfg.n_layers)]
-    _, cache = run_with_cache(model, batch, names)
-    return torch.stack([cache[name] for name in names])
+    hooks = [*((name, partial(keep, name=name)) for name in names), ("unembed.hook_in", last)]
+    inputs = dict(batch.inputs)
+    with torch.no_grad():
+        model.run_with_hooks(inputs.pop("input_ids"), fwd_hooks=hooks, use_cache=False, **inputs)
+    return torch.stack([seen[name] for name in names])
 
 
 def read_off(omni: Omni, states: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ may then be fitted further to the distance that the paper trains on, KL(model ||
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
+from casa_mech.vocabulary import chunks
 from probes.lens.logit import LOGIT_LENS, depth_sites, depth_states, query_index, read_off
 from probes.lens.transformer_bridge import check_bridge
 
@@ -124,15 +125,21 @@ def _descend(
     adam = torch.optim.Adam([weight, bias], lr=rate)
     for group in groups:
         states = _real_states(model, omni.encode(group, prefill=False))
-        distance = _divergence(read_off(omni, states[-1]), read_off(omni, Translators(weight, bias)(states[:-1])))
         adam.zero_grad()
-        gradients = torch.autograd.grad(distance.mean(), [weight, bias])
-        weight.grad, bias.grad = gradients
+        for part in _parts(omni, states):
+            here = states[:, part]
+            distance = _divergence(read_off(omni, here[-1]), read_off(omni, Translators(weight, bias)(here[:-1])))
+            (distance.mean() * (here.shape[1] / states.shape[1])).backward(inputs=[weight, bias])
         adam.step()
     return Translators(
         torch.cat([weight.detach(), torch.zeros_like(start.weight[-1:])]),
         torch.cat([bias.detach(), torch.zeros_like(start.bias[-1:])]),
     )
+
+
+def _parts(omni: Omni, states: Tensor) -> Iterator[slice]:
+    """Slices of the rows of `states` [site, row, d_model], the logits of all sites a chunk."""
+    return chunks(states.shape[1], len(states) * omni.vocab_size)
 
 
 def _divergence(truth: Tensor, lens: Tensor) -> Tensor:
@@ -169,10 +176,15 @@ def lens_quality(
         row = mask.nonzero()[:, 0].cpu().numpy()
         states = depth_states(model, batch)[:, mask]
         with torch.no_grad():
-            truth = read_off(omni, states[-1])
-            for name in divergence:
-                logits = read_off(omni, lenses[name](states) if name in lenses else states)
-                distance = _divergence(truth, logits).cpu().numpy()
+            distances: dict[str, list[np.ndarray]] = {name: [] for name in divergence}
+            for part in _parts(omni, states):
+                here = states[:, part]
+                truth = read_off(omni, here[-1])
+                for name, pieces in distances.items():
+                    logits = read_off(omni, lenses[name](here) if name in lenses else here)
+                    pieces.append(_divergence(truth, logits).cpu().numpy())
+            for name, pieces in distances.items():
+                distance = np.concatenate(pieces, axis=1)
                 total = np.stack([np.bincount(row, weights=values, minlength=len(group)) for values in distance])
                 divergence[name][:, group] = total / np.bincount(row, minlength=len(group))
     index = query_index(queries)

@@ -23,7 +23,7 @@ from casa_mech.divergence import kl_divergence
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Query
-from casa_mech.trace.gate import GateReading
+from casa_mech.trace.gate import GateReading, precise_pair
 from casa_mech.trace.sites import Site
 from casa_mech.trace.sweep import read_positions
 from probes.activations.index import query_record
@@ -239,7 +239,8 @@ def _decisions(
     readings: list[GateReading] = []
     with torch.no_grad():
         for step in range(sweep.logits.shape[1]):
-            readings.append(gate(sweep.whole, mask, sweep.logits[:, step])[1])
+            logits = precise_pair(omni, gate, sweep.logits[:, step], sweep.final[:, step])
+            readings.append(gate(sweep.whole, mask, logits)[1])
     logit = torch.stack([reading.pair[:, UNSAFE] - reading.pair[:, SAFE] for reading in readings], dim=1)
     first = logit[:, 0] > 0
     arrays = {

@@ -14,6 +14,7 @@ from helpers.defenses import examples, logits_of, stir
 from torch.nn import functional
 
 from casa_mech.casa import Casa, CasaConfig, InferenceSettings
+from casa_mech.casa.checkpoint import METRICS
 from casa_mech.casa.config import MENDED
 from casa_mech.casa.trainer import Trainer
 from casa_mech.cli import main
@@ -24,6 +25,7 @@ from casa_mech.defenses.refusal_token import control_curve
 from casa_mech.defenses.rerouting import CircuitBreakerSettings
 from casa_mech.defenses.safety_token import SafetyTokenDefense
 from casa_mech.defenses.ssft import Ssft, SsftToken
+from casa_mech.defenses.training import WORK
 from casa_mech.errors import InputError, ModelError, RunError
 from casa_mech.evaluation.divergence import kl_to_base
 from casa_mech.judging.stats import wilson
@@ -451,3 +453,24 @@ def test_a_gate_is_calibrated_when_an_option_needs_it(
     with pytest.raises(InputError, match="rescale=True stretches states about text's mean"):
         load_defense("casa", tiny_omni, path=tmp_path / "gate", rescale=True)
     assert not hasattr(tiny_omni.model, "peft_config")
+
+
+def test_a_training_that_is_stopped_while_it_is_saved_goes_on(
+    tiny_omni: Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics and weights appear together, in the place of the checkpoints."""
+    write = Path.write_text
+
+    def stopped(self: Path, *arguments: Any, **options: Any) -> int:
+        if self.name == METRICS:
+            raise KeyboardInterrupt
+        return write(self, *arguments, **options)
+
+    out, settings = tmp_path / "out", {**FEW, "max_steps": 2, "progress": False}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", stopped)
+        train_defense("ssft", tiny_omni, examples(), out, **settings)
+    assert [path.name for path in out.iterdir()] == [WORK]
+    train_defense("ssft", tiny_omni, examples(), out, **settings).close()
+    assert {METRICS, "defense.json"} < {path.name for path in out.iterdir()}
+    assert [json.loads(line)["step"] for line in (out / METRICS).read_text().splitlines()] == [1, 2]

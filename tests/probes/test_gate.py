@@ -9,6 +9,7 @@ import torch
 from helpers.patching import request
 from scipy import stats
 
+from casa_mech import vocabulary
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
@@ -19,7 +20,7 @@ from probes.gate.calibration import reliability, spiegelhalter
 from probes.gate.pairs import MatchedPair, aligned_pairs, pair_spans
 from probes.gate.patching import INSERT, REMOVE, PatchEffects, Target, ablate_directions, patch_effects
 from probes.gate.positions import KEY, position_roles
-from probes.gate.removal import PERMUTED, SCORES, _permuted, minimal_sets, sets_table
+from probes.gate.removal import PERMUTED, SCORES, Removal, _permuted, minimal_sets, sets_table
 from probes.gate.safety_attention import (
     attention_maps,
     attention_shares,
@@ -325,3 +326,19 @@ def test_effects_can_be_summarised_by_hand() -> None:
     assert found["delta_v_s_mean"] == pytest.approx(0.4) and found["gap_v_s"] == pytest.approx(0.8)
     assert found["delta_log_odds_mean"] == pytest.approx(5) and found["gap_log_odds"] == pytest.approx(20)
     assert found["delta_logit_low"] == pytest.approx(1.0) and found["n"] == 6
+
+
+@pytest.mark.parametrize("removed_from", ["model", "gate"])
+def test_minimal_sets_are_searched_in_chunks(
+    tiny_omni: Omni, monkeypatch: pytest.MonkeyPatch, removed_from: Removal
+) -> None:
+    casa, query = stirred(tiny_omni), request("bomb", "harmful", "q")
+    whole = minimal_sets(casa, [query], removed_from, largest=3)
+    rows: list[int] = []
+    attend = casa.attention.forward
+    monkeypatch.setattr(casa.attention, "forward", lambda states, mask: rows.append(len(mask)) or attend(states, mask))
+    monkeypatch.setattr(vocabulary, "CHUNK", 4 * max(tiny_omni.vocab_size, whole[0].readable * tiny_omni.d_model))
+    found = minimal_sets(casa, [query], removed_from, largest=3)
+    assert 1 < max(rows) <= 4
+    assert found[0].positions == whole[0].positions and found[0].permuted == whole[0].permuted
+    assert found[0].v_s == pytest.approx(whole[0].v_s, abs=1e-6)

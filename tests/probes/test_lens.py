@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from transformer_lens.model_bridge import TransformerBridge
 
+from casa_mech import vocabulary
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, load_omni
@@ -24,8 +25,10 @@ from casa_mech.trace import capture
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.sites import all_sites
 from probes.gate.positions import position_roles
+from probes.lens import logit as logit_module
+from probes.lens import tuned as tuned_module
 from probes.lens.heads import ablate_heads, attention_patterns, read_gate, summarise_heads
-from probes.lens.logit import depth_states, logit_lens, read_off
+from probes.lens.logit import LOGIT_LENS, depth_states, logit_lens, read_off
 from probes.lens.transformer_bridge import bridge, cached_states, hook_name, run_with_cache
 from probes.lens.tuned import _RidgeSums, fit_translators, lens_quality
 
@@ -324,3 +327,36 @@ def test_hooks_edit_what_runs(eager: Omni, mixed_queries: list[Query]) -> None:
         close(found.v_s, own.reading.v_s)
     with pytest.raises(InputError, match=r"no site 'z\.7'"):
         cached_states(model, batch, ["z.7"])
+
+
+def test_the_vocabulary_comes_in_chunks(
+    eager: Omni, mixed_queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readings, distances and fits of a chunk of one row at a time are those of all rows at once."""
+    casa = Casa.attach(eager)
+    model, tokens = bridge(eager), eager.vocab_size
+    largest: list[int] = []
+    whole_read_off = logit_module.read_off
+
+    def noted(omni: Omni, states: torch.Tensor) -> torch.Tensor:
+        logits = whole_read_off(omni, states)
+        largest.append(logits.numel())
+        return logits
+
+    def numbers() -> list[np.ndarray]:
+        ridge, fitted = (fit_translators(model, eager, mixed_queries[:1], kl_epochs=epochs) for epochs in (0, 1))
+        trajectory = logit_lens(model, casa, mixed_queries, ridge)
+        lenses = {"ridge": ridge, "fitted": fitted}
+        quality = lens_quality(model, eager, mixed_queries, lenses).set_index("lens")["kl"]
+        # Not the fitted weights: where a gradient is about 0, rounding turns its sign, which is Adam's first step.
+        means = quality.groupby(level=0).mean()
+        assert means["ridge"] - means["fitted"] > 5e-5
+        return [trajectory.pair, trajectory.mass, quality[["ridge", LOGIT_LENS]].to_numpy(), means.to_numpy()]
+
+    whole = numbers()
+    monkeypatch.setattr(vocabulary, "CHUNK", tokens)
+    monkeypatch.setattr(logit_module, "read_off", noted)
+    monkeypatch.setattr(tuned_module, "read_off", noted)
+    for one, other in zip(numbers(), whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert max(largest) == 3 * tokens, "one row at the three depths"

@@ -18,7 +18,8 @@ from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
 from casa_mech.trace.sites import all_sites
-from probes.activations import ActivationStore, collect
+from probes.activations import ActivationStore, collect, shards
+from probes.activations import store as store_module
 from probes.linear.separability import pca_plane, transfer_matrix
 from probes.linear.validation import make_folds
 
@@ -217,3 +218,35 @@ def test_copies_of_a_prompt_are_one_topic(tiny_omni: Omni, tmp_path: Path) -> No
     labels = np.repeat([True, True, False, False], 3)
     fold = make_folds(labels, in_memory.topics, 2).fold
     assert all(len(set(fold[3 * number : 3 * number + 3])) == 1 for number in range(4)), "no copy in another fold"
+
+
+def test_a_stopped_collection_is_numbered_as_a_whole_one(
+    tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches go by length, so what is on disk after a stop is not the first of the queries that were asked for."""
+    asked, options = mixed_queries[::-1], {"batch_size": 1, "shard_mb": 0}
+    ActivationStore.collect(tiny_omni, asked, None, "last", tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+
+        def stop(root: Path, number: int, *arguments: object) -> None:
+            if number == 2:
+                raise KeyboardInterrupt
+            shards.write_shard(root, number, *arguments)  # type: ignore[arg-type]
+
+        patch.setattr(store_module, "write_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ActivationStore.collect(tiny_omni, asked, None, "last", tmp_path / "cut", **options)
+    ActivationStore.collect(tiny_omni, asked, None, "last", tmp_path / "cut", **options)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert len(files) == 2 + 2 * 4
+    for file in files:
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    # A store of a release without the list of queries goes on from its index.
+    (tmp_path / "cut" / "queries.parquet").unlink()
+    more = ActivationStore.collect(
+        tiny_omni, [Query.from_text("tea", id="tea"), *asked], None, "last", tmp_path / "cut"
+    )
+    assert list(more.frame("last")["query_id"]) == [*(query.id for query in asked), "tea"]
+    (tmp_path / "cut" / "queries.parquet").write_bytes(b"cut short")
+    with pytest.raises(RunError, match=r"queries.parquet is unreadable .* collect again"):
+        ActivationStore.collect(tiny_omni, asked, None, "last", tmp_path / "cut")

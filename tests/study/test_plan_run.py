@@ -1,4 +1,4 @@
-"""The whole suite on a plan of one's own and a text-only model: every notebook fills, or says in a line what it lacks."""
+"""The whole suite on a plan of one's own and a text-only model: notebooks fill, or say in a line what they lack."""
 
 from __future__ import annotations
 
