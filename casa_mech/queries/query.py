@@ -122,6 +122,11 @@ class Query(_Record):
         fields = {"label": self.label, "source": self.source, "system": self.system, "history": self.history + turns}
         return Query.from_text(text, id=id or f"{self.id}+", **fields)
 
+    def _repr_html_(self) -> str:
+        from casa_mech.queries.html import query_html
+
+        return query_html(self)
+
 
 class Example(_Record):
     """One row of a training set."""
@@ -155,3 +160,8 @@ class Reply(_Record):
     """The query's share of its batch's time."""
     attention: tuple[float, ...] | None = None
     """Safety attention's weight for each prompt position, on request."""
+
+    def _repr_html_(self) -> str:
+        from casa_mech.queries.html import reply_html
+
+        return reply_html(self)

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from casa_mech.display import table_html
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
@@ -30,6 +31,19 @@ class Activations:
     number of tokens."""
     positions: str
     """Which positions were read (`casa_mech.trace.capture.Positions`)."""
+
+    def __repr__(self) -> str:
+        n_harmful = int(self.harmful.sum())
+        widths = " or ".join(str(width) for width in sorted({array.shape[1] for array in self.states.values()}))
+        return (
+            f"Activations of {len(self.index)} prompts ({n_harmful} harmful, {len(self.index) - n_harmful} others) at "
+            f"{len(self.states)} sites ({', '.join(self.states)}), width {widths}, positions {self.positions}"
+        )
+
+    def _repr_html_(self) -> str:
+        columns = [name for name in ("attack", "surface", "label") if name in self.index]
+        counts = self.index.groupby(columns, sort=False).size().rename("prompts").reset_index()
+        return table_html(counts, repr(self), index=False)
 
     @property
     def sites(self) -> tuple[str, ...]:

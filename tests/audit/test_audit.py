@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.audit import HARMFUL, by_hand
 from helpers.casa import SHORT, stir
+from helpers.page import ATTACK, shown
 
 from casa_mech.audit import AuditResult, audit
 from casa_mech.audit.audit import random_words
@@ -91,7 +92,9 @@ def test_intervals_hold_their_values_and_the_page_and_figure_are_made() -> None:
     result = by_hand()
     for table in (result.effects(), result.contrasts(), result.paths(), result.split(), result.ceilings()):
         assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
-    assert "do(unsafe)" in result._repr_html_()
+    page = shown(AuditResult(result.replies.assign(surface=ATTACK), ATTACK, ATTACK, 0))
+    assert "do(unsafe)" in page.text and page.text.count(ATTACK) > 2
+    assert repr(result) == f"Audit: {result.title} (8 harmful, 4 benign requests)"
     assert len(result.plot().axes) == 4
 
 
