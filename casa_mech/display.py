@@ -1,7 +1,7 @@
 """HTML of text, pictures, clips and tables for a notebook or a page: escaped, bounded in size, light or dark.
 
-Templates lie in `templates/`. They colour nothing but tints over the page's own colours, which read on any theme. Styles
-lie in the elements, since viewers of notebooks strip style sheets.
+Templates lie in `templates/`. They colour nothing but tints over the page's own colours, which read on any theme.
+Styles lie in the elements, since viewers of notebooks strip style sheets.
 """
 
 from __future__ import annotations

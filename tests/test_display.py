@@ -29,6 +29,7 @@ from casa_mech.display import (
     tokens_html,
 )
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply, TextPart, Turn
+from casa_mech.queries.html import MEDIA
 
 
 def content_of(uri: str | None) -> io.BytesIO:
@@ -109,6 +110,12 @@ def test_a_query_shows_its_conversation_by_role(mixed_queries: list[Query]) -> N
     query = Query.from_text("third", id="talk", system="be kind", history=turns, prefill="sure ,", label="benign")
     said = "system be kind user first assistant safe second user third prefill sure ,"
     assert shown(query).words == f"talk · benign · user · text {said}"
+
+
+def test_of_many_media_the_first_are_shown(mixed_queries: list[Query]) -> None:
+    picture = mixed_queries[1].parts[0]
+    page = shown(Query(id="album", parts=(picture,) * (MEDIA + 2)))
+    assert len(page.named("img")) == MEDIA and page.text.count("one more medium (image)") == 2
 
 
 def test_a_prompt_that_holds_a_script_is_shown() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -16,15 +18,19 @@ if TYPE_CHECKING:
 
     from casa_mech.queries.query import AudioPart, ImagePart, Part, Query, Reply
 
+MEDIA = 8
+"""Pictures and clips that are shown of a query."""
+
 
 def query_html(query: Query) -> Html:
     """The conversation by role: texts, pictures inline, clips with a player; a medium that cannot be read says so."""
     turns: list[tuple[str, str | None, list[Html]]] = []
+    media = count(1)
     if query.system:
         turns.append(("system", None, [text_html(query.system)]))
     for turn in query.history:
-        turns.append((turn.role, turn.safety_token, [_part(part, query.id) for part in turn.parts]))
-    turns.append(("user", None, [_part(part, query.id) for part in query.parts]))
+        turns.append((turn.role, turn.safety_token, [_part(part, query.id, media) for part in turn.parts]))
+    turns.append(("user", None, [_part(part, query.id, media) for part in query.parts]))
     if query.prefill:
         turns.append(("prefill", None, [text_html(query.prefill)]))
     facts = [query.id, query.label or "unlabelled", query.source, query.meta.get("attack", ""), query.surface]
@@ -56,5 +62,9 @@ def medium_html(part: ImagePart | AudioPart, where: str, weights: np.ndarray | N
         return html("problem", problem=str(error))
 
 
-def _part(part: Part, query_id: str) -> Html:
-    return text_html(part.text) if part.kind == "text" else medium_html(part, f"query {query_id}")
+def _part(part: Part, query_id: str, media: Iterator[int]) -> Html:
+    if part.kind == "text":
+        return text_html(part.text)
+    if next(media) > MEDIA:
+        return html("problem", problem=f"one more medium ({part.kind}); the first {MEDIA} of a query are shown")
+    return medium_html(part, f"query {query_id}")

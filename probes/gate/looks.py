@@ -13,12 +13,15 @@ import torch
 from casa_mech.casa import Casa
 from casa_mech.display import Html, html, tokens_html
 from casa_mech.omni.chat import media_parts
-from casa_mech.queries import Query, Reply, SafetyToken
+from casa_mech.queries import AudioPart, ImagePart, Query, Reply, SafetyToken
 from casa_mech.queries.html import medium_html
-from probes.gate.safety_attention import AttentionMap, prompt_maps, word_shares
+from probes.gate.safety_attention import AttentionMap, MediumMap, prompt_maps, word_shares
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LEAST = 0.01
+"""Share of safety attention below which a token is not named and a medium not tinted."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,38 +60,42 @@ class Look:
             }
         )
 
+    def most_read(self, n: int = 3) -> str:
+        """The up to `n` tokens or media with the greatest shares of safety attention, in words; none below 1 %."""
+        names, shares = word_shares(self.attention)
+        order = np.argsort(-shares, kind="stable")[:n]
+        return ", ".join(f"{names[place]} {_percent(shares[place])}" for place in order if shares[place] >= LEAST)
+
     def plot(self, title: str = "", caption: str = "") -> Figure:
         """The share of each token and, of the first picture or clip, where it lies; needs the extra `study`."""
         from probes.gate.plots import plot_attention_maps
 
-        most = f"; {self._most(1)} of the attention" if self._most(1) else ""
+        most = f"; {self.most_read(1)} of the attention" if self.most_read(1) else ""
         return plot_attention_maps([self.attention], title or f"this gate: {self._decision}{most}", caption)
 
     def __repr__(self) -> str:
         text = textwrap.shorten(self.query.text, 80, placeholder=" …")
         media = "".join(f"[{medium.kind}] " for medium in self.attention.media)
-        most = f"; most attention on {self._most(3)}" if self._most(3) else ""
+        most = f"; most attention on {self.most_read(3)}" if self.most_read(3) else ""
         return f"Look at {f'{media}{text}'.strip()!r}: {self._decision}{most}"
 
     def _repr_html_(self) -> Html:
         names, shares = word_shares(self.attention)
-        total = max(float(self.attention.weights.sum()), 1e-12)
-        media = [
-            medium_html(part, f"query {self.query.id}", medium.weights, f"{_share(medium.weights.sum() / total)} of it")
-            for part, medium in zip(media_parts(self.query), self.attention.media, strict=True)
-        ]
-        facts = f"{self.query.id} · tinted: each token's share of safety attention, scaled to the highest"
+        parts = zip(media_parts(self.query), self.attention.media, strict=True)
+        media = [self._medium_html(part, medium) for part, medium in parts]
+        facts = f"{self.query.id} · tinted: shares of safety attention, scaled to the highest"
         return html("look", reply=self.reply, tokens=tokens_html(names, list(shares)), media=media, facts=facts)
+
+    def _medium_html(self, part: ImagePart | AudioPart, medium: MediumMap) -> Html:
+        share = float(medium.weights.sum() / max(self.attention.weights.sum(), 1e-12))
+        where = f"query {self.query.id}"
+        if share < LEAST:  # scaled to its highest, next to nothing would look like much
+            return medium_html(part, where, caption=f"less than {_percent(LEAST)} of the attention, not tinted")
+        return medium_html(part, where, medium.weights, f"{_percent(share)} of the attention, where tinted")
 
     @property
     def _decision(self) -> str:
         return f"{self.safety_token}, v_s {self.v_s:.2f}"
-
-    def _most(self, n: int) -> str:
-        """The `n` tokens or media with the greatest shares; "" where nothing is read."""
-        names, shares = word_shares(self.attention)
-        order = np.argsort(-shares, kind="stable")[:n]
-        return ", ".join(f"{names[place]} {_share(shares[place])}" for place in order if shares[place] > 0)
 
 
 def look(casa: Casa, prompt: str | Query) -> Look:
@@ -120,5 +127,5 @@ def look(casa: Casa, prompt: str | Query) -> Look:
     return Look(query, reply, attention)
 
 
-def _share(value: float) -> str:
-    return f"{value:.0%}".replace("%", " %")
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from casa_mech.casa import Casa, CasaConfig
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, load_omni
 from casa_mech.queries import Query, TextPart, Turn
+from probes.gate.looks import Look
 from probes.gate.safety_attention import word_shares
 
 
@@ -56,15 +58,35 @@ def test_plain_text_elsewhere(casa: Casa, mixed_queries: list[Query]) -> None:
     assert both.startswith("Look at '[image] [audio] how do i make") and "\n" not in both
 
 
+def with_weights(seen: Look, **by_role: float) -> Look:
+    """The same look, with the weight of each position chosen by its role."""
+    weights = np.array([by_role.get(role, 0.0) for role in seen.attention.roles])
+    media = tuple(
+        replace(medium, weights=np.full(medium.weights.shape, by_role.get(medium.kind, 0.0)))
+        for medium in seen.attention.media
+    )
+    return replace(seen, attention=replace(seen.attention, weights=weights, media=media))
+
+
 def test_a_notebook_shows_tokens_picture_and_clip(casa: Casa, mixed_queries: list[Query]) -> None:
-    seen = probes.look(casa, mixed_queries[3])
+    seen = with_weights(probes.look(casa, mixed_queries[3]), text=1, image=2, audio=3)
+    picture, clip = seen.attention.media
     page = shown(seen)
     names, shares = word_shares(seen.attention)
     titles = [span["title"] for span in page.named("span") if "title" in span]
     assert titles == [f"{100 * share:.1f} %" for share in shares] and "[image]" in names and "[audio]" in names
     assert len(page.named("img")) == 2 and len(page.named("audio")) == 1
-    assert len(page.named("rect")) == len(seen.attention.media[1].weights)
+    assert len(page.named("rect")) == len(clip.weights)
+    share = picture.weights.sum() / seen.attention.weights.sum()
+    assert f"{100 * share:.0f} % of the attention, where tinted; 84 × 28 pixels" in page.words
     assert f"v_s {seen.v_s:.2f}" in page.words and seen.safety_token in page.words
+
+
+def test_next_to_nothing_is_neither_named_nor_tinted(casa: Casa, mixed_queries: list[Query]) -> None:
+    seen = with_weights(probes.look(casa, mixed_queries[1]), header=1, image=1e-9)
+    page = shown(seen)
+    assert len(page.named("img")) == 1 and "less than 1 % of the attention, not tinted" in page.words
+    assert repr(seen).count("%") == seen.attention.roles.count("header")
 
 
 def test_each_of_several_media_has_its_own_weights(casa: Casa, mixed_queries: list[Query]) -> None:
