@@ -158,7 +158,7 @@ class Reply(_Record):
     """Tokens generated, up to the end of the turn."""
     seconds: float = 0.0
     """The query's share of its batch's time."""
-    attention: tuple[float, ...] | None = None
+    attention: tuple[float, ...] | None = Field(default=None, repr=False)
     """Safety attention's weight for each prompt position, on request."""
 
     def _repr_html_(self) -> str:

@@ -24,14 +24,13 @@ def look_at(casa: Casa, query: Query) -> Look | Html:
 
 
 def attention_data(looks: Sequence[Look]) -> pd.DataFrame:
-    """Safety attention over each prompt: `prompt, label, v_s, position, token, role, weight, share`."""
+    """Safety attention over each prompt: `prompt, surface, label, v_s, position, token, role, ...`."""
     tables = [
-        seen.table.assign(prompt=seen.query.id, label=seen.query.label or "", v_s=seen.v_s)[
-            ["prompt", "label", "v_s", "position", "token", "role", "weight", "share"]
-        ]
+        seen.table.assign(prompt=seen.query.id, surface=seen.query.surface, label=seen.query.label or "", v_s=seen.v_s)
         for seen in looks
     ]
-    return pd.concat(tables, ignore_index=True)
+    data = pd.concat(tables, ignore_index=True)
+    return data[["prompt", "surface", "label", "v_s", "position", "token", "role", "weight", "share"]]
 
 
 def readings(casa: Casa, prompts: Mapping[str, Sequence[str]]) -> pd.DataFrame:
