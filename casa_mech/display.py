@@ -35,7 +35,7 @@ TINT = (213, 94, 0)
 """Red, green and blue of marked places; how much shows is the weight there."""
 _WAVE_WIDTH, _WAVE_HEIGHT = 600, 64
 _SMALL = 200
-"""Pixels below which a picture is shown enlarged."""
+"""Pixels of the longest side up to which a picture is shown enlarged."""
 
 
 class Html(str):
@@ -75,7 +75,7 @@ def picture_html(picture: Image.Image, weights: np.ndarray | None = None, captio
     """A picture, tinted by `weights` [row, column] over it, scaled to their highest."""
     width, height = picture.size
     # A strip of letters is a few pixels high: whole multiples keep its edges.
-    enlarged = max(1, _SMALL // max(width, height))
+    enlarged = -(-_SMALL // max(width, height, 1))
     overlay = None if weights is None else _png(_tint(weights))
     small = picture.convert("RGB")
     small.thumbnail((PIXELS, PIXELS))

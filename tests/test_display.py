@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
+import subprocess
 import wave
 from pathlib import Path
 
@@ -149,3 +151,21 @@ def test_records_stay_plain_text_elsewhere(mixed_queries: list[Query]) -> None:
     reply = Reply(query_id="q", text="sure", safety_token="safe", v_s=0.1)
     for record in (*mixed_queries, reply):
         assert "data:" not in repr(record) and "<div" not in repr(record)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_nothing_runs_in_a_browser(tmp_path: Path) -> None:
+    bait = """<script>document.title = "run"</script><img src=x onerror='document.title = "run"'>"""
+    records = [Query.from_text(bait, id=bait), Reply(query_id=bait, text=bait)]
+    shown_html = "".join(record._repr_html_() for record in records)
+    titles = {}
+    for name, body in (("shown", shown_html), ("bare", bait)):
+        page = tmp_path / f"{name}.html"
+        page.write_text(f"<!doctype html><meta charset=utf-8><title>quiet</title><body>{body}", encoding="utf-8")
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+        done = subprocess.run([str(BROWSER), *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+        titles[name] = re.search("<title>(.*?)</title>", done.stdout)[1]  # type: ignore[index]
+    assert titles == {"shown": "quiet", "bare": "run"}

@@ -34,7 +34,7 @@ def query_html(query: Query) -> Html:
     if query.prefill:
         turns.append(("prefill", None, [text_html(query.prefill)]))
     facts = [query.id, query.label or "unlabelled", query.source, query.meta.get("attack", ""), query.surface]
-    return html("query", turns=turns, facts=" · ".join(filter(None, facts)))
+    return html("query", turns=turns, facts=" · ".join(dict.fromkeys(filter(None, facts))))
 
 
 def reply_html(reply: Reply) -> Html:
