@@ -1,5 +1,6 @@
 from .control_directions import equal_variance_directions, permuted_differences
 from .control_task import ControlTask, control_task
+from .erasure import Erasure, fit_erasure
 from .estimators import (
     PROBES,
     DifferenceInMeans,
@@ -56,6 +57,7 @@ __all__ = [
     "PROBES",
     "CrossValidated",
     "DifferenceInMeans",
+    "Erasure",
     "Folds",
     "LdaProbe",
     "LogisticProbe",
@@ -78,6 +80,7 @@ __all__ = [
     "find_refusal_direction",
     "fisher_ratio",
     "fit_batch",
+    "fit_erasure",
     "fit_probe",
     "join_points",
     "load_probe",
