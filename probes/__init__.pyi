@@ -1,5 +1,6 @@
-from . import activations, gate, lens, linear, prefill
+from . import activations, detector, gate, lens, linear, prefill
 from .activations import Activations, ActivationStore, collect
+from .detector import ProbeReport, PromptProbe, Threshold, train
 from .gate import (
     MatchedPair,
     attention_maps,
@@ -12,11 +13,13 @@ from .lens import ablate_heads, bridge, fit_translators, logit_lens, register
 from .linear import (
     DifferenceInMeans,
     LogisticProbe,
-    PromptProbe,
     RefusalDirection,
     cross_validate,
+    dose_response,
     find_refusal_direction,
-    fit_probe,
+    fit_erasure,
+    plot_probes,
+    steer,
     transfer_matrix,
 )
 from .prefill import AttackedModel, prefill_sweep
@@ -29,8 +32,10 @@ __all__ = [
     "DifferenceInMeans",
     "LogisticProbe",
     "MatchedPair",
+    "ProbeReport",
     "PromptProbe",
     "RefusalDirection",
+    "Threshold",
     "ablate_heads",
     "activations",
     "attention_maps",
@@ -38,8 +43,10 @@ __all__ = [
     "bridge",
     "collect",
     "cross_validate",
+    "detector",
+    "dose_response",
     "find_refusal_direction",
-    "fit_probe",
+    "fit_erasure",
     "fit_translators",
     "gate",
     "lens",
@@ -47,9 +54,12 @@ __all__ = [
     "logit_lens",
     "minimal_sets",
     "patch_effects",
+    "plot_probes",
     "prefill",
     "prefill_sweep",
     "register",
     "reliability",
+    "steer",
+    "train",
     "transfer_matrix",
 ]

@@ -18,7 +18,7 @@ from .gate_transfer import TransferPrediction, join_points, transfer_prediction
 from .harm_and_refusal import Dissociation, contrasts, direction_table, double_dissociation, held_out_coordinates
 from .kinds import left_out_kinds
 from .mean_differences import mean_difference_table, mean_differences
-from .prompt_probe import PromptProbe, fit_probe
+from .plots import plot_probes
 from .refusal_direction import (
     RefusalDirection,
     Selection,
@@ -27,7 +27,9 @@ from .refusal_direction import (
     refusal_score,
 )
 from .separability import Plane, controls, fisher_ratio, pca_plane, separability_table, transfer_matrix
+from .steering import dose_response, steer
 from .thresholds import carried_scores, threshold_table
+from .token_probes import TOKEN_PROBES, AttentionProbe, MaxProbe, TokenProbe
 from .validation import (
     CrossValidated,
     Folds,
@@ -47,6 +49,7 @@ __all__ = [
     "Dissociation",
     "contrasts",
     "direction_table",
+    "dose_response",
     "double_dissociation",
     "held_out_coordinates",
     "left_out_kinds",
@@ -55,6 +58,10 @@ __all__ = [
     "carried_scores",
     "threshold_table",
     "PROBES",
+    "TOKEN_PROBES",
+    "AttentionProbe",
+    "MaxProbe",
+    "TokenProbe",
     "CrossValidated",
     "DifferenceInMeans",
     "Erasure",
@@ -65,7 +72,6 @@ __all__ = [
     "Plane",
     "Probe",
     "ProbeKind",
-    "PromptProbe",
     "RefusalDirection",
     "RidgeProbe",
     "Selection",
@@ -81,7 +87,6 @@ __all__ = [
     "fisher_ratio",
     "fit_batch",
     "fit_erasure",
-    "fit_probe",
     "join_points",
     "load_probe",
     "make_folds",
@@ -89,7 +94,9 @@ __all__ = [
     "opening_ids",
     "pca_plane",
     "permuted_differences",
+    "plot_probes",
     "refusal_score",
+    "steer",
     "save_probe",
     "probe_controls",
     "separability_table",
