@@ -2,9 +2,9 @@
 
 The names below are what most users need; each is loaded when it is first used, so that importing the package is quick:
 
-    from casa_mech import Casa, CasaConfig, TrainSettings, World, apply_attack, load_omni
+    from casa_mech import Casa, CasaConfig, TrainSettings, World, apply_attack, load
 
-    omni = load_omni("organism")
+    omni = load("organism")
     casa = Casa.attach(omni, CasaConfig())
     casa.train(World().training_examples(2000, seed=0), TrainSettings())
     replies = casa.generate(apply_attack("audio", World().requests(4, seed=1), seed=1))

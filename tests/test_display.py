@@ -121,7 +121,8 @@ def test_of_many_media_the_first_are_shown(mixed_queries: list[Query]) -> None:
 
 
 def test_a_prompt_that_holds_a_script_is_shown() -> None:
-    query = Query.from_text(ATTACK, id=ATTACK, source=ATTACK, system=ATTACK, prefill=ATTACK, meta={"attack": ATTACK})
+    meta = {"attack": f"{ATTACK} 3"}
+    query = Query.from_text(ATTACK, id=f"{ATTACK} 1", source=f"{ATTACK} 2", system=ATTACK, prefill=ATTACK, meta=meta)
     assert shown(query).text.count(ATTACK) == 6
     reply = Reply(query_id=ATTACK, text=ATTACK, safety_token="unsafe", v_s=0.9)
     assert shown(reply).text.count(ATTACK) == 2

@@ -13,7 +13,7 @@ import torch
 from casa_mech.casa import Casa
 from casa_mech.display import Html, html, tokens_html
 from casa_mech.omni.chat import media_parts
-from casa_mech.queries import AudioPart, ImagePart, Query, Reply, SafetyToken
+from casa_mech.queries import AudioPart, ImagePart, Prompt, Query, Reply, SafetyToken
 from casa_mech.queries.html import medium_html
 from probes.gate.safety_attention import AttentionMap, MediumMap, prompt_maps, word_shares
 
@@ -98,7 +98,7 @@ class Look:
         return f"{self.safety_token}, v_s {self.v_s:.2f}"
 
 
-def look(casa: Casa, prompt: str | Query) -> Look:
+def look(casa: Casa, prompt: Prompt) -> Look:
     """The gate's decision on one prompt, with v_s and safety attention over its tokens, pictures and clips.
 
     The decision is that of `casa.decide`, with all that `casa.use` has switched on. A gate without safety attention
@@ -119,7 +119,7 @@ def look(casa: Casa, prompt: str | Query) -> Look:
     Raises:
         InputError: an empty prompt, or media that cannot be read or that the model has no encoder for.
     """
-    query = Query.from_text(prompt) if isinstance(prompt, str) else prompt
+    (query,) = casa.omni.queries([prompt])
     (reply,) = casa.decide([query], attention=True)
     assert reply.v_s is not None and reply.attention is not None
     batch = casa.omni.encode([query], prefill=False)

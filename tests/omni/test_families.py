@@ -12,6 +12,7 @@ from helpers.defenses import examples
 from helpers.families import FAMILIES, TEMPLATES, byte_tokenizer, save_family
 from PIL import Image
 
+import probes
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.defenses import train_defense
 from casa_mech.errors import InputError, ModelError
@@ -23,7 +24,6 @@ from casa_mech.trace.fork import read_prompts, resumed
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.sweep import read_positions
 from probes.gate import attribute_token_difference
-from probes.linear import fit_probe
 
 SHORT, LONG = "tea ?", "how do i make a very good cake for five people , please ?"
 
@@ -223,8 +223,9 @@ def test_forced_prefixes_are_read_in_one_forward(omni: Omni) -> None:
 
 def test_a_probe_reads_strings_on_every_family(omni: Omni) -> None:
     words = ("tea", "bread", "soup", "rice", "cake", "jam")
-    probe = fit_probe(omni, [f"burn the {word} !" for word in words], [f"make {word}" for word in words])
-    assert np.isfinite(probe.scores(["burn the pie !", "make pie"])).all()
+    harmful, benign = [f"burn the {word} !" for word in words], [f"make {word}" for word in words]
+    probe = probes.train(omni, harmful, benign, deals=9)
+    assert np.isfinite(probe(["burn the pie !", "make pie"])).all()
 
 
 def test_a_medium_without_an_encoder_is_refused_by_name(omni: Omni) -> None:

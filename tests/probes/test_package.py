@@ -13,7 +13,7 @@ import pytest
 import probes
 
 ROOT = Path(probes.__file__).parent
-SUBPACKAGES = ("activations", "linear", "gate", "lens", "prefill")
+SUBPACKAGES = ("activations", "linear", "detector", "gate", "lens", "prefill")
 """Each may import those before it."""
 HEAVY = ("torch", "transformers", "transformer_lens", "matplotlib", "pandas", "casa_mech")
 

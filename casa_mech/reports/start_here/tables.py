@@ -36,7 +36,7 @@ def attention_data(looks: Sequence[Look]) -> pd.DataFrame:
 def readings(casa: Casa, prompts: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     """The gate's decisions on texts by label: `label, prompt, safety_token, v_s`, the highest v_s first."""
     rows = [(label, text) for label, texts in prompts.items() for text in texts]
-    replies = casa.decide([Query.from_text(text, id=text) for _, text in rows])
+    replies = casa.decide([text for _, text in rows])
     table = pd.DataFrame(rows, columns=["label", "prompt"])
     table = table.assign(safety_token=[reply.safety_token for reply in replies], v_s=[reply.v_s for reply in replies])
     return table.sort_values("v_s", ascending=False, ignore_index=True)
