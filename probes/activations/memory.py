@@ -93,7 +93,8 @@ class Activations:
         widths = " or ".join(str(width) for width in sorted({array.shape[1] for array in self.states.values()}))
         return (
             f"Activations of {len(self.index)} prompts ({n_harmful} harmful, {len(self.index) - n_harmful} others) at "
-            f"{len(self.states)} sites ({', '.join(self.states)}), width {widths}, positions {self.positions or 'unknown'}"
+            f"{len(self.states)} sites ({', '.join(self.states)}), width {widths}, "
+            f"positions {self.positions or 'unknown'}"
         )
 
     def _repr_html_(self) -> str:
