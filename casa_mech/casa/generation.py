@@ -112,7 +112,11 @@ def gated_drafts(
 
 
 def write_as_base(
-    omni: Omni, queries: Sequence[Query], drafts: Sequence[Draft], settings: GenerationSettings, progress: bool | None = False
+    omni: Omni,
+    queries: Sequence[Query],
+    drafts: Sequence[Draft],
+    settings: GenerationSettings,
+    progress: bool | None = False,
 ) -> None:
     """Write the replies that are left to the base model, exactly as `Omni.generate` does; nothing may be attached."""
     rows = [row for row, draft in enumerate(drafts) if draft.by_base]

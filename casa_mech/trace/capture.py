@@ -53,7 +53,9 @@ def check_positions(positions: Positions) -> Positions:
     Raises:
         InputError: it is not; the message lists those that are.
     """
-    if not re.fullmatch(r"last(:user)?|mean(:(text|image|audio))?|prompt|all|every:[1-9]\d*|prefill|generated:\d+", positions):
+    if not re.fullmatch(
+        r"last(:user)?|mean(:(text|image|audio))?|prompt|all|every:[1-9]\d*|prefill|generated:\d+", positions
+    ):
         raise InputError(f"no positions {positions!r}; use {_KNOWN}")
     return positions
 

@@ -22,7 +22,16 @@ from probes.detector.prompts import Prompts, labelled_queries
 from probes.detector.report import control_table
 from probes.linear.estimators import PENALISED, PROBES, ProbeKind
 from probes.linear.token_probes import TOKEN_PROBES, TokenProbeKind
-from probes.linear.validation import PENALTIES, Chance, CrossValidated, Rows, auroc_of, chance_of, cross_validate, make_folds
+from probes.linear.validation import (
+    PENALTIES,
+    Chance,
+    CrossValidated,
+    Rows,
+    auroc_of,
+    chance_of,
+    cross_validate,
+    make_folds,
+)
 
 AUTO = "auto"
 DEALS = 199

@@ -14,7 +14,9 @@ from probes.linear.separability import separability_table
 POSITIONS = {"last": "last prompt position", "last:user": "user's last token", "mean": "mean over the prompt"}
 
 
-def plot_probes(data: pd.DataFrame, title: str = "Probes of harmful against benign prompts", caption: str = "") -> Figure:
+def plot_probes(
+    data: pd.DataFrame, title: str = "Probes of harmful against benign prompts", caption: str = ""
+) -> Figure:
     """Probe AUROC by layer with 95 % intervals and chance: fitted on each surface, and fitted on one surface alone.
 
     Args:

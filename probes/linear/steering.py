@@ -141,7 +141,9 @@ def _edits(
 ) -> Mapping[Site, Edit]:
     vector, own = _vector(direction)
     if vector.shape != (model.d_model,) or not np.isfinite(vector).all():
-        raise InputError(f"a direction of shape {list(vector.shape)}: {model.source} takes [{model.d_model}], all finite")
+        raise InputError(
+            f"a direction of shape {list(vector.shape)}: {model.source} takes [{model.d_model}], all finite"
+        )
     wanted = own if where is None else [where] if isinstance(where, str | int) else list(where)
     if not wanted:
         raise InputError("a direction by itself has no place: give where=, such as where=10 or where=['pre.3', 'norm']")

@@ -12,6 +12,7 @@ from helpers.defenses import examples
 from helpers.families import FAMILIES, TEMPLATES, byte_tokenizer, save_family
 from PIL import Image
 
+import probes
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.defenses import train_defense
 from casa_mech.errors import InputError, ModelError
@@ -23,7 +24,6 @@ from casa_mech.trace.fork import read_prompts, resumed
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.sweep import read_positions
 from probes.gate import attribute_token_difference
-import probes
 
 SHORT, LONG = "tea ?", "how do i make a very good cake for five people , please ?"
 

@@ -21,9 +21,7 @@ def organism() -> Omni:
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_stream_is_the_greedy_reply_to_the_token(
-    tiny_omni: Omni, mixed_queries: list[Query], sampled: bool
-) -> None:
+def test_a_stream_is_the_greedy_reply_to_the_token(tiny_omni: Omni, mixed_queries: list[Query], sampled: bool) -> None:
     """Text, picture and clip, with and without a prefill; with sampling, the draws of one query alone."""
     settings = SETTINGS.model_copy(update={"do_sample": sampled, "seed": 3, "system": "answer in one word ."})
     prefilled = mixed_queries[1].model_copy(update={"prefill": "sure , here is"})
