@@ -19,4 +19,9 @@ from importlib.metadata import version
 import lazy_loader
 
 __version__ = version("casa-mech")
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __dir__() -> list[str]:
+    """What there is and what is loaded on use, for tab completion."""
+    return sorted({*globals(), *__all__})

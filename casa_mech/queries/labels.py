@@ -36,7 +36,7 @@ def label_of(value: object) -> Label | None:
     if isinstance(value, str) and (label := label_named(value)):
         return label
     if isinstance(value, bool | np.bool_ | Real) and not isinstance(value, str):
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
         if math.isnan(number):
             return None
         if number in (0.0, 1.0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -15,7 +15,7 @@ from casa_mech.queries.files import LIST_SUFFIX, PROMPT, with_columns
 from casa_mech.queries.labels import label_of
 from casa_mech.queries.tables import TABLE_SUFFIXES, cell, read_records
 
-Prompts = Sequence[Prompt] | pd.DataFrame | str | Path
+Prompts: TypeAlias = Sequence[Prompt] | pd.DataFrame | str | Path
 """Texts or queries, a table in memory, or a file (a table, or a `.txt` with one prompt a line)."""
 META = ("topic", "category")
 """Columns of a table that go into a query's meta: a topic's prompts are held out together."""

@@ -91,7 +91,7 @@ def control_table(
         note = f"random labels by topic, against {task.task[0]:.3f} on the same prompts"
         rows.append((TASK, means.mean(), means.min(), means.max(), task.n, note))
     except InputError:
-        rows.append((TASK, np.nan, np.nan, np.nan, 0, "needs topics with two prompts or more"))
+        rows.append((TASK, np.nan, np.nan, np.nan, 0, "needs topics of both classes with two prompts or more"))
     return pd.DataFrame(rows, columns=["control", "auroc", "low", "high", "n", "note"])
 
 

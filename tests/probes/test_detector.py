@@ -75,7 +75,7 @@ def test_the_report_has_layers_and_controls(probe: PromptProbe) -> None:
     controls = report.controls.set_index("control")
     assert list(controls.index) == [SHUFFLED, LENGTH, MATCHED, WORDS, TASK]
     assert controls.loc[LENGTH, "auroc"] == 0.5 and controls.loc[MATCHED, "auroc"] == 1  # all are of one length
-    assert controls.loc[SHUFFLED, "note"].startswith("p = 0.025 for")
+    assert controls.loc[SHUFFLED, "note"] == "p = 0.05 for the probe's best layer"  # one deal of 39 is as good
     assert np.isnan(controls.loc[TASK, "auroc"]) and "two prompts" in controls.loc[TASK, "note"]
     for text in (str(report), report._repr_html_()):
         assert "AUROC" in text and "words alone" in text and probe.site in text
@@ -91,8 +91,7 @@ def test_words_alone_are_seen(organism: Omni) -> None:
 
 
 def test_topics_have_a_control_task(organism: Omni) -> None:
-    queries = default_world().requests(60, 5)
-    assert len({query.meta["topic"] for query in queries}) < 60
+    queries = default_world().requests(160, 5, topics="seen")
     harmful = [query for query in queries if query.label == "harmful"]
     benign = [query for query in queries if query.label == "benign"]
     report = probes.train(organism, harmful, benign, layer=3, deals=0).report()
@@ -124,8 +123,7 @@ def test_the_probe_is_fitted_on_all_prompts_with_the_chosen_penalty(organism: Om
 
 def test_the_same_prompt_is_never_in_fit_and_test(tiny_omni: Omni) -> None:
     words = ["the word", "a cake", "the image", "make", "how do i", "what is it"]
-    with pytest.warns(UserWarning, match="of the words are unknown to tiny"):
-        probe = probes.train(tiny_omni, words, [word.upper() + " ?" for word in words], folds=3, deals=0)
+    probe = probes.train(tiny_omni, words, [word.upper() + " ?" for word in words], folds=3, deals=0)
     table = probe.held_out
     assert table["cluster"].nunique() == 6
     folds = probes.linear.make_folds((table["label"] == "harmful").to_numpy(), table["cluster"].to_numpy(), 3)
@@ -133,23 +131,30 @@ def test_the_same_prompt_is_never_in_fit_and_test(tiny_omni: Omni) -> None:
 
 
 def test_the_layer_is_chosen_without_the_held_out_prompts(tiny_omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise at many sites: the best site's AUROC is far above chance, the nested one is not."""
-    rng = np.random.default_rng(0)
-    noise = {str(site): rng.standard_normal((48, 6)).astype(np.float32) for site in range(30)}
-    real = probes.detector.training.collect
-
-    def collect_noise(*args: object) -> probes.Activations:
-        there = real(*args)
-        return probes.Activations(noise, there.index, "last")
-
-    monkeypatch.setattr(probes.detector.training, "collect", collect_noise)
-    words = ["tea", "cake", "bomb", "kit"]
+    """Noise at thirty sites, drawn anew: the best site's AUROC is far above chance, the nested one is at it."""
+    words = ["tea", "cake", "bomb", "image"]
     texts = [f"{one} {other} {third}" for one in words for other in words for third in ("then", "first", "done")]
-    assert len(texts) == 48
-    probe = probes.train(tiny_omni, texts[::2], texts[1::2], deals=0)
-    best = probe.layers["auroc"].max()
-    assert best > 0.65 and abs(probe.auroc.value - 0.5) < 0.2 < best - probe.auroc.value + 0.2
-    assert probe.layers["folds"].max() < 5
+    index = collect(tiny_omni, texts, [0]).index.assign(label=["harmful"] * 24 + ["benign"] * 24)
+    best, nested = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        noise = {str(site): rng.standard_normal((48, 6)).astype(np.float32) for site in range(30)}
+        states = probes.Activations(noise, index, "last")
+        monkeypatch.setattr("probes.detector.training.collect", lambda *args, states=states: states)
+        probe = probes.train(tiny_omni, texts[:24], texts[24:], deals=0)
+        best.append(probe.layers["auroc"].max())
+        nested.append(probe.auroc.value)
+        assert probe.layers["folds"].sum() == 5 and probe.layers.set_index("site")["chosen"][probe.site]
+    assert np.mean(best) > 0.65 and np.mean(nested) == pytest.approx(0.5, abs=0.08)
+
+
+def test_unknown_words_are_named(organism: Omni) -> None:
+    english = [f"Explain quantum chromodynamics to a {word}" for word in ("child", "nurse", "pilot", "cook", "judge")]
+    with pytest.warns(UserWarning, match=r"\d+% of the words are unknown to organism, .* \(first: .*\)") as caught:
+        probes.train(organism, HARMFUL, english, deals=0, layer="norm")
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="unknown to organism"):
+        collect(organism, english, ["norm"])
 
 
 def test_of_equal_layers_the_middle_is_taken() -> None:
@@ -252,7 +257,7 @@ def test_another_model_is_refused(probe: PromptProbe, tiny_omni: Omni, tmp_path:
 
 
 def test_a_model_that_changed_is_refused_and_can_be_read_on_purpose(tiny_omni: Omni, text_only: Omni) -> None:
-    words = ["tea", "cake", "word", "kit"]
+    words = ["tea", "cake", "word", "image"]
     probe = probes.train(tiny_omni, [f"make {w}" for w in words], [f"spell {w}" for w in words], folds=2, deals=0)
     casa = Casa.attach(tiny_omni)
     with pytest.raises(InputError, match=r"trained on tiny as it was .* the model has changed .* probe\.on\(model\)"):
@@ -266,7 +271,7 @@ def test_a_model_that_changed_is_refused_and_can_be_read_on_purpose(tiny_omni: O
 
 @pytest.mark.parametrize("positions", ["last", "last:user", "mean", "mean:text"])
 def test_watching_begins_with_the_prompts_score(tiny_omni: Omni, mixed_queries: list[Query], positions: str) -> None:
-    words = ["tea", "cake", "word", "kit"]
+    words = ["tea", "cake", "word", "image"]
     harmful, benign = [f"make {word}" for word in words], [f"spell {word}" for word in words]
     probe = probes.train(tiny_omni, harmful, benign, folds=2, deals=0, positions=positions, layer=[0, "norm"])
     for query in mixed_queries:
@@ -276,6 +281,8 @@ def test_watching_begins_with_the_prompts_score(tiny_omni: Omni, mixed_queries: 
         (reply,) = tiny_omni.generate([query], SETTINGS)
         assert "".join(token for token, _ in watched).strip() == reply.text
         assert watched[0][1] == pytest.approx(probe(query), abs=1e-5)
+        if tiny_omni.media_ids & set(stream.ids):
+            continue  # a placeholder that the random model wrote would ask for another picture
         # A later score is of the prompt and the tokens before: read in one forward, teacher-forced.
         states = collect_tokens_of_reply(tiny_omni, query, stream.ids[:3], probe.site)
         if positions.startswith("last"):
@@ -310,7 +317,7 @@ def test_the_model_may_be_used_while_it_is_watched(probe: PromptProbe, organism:
 
 
 def test_streams_that_cannot_be_watched_are_named(tiny_omni: Omni) -> None:
-    words = ["tea", "cake", "word", "kit"]
+    words = ["tea", "cake", "word", "image"]
     texts = [f"make {word}" for word in words], [f"spell {word}" for word in words]
     probe = probes.train(tiny_omni, *texts, folds=2, deals=0, layer="norm")
     stream = tiny_omni.stream("make tea", SETTINGS)
