@@ -14,7 +14,7 @@ from casa_mech.casa import Casa
 from casa_mech.display import Html, html, tokens_html
 from casa_mech.omni.chat import media_parts
 from casa_mech.queries import AudioPart, ImagePart, Prompt, Query, Reply, SafetyToken
-from casa_mech.queries.html import medium_html
+from casa_mech.queries.html import MEDIA, medium_html
 from probes.gate.safety_attention import AttentionMap, MediumMap, prompt_maps, word_shares
 
 if TYPE_CHECKING:
@@ -81,9 +81,10 @@ class Look:
 
     def _repr_html_(self) -> Html:
         names, shares = word_shares(self.attention)
-        parts = zip(media_parts(self.query), self.attention.media, strict=True)
-        media = [self._medium_html(part, medium) for part, medium in parts]
-        facts = f"{self.query.id} · tinted: shares of safety attention, scaled to the highest"
+        parts = list(zip(media_parts(self.query), self.attention.media, strict=True))
+        media = [self._medium_html(part, medium) for part, medium in parts[:MEDIA]]
+        left = f" · {len(parts) - MEDIA} more media" if len(parts) > MEDIA else ""
+        facts = f"{self.query.id} · tinted: shares of safety attention, scaled to the highest{left}"
         return html("look", reply=self.reply, tokens=tokens_html(names, list(shares)), media=media, facts=facts)
 
     def _medium_html(self, part: ImagePart | AudioPart, medium: MediumMap) -> Html:

@@ -18,6 +18,7 @@ from casa_mech.casa import Casa, CasaConfig
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, load_omni
 from casa_mech.queries import Query, TextPart, Turn
+from casa_mech.queries.html import MEDIA
 from probes.gate.looks import Look
 from probes.gate.safety_attention import word_shares
 
@@ -100,6 +101,8 @@ def test_each_of_several_media_has_its_own_weights(casa: Casa, mixed_queries: li
         weights = [medium.weights.ravel() for medium in attention.media if medium.kind == kind]
         np.testing.assert_allclose(np.concatenate(weights), attention.weights[roles == kind])
     assert len(shown(probes.look(casa, query)).named("audio")) == 3
+    album = probes.look(casa, query.model_copy(update={"parts": (picture,) * MEDIA}))
+    assert len(shown(album).named("audio")) == 2 and "4 more media" in shown(album).words
 
 
 def test_it_can_be_drawn(casa: Casa, mixed_queries: list[Query]) -> None:
