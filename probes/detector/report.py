@@ -29,9 +29,9 @@ class ProbeReport:
     nested: Estimate
     """AUROC of the whole procedure, the choice of layer and penalty included, with its interval over topics."""
     layers: pd.DataFrame
-    """One row a site: `site, auroc, low, high, n`, `permuted, permuted_low, permuted_high, p` (labels shuffled: mean and
-    middle 95 %; NaN without deals), `folds` (how many folds chose it) and `chosen` (whether the probe reads it). Of a
-    probe of tokens they are a logistic probe's on the mean over them, by which its layer is chosen."""
+    """One row a site: `site, auroc, low, high, n`, `permuted, permuted_low, permuted_high, p` (labels shuffled: mean
+    and middle 95 %; NaN without deals), `folds` (how many folds chose it) and `chosen` (whether the probe reads it). Of
+    a probe of tokens they are a logistic probe's on the mean over them, by which its layer is chosen."""
     controls: pd.DataFrame
     """One row each: `control, auroc, low, high, n, note`."""
 

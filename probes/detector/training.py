@@ -193,7 +193,7 @@ def _fit_tokens(
     """Held-out decisions [row] in units of each probe's spread, and the probe of all rows with its own spread."""
     decisions = np.zeros(len(labels))
     for number, place in enumerate(chosen):
-        train_rows, held = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+        train_rows, held = np.flatnonzero(fold != number).tolist(), np.flatnonzero(fold == number).tolist()
         rows = [tokens[place][row] for row in train_rows]
         probe = TOKEN_PROBES[kind](C=1 / PENALTIES[1]).fit(rows, labels[train_rows])
         scale = _spread(probe.decision_function(rows))
