@@ -1,4 +1,4 @@
-"""Progress bars: where nobody said otherwise, they are shown to a person and kept out of logs and executed notebooks."""
+"""Progress bars: where nobody said otherwise, shown to a person and kept out of logs and executed notebooks."""
 
 from __future__ import annotations
 

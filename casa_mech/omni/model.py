@@ -405,7 +405,8 @@ class Omni:
 
     def _unknown_words(self, texts: Sequence[str]) -> list[str]:
         """The words of `texts` that the tokenizer maps to its unknown token, each once."""
-        unknown, words = self.tokenizer.unk_token_id, {}
+        unknown = self.tokenizer.unk_token_id
+        words: dict[str, None] = {}
         for text in texts:
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)

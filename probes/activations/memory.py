@@ -44,9 +44,8 @@ class Activations:
         index = self.index.reset_index(drop=True)
         for site, array in self.states.items():
             if array.ndim != 2 or len(array) != len(index):
-                raise InputError(
-                    f"states at '{site}' are {list(array.shape)}: give [query, d_model] with the index's {len(index)} rows"
-                )
+                rows = f"the index's {len(index)} rows"
+                raise InputError(f"states at '{site}' are {list(array.shape)}: give [query, d_model] with {rows}")
         if "query_id" not in index:
             index["query_id"] = [f"row-{number}" for number in range(len(index))]
         for column in INDEX_COLUMNS:

@@ -88,8 +88,8 @@ class ActivationStore:
 
         Args:
             omni: the model; whatever is attached to it (LoRA) takes part and is part of its fingerprint.
-            queries: texts, and any mixture of text, image and audio; id and content together tell them apart, so one whose
-                picture or clip has changed since is another query, and its states stand beside the earlier ones.
+            queries: texts, and any mixture of text, image and audio; id and content together tell them apart, so one
+                whose picture or clip has changed since is another query, and its states stand beside the earlier ones.
             sites: where to read (`casa_mech.trace.sites.Site`); default every block's output and the final norm's.
             positions: one or several choices (`casa_mech.trace.capture.Positions`).
             out: the store's folder.

@@ -85,7 +85,8 @@ class Threshold:
         )
         if self.enough:
             return text
-        return f"{text}. {self.topics} topics cannot show a rate below {1 / (self.topics + 1):.2g}: it is the highest of them"
+        least = 1 / (self.topics + 1)
+        return f"{text}. {self.topics} topics cannot show a rate below {least:.2g}: it is the highest of them"
 
 
 def threshold_at(fpr: float, scores: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> Threshold:

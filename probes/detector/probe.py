@@ -77,7 +77,7 @@ class PromptProbe:
         return auroc_interval(self.held_out["decision"].tolist(), harmful, self.held_out["cluster"].tolist(), self.seed)
 
     @overload
-    def __call__(self, prompts: Prompt, batch_size: int = 32) -> float: ...
+    def __call__(self, prompts: Prompt, batch_size: int = 32) -> float: ...  # type: ignore[overload-overlap]
     @overload
     def __call__(self, prompts: Sequence[Prompt], batch_size: int = 32) -> np.ndarray: ...
     def __call__(self, prompts: Prompt | Sequence[Prompt], batch_size: int = 32) -> float | np.ndarray:
@@ -163,8 +163,9 @@ class PromptProbe:
             InputError: a model of another width.
         """
         if model.d_model != len(self.difference):
+            width = len(self.difference)
             raise InputError(
-                f"a probe of states of width {len(self.difference)} cannot read {model.source}, of width {model.d_model}"
+                f"a probe of states {width} wide cannot read {model.source}, which is {model.d_model} wide"
             )
         return replace(self, omni=model, fingerprint=fingerprint(model), source=model.source)
 
@@ -234,8 +235,8 @@ class PromptProbe:
         now = fingerprint(self.omni)
         if now != self.fingerprint:
             raise InputError(
-                f"the probe was trained on {self.source} as it was ({self.fingerprint[:8]}…), and the model has changed "
-                f"({now[:8]}…): detach what was attached since, or use probe.on(model) to read it all the same"
+                f"the probe was trained on {self.source} as it was ({self.fingerprint[:8]}…), and the model has "
+                f"changed ({now[:8]}…): detach what was attached since, or read it all the same by probe.on(model)"
             )
 
     def _scores(self, states: Any) -> np.ndarray:

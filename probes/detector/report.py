@@ -30,8 +30,9 @@ class ProbeReport:
     nested: Estimate
     """AUROC of the whole procedure, the choice of layer and penalty included, with its interval over topics."""
     layers: pd.DataFrame
-    """One row a site: `site, auroc, low, high, n`, `permuted, permuted_low, permuted_high, p` (labels shuffled: the mean
-    and the middle 95 %; NaN without deals), `folds` (how many folds chose it) and `chosen` (whether the probe reads it)."""
+    """One row a site: `site, auroc, low, high, n`, `permuted, permuted_low, permuted_high, p` (labels shuffled: mean
+    and middle 95 %; NaN without deals), `folds` (how many folds chose it) and `chosen` (whether the probe reads it). Of
+    a probe of tokens they are a logistic probe's on the mean over them, by which its layer is chosen."""
     controls: pd.DataFrame
     """One row each: `control, auroc, low, high, n, note`."""
 
@@ -70,10 +71,11 @@ def control_table(
     Args:
         decisions: [row], held-out. labels: bool [row]. clusters: [row]. fold: int [row].
         lengths: [row], tokens of the prompts. texts: [row], "" where a prompt has none.
-        states: [row, d_model] at the chosen site. chance: labels shuffled, at all sites; None: left out. seed: of draws.
+        states: [row, d_model] at the chosen site.
+        chance: labels shuffled, at all sites; None: left out. seed: of the draws.
     """
     n = len(labels)
-    rows = []
+    rows: list[tuple[object, ...]] = []
     if chance is not None:
         # The best of all sites, as the probe's is: the p of a choice among many.
         best = chance.aurocs.max(axis=0)

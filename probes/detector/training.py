@@ -20,7 +20,7 @@ from probes.detector.calibration import Sigmoid
 from probes.detector.probe import AnyProbe, PromptProbe
 from probes.detector.prompts import Prompts, labelled_queries
 from probes.detector.report import control_table
-from probes.linear.estimators import PENALISED, PROBES, ProbeKind
+from probes.linear.estimators import PENALISED, PROBES, Probe, ProbeKind
 from probes.linear.token_probes import TOKEN_PROBES, TokenProbeKind
 from probes.linear.validation import (
     PENALTIES,
@@ -59,9 +59,9 @@ def train(
 ) -> PromptProbe:
     """A probe that tells `harmful` from `benign` prompts in the hidden states of `model`.
 
-    It is judged by nested cross-validation: prompts of one topic are held out together, and layer and penalty are chosen
-    on the other folds alone. The probe itself is then fitted on all prompts, at the layer that is best on all; its
-    scores are calibrated on the held-out ones.
+    It is judged by nested cross-validation: prompts of one topic are held out together, and layer and penalty are
+    chosen on the other folds alone. The probe itself is then fitted on all prompts, at the layer that is best on all;
+    its scores are calibrated on the held-out ones.
 
     Example:
         ```python
@@ -85,9 +85,9 @@ def train(
         label_column: the column of labels of `data`; default `label`.
         layer: "auto" chooses among all blocks' outputs and the final norm's; a site
             (`casa_mech.trace.sites.Site`), or several to choose among.
-        positions: "last" (default), the assistant header's last token; "last:user", the last of the user's; "mean", over
-            the user's turns, or another of one vector a prompt (`casa_mech.trace.capture.Positions`). Probes of tokens
-            read "prompt" (default), "all" or "every:<n>".
+        positions: "last" (default), the assistant header's last token; "last:user", the last of the user's; "mean",
+            over the user's turns, or another of one vector a prompt (`casa_mech.trace.capture.Positions`). Probes of
+            tokens read "prompt" (default), "all" or "every:<n>".
         kind: which probe: of one vector (`probes.linear.ProbeKind`), or of all tokens, "attention" or "max".
         folds: of the cross-validation; each class needs as many topics. A prompt's topic is its `meta["topic"]`, else
             its text, so doubles stay together.
@@ -129,8 +129,8 @@ def train(
             decisions, estimator, scale = _fit_tokens(kind, of_site, labels, splits.fold, chosen, final)
         else:
             decisions = judged.scores[np.array(chosen)[splits.fold], np.arange(len(labels))]
-            estimator = _estimator(first, judged, final).fit(activations.at(activations.sites[final]), labels)
-            scale = _spread(estimator.decision_function(activations.at(activations.sites[final])))
+            linear = _estimator(first, judged, final).fit(activations.at(activations.sites[final]), labels)
+            estimator, scale = linear, _spread(linear.decision_function(activations.at(activations.sites[final])))
         chance = _chance(activations, first, deals, folds, seed) if deals else None
         calibration = Sigmoid.fit(decisions, labels)
         states = activations.at(activations.sites[final])
@@ -176,19 +176,24 @@ def _sites(model: Omni, layer: Site | Sequence[Site]) -> list[Site]:
     return sites
 
 
-def _estimator(kind: ProbeKind, judged: CrossValidated, place: int) -> AnyProbe:
+def _estimator(kind: ProbeKind, judged: CrossValidated, place: int) -> Probe:
     penalty = float(judged.final_penalty[place])
     options = {"logistic": {"C": 1 / penalty}, "ridge": {"alpha": penalty}}.get(kind, {})
     return PROBES[kind](**options)
 
 
 def _fit_tokens(
-    kind: str, tokens: Sequence[list[np.ndarray]], labels: np.ndarray, fold: np.ndarray, chosen: list[int], final: int
+    kind: str,
+    tokens: Sequence[Sequence[np.ndarray]],
+    labels: np.ndarray,
+    fold: np.ndarray,
+    chosen: list[int],
+    final: int,
 ) -> tuple[np.ndarray, AnyProbe, float]:
     """Held-out decisions [row] in units of each probe's spread, and the probe of all rows with its own spread."""
     decisions = np.zeros(len(labels))
     for number, place in enumerate(chosen):
-        train_rows, held = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+        train_rows, held = np.flatnonzero(fold != number).tolist(), np.flatnonzero(fold == number).tolist()
         rows = [tokens[place][row] for row in train_rows]
         probe = TOKEN_PROBES[kind](C=1 / PENALTIES[1]).fit(rows, labels[train_rows])
         scale = _spread(probe.decision_function(rows))

@@ -61,7 +61,8 @@ def control_task(
     if not judged.any():
         raise InputError("a control task needs topics with two requests or more: ask for more requests")
     tasks = np.concatenate([labels[None], permuted_labels(labels, topics, repeats, rng)])
-    both = tasks[:, judged].any(axis=1) & ~tasks[:, judged].all(axis=1)
+    sums = tasks[:, judged].sum(axis=1)
+    both: np.ndarray = (sums > 0) & (sums < judged.sum())
     if not both[0] or not both[1:].any():
         raise InputError("a control task needs topics of both classes with two requests or more: ask for more requests")
     tasks = tasks[both]

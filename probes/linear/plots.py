@@ -20,8 +20,8 @@ def plot_probes(
     """Probe AUROC by layer with 95 % intervals and chance: fitted on each surface, and fitted on one surface alone.
 
     Args:
-        data: columns `positions, site, surface, measure, auroc, low, high, n` (`separability_table`; a row of panels for
-            each `positions`), or what `transfer_matrix` gives.
+        data: columns `positions, site, surface, measure, auroc, low, high, n` (`separability_table`; a row of panels
+            for each `positions`), or what `transfer_matrix` gives.
         title: the claim.
         caption: what stands behind it.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ class PlacedDirection(Protocol):
         """Where it was read."""
 
 
-Direction = RefusalDirection | PlacedDirection | np.ndarray | Tensor | Sequence[float]
+Direction: TypeAlias = RefusalDirection | PlacedDirection | np.ndarray | Tensor | Sequence[float]
 
 
 @contextmanager

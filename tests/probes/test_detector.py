@@ -1,4 +1,4 @@
-"""A probe on one's own prompts: what it takes, its nested score, its file, its threshold and a reply that it watches."""
+"""A probe on one's own prompts: what it takes, its nested score, its file, its threshold, and watching a reply."""
 
 from __future__ import annotations
 
