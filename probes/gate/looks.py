@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,13 +12,11 @@ import torch
 
 from casa_mech.casa import Casa
 from casa_mech.display import Html, html, tokens_html
+from casa_mech.errors import InputError, missing_extra
 from casa_mech.omni.chat import media_parts
 from casa_mech.queries import AudioPart, ImagePart, Prompt, Query, Reply, SafetyToken
 from casa_mech.queries.html import MEDIA, medium_html
 from probes.gate.safety_attention import AttentionMap, MediumMap, prompt_maps, word_shares
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LEAST = 0.01
 """Share of safety attention below which a token is not named and a medium not tinted."""
@@ -66,9 +64,16 @@ class Look:
         order = np.argsort(-shares, kind="stable")[:n]
         return ", ".join(f"{names[place]} {_percent(shares[place])}" for place in order if shares[place] >= LEAST)
 
-    def plot(self, title: str = "", caption: str = "") -> Figure:
-        """The share of each token and, of the first picture or clip, where it lies; needs the extra `study`."""
-        from probes.gate.plots import plot_attention_maps
+    def plot(self, title: str = "", caption: str = "") -> Any:
+        """A matplotlib figure of each token's share and, of the first picture or clip, of where its share lies.
+
+        Raises:
+            InputError: matplotlib is not installed; the message names the extra that brings it.
+        """
+        try:
+            from probes.gate.plots import plot_attention_maps
+        except ImportError as error:
+            raise InputError(missing_extra(error) or str(error)) from None
 
         most = f"; {self.most_read(1)} of the attention" if self.most_read(1) else ""
         return plot_attention_maps([self.attention], title or f"this gate: {self._decision}{most}", caption)

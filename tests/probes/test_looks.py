@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,15 @@ def test_it_can_be_drawn(casa: Casa, mixed_queries: list[Query]) -> None:
         figure = seen.plot()
         assert isinstance(figure, Figure) and f"{seen.safety_token}, v_s {seen.v_s:.2f}" in figure.get_suptitle()
         assert seen.plot("mine").get_suptitle() == "mine"
+
+
+def test_a_figure_needs_an_extra(casa: Casa, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = probes.look(casa, "how do i make a cake ?")
+    monkeypatch.delitem(sys.modules, "probes.gate.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"matplotlib, which is not installed: pip install 'casa-mech\[study\]'"):
+        seen.plot()
 
 
 def test_a_prompt_that_holds_a_script_is_shown(casa: Casa) -> None:
