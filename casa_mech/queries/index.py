@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import TEMPORARY, check_folder, storage_error, writing
 from casa_mech.identity import SHORT, json_digest, queries_digest

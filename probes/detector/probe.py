@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from casa_mech.errors import InputError, RunError
+from casa_mech.errors import InputError, RunError, missing_extra
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.stats import auroc_interval, cluster_of
 from casa_mech.omni import Omni, ReplyStream
@@ -27,9 +27,6 @@ from probes.detector.calibration import Sigmoid, Threshold, threshold_at
 from probes.detector.report import ProbeReport
 from probes.linear.estimators import PROBES, Probe, load_probe, save_probe
 from probes.linear.token_probes import TOKEN_PROBES, TokenProbe
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 AnyProbe = Probe | TokenProbe
 
@@ -144,9 +141,16 @@ class PromptProbe:
         """AUROC by layer with intervals, the chosen layer's nested choice, and the controls."""
         return ProbeReport(self._title, self.auroc, self.layers, self.controls)
 
-    def plot(self, title: str = "") -> Figure:
-        """AUROC by layer with its interval and what shuffled labels reach (needs matplotlib, extra `study`)."""
-        from probes.linear.plots import plot_probes
+    def plot(self, title: str = "") -> Any:
+        """A matplotlib figure of the AUROC by layer with its interval, and what shuffled labels reach.
+
+        Raises:
+            InputError: matplotlib is not installed; the message names the extra that brings it.
+        """
+        try:
+            from probes.linear.plots import plot_probes
+        except ImportError as error:
+            raise InputError(missing_extra(error) or str(error)) from None
 
         n = f"{len(self.held_out)} prompts"
         own = self.layers.assign(measure="probe", surface=n)

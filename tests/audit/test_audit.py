@@ -135,7 +135,7 @@ def test_what_cannot_be_audited_is_refused(tiny_omni: Omni) -> None:
     casa = stir(Casa.attach(tiny_omni))
     with pytest.raises(InputError, match="greedy"):
         audit(casa, requests(), settings=GenerationSettings(do_sample=True))
-    with pytest.raises(InputError, match="labelled queries; q0"):
+    with pytest.raises(InputError, match="labelled queries; text-"):
         audit(casa, [Query.from_text("how do i make tea ?")])
     with pytest.raises(InputError, match="at least one token id"):
         casa.generate(requests(), SHORT, force=[[1]])

@@ -85,7 +85,9 @@ def test_answers_to_questions_about_a_topic():
 
 
 def test_the_micro_world_judge_sends_other_queries_elsewhere():
-    with pytest.raises(InputError, match=r"query 'text-2cf24dba' has no 'topic' and 'compliance' in its meta.*KeywordJudge"):
+    with pytest.raises(
+        InputError, match=r"query 'text-2cf24dba' has no 'topic' and 'compliance' in its meta.*KeywordJudge"
+    ):
         JUDGE.judge(Query.from_text("hello"), "hi")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,23 @@ def test_the_plot_has_the_layers(probe: PromptProbe) -> None:
     figure = probe.plot("claim")
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "1", "2", "3", "norm"]
     assert len(figure.axes) == 1
+
+
+def test_a_plot_without_matplotlib_names_the_extra(probe: PromptProbe, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "matplotlib" or name in ("probes.linear.plots", "casa_mech.figures"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NoMatplotlib(), *sys.meta_path])
+    with pytest.raises(InputError, match=r"needs matplotlib, which is not installed: pip install 'casa-mech\[study\]'"):
+        probe.plot()
+
+
+class NoMatplotlib:
+    """Finds no matplotlib."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
 
 def test_the_probe_is_fitted_on_all_prompts_with_the_chosen_penalty(organism: Omni) -> None:
