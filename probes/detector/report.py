@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ class ProbeReport:
 
     def _repr_html_(self) -> str:
         tables = (table.to_html(index=False, float_format="%.3f") for table in (self.layers, self.controls))
-        return f"<p>{self.title}: AUROC {self.nested.text('.3f')}</p>{''.join(tables)}"
+        return f"<p>{escape(self.title)}: AUROC {self.nested.text('.3f')}</p>{''.join(tables)}"
 
 
 def control_table(
