@@ -250,17 +250,20 @@ class Omni:
             InputError: as `as_queries`.
         """
         queries = as_queries(prompts)
-        self.warn_of_unknown_words([prompt for prompt in prompts if isinstance(prompt, str)])
+        self.warn_of_unknown_words([prompt for prompt in prompts if isinstance(prompt, str)], 4)
         return queries
 
-    def warn_of_unknown_words(self, texts: Sequence[str]) -> None:
-        """Warn where an organism of the micro-world is given words from outside it, with their share."""
+    def warn_of_unknown_words(self, texts: Sequence[str], stacklevel: int = 3) -> None:
+        """Warn where an organism of the micro-world is given words from outside it, with their share.
+
+        `stacklevel` is that of `warnings.warn`; by default the caller's caller is named.
+        """
         share = self.unknown_share(texts) if self.speaks_micro_world else 0.0
         if share > 0:
             warnings.warn(
                 f"{share:.0%} of the words are unknown to {self.source}, which speaks a micro-world's English only "
                 f"(first: {', '.join(self._unknown_words(texts)[:3])}): what it makes of them says nothing",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     def encode(

@@ -152,13 +152,16 @@ class PromptProbe:
         except ImportError as error:
             raise InputError(missing_extra(error) or str(error)) from None
 
-        n = f"{len(self.held_out)} prompts"
-        own = self.layers.assign(measure="probe", surface=n)
+        own = self.layers.assign(measure="probe")
         chance = self.layers.assign(
-            measure="permuted", surface=n, low=self.layers["permuted_low"], high=self.layers["permuted_high"]
+            measure="permuted", low=self.layers["permuted_low"], high=self.layers["permuted_high"]
         )
-        data = pd.concat([own, chance], ignore_index=True).assign(positions=self.positions)
-        return plot_probes(data, title or f"A {self.estimator._kind} probe of {Path(self.source).name}")
+        data = pd.concat([own, chance], ignore_index=True).assign(positions=self.positions, surface="prompts")
+        claim = f"{self.estimator._kind} probe of {Path(self.source).name}: AUROC {self.auroc.text()}"
+        caption = "In the title the layer is chosen without the prompts held out; dotted: the one that the probe reads."
+        figure = plot_probes(data, title or claim, caption)
+        figure.axes[0].axvline(int(self.layers["chosen"].to_numpy().argmax()), color="black", linestyle=":")
+        return figure
 
     def on(self, model: Omni) -> PromptProbe:
         """The same probe on another model on purpose, such as a finetuned one: a measurement of transfer.

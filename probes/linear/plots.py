@@ -37,7 +37,7 @@ def plot_probes(
             here = data[data["positions"] == positions]
             for axis, (measure, name) in zip(line, panels.items(), strict=True):
                 _layers(axis, here, measure, surfaces)
-                axis.set_title(f"probe {name}")
+                axis.set_title(f"probe {name}" if len(panels) > 1 else "")
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics".strip())
         return titled(figure, title, f"{caption} Bands: 95 % intervals.".strip(), legend_of=axes[0])
 

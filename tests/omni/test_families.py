@@ -12,6 +12,7 @@ from helpers.defenses import examples
 from helpers.families import FAMILIES, TEMPLATES, byte_tokenizer, save_family
 from PIL import Image
 
+import casa_mech
 import probes
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.defenses import train_defense
@@ -235,3 +236,11 @@ def test_a_medium_without_an_encoder_is_refused_by_name(omni: Omni) -> None:
         if part.kind not in omni.modalities:
             with pytest.raises(InputError, match=rf"query q: this model reads no {part.kind}; give it text"):
                 omni.encode([Query(id="q", parts=(part,))])
+
+
+def test_a_hub_id_is_loaded_under_the_users_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_family("llama", tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, allow_patterns: str(folder))
+    model = casa_mech.load("somebody/some-model", device="cpu")
+    assert model.source == "somebody/some-model" and model.architecture.model_types == ("llama",)
+    assert casa_mech.load is casa_mech.load_omni

@@ -170,7 +170,7 @@ def test_unknown_words_are_named(organism: Omni) -> None:
     english = [f"Explain quantum chromodynamics to a {word}" for word in ("child", "nurse", "pilot", "cook", "judge")]
     with pytest.warns(UserWarning, match=r"\d+% of the words are unknown to organism, .* \(first: .*\)") as caught:
         probes.train(organism, HARMFUL, english, deals=0, layer="norm")
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
     with pytest.warns(UserWarning, match="unknown to organism"):
         collect(organism, english, ["norm"])
 
