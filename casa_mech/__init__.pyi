@@ -6,6 +6,7 @@ from .errors import CasaMechError
 from .evaluation.evaluate import evaluate
 from .judging import judge_all, load_judge
 from .omni import GenerationSettings, Omni, load_omni
+from .omni.load import load
 from .organism import World
 from .queries import AudioPart, Example, ImagePart, Query, Reply, TextPart, read_files, read_queries
 from .study import Study
@@ -31,6 +32,7 @@ __all__ = [
     "apply_attack",
     "evaluate",
     "judge_all",
+    "load",
     "load_defense",
     "load_judge",
     "load_omni",

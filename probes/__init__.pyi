@@ -1,9 +1,11 @@
-from . import activations, gate, lens, linear, prefill
+from . import activations, detector, gate, lens, linear, prefill
 from .activations import Activations, ActivationStore, collect
+from .detector import ProbeReport, PromptProbe, Threshold, train
 from .gate import (
     MatchedPair,
     attention_maps,
     attribute_token_difference,
+    look,
     minimal_sets,
     patch_effects,
     reliability,
@@ -12,11 +14,13 @@ from .lens import ablate_heads, bridge, fit_translators, logit_lens, register
 from .linear import (
     DifferenceInMeans,
     LogisticProbe,
-    PromptProbe,
     RefusalDirection,
     cross_validate,
+    dose_response,
     find_refusal_direction,
-    fit_probe,
+    fit_erasure,
+    plot_probes,
+    steer,
     transfer_matrix,
 )
 from .prefill import AttackedModel, prefill_sweep
@@ -29,8 +33,10 @@ __all__ = [
     "DifferenceInMeans",
     "LogisticProbe",
     "MatchedPair",
+    "ProbeReport",
     "PromptProbe",
     "RefusalDirection",
+    "Threshold",
     "ablate_heads",
     "activations",
     "attention_maps",
@@ -38,18 +44,24 @@ __all__ = [
     "bridge",
     "collect",
     "cross_validate",
+    "detector",
+    "dose_response",
     "find_refusal_direction",
-    "fit_probe",
+    "fit_erasure",
     "fit_translators",
     "gate",
     "lens",
     "linear",
     "logit_lens",
+    "look",
     "minimal_sets",
     "patch_effects",
+    "plot_probes",
     "prefill",
     "prefill_sweep",
     "register",
     "reliability",
+    "steer",
+    "train",
     "transfer_matrix",
 ]

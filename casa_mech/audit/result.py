@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from casa_mech.audit.names import BASE, BASE_WORD, GROUPS, OWN, PATHS, SAFE, UNSAFE, WORD
+from casa_mech.display import table_html
 from casa_mech.evaluation.evaluate import write_both
 from casa_mech.files import check_folder, writing
 from casa_mech.judging.bootstrap import mean_interval
@@ -199,14 +200,17 @@ class AuditResult:
 
         return plot_audit(self.summary(), title or self.title, caption)
 
+    def __repr__(self) -> str:
+        requests = self.replies.drop_duplicates([*GROUPS, "query_id"])["label"].value_counts()
+        n = ", ".join(f"{count} {label}" for label, count in requests.items())
+        return f"Audit: {self.title} ({n} requests)"
+
     def _repr_html_(self) -> str:
         table = self.effects()
         wide = table.assign(cell=[Estimate.of(row).percent(".0f") for row in table.to_dict("records")]).pivot_table(
             index=[*GROUPS, "n"], columns=["outcome", "intervention"], values="cell", aggfunc="first", sort=False
         )
-        return (
-            f"<p>{self.defense} on {self.model}: percent of replies, 95 % intervals over clusters</p>" + wide.to_html()
-        )
+        return table_html(wide, f"{self.defense} on {self.model}: percent of replies, 95 % intervals over clusters")
 
     def _cells(self, replies: pd.DataFrame | None = None) -> list[tuple[dict[str, Any], pd.DataFrame]]:
         table = self.replies if replies is None else replies

@@ -42,7 +42,7 @@ from casa_mech.casa.trainer import Row, Trainer, settled
 from casa_mech.errors import InputError, ModelError
 from casa_mech.files import writing_folder
 from casa_mech.omni import GenerationSettings, Omni, with_system
-from casa_mech.queries import Example, Query, Reply, SafetyToken
+from casa_mech.queries import Example, Prompt, Query, Reply, SafetyToken
 from casa_mech.trace.sites import check_sites
 
 REFUSAL = "Sorry, I can not help with that."
@@ -221,7 +221,7 @@ class Casa:
 
     def generate(
         self,
-        queries: Sequence[Query],
+        queries: Sequence[Prompt],
         settings: GenerationSettings = GenerationSettings(),
         *,
         order: Order = "gate_first",
@@ -231,7 +231,7 @@ class Casa:
         force: SafetyToken | Sequence[Sequence[int]] | None = None,
         attention: bool = False,
         merge: bool = True,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> list[Reply]:
         """Replies behind the gate, in the order of the queries. The gate decides once, on the last assistant turn.
 
@@ -239,7 +239,7 @@ class Casa:
         with `recheck_every` it decides again while a reply goes on (see `InferenceSettings`).
 
         Args:
-            queries: any mixture of text, image and audio.
+            queries: texts, and any mixture of text, image and audio.
             settings: as for `Omni.generate`; the safety token is chosen greedily or sampled as they say.
             order: "gate_first" or "prefill_first".
             hard: answer unsafe queries with `refusal` instead of generating.
@@ -252,7 +252,7 @@ class Casa:
             merge: add LoRA into copies of the weights for this call, which is faster and takes the memory of one more
                 set of the language model's linear layers; results with and without differ by rounding.
             attention: put safety attention's weight at each of the prompt's tokens (padding left out) into the replies.
-            progress: show a bar.
+            progress: show a bar; None: where a person watches.
 
         Raises:
             InputError: an empty prompt or unreadable media, or options that need a calibration that is not there.
@@ -262,27 +262,28 @@ class Casa:
         if hard and force is not None:
             raise InputError("a hard gate answers unsafe queries itself: leave out hard=True to force the token")
         use = self._gate_use(order, refusal if hard else None, attention, threshold)
-        forced = self._forced_ids(force, len(queries))
+        members = self.omni.queries(queries)
+        forced = self._forced_ids(force, len(members))
         gate, weights = self._parts.gate, self._parts.adapter.merged if merge else nullcontext
         with weights():
-            drafts = gated_drafts(self.omni, gate, queries, settings, use, progress, forced)
+            drafts = gated_drafts(self.omni, gate, members, settings, use, progress, forced)
         if any(draft.by_base for draft in drafts):
             with self.disabled():
-                write_as_base(self.omni, queries, drafts, settings, progress)
+                write_as_base(self.omni, members, drafts, settings, progress)
         if use.inference.recheck_every:
             with weights():
-                recheck(self.omni, gate, queries, drafts, settings, use, progress)
+                recheck(self.omni, gate, members, drafts, settings, use, progress)
         return [draft.reply for draft in drafts]
 
     def decide(
         self,
-        queries: Sequence[Query],
+        queries: Sequence[Prompt],
         settings: GenerationSettings = GenerationSettings(),
         *,
         order: Order = "gate_first",
         attention: bool = False,
         merge: bool = True,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> list[Reply]:
         """The gate's decisions alone: replies with token, v_s and logits, and an empty text (see `generate`).
 
@@ -291,8 +292,9 @@ class Casa:
         """
         self._need_active()
         use = self._gate_use(order, None, attention, None)
+        members = self.omni.queries(queries)
         with self._parts.adapter.merged() if merge else nullcontext():
-            return gate_decisions(self.omni, self._parts.gate, queries, settings, use, progress)
+            return gate_decisions(self.omni, self._parts.gate, members, settings, use, progress)
 
     def _gate_use(self, order: Order, refusal: str | None, attention: bool, threshold: float | None) -> GateUse:
         lacking = self._calibration.lacks(self.config)

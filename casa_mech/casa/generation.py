@@ -88,7 +88,7 @@ def gated_drafts(
     queries: Sequence[Query],
     settings: GenerationSettings,
     use: GateUse,
-    progress: bool = False,
+    progress: bool | None = False,
     forced: Sequence[Sequence[int]] | None = None,
 ) -> list[Draft]:
     """A reply to each query, in their order, each with its safety token, v_s and the pair of logits, raw and rewritten.
@@ -112,7 +112,11 @@ def gated_drafts(
 
 
 def write_as_base(
-    omni: Omni, queries: Sequence[Query], drafts: Sequence[Draft], settings: GenerationSettings, progress: bool = False
+    omni: Omni,
+    queries: Sequence[Query],
+    drafts: Sequence[Draft],
+    settings: GenerationSettings,
+    progress: bool | None = False,
 ) -> None:
     """Write the replies that are left to the base model, exactly as `Omni.generate` does; nothing may be attached."""
     rows = [row for row, draft in enumerate(drafts) if draft.by_base]
@@ -138,7 +142,7 @@ def gate_decisions(
     queries: Sequence[Query],
     settings: GenerationSettings,
     use: GateUse,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> list[Reply]:
     """The gate's decision on each query, without a reply."""
 

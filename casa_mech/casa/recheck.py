@@ -28,7 +28,7 @@ def recheck(
     drafts: Sequence[Draft],
     settings: GenerationSettings,
     use: GateUse,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> None:
     """Decide again after a prefill and after every `recheck_every` tokens of each reply that goes on behind them.
 

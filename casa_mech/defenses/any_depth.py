@@ -12,10 +12,10 @@ from pydantic import Field
 from casa_mech.casa.generation import prefill_ids
 from casa_mech.casa.recheck import at_header
 from casa_mech.defenses.base import Defense, DefenseSettings, Description
-from casa_mech.judging.refusals import find_refusal, refusals_digest
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.finite import finite_logits
 from casa_mech.queries import Query, Reply
+from casa_mech.queries.refusals import find_refusal, refusals_digest
 
 
 class AnyDepthSettings(DefenseSettings):

@@ -13,7 +13,7 @@ from casa_mech.casa.config import Settings
 from casa_mech.defenses.prompts import defense_text, with_safety_prompt
 from casa_mech.errors import InputError
 from casa_mech.omni import GenerationSettings, Omni, with_system
-from casa_mech.queries import Query, Reply
+from casa_mech.queries import Prompt, Query, Reply
 
 Change = Literal["weights", "prompt", "logits", "states"]
 """What a defence changes in the model or in what the model is given."""
@@ -61,10 +61,10 @@ class Defense(ABC):
         self.safety_prompt = safety_prompt
 
     def generate(
-        self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings(), progress: bool = False
+        self, queries: Sequence[Prompt], settings: GenerationSettings = GenerationSettings(), progress: bool = False
     ) -> list[Reply]:
         """Replies in the order of the queries, batched; as `Omni.generate` where the defence does nothing."""
-        return self._replies(self._prepared(queries, settings), settings, progress)
+        return self._replies(self._prepared(self.omni.queries(queries), settings), settings, progress)
 
     def scores(self, queries: Sequence[Query], settings: GenerationSettings = GenerationSettings()) -> list[float]:
         """How malicious the defence finds each query, higher for worse: v_s, a token's probability, a risk.

@@ -12,11 +12,13 @@ import pandas as pd
 from torch import nn
 
 from casa_mech.defenses.base import Defense
+from casa_mech.display import table_html
 from casa_mech.errors import InputError, RunError
 from casa_mech.evaluation.reply_parts import BATCHES_A_PART, LEAST_A_PART, ReplyParts
 from casa_mech.files import writing
 from casa_mech.identity import weights_digest
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, Verdict, VerdictStore, judge_all, write_table
+from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.merit import fpr_row, outcome_rows
 from casa_mech.judging.results import Row, value_row
 from casa_mech.judging.stats import auroc_difference, auroc_interval, clusters_of, runs_of
@@ -52,6 +54,24 @@ class Evaluation:
     """The rates, one result row each."""
     verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(VERDICT_COLUMNS)))
     """One row a reply, `VERDICT_COLUMNS`; `row` is its place in `replies`."""
+
+    def __repr__(self) -> str:
+        return f"Evaluation: {self._system}, {len(self.rows)} rates"
+
+    def _repr_html_(self) -> str:
+        shown = ("attack", "surface", "label", "metric", "n")
+        rates = [
+            {**{name: row[name] for name in shown}, "value [95 % interval]": Estimate.of(row).text()}
+            for row in self.rows
+        ]
+        return table_html(pd.DataFrame(rates), self._system, index=False)
+
+    @property
+    def _system(self) -> str:
+        systems = " and ".join(
+            f"{defense} on {model}" for model, defense in self.replies.groupby(["model", "defense"], sort=False).groups
+        )
+        return f"{systems}: {len(self.replies)} replies"
 
 
 def evaluate(

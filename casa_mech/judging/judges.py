@@ -6,9 +6,9 @@ import re
 from difflib import SequenceMatcher
 
 from casa_mech.errors import InputError
-from casa_mech.judging.refusals import find_refusal, refusals_digest
 from casa_mech.judging.verdict import Outcome, Verdict, reply_text
 from casa_mech.queries import Query, Reply
+from casa_mech.queries.refusals import find_refusal, refusals_digest
 
 
 def tokens_of(text: str) -> list[str]:

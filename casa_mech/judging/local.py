@@ -9,10 +9,10 @@ from typing import Any
 
 from casa_mech.errors import InputError, ModelError
 from casa_mech.identity import SHORT, digest_of
-from casa_mech.judging.refusals import find_refusal, refusals_digest
 from casa_mech.judging.rubric_judge import Completion
 from casa_mech.judging.verdict import UNDECIDED, Outcome, Pair, Verdict, reply_text, request_text, whole_reply
 from casa_mech.queries import Query, Reply
+from casa_mech.queries.refusals import find_refusal, refusals_digest
 
 _PROBE = 1 << 20
 

@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from casa_mech.errors import InputError
 from casa_mech.identity import digest_of
-from casa_mech.judging.refusals import find_refusal
 from casa_mech.judging.verdict import UNDECIDED, Outcome, reply_text, request_text, whole_reply
 from casa_mech.queries import Query, Reply
+from casa_mech.queries.refusals import find_refusal
 
 
 @dataclass(frozen=True)

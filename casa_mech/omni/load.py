@@ -41,8 +41,8 @@ def load_omni(
     A small model on the CPU is set to run in one thread (in this process), unless `OMP_NUM_THREADS` is set.
 
     Args:
-        source: "organism", "organism-split" or "organism-unasked" (shipped), a hub id such as "Qwen/Qwen2.5-Omni-3B",
-            or a directory.
+        source: "organism", "organism-split" or "organism-unasked" (shipped), a hub id such as "Qwen/Qwen2.5-Omni-3B" or
+            "HuggingFaceTB/SmolLM2-135M-Instruct", or a directory.
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes the best there is.
         dtype: "float32", "bfloat16", "float16"; "auto" is the checkpoint's own on an accelerator, float32 on the CPU.
         adapter: directory of a peft adapter to merge into the weights (not a CASA gate: see `Casa.from_pretrained`).
@@ -79,6 +79,10 @@ def load_omni(
     omni = Omni(model.to(target), load_processor(directory, architecture.towers), str(source))
     _settle_threads(omni)
     return omni
+
+
+load = load_omni
+"""The name for users: `casa_mech.load`."""
 
 
 def _settle_threads(omni: Omni) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from casa_mech.omni.finite import finite_logits
 from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.memory import in_halves
 from casa_mech.omni.processor import Processor
-from casa_mech.queries import AudioPart, ImagePart, Query, Reply, TextPart
+from casa_mech.omni.stream import ReplyStream
+from casa_mech.progress import progress_bar
+from casa_mech.queries import AudioPart, ImagePart, Prompt, Query, Reply, TextPart, as_queries
 
 if TYPE_CHECKING:
     import nnsight
@@ -241,20 +244,43 @@ class Omni:
         """SHA-256 over names, shapes and a sample of values of the weights as they were loaded."""
         return self._fingerprint
 
+    def queries(self, prompts: Sequence[Prompt]) -> list[Query]:
+        """A query for each prompt, text or query (`as_queries`); warns of texts with words that the model cannot know.
+
+        Raises:
+            InputError: as `as_queries`.
+        """
+        queries = as_queries(prompts)
+        self.warn_of_unknown_words([prompt for prompt in prompts if isinstance(prompt, str)], 4)
+        return queries
+
+    def warn_of_unknown_words(self, texts: Sequence[str], stacklevel: int = 3) -> None:
+        """Warn where an organism of the micro-world is given words from outside it, with their share.
+
+        `stacklevel` is that of `warnings.warn`; by default the caller's caller is named.
+        """
+        share = self.unknown_share(texts) if self.speaks_micro_world else 0.0
+        if share > 0:
+            warnings.warn(
+                f"{share:.0%} of the words are unknown to {self.source}, which speaks a micro-world's English only "
+                f"(first: {', '.join(self._unknown_words(texts)[:3])}): what it makes of them says nothing",
+                stacklevel=stacklevel,
+            )
+
     def encode(
-        self, queries: Sequence[Query], targets: Sequence[Sequence[int]] | None = None, prefill: bool = True
+        self, queries: Sequence[Prompt], targets: Sequence[Sequence[int]] | None = None, prefill: bool = True
     ) -> OmniBatch:
         """`queries` as one left-padded batch on the model's device (see `OmniBatch`).
 
         Args:
-            queries: any mixture of text, image and audio.
+            queries: texts, and any mixture of text, image and audio.
             targets: token ids appended to each prompt and set as labels, for teacher forcing.
             prefill: True if the queries' assistant prefill is part of the prompt.
 
         Raises:
             InputError: an empty prompt or unreadable media; the message names the query.
         """
-        return encode(self.processor, queries, targets, prefill).to(self.device, self.dtype)
+        return encode(self.processor, as_queries(queries, "queries"), targets, prefill).to(self.device, self.dtype)
 
     def prompt_ids(self, batch: OmniBatch, queries: Sequence[Query]) -> list[list[int]]:
         """Token ids of the prompts of `queries`, row by row about the same pictures and clips as `batch`, which are not
@@ -270,23 +296,39 @@ class Omni:
     @torch.inference_mode()
     def generate(
         self,
-        queries: Sequence[Query],
+        queries: Sequence[Prompt],
         settings: GenerationSettings = GenerationSettings(),
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> list[Reply]:
-        """Ordinary generation, without any defence; replies in the order of the queries.
+        """Ordinary generation, without any defence; replies in the order of the queries, which may be texts.
 
-        `Reply.text` holds what the model wrote after the prefill, not the prefill itself.
+        `Reply.text` holds what the model wrote after the prefill, not the prefill itself. `progress`: whether to draw a
+        bar; None: where a person watches (`casa_mech.progress`).
 
         Raises:
             InputError: an empty prompt or unreadable media. ModelError: logits that are not finite.
         """
-        queries = with_system(queries, settings.system)
+        members = with_system(self.queries(queries), settings.system)
 
         def decode(group: list[int]) -> list[list[int]]:
-            return self.write([queries[index] for index in group], settings)
+            return self.write([members[index] for index in group], settings)
 
-        return self.decoded(queries, settings, decode, progress=progress)
+        return self.decoded(members, settings, decode, progress=progress)
+
+    def stream(self, prompt: Prompt, settings: GenerationSettings = GenerationSettings()) -> ReplyStream:
+        """The reply to one prompt while it is written: an iterator over its pieces of text, the tokens of `generate`.
+
+        Example:
+            ```python
+            for piece in omni.stream("how do i make a cake ?"):
+                print(piece, end="", flush=True)
+            ```
+
+        Raises:
+            InputError: an empty prompt or unreadable media. ModelError: logits that are not finite.
+        """
+        (query,) = with_system(self.queries([prompt]), settings.system)
+        return ReplyStream(self, query, settings)
 
     def write(self, queries: Sequence[Query], settings: GenerationSettings) -> list[list[int]]:
         """Token ids that the model writes after each prompt, end-of-turn tokens and all; `queries` are one batch."""
@@ -301,7 +343,7 @@ class Omni:
         settings: GenerationSettings,
         decode: Callable[[list[int]], Sequence[Sequence[int]]],
         name: str = "generate",
-        progress: bool = False,
+        progress: bool | None = False,
     ) -> list[Reply]:
         """A reply to each query, by a decoding of one's own; otherwise as `in_batches`.
 
@@ -326,20 +368,18 @@ class Omni:
         settings: GenerationSettings,
         work: Callable[[list[int]], Sequence[Reply]],
         name: str = "generate",
-        progress: bool = False,
+        progress: bool | None = False,
     ) -> list[Reply]:
         """The replies of `work`, in the order of the queries: without gradients, seeded, a bar called `name`.
 
         `work` takes the indices of the queries of one batch (see `batches`) and gives a reply to each. A batch that
         does not fit into memory is halved, with a warning.
         """
-        from tqdm import tqdm
-
         replies: dict[int, Reply] = {}
         with (
             torch.no_grad(),
             torch.random.fork_rng(),
-            tqdm(total=len(queries), disable=not progress, desc=name, unit="query") as bar,
+            progress_bar(len(queries), name, progress) as bar,
         ):
             torch.manual_seed(settings.seed)
             for group, written in in_halves(self.batches(queries, settings.batch_size), work):
@@ -367,6 +407,16 @@ class Omni:
             return 0.0
         ids = [token for row in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in row]
         return sum(token == unknown for token in ids) / len(ids) if ids else 0.0
+
+    def _unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """The words of `texts` that the tokenizer maps to its unknown token, each once."""
+        unknown = self.tokenizer.unk_token_id
+        words: dict[str, None] = {}
+        for text in texts:
+            encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+            words |= {text[start:end]: None for token, (start, end) in pairs if token == unknown}
+        return list(words)
 
 
 def with_system(queries: Sequence[Query], system: str | None) -> list[Query]:

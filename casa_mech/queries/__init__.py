@@ -4,6 +4,7 @@ from casa_mech.queries.benchmarks import BENCHMARKS, Benchmark, read_benchmark, 
 from casa_mech.queries.files import QuerySource, read_files, read_source
 from casa_mech.queries.loaded import LoadedQueries
 from casa_mech.queries.overlap import decontaminate, matches, overlaps, split_queries, underlying
+from casa_mech.queries.prompts import Prompt, as_queries
 from casa_mech.queries.query import (
     AudioPart,
     Example,
@@ -25,6 +26,7 @@ __all__ = [
     "ImagePart",
     "Label",
     "Part",
+    "Prompt",
     "Query",
     "QuerySource",
     "LoadedQueries",
@@ -32,6 +34,7 @@ __all__ = [
     "SafetyToken",
     "TextPart",
     "Turn",
+    "as_queries",
     "decontaminate",
     "matches",
     "overlaps",

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import TEMPORARY, check_folder, storage_error, writing
 from casa_mech.identity import SHORT, json_digest, queries_digest
@@ -136,16 +134,23 @@ def _stored(parts: Iterable[Part], query_id: str, folder: Path) -> list[dict[str
 def _query(row: dict[str, Any], folder: Path) -> Query:
     where = f"{folder / INDEX}, query {row['id']!r}"
     try:
-        turns = tuple(
-            Turn(role=turn["role"], safety_token=turn["safety_token"], parts=_parts(turn["parts"], folder, where))
+        turns = [
+            {"role": turn["role"], "safety_token": turn["safety_token"], "parts": _parts(turn["parts"], folder, where)}
             for turn in json.loads(row["history"])
-        )
+        ]
         content = {"parts": _parts(json.loads(row["parts"]), folder, where), "meta": json.loads(row["meta"])}
-        return Query(**{**row, **content, "history": turns})
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{where}: not a query ({str(error).splitlines()[0]}); write the index again") from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_query(where, error) from None
+    try:
+        return Query(**{**row, **content, "history": tuple(Turn(**turn) for turn in turns)})
+    except ValueError as error:
+        raise _no_query(where, error) from None
+
+
+def _no_query(where: str, error: Exception) -> InputError:
+    return InputError(f"{where}: not a query ({str(error).splitlines()[0]}); write the index again")
 
 
 def _parts(stored: list[dict[str, str]], folder: Path, where: str) -> tuple[Part, ...]:

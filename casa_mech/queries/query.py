@@ -7,21 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from casa_mech.errors import InputError
+from casa_mech.identity import digest_of
+from casa_mech.queries.labels import Label as Label
+from casa_mech.queries.labels import label_of
 
 SCHEMA_VERSION = 1
-Label = Literal["harmful", "benign"]
 SafetyToken = Literal["safe", "unsafe"]
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, extra="forbid")
+
+    if not TYPE_CHECKING:  # type checkers read the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise InputError(f"{type(self).__name__}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line that names the field."""
+    first = error.errors()[0]
+    if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
+        return str(cause)
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].splitlines()[0]}"
 
 
 class TextPart(_Record):
@@ -75,7 +93,7 @@ class Query(_Record):
     parts: tuple[Part, ...]
     """The last user turn, in reading order."""
     label: Label | None = None
-    """Harmful or benign; None: not known."""
+    """Harmful or benign, also by the other names that `casa_mech.queries.labels.label_of` knows; None: not known."""
     source: str = "user"
     """The set or file that it is from."""
     system: str | None = None
@@ -90,9 +108,14 @@ class Query(_Record):
     full text of an answer that complies, which judges and prefill attacks read)."""
 
     @classmethod
-    def from_text(cls, text: str, id: str = "q0", **fields: Any) -> Query:
-        """A query of one text part."""
-        return cls(id=id, parts=(TextPart(text=text),), **fields)
+    def from_text(cls, text: str, id: str = "", **fields: Any) -> Query:
+        """A query of one text part; without an `id` it is named by a digest of the text."""
+        return cls(id=id or f"text-{digest_of(text)[:8]}", parts=(TextPart(text=text),), **fields)
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _label_by_any_name(cls, value: object) -> Label | None:
+        return label_of(value)
 
     @property
     def text(self) -> str:
@@ -121,6 +144,11 @@ class Query(_Record):
         )
         fields = {"label": self.label, "source": self.source, "system": self.system, "history": self.history + turns}
         return Query.from_text(text, id=id or f"{self.id}+", **fields)
+
+    def _repr_html_(self) -> str:
+        from casa_mech.queries.html import query_html
+
+        return query_html(self)
 
 
 class Example(_Record):
@@ -153,5 +181,10 @@ class Reply(_Record):
     """Tokens generated, up to the end of the turn."""
     seconds: float = 0.0
     """The query's share of its batch's time."""
-    attention: tuple[float, ...] | None = None
+    attention: tuple[float, ...] | None = Field(default=None, repr=False)
     """Safety attention's weight for each prompt position, on request."""
+
+    def _repr_html_(self) -> str:
+        from casa_mech.queries.html import reply_html
+
+        return reply_html(self)

@@ -154,6 +154,7 @@ def execute_notebook(path: Path, parameters: Mapping[str, Any], folder: RunFolde
     # The kernel must be this interpreter's, also where a user has others installed under the same name.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     os.environ.setdefault("TQDM_MININTERVAL", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that were not asked for
     name = path.stem
     target, failed = folder.path("notebooks", f"{name}.ipynb"), folder.path("failed", f"{name}.ipynb")
     with (

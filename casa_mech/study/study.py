@@ -213,7 +213,7 @@ class Study:
         key = {"gate": key_digest(self.gate_key(model)), "dtype": str(casa.omni.dtype), "device": casa.omni.device.type}
 
         def build(folder: Path) -> None:
-            surfaces = [(attack, label) for attack in SURFACES.values() for label in LABELS]
+            surfaces = [(attack, label) for attack in self.surfaces.values() for label in LABELS]
             queries = [query for surface in surfaces for query in self.queries(*surface, ENVELOPE_QUERIES)]
             (folder / ENVELOPE_FILE).write_text(batch_envelope(casa, queries).model_dump_json(indent=2) + "\n")
 

@@ -22,12 +22,13 @@ Positions = str
   before the template's;
 * `"mean"`: mean over the prompt positions (content of user turns and the header); `"mean:text"`, `"mean:image"`,
   `"mean:audio"`: mean over that modality's positions of the user's turns;
+* `"prompt"`: each of the positions that `"mean"` is over;
 * `"all"`: every position of the prompt, template included; `"every:4"`: every fourth of them, from the first;
 * `"prefill"`: each token of the attacker's opening; `"generated:7"`: tokens 0 to 7 of the reply. The state at a token
   is the one that has read it and predicts the next.
 """
 
-_KNOWN = "last, last:user, mean, mean:text, mean:image, mean:audio, all, every:<n>, prefill, generated:<k>"
+_KNOWN = "last, last:user, mean, mean:text, mean:image, mean:audio, prompt, all, every:<n>, prefill, generated:<k>"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def check_positions(positions: Positions) -> Positions:
     Raises:
         InputError: it is not; the message lists those that are.
     """
-    if not re.fullmatch(r"last(:user)?|mean(:(text|image|audio))?|all|every:[1-9]\d*|prefill|generated:\d+", positions):
+    if not re.fullmatch(
+        r"last(:user)?|mean(:(text|image|audio))?|prompt|all|every:[1-9]\d*|prefill|generated:\d+", positions
+    ):
         raise InputError(f"no positions {positions!r}; use {_KNOWN}")
     return positions
 
@@ -76,6 +79,9 @@ def make_cut(batch: OmniBatch, positions: Positions) -> Cut:
         return Cut(positions, row, none, none, mask[row])
     column = torch.arange(batch.prompt_mask.shape[1], device=row_device(batch))[None]
     start = (batch.inputs["attention_mask"] == 0).sum(dim=1, keepdim=True)
+    if kind == "prompt":
+        row, at = batch.prompt_mask.nonzero().unbind(dim=1)
+        return Cut(positions, row, at, at - start[row, 0])
     gate, end = batch.gate_position[:, None], batch.last_position[:, None]
     number = int(detail) if detail.isdigit() else 0
     user = torch.stack(list(batch.modality.values())).any(dim=0)

@@ -1,5 +1,5 @@
 from .index import INDEX_COLUMNS
-from .memory import Activations, collect
+from .memory import Activations, collect, collect_tokens
 from .store import ActivationStore
 
-__all__ = ["INDEX_COLUMNS", "ActivationStore", "Activations", "collect"]
+__all__ = ["INDEX_COLUMNS", "ActivationStore", "Activations", "collect", "collect_tokens"]

@@ -29,13 +29,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import check_folder
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import OmniBatch
-from casa_mech.queries import Query
+from casa_mech.progress import progress_bar
+from casa_mech.queries import Prompt, Query
 from casa_mech.trace.capture import Cut, Positions
 from casa_mech.trace.sites import ENCODERS, Site
 from probes.activations.forward import ReadingPlan, fingerprint, query_digests
@@ -80,7 +80,7 @@ class ActivationStore:
     def collect(
         cls,
         omni: Omni,
-        queries: Sequence[Query],
+        queries: Sequence[Prompt],
         sites: Sequence[Site] | None = None,
         positions: Sequence[Positions] | Positions = ("last",),
         out: Path | str = "activations",
@@ -90,7 +90,7 @@ class ActivationStore:
         batch_size: int = 32,
         shard_mb: int = 256,
         dtype: torch.dtype | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> ActivationStore:
         """Hidden states of `queries`, added to the store `out`; queries that it holds already are passed over.
 
@@ -99,8 +99,8 @@ class ActivationStore:
 
         Args:
             omni: the model; whatever is attached to it (LoRA) takes part and is part of its fingerprint.
-            queries: any mixture of text, image and audio; id and content together tell them apart, so one whose
-                picture or clip has changed since is another query, and its states stand beside the earlier ones.
+            queries: texts, and any mixture of text, image and audio; id and content together tell them apart, so one
+                whose picture or clip has changed since is another query, and its states stand beside the earlier ones.
             sites: where to read (`casa_mech.trace.sites.Site`); default every block's output and the final norm's.
             positions: one or several choices (`casa_mech.trace.capture.Positions`).
             out: the store's folder.
@@ -109,7 +109,7 @@ class ActivationStore:
             batch_size: queries in one forward.
             shard_mb: mebibytes at which a shard is closed; about that much is held in memory.
             dtype: of what is stored; default the model's own.
-            progress: whether to draw a bar.
+            progress: whether to draw a bar; None: where a person watches.
 
         Raises:
             InputError: an unknown site or position, a query that comes twice or cannot be encoded, or a store that was
@@ -118,13 +118,14 @@ class ActivationStore:
         """
         plan = ReadingPlan.of(omni, sites, positions, replies, prefill)
         store = cls._begin(Path(out), omni, plan, dtype or omni.dtype)
-        digests = query_digests(queries)
-        missing, orders = store._missing(queries, digests), store._orders(queries, digests)
+        members = omni.queries(queries)
+        digests = query_digests(members)
+        missing, orders = store._missing(members, digests), store._orders(members, digests)
         known = {"order": np.asarray(orders), "digest": digests}
-        writer = _ShardWriter(store, queries, known, shard_mb * 2**20)
-        held = len(queries) - len(missing)
-        with tqdm(total=len(queries), initial=held, disable=not progress, desc="activations") as bar:
-            queue = [queries[place] for place in missing]
+        writer = _ShardWriter(store, members, known, shard_mb * 2**20)
+        held = len(members) - len(missing)
+        with progress_bar(len(members), "activations", progress, initial=held) as bar:
+            queue = [members[place] for place in missing]
             for group, batch, cuts, states in plan.run(queue, omni, batch_size, missing):
                 writer.add(group, batch, cuts, states)
                 bar.update(len(group))

@@ -20,12 +20,24 @@ from casa_mech.casa import Casa
 from casa_mech.casa.attention import SAFE, UNSAFE
 from casa_mech.judging.bootstrap import bootstrap_interval
 from casa_mech.judging.stats import cluster_of
-from casa_mech.omni import OmniBatch
+from casa_mech.omni import Omni, OmniBatch
 from casa_mech.omni.chat import media_parts
 from casa_mech.omni.media import load_image
 from casa_mech.queries import ImagePart, Query
 from casa_mech.trace.sweep import Sweep, read_positions
 from probes.gate.positions import KEY, ROLES, key_positions, position_roles
+
+
+@dataclass(frozen=True)
+class MediumMap:
+    """Safety attention over one picture or clip of a prompt."""
+
+    kind: str
+    """"image" or "audio"."""
+    content: np.ndarray
+    """The picture, uint8 [height, width, 3]; of a clip the log-mel spectrogram [mel, frame]."""
+    weights: np.ndarray
+    """[row, column] over the picture, or [position] along the clip."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +56,8 @@ class AttentionMap:
     """[position], 0 where safety attention may not read."""
     key: np.ndarray
     """bool [position]: the key word is written there."""
-    picture: np.ndarray | None = None
-    """uint8 [height, width, 3]: the first picture, if any."""
-    grid: np.ndarray | None = None
-    """[row, column]: the weights over that picture."""
-    spectrogram: np.ndarray | None = None
-    """Log-mel [mel, frame] of the first clip, if any."""
-    sound: np.ndarray | None = None
-    """[audio position]: the weights along that clip."""
+    media: tuple[MediumMap, ...] = ()
+    """Its pictures and clips, in reading order."""
 
 
 def attention_maps(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -> list[AttentionMap]:
@@ -67,12 +73,49 @@ def attention_maps(casa: Casa, queries: Sequence[Query], batch_size: int = 32) -
         batch, sweep, mask = gate_inputs(casa, members)
         with torch.no_grad():
             v_s, weights = attention(whole_states(sweep), mask)
-        key = key_positions(casa.omni, batch, members)
-        pictures = getattr(casa.omni.processor, "image_processor", None)
-        media = _media(batch, members, pictures.merge_size if pictures else 1)
-        for row, index in enumerate(group):
-            maps[index] = _map(casa, batch, members[row], row, float(v_s[row]), weights, key, media[row])
+        for index, attention_map in zip(
+            group, prompt_maps(casa.omni, batch, members, v_s.tolist(), weights), strict=True
+        ):
+            maps[index] = attention_map
     return [attention_map for attention_map in maps if attention_map is not None]
+
+
+def prompt_maps(
+    omni: Omni, batch: OmniBatch, queries: Sequence[Query], v_s: Sequence[float], weights: Tensor
+) -> list[AttentionMap]:
+    """The maps of a batch of prompts, of which v_s and the weights [batch, position] are known."""
+    roles, key = position_roles(batch), key_positions(omni, batch, queries)
+    real = batch.inputs["attention_mask"].bool()
+    all_media = _media(omni, batch, queries, weights)
+    return [
+        AttentionMap(
+            query_id=query.id,
+            label=query.label or "",
+            topic=str(cluster_of(query)),
+            v_s=v_s[row],
+            tokens=tuple(
+                omni.tokenizer.decode([token]).strip() for token in batch.inputs["input_ids"][row][real[row]].tolist()
+            ),
+            roles=tuple(ROLES[role] for role in roles[row][real[row]].tolist()),
+            weights=weights[row].float().cpu().numpy()[real[row].cpu().numpy()],
+            key=key[row][real[row]].cpu().numpy(),
+            media=all_media[row],
+        )
+        for row, query in enumerate(queries)
+    ]
+
+
+def word_shares(attention: AttentionMap) -> tuple[list[str], np.ndarray]:
+    """Each token that may be read with its share of safety attention; the positions of a medium are one entry."""
+    names: list[str] = []
+    weights: list[float] = []
+    for token, role, weight in zip(attention.tokens, attention.roles, attention.weights, strict=True):
+        if role in ("image", "audio") and names and names[-1] == f"[{role}]":
+            weights[-1] += float(weight)
+        elif role not in ("padding", "other") or weight > 0:
+            names.append(f"[{role}]" if role in ("image", "audio") else token)
+            weights.append(float(weight))
+    return names, np.array(weights) / max(attention.weights.sum(), 1e-12)
 
 
 def attention_shares(maps: Sequence[AttentionMap]) -> pd.DataFrame:
@@ -189,58 +232,32 @@ def whole_states(sweep: Sweep) -> Tensor:
     return sweep.whole
 
 
-def _map(
-    casa: Casa,
-    batch: OmniBatch,
-    query: Query,
-    row: int,
-    v_s: float,
-    weights: Tensor,
-    key: BoolTensor,
-    media: dict[str, np.ndarray],
-) -> AttentionMap:
-    real = batch.inputs["attention_mask"][row].bool()
-    here = weights[row].float().cpu().numpy()
-    media_weights: dict[str, np.ndarray] = {}
-    if "picture" in media:
-        rows, columns = media["grid"]
-        over_images = here[batch.modality["image"][row].cpu().numpy()]
-        media_weights["grid"] = over_images[: rows * columns].reshape(rows, columns)
-        media_weights["picture"] = media["picture"]
-    if "spectrogram" in media:
-        media_weights["sound"] = here[batch.modality["audio"][row].cpu().numpy()]
-        media_weights["spectrogram"] = media["spectrogram"]
-    ids = batch.inputs["input_ids"][row][real].tolist()
-    return AttentionMap(
-        query_id=query.id,
-        label=query.label or "",
-        topic=str(cluster_of(query)),
-        v_s=v_s,
-        tokens=tuple(casa.omni.tokenizer.decode([token]).strip() for token in ids),
-        roles=tuple(ROLES[role] for role in position_roles(batch)[row][real].tolist()),
-        weights=here[real.cpu().numpy()],
-        key=key[row][real].cpu().numpy(),
-        **media_weights,
-    )
-
-
-def _media(batch: OmniBatch, queries: Sequence[Query], merge: int) -> list[dict[str, np.ndarray]]:
-    """For each query its first picture with its grid of positions, and its first clip's spectrogram."""
-    media: list[dict[str, np.ndarray]] = []
+def _media(omni: Omni, batch: OmniBatch, queries: Sequence[Query], weights: Tensor) -> list[tuple[MediumMap, ...]]:
+    """For each query its pictures and clips with the weights [batch, position] over them."""
+    media: list[tuple[MediumMap, ...]] = []
     images = clips = 0
-    for query in queries:
-        entry: dict[str, np.ndarray] = {}
+    for row, query in enumerate(queries):
+        runs = {kind: iter(_runs(weights[row], batch.modality[kind][row])) for kind in ("image", "audio")}
+        maps: list[MediumMap] = []
         for medium in media_parts(query):
+            over = next(runs[medium.kind])
             if isinstance(medium, ImagePart):
-                if "picture" not in entry:
-                    _, height, width = batch.inputs["image_grid_thw"][images].tolist()
-                    entry["picture"] = np.asarray(load_image(medium, f"query {query.id}"))
-                    entry["grid"] = np.array([height // merge, width // merge])
+                merge = omni.processor.image_processor.merge_size
+                _, height, width = batch.inputs["image_grid_thw"][images].tolist()
+                picture = np.asarray(load_image(medium, f"query {query.id}"))
+                maps.append(MediumMap("image", picture, over.reshape(height // merge, width // merge)))
                 images += 1
             else:
-                if "spectrogram" not in entry:
-                    frames = int(batch.inputs["feature_attention_mask"][clips].sum())
-                    entry["spectrogram"] = batch.inputs["input_features"][clips, :, :frames].float().cpu().numpy()
+                frames = int(batch.inputs["feature_attention_mask"][clips].sum())
+                spectrogram = batch.inputs["input_features"][clips, :, :frames].float().cpu().numpy()
+                maps.append(MediumMap("audio", spectrogram, over))
                 clips += 1
-        media.append(entry)
+        media.append(tuple(maps))
     return media
+
+
+def _runs(weights: Tensor, here: BoolTensor) -> list[np.ndarray]:
+    """The weights [position] of each run of positions that are `here`; a medium's marks part it from the next."""
+    places = np.flatnonzero(here.cpu().numpy())
+    cuts = np.flatnonzero(np.diff(places) > 1) + 1
+    return [weights.float().cpu().numpy()[run] for run in np.split(places, cuts)]

@@ -1,8 +1,9 @@
 """Linear probes and directions in hidden states.
 
-`fit_probe` is a probe on one's own prompts. `LogisticProbe` and its siblings are scikit-learn classifiers; `fit_batch`,
-`cross_validate` and `transfer_matrix` fit them for all sites at once. `find_refusal_direction` finds a direction that
-can be removed and added.
+`LogisticProbe` and its siblings are scikit-learn classifiers of one vector, `AttentionProbe` and `MaxProbe` of a
+prompt's tokens; `fit_batch`, `cross_validate` and `transfer_matrix` fit the former for all sites at once.
+`find_refusal_direction` finds a direction that can be removed and added, `steer` adds any, `fit_erasure` takes away all
+that is linear.
 """
 
 import lazy_loader

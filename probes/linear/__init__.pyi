@@ -1,5 +1,6 @@
 from .control_directions import equal_variance_directions, permuted_differences
 from .control_task import ControlTask, control_task
+from .erasure import Erasure, fit_erasure
 from .estimators import (
     PROBES,
     DifferenceInMeans,
@@ -17,7 +18,7 @@ from .gate_transfer import TransferPrediction, join_points, transfer_prediction
 from .harm_and_refusal import Dissociation, contrasts, direction_table, double_dissociation, held_out_coordinates
 from .kinds import left_out_kinds
 from .mean_differences import mean_difference_table, mean_differences
-from .prompt_probe import PromptProbe, fit_probe
+from .plots import plot_probes
 from .refusal_direction import (
     RefusalDirection,
     Selection,
@@ -26,7 +27,9 @@ from .refusal_direction import (
     refusal_score,
 )
 from .separability import Plane, controls, fisher_ratio, pca_plane, separability_table, transfer_matrix
+from .steering import dose_response, steer
 from .thresholds import carried_scores, threshold_table
+from .token_probes import TOKEN_PROBES, AttentionProbe, MaxProbe, TokenProbe
 from .validation import (
     CrossValidated,
     Folds,
@@ -46,6 +49,7 @@ __all__ = [
     "Dissociation",
     "contrasts",
     "direction_table",
+    "dose_response",
     "double_dissociation",
     "held_out_coordinates",
     "left_out_kinds",
@@ -54,8 +58,13 @@ __all__ = [
     "carried_scores",
     "threshold_table",
     "PROBES",
+    "TOKEN_PROBES",
+    "AttentionProbe",
+    "MaxProbe",
+    "TokenProbe",
     "CrossValidated",
     "DifferenceInMeans",
+    "Erasure",
     "Folds",
     "LdaProbe",
     "LogisticProbe",
@@ -63,7 +72,6 @@ __all__ = [
     "Plane",
     "Probe",
     "ProbeKind",
-    "PromptProbe",
     "RefusalDirection",
     "RidgeProbe",
     "Selection",
@@ -78,7 +86,7 @@ __all__ = [
     "find_refusal_direction",
     "fisher_ratio",
     "fit_batch",
-    "fit_probe",
+    "fit_erasure",
     "join_points",
     "load_probe",
     "make_folds",
@@ -86,7 +94,9 @@ __all__ = [
     "opening_ids",
     "pca_plane",
     "permuted_differences",
+    "plot_probes",
     "refusal_score",
+    "steer",
     "save_probe",
     "probe_controls",
     "separability_table",

@@ -52,7 +52,7 @@ def control_task(
         repeats: control tasks; folds, seed: of the splits and the control tasks.
 
     Raises:
-        InputError: no topic with two requests, or one class only.
+        InputError: no topic with two requests, or of one class only.
     """
     rng = np.random.default_rng(seed)
     _, member, size = np.unique(topics, return_inverse=True, return_counts=True)
@@ -61,6 +61,11 @@ def control_task(
     if not judged.any():
         raise InputError("a control task needs topics with two requests or more: ask for more requests")
     tasks = np.concatenate([labels[None], permuted_labels(labels, topics, repeats, rng)])
+    sums = tasks[:, judged].sum(axis=1)
+    both: np.ndarray = (sums > 0) & (sums < judged.sum())
+    if not both[0] or not both[1:].any():
+        raise InputError("a control task needs topics of both classes with two requests or more: ask for more requests")
+    tasks = tasks[both]
     training = fold[None] != np.arange(folds)[:, None]
     tensor = torch.as_tensor(states, dtype=torch.float32)
     models = fit_batch(

@@ -289,11 +289,11 @@ PROBES: Mapping[str, type[Probe]] = {
 """The estimators by `ProbeKind`."""
 
 
-def save_probe(probe: Probe, path: Path | str, about: Mapping[str, Any] | None = None) -> None:
+def save_probe(probe: Any, path: Path | str, about: Mapping[str, Any] | None = None) -> None:
     """Write a fitted probe to `path`, a safetensors file with its fitted arrays; its header holds all else as JSON.
 
     Args:
-        probe: a fitted probe.
+        probe: a fitted probe, of one vector or of tokens.
         path: the file; written whole or not at all.
         about: stored beside it, as JSON values, such as the model's fingerprint, the site and the positions.
     """
@@ -310,11 +310,14 @@ def save_probe(probe: Probe, path: Path | str, about: Mapping[str, Any] | None =
         save_file(arrays, temporary, metadata={"probe": json.dumps(record)})
 
 
-def load_probe(path: Path | str, fingerprint: str = "") -> tuple[Probe, dict[str, Any]]:
+def load_probe(
+    path: Path | str, fingerprint: str = "", kinds: Mapping[str, type[Any]] = PROBES
+) -> tuple[Any, dict[str, Any]]:
     """A probe that `save_probe` wrote, and the record `about` that was stored beside it.
 
     Args:
         path: the file.
+        kinds: the classes that it may be of, by their kind.
         fingerprint: if given, the probe must have been saved with `about["fingerprint"]` equal to it.
 
     Raises:
@@ -324,7 +327,7 @@ def load_probe(path: Path | str, fingerprint: str = "") -> tuple[Probe, dict[str
         with safe_open(path, framework="numpy") as stored:
             record = json.loads((stored.metadata() or {})["probe"])
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (not a dict)
-        probe = PROBES[record["kind"]](**record["parameters"])
+        probe = kinds[record["kind"]](**record["parameters"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RunError(
             f"{path} is not a readable probe ({type(error).__name__}: {error}); fit and save it again"

@@ -172,13 +172,13 @@ def controls(activations: Activations, folds: int = 5, seed: int = 0, deals: int
 
 
 def separability_table(
-    matrix: pd.DataFrame, against: pd.DataFrame, fit_surface: str = "text", positions: str = ""
+    matrix: pd.DataFrame, against: pd.DataFrame | None = None, fit_surface: str = "text", positions: str = ""
 ) -> pd.DataFrame:
     """AUROC by layer of each surface's own probe, of the one fitted on `fit_surface`, and of permuted labels.
 
     Args:
         matrix: of `transfer_matrix`.
-        against: of `controls`.
+        against: of `controls`; None: nothing on permuted labels.
         fit_surface: on which the transferred probe was fitted.
         positions: written into that column.
 
@@ -187,10 +187,12 @@ def separability_table(
     """
     own = matrix[matrix["fit"] == matrix["surface"]].assign(measure="probe")
     carried = matrix[(matrix["fit"] == fit_surface) & (matrix["surface"] != fit_surface)].assign(measure="transfer")
-    chance = against[against["surface"] == fit_surface].assign(measure="permuted")
-    chance = chance.assign(auroc=chance["permuted"], low=chance["permuted_low"], high=chance["permuted_high"])
+    parts = [own, carried]
+    if against is not None:
+        chance = against[against["surface"] == fit_surface].assign(measure="permuted")
+        parts += [chance.assign(auroc=chance["permuted"], low=chance["permuted_low"], high=chance["permuted_high"])]
     columns = ["site", "surface", "measure", "auroc", "low", "high", "n"]
-    table = pd.concat([rows[columns] for rows in (own, carried, chance)], ignore_index=True)
+    table = pd.concat([rows[columns] for rows in parts], ignore_index=True)
     order = {site: place for place, site in enumerate(dict.fromkeys(matrix["site"]))}
     table = table.sort_values("site", key=lambda column: column.map(order), kind="stable")
     return table.assign(positions=positions).reset_index(drop=True)

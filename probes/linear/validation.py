@@ -95,6 +95,9 @@ class CrossValidated:
     """[site, fold]: chosen on each fold's training rows."""
     final_penalty: np.ndarray
     """[site]: the folds' median, for a probe fitted on everything."""
+    inner: np.ndarray
+    """[site, fold]: AUROC on inner folds of each fold's training rows, at the penalty chosen there, so that a site can
+    be chosen without the rows held out; NaN where there was nothing to choose."""
 
 
 def cross_validate(
@@ -107,6 +110,7 @@ def cross_validate(
     seed: int = 0,
     others: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     device: str = "cpu",
+    compare_sites: bool = False,
 ) -> list[CrossValidated]:
     """Held-out scores of a probe at every site, by nested cross-validation in one solve.
 
@@ -121,6 +125,7 @@ def cross_validate(
         others: more (states, clusters) to score, such as the same queries as pictures. A row whose cluster is held out
             in a fold is scored by that fold's probe, a row of a new cluster by the probe fitted on everything.
         device: where to solve.
+        compare_sites: fill `CrossValidated.inner` for kinds without a penalty, too.
 
     Returns:
         One for the states themselves, then one for each of `others`.
@@ -131,20 +136,20 @@ def cross_validate(
     splits = make_folds(labels, clusters, folds, seed)
     grid = list(penalties) if kind in PENALISED else [1.0]
     tensor = torch.as_tensor(states, dtype=torch.float32, device=device)
-    problems = _Problems.of(splits, grid)
+    problems = _Problems.of(splits, grid, compare_sites or len(grid) > 1)
     weights, truth = (torch.tensor(array, device=tensor.device) for array in (problems.weights, labels))
     models = fit_batch(kind, tensor, truth, weights, problems.penalty(tensor))
     scores = models.scores(tensor).cpu().numpy()
-    best = problems.best_penalties(scores, labels)
+    best, inner = problems.best_penalties(scores, labels)
     scale = problems.spread(scores, best)
     penalty, final = np.asarray(grid)[best[:, :folds]], np.asarray(grid)[best[:, folds]]
-    results = [CrossValidated(_held_out(problems.pick(scores, best) / scale, splits.fold), penalty, final)]
+    results = [CrossValidated(_held_out(problems.pick(scores, best) / scale, splits.fold), penalty, final, inner)]
     fold_of = dict(zip(clusters, splits.fold, strict=True))
     for other_states, other_clusters in others:
         tensor = torch.as_tensor(other_states, dtype=torch.float32, device=device)
         scores = models.scores(tensor).cpu().numpy()
         fold = np.array([fold_of.get(cluster, folds) for cluster in other_clusters])
-        results.append(CrossValidated(_held_out(problems.pick(scores, best) / scale, fold), penalty, final))
+        results.append(CrossValidated(_held_out(problems.pick(scores, best) / scale, fold), penalty, final, inner))
     return results
 
 
@@ -399,12 +404,12 @@ class _Problems:
     splits: Folds
 
     @classmethod
-    def of(cls, splits: Folds, grid: Sequence[float]) -> _Problems:
+    def of(cls, splits: Folds, grid: Sequence[float], inner_folds: bool) -> _Problems:
         training = splits.training()
         outer = np.concatenate([training, np.ones((1, training.shape[1]), dtype=bool)])
         inner = np.concatenate(
             [rows[None] & ~held for rows, held in zip(training, splits.inner, strict=True)]
-            if len(grid) > 1
+            if inner_folds
             else [outer[:0]]
         )
         return cls(np.concatenate([np.tile(outer, (len(grid), 1)), np.tile(inner, (len(grid), 1))]), grid, splits)
@@ -415,22 +420,27 @@ class _Problems:
         inner = len(self.weights) // len(self.grid) - outer
         return torch.tensor(np.concatenate([np.repeat(self.grid, outer), np.repeat(self.grid, inner)])).to(like)
 
-    def best_penalties(self, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Index in the grid of the best penalty, [site, fold + 1]; the last (all rows) is the folds' median."""
+    def best_penalties(self, scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Index in the grid of the best penalty, [site, fold + 1], and its AUROC on the inner folds, [site, fold].
+
+        The last index (all rows) is the folds' median.
+        """
         folds, sizes = self.splits.number, len(self.grid)
-        best = np.zeros((len(scores), folds + 1), dtype=int)
-        if sizes == 1:
-            return best
+        best, aurocs = np.zeros((len(scores), folds + 1), dtype=int), np.full((len(scores), folds), np.nan)
+        if len(self.weights) == sizes * (folds + 1):
+            return best, aurocs
         inner = scores[:, sizes * (folds + 1) :].reshape(len(scores), sizes, folds, -1, scores.shape[-1])
         for fold, masks in enumerate(self.splits.inner):
-            quality = np.zeros((len(scores), sizes))
+            quality, judged = np.zeros((len(scores), sizes)), 0
             for place, held in enumerate(masks):
                 if labels[held].any() and not labels[held].all():
                     quality += auroc_of(inner[:, :, fold, place][..., held], labels[held])
+                    judged += 1
             # The strongest of the best: ties are common where all are perfect.
             best[:, fold] = sizes - 1 - np.argmax(quality[:, ::-1], axis=1)
+            aurocs[:, fold] = quality[np.arange(len(quality)), best[:, fold]] / max(1, judged)
         best[:, folds] = np.round(np.median(best[:, :folds], axis=1))
-        return best
+        return best, aurocs
 
     def pick(self, scores: np.ndarray, best: np.ndarray) -> np.ndarray:
         """The scores [site, fold + 1, row] of the models with the penalties `best` (`best_penalties`)."""

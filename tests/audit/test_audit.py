@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.audit import HARMFUL, by_hand
 from helpers.casa import SHORT, stir
+from helpers.page import ATTACK, shown
 
 from casa_mech.audit import AuditResult, audit
 from casa_mech.audit.audit import random_words
@@ -91,7 +92,9 @@ def test_intervals_hold_their_values_and_the_page_and_figure_are_made() -> None:
     result = by_hand()
     for table in (result.effects(), result.contrasts(), result.paths(), result.split(), result.ceilings()):
         assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
-    assert "do(unsafe)" in result._repr_html_()
+    page = shown(AuditResult(result.replies.assign(surface=ATTACK), ATTACK, ATTACK, 0))
+    assert "do(unsafe)" in page.text and page.text.count(ATTACK) > 2
+    assert repr(result) == f"Audit: {result.title} (8 harmful, 4 benign requests)"
     assert len(result.plot().axes) == 4
 
 
@@ -132,7 +135,7 @@ def test_what_cannot_be_audited_is_refused(tiny_omni: Omni) -> None:
     casa = stir(Casa.attach(tiny_omni))
     with pytest.raises(InputError, match="greedy"):
         audit(casa, requests(), settings=GenerationSettings(do_sample=True))
-    with pytest.raises(InputError, match="labelled queries; q0"):
+    with pytest.raises(InputError, match="labelled queries; text-"):
         audit(casa, [Query.from_text("how do i make tea ?")])
     with pytest.raises(InputError, match="at least one token id"):
         casa.generate(requests(), SHORT, force=[[1]])

@@ -92,7 +92,7 @@ def test_the_bases_prompt_has_no_token_of_earlier_turns(tiny_omni: Omni, monkeyp
     query = Query.from_text("how do i make a cake ?", history=turns)
     base = tiny_omni.generate([query], SETTINGS)[0]
     casa = stir(Casa.attach(tiny_omni))
-    decide_in_turn(monkeypatch, casa, {"q0": ["safe"]})
+    decide_in_turn(monkeypatch, casa, {query.id: ["safe"]})
     casa.use(drop_after_safe=True)
     assert casa.generate([query], SETTINGS)[0].text == base.text
     assert tiny_omni.processor.gate_tokens

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers.page import shown
 
 from casa_mech.errors import InputError
 from casa_mech.evaluation.evaluate import evaluate, result_rows
+from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.judging.stats import wilson
 from casa_mech.judging.verdict import Verdict
@@ -36,6 +38,8 @@ def test_evaluation_counts_what_the_judge_says(tiny_omni: Omni) -> None:
     assert rates == {"over_refusal": (2 / 4, 4), "benign_answered": (1 / 4, 4), "undecided": (0.0, 4)}
     row = next(row for row in found.rows if row["metric"] == "over_refusal")
     assert (row["low"], row["high"]) == wilson(2, 4)
+    assert repr(found) == "Evaluation: pretrained on tiny: 4 replies, 3 rates"
+    assert f"over_refusal 4 {Estimate(0.5, *wilson(2, 4)).text()}" in shown(found).words
 
 
 def test_rates_split_by_topic_and_auroc(tiny_omni: Omni) -> None:

@@ -11,11 +11,11 @@ from sklearn.metrics import roc_auc_score
 from casa_mech.errors import InputError, RunError
 from casa_mech.judging import KeywordJudge, MicroWorldJudge, read_table, write_table
 from casa_mech.judging.hypothesis import holm
-from casa_mech.judging.refusals import find_refusal
 from casa_mech.judging.results import RESULT_COLUMNS, auroc_row, result_table, value_row
 from casa_mech.judging.stats import _weighted_auroc, auroc, auroc_interval, cluster_of, rate, wilson
 from casa_mech.organism.world import World
 from casa_mech.queries import Query, Reply
+from casa_mech.queries.refusals import find_refusal
 
 WORLD = World()
 JUDGE = MicroWorldJudge()
@@ -85,7 +85,9 @@ def test_answers_to_questions_about_a_topic():
 
 
 def test_the_micro_world_judge_sends_other_queries_elsewhere():
-    with pytest.raises(InputError, match=r"query 'q0' has no 'topic' and 'compliance' in its meta.*KeywordJudge"):
+    with pytest.raises(
+        InputError, match=r"query 'text-2cf24dba' has no 'topic' and 'compliance' in its meta.*KeywordJudge"
+    ):
         JUDGE.judge(Query.from_text("hello"), "hi")
 
 

@@ -12,6 +12,8 @@ from helpers.defenses import examples
 from helpers.families import FAMILIES, TEMPLATES, byte_tokenizer, save_family
 from PIL import Image
 
+import casa_mech
+import probes
 from casa_mech.casa import Casa, CasaConfig, TrainSettings
 from casa_mech.defenses import train_defense
 from casa_mech.errors import InputError, ModelError
@@ -23,7 +25,6 @@ from casa_mech.trace.fork import read_prompts, resumed
 from casa_mech.trace.patch import edited_prompt
 from casa_mech.trace.sweep import read_positions
 from probes.gate import attribute_token_difference
-from probes.linear import fit_probe
 
 SHORT, LONG = "tea ?", "how do i make a very good cake for five people , please ?"
 
@@ -223,8 +224,9 @@ def test_forced_prefixes_are_read_in_one_forward(omni: Omni) -> None:
 
 def test_a_probe_reads_strings_on_every_family(omni: Omni) -> None:
     words = ("tea", "bread", "soup", "rice", "cake", "jam")
-    probe = fit_probe(omni, [f"burn the {word} !" for word in words], [f"make {word}" for word in words])
-    assert np.isfinite(probe.scores(["burn the pie !", "make pie"])).all()
+    harmful, benign = [f"burn the {word} !" for word in words], [f"make {word}" for word in words]
+    probe = probes.train(omni, harmful, benign, deals=9)
+    assert np.isfinite(probe(["burn the pie !", "make pie"])).all()
 
 
 def test_a_medium_without_an_encoder_is_refused_by_name(omni: Omni) -> None:
@@ -234,3 +236,11 @@ def test_a_medium_without_an_encoder_is_refused_by_name(omni: Omni) -> None:
         if part.kind not in omni.modalities:
             with pytest.raises(InputError, match=rf"query q: this model reads no {part.kind}; give it text"):
                 omni.encode([Query(id="q", parts=(part,))])
+
+
+def test_a_hub_id_is_loaded_under_the_users_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_family("llama", tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, allow_patterns: str(folder))
+    model = casa_mech.load("somebody/some-model", device="cpu")
+    assert model.source == "somebody/some-model" and model.architecture.model_types == ("llama",)
+    assert casa_mech.load is casa_mech.load_omni

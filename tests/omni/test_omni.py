@@ -269,3 +269,17 @@ def test_unknown_device_and_dtype_are_refused(thinker_folder: Path) -> None:
 def test_unknown_words_are_counted(tiny_omni: Omni) -> None:
     assert tiny_omni.unknown_share(["make tea", "quaternion holonomy"]) == 0.5
     assert tiny_omni.unknown_share([]) == 0.0
+
+
+def test_texts_are_taken_and_unknown_words_named(tiny_omni: Omni) -> None:
+    settings = GenerationSettings(max_new_tokens=3)
+    as_text = tiny_omni.generate(["make tea", "what is it ?"], settings)
+    as_query = tiny_omni.generate([Query.from_text("make tea"), Query.from_text("what is it ?")], settings)
+    assert [reply.text for reply in as_text] == [reply.text for reply in as_query]
+    assert torch.equal(tiny_omni.encode(["make tea"]).inputs["input_ids"], tiny_omni.encode(
+        [Query.from_text("make tea")]).inputs["input_ids"])  # fmt: skip
+    words = r"33% of the words are unknown to tiny, .* \(first: quaternion\)"
+    with pytest.warns(UserWarning, match=words):
+        tiny_omni.generate(["make tea", "quaternion"], settings)
+    with pytest.warns(UserWarning, match="unknown to tiny"):
+        tiny_omni.stream("quaternion", settings)

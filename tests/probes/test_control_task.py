@@ -35,3 +35,9 @@ def test_only_topics_that_training_met_are_judged() -> None:
     assert result.n == len(LABELS) - EACH and result.task.shape == (2,) and result.control.shape == (2, 5)
     with pytest.raises(InputError, match="topics with two requests"):
         control_task(np.zeros((1, 4, 2)), LABELS[:4], np.arange(4).astype(str))
+
+
+def test_repeated_topics_of_one_class_are_no_task() -> None:
+    labels = np.array([True, True, False, False])
+    with pytest.raises(InputError, match="topics of both classes"):
+        control_task(np.eye(4)[None], labels, np.array(["a", "a", "b", "c"]))

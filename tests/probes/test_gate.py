@@ -14,11 +14,11 @@ from casa_mech.casa import Casa, CasaConfig
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
-from casa_mech.reports.safety_attention.plots import plot_attention_maps
 from probes.gate.attribution import GATE, attribute_token_difference
 from probes.gate.calibration import reliability, spiegelhalter
 from probes.gate.pairs import MatchedPair, aligned_pairs, pair_spans
 from probes.gate.patching import INSERT, REMOVE, PatchEffects, Target, ablate_directions, patch_effects
+from probes.gate.plots import plot_attention_maps
 from probes.gate.positions import KEY, position_roles
 from probes.gate.removal import PERMUTED, SCORES, Removal, _permuted, minimal_sets, sets_table
 from probes.gate.safety_attention import (
@@ -86,10 +86,10 @@ def test_maps_hold_what_the_gate_reports(tiny_omni: Omni, mixed_queries: list[Qu
         assert reply.query_id == found.query_id and reply.attention is not None
         np.testing.assert_allclose(found.weights, reply.attention, atol=1e-4)
         assert found.v_s == pytest.approx(reply.v_s, abs=1e-4)
-    both = maps[3]
-    assert both.grid is not None and both.grid.shape == (1, 3) and both.picture is not None
-    assert both.sound is not None and both.spectrogram is not None and both.spectrogram.shape[0] == 80
-    assert both.grid.sum() + both.sound.sum() <= both.weights.sum() + 1e-5
+    picture, clip = maps[3].media
+    assert (picture.kind, clip.kind) == ("image", "audio")
+    assert picture.weights.shape == (1, 3) and picture.content.shape == (28, 84, 3) and clip.content.shape[0] == 80
+    assert picture.weights.sum() + clip.weights.sum() <= maps[3].weights.sum() + 1e-5
     shares = attention_shares(maps).groupby("query_id")
     np.testing.assert_allclose(shares["share"].sum(), 1, rtol=1e-5)
     np.testing.assert_allclose(shares["even"].sum(), 1, rtol=1e-5)

@@ -13,7 +13,7 @@ import pytest
 import probes
 
 ROOT = Path(probes.__file__).parent
-SUBPACKAGES = ("activations", "linear", "gate", "lens", "prefill")
+SUBPACKAGES = ("activations", "linear", "detector", "gate", "lens", "prefill")
 """Each may import those before it."""
 HEAVY = ("torch", "transformers", "transformer_lens", "matplotlib", "pandas", "casa_mech")
 
@@ -24,9 +24,18 @@ def test_every_public_name_is_there(name: str) -> None:
     assert package.__doc__ and len(package.__doc__.splitlines()) > 3
     stub = ast.parse(Path(str(package.__file__) + "i").read_text(encoding="utf-8"))
     declared = next(ast.literal_eval(node.value) for node in stub.body if isinstance(node, ast.Assign))
-    assert sorted(declared) == sorted(package.__all__) == sorted(dir(package))
+    assert sorted(declared) == sorted(package.__all__) and set(declared) <= set(dir(package))
     for public in package.__all__:
         assert getattr(package, public) is not None
+
+
+def test_tab_completion_sees_the_names() -> None:
+    """In a fresh interpreter, before anything was used."""
+    code = "import casa_mech, probes; print(*dir(casa_mech), '|', *dir(probes))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ours, theirs = (part.split() for part in done.stdout.split("|"))
+    assert {"load", "Query", "Casa", "__version__", "__doc__"} <= set(ours)
+    assert {"train", "collect", "steer", "linear", "__version__", "__doc__"} <= set(theirs)
 
 
 def test_importing_costs_nothing() -> None:

@@ -110,7 +110,14 @@ def test_each_import_has_its_dependency_and_each_dependency_its_import(requireme
 
 
 EXTRA_ONLY = {
-    "study": ("casa_mech/reports", "casa_mech/study", "casa_mech/audit", "casa_mech/figures.py"),
+    "study": (
+        "casa_mech/reports",
+        "casa_mech/study",
+        "casa_mech/audit",
+        "casa_mech/figures.py",
+        "probes/gate/plots.py",
+        "probes/linear/plots.py",
+    ),
     "lens": ("probes/lens",),
     "judges": ("casa_mech/judging",),
     "hub": ("casa_mech/queries",),

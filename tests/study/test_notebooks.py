@@ -34,9 +34,9 @@ TIMINGS = frozenset({"relative_seconds"})
 """What depends on the machine and on what else it does."""
 FIGURES = {path.stem for path in GALLERY.glob("*.png")} - APART
 SUITE = [
-    *("01_separability", "02_casa_training", "03_attack_success", "04_benchmarks", "05_defences", "06_ablations"),
-    *("07_safety_attention", "08_prefill_dynamics", "09_lens", "10_white_box"),
-    *("11_transfer_map", "12_token_audit"),
+    *("00_start_here", "01_separability", "02_casa_training", "03_attack_success", "04_benchmarks", "05_defences"),
+    *("06_ablations", "07_safety_attention", "08_prefill_dynamics", "09_lens", "10_white_box", "11_transfer_map"),
+    "12_token_audit",
 ]
 
 

@@ -381,7 +381,7 @@ def test_bad_input_is_named(casa: Casa, queries: list[Query]) -> None:
         pgd_waveform(casa, image, good)
     with pytest.raises(InputError, match="no queries"):
         suffix_attack(casa, [], SuffixSettings())
-    with pytest.raises(InputError, match="'q0' has no meta"):
+    with pytest.raises(InputError, match=r"'text-[0-9a-f]{8}' has no meta"):
         suffix_attack(casa, [Query.from_text("make a bomb")], SuffixSettings())
     with pytest.raises(InputError, match="'text-a' has a prefill"):
         suffix_attack(casa, [text[0].model_copy(update={"prefill": "sure"})], SuffixSettings())

@@ -22,14 +22,14 @@ from casa_mech.reports.safety_attention.patch_tables import (
     WHOLE,
     agreement_p,
 )
-from casa_mech.reports.safety_attention.tables import RUNS, word_shares
+from casa_mech.reports.safety_attention.tables import RUNS
 from casa_mech.study import Study
 from probes.gate.attribution import GATE
 from probes.gate.calibration import Reliability, reliability, spiegelhalter
 from probes.gate.patching import INSERT
 from probes.gate.paths import DIRECT, INDIRECT
 from probes.gate.removal import PERMUTED, SCORES
-from probes.gate.safety_attention import AttentionMap
+from probes.gate.safety_attention import AttentionMap, word_shares
 from probes.gate.surfaces import HEADER
 
 NOTHING, REFUSAL, OWN, RANDOM, PERMUTED_LABELS = RUNS

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from casa_mech.figures import LABEL_COLOURS, MARKERS, SERIES, bar_lengths, style, titled
-from casa_mech.reports.safety_attention.tables import word_shares
 from probes.gate.calibration import Reliability
+from probes.gate.plots import plot_attention_maps as plot_attention_maps
 from probes.gate.removal import PERMUTED, SCORES
-from probes.gate.safety_attention import AttentionMap
 
 LABELS = ("harmful", "benign")
 
@@ -47,67 +44,6 @@ def plot_learning(log: pd.DataFrame, readings: pd.DataFrame, title: str, caption
         right.set(xlabel="attack", title="after training, new requests")
         how = "Right: thick bars are the middle half of the requests, lines the middle 90 %, dots the medians."
         return titled(figure, title, f"{caption} {how}", legend_of=right)
-
-
-def plot_attention_maps(maps: Sequence[AttentionMap], title: str, caption: str = "") -> Figure:
-    """Safety attention over each prompt: a row a request, its words with their weights, and its medium if it has one.
-
-    Args:
-        maps: the requests.
-        title: what is drawn.
-        caption: which requests.
-    """
-    with style():
-        figure, axes = plt.subplots(
-            len(maps), 2, figsize=(11, 1.75 * len(maps)), squeeze=False, gridspec_kw={"width_ratios": [2.2, 1]}
-        )
-        for (words, media), attention in zip(axes, maps, strict=True):
-            _draw_words(words, attention)
-            _draw_media(media, attention)
-        axes[-1][0].set_xlabel("position of the prompt (media in one bar)")
-        how = (
-            "Left: share of safety attention on each token that it may read. Right: where in the picture, or when in "
-            "the clip, the medium's share lies, scaled to its highest."
-        )
-        return titled(figure, title, f"{caption} {how}")
-
-
-def _draw_words(axis: Axes, attention: AttentionMap) -> None:
-    """A bar for each token that may be read; the positions of a medium are one bar together."""
-    names, shares = word_shares(attention)
-    axis.bar(np.arange(len(names)), shares, color=LABEL_COLOURS.get(attention.label, SERIES[5]))
-    axis.set_xticks(np.arange(len(names)), names, rotation=40, ha="right", fontsize=7)
-    axis.set(ylim=(0, 1), ylabel="share")
-    axis.set_title(
-        f"{attention.label or 'unlabelled'} ({attention.topic}): v_s = {attention.v_s:.2f}", fontsize=8, loc="left"
-    )
-
-
-def _draw_media(axis: Axes, attention: AttentionMap) -> None:
-    """The first picture, tinted where the weights over it lie, or the first clip with their course, each scaled to its
-    highest; the share of all attention that the medium gets is written below."""
-    axis.grid(False)
-    total = max(attention.weights.sum(), 1e-12)
-    if attention.picture is not None and attention.grid is not None:
-        height, width = attention.picture.shape[:2]
-        axis.imshow(attention.picture, extent=(0, width, height, 0), cmap="gray")
-        tint = np.zeros((*attention.grid.shape, 4))
-        tint[..., :3] = to_rgb(SERIES[1])
-        tint[..., 3] = 0.8 * attention.grid / max(attention.grid.max(), 1e-12)
-        axis.imshow(tint, extent=(0, width, height, 0))
-        axis.set(yticks=[], xlabel=f"pixels; {attention.grid.sum() / total:.0%} of the attention, where tinted")
-    elif attention.spectrogram is not None and attention.sound is not None:
-        bands, frames = attention.spectrogram.shape
-        seconds = frames / 100
-        extent = (0, seconds, 0, bands)
-        axis.imshow(attention.spectrogram, origin="lower", aspect="auto", extent=extent, cmap="gray")
-        course = np.repeat(attention.sound / max(attention.sound.max(), 1e-12), 2)
-        edges = np.repeat(np.linspace(0, seconds, len(attention.sound) + 1), 2)[1:-1]
-        axis.plot(edges, course * 0.95 * bands, color=SERIES[1], linewidth=1.5)
-        axis.set(ylabel="mel band", ylim=(0, bands))
-        axis.set_xlabel(f"seconds; {attention.sound.sum() / total:.0%} of the attention, as the line goes")
-    else:
-        axis.axis("off")
 
 
 def plot_shares(data: pd.DataFrame, title: str, caption: str = "") -> Figure:

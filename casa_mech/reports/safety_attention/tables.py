@@ -86,19 +86,6 @@ def example_data(maps: Sequence[AttentionMap]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def word_shares(attention: AttentionMap) -> tuple[list[str], np.ndarray]:
-    """Each token that may be read with its share of safety attention; the positions of a medium are one entry."""
-    names: list[str] = []
-    weights: list[float] = []
-    for token, role, weight in zip(attention.tokens, attention.roles, attention.weights, strict=True):
-        if role in ("image", "audio") and names and names[-1] == f"[{role}]":
-            weights[-1] += float(weight)
-        elif role not in ("padding", "other"):
-            names.append(f"[{role}]" if role in ("image", "audio") else token)
-            weights.append(float(weight))
-    return names, np.array(weights) / max(attention.weights.sum(), 1e-12)
-
-
 def share_data(maps: Mapping[str, Sequence[AttentionMap]], seed: int) -> pd.DataFrame:
     """Share of safety attention by `surface, span, label`, with intervals; a span that a request lacks has none."""
     rows = []

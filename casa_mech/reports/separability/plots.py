@@ -15,9 +15,10 @@ from matplotlib.lines import Line2D
 from casa_mech.figures import BENIGN, HARMFUL, MARKERS, SERIES, bar_lengths, style, titled
 from casa_mech.judging.estimate import Estimate
 from probes.linear.harm_and_refusal import DIRECTIONS, HARM, REFUSAL
+from probes.linear.plots import POSITIONS
+from probes.linear.plots import plot_probes as plot_probes
 from probes.linear.thresholds import BENIGN_FLAGGED, HARMFUL_FLAGGED, RANKING
 
-POSITIONS = {"last": "last prompt position", "last:user": "user's last token", "mean": "mean over the prompt"}
 _LINES: dict[str, tuple[str, str, str, Any]] = {
     "auroc": ("logistic probe", "low", "high", "-"),
     "mean_difference": ("difference in means", "", "", "--"),
@@ -176,45 +177,6 @@ def plot_planes(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
             line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\n{share}")
         how = "Points: requests. One plane a row, so that its panels share their axes."
         return titled(figure, title, f"{caption} {how}", legend_of=axes[0][0])
-
-
-def plot_probes(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
-    """Probe AUROC by layer with 95 % intervals and chance: fitted on each surface, and fitted on text alone.
-
-    Args:
-        data: columns `positions, site, surface, measure, auroc, low, high, n`; a row of panels for each `positions`.
-        title: the claim.
-        caption: what stands behind it.
-    """
-    surfaces, rows = list(dict.fromkeys(data["surface"])), list(dict.fromkeys(data["positions"]))
-    panels = {"probe": "fitted on the same surface", "transfer": "fitted on text, judged on another surface"}
-    with style():
-        figure, axes = plt.subplots(len(rows), 2, figsize=(9, 3.1 * len(rows)), sharey=True, squeeze=False)
-        for line, positions in zip(axes, rows, strict=True):
-            here = data[data["positions"] == positions]
-            for axis, (measure, name) in zip(line, panels.items(), strict=True):
-                _layers(axis, here, measure, surfaces)
-                axis.set_title(f"probe {name}")
-            line[0].set_ylabel(f"{POSITIONS.get(positions, positions)}\nAUROC, unseen topics")
-        return titled(figure, title, f"{caption} Bands: 95 % intervals.", legend_of=axes[0])
-
-
-def _layers(axis: Axes, data: pd.DataFrame, measure: str, surfaces: list[str]) -> None:
-    sites = list(dict.fromkeys(data["site"]))
-    x = np.arange(len(sites))
-    panel = data[data["measure"] == measure]
-    for surface in dict.fromkeys(panel["surface"]):
-        number = surfaces.index(surface)
-        rows = panel[panel["surface"] == surface].set_index("site").reindex(sites)
-        name = f"{surface} (n = {int(rows['n'].iloc[0])})"
-        axis.plot(x, rows["auroc"], marker=MARKERS[number], color=SERIES[number], label=name, markersize=4)
-        axis.fill_between(x, rows["low"], rows["high"], color=SERIES[number], alpha=0.15, linewidth=0)
-    chance = data[data["measure"] == "permuted"].set_index("site").reindex(sites)
-    axis.fill_between(x, chance["low"], chance["high"], color="grey", alpha=0.3, label="text, labels permuted")
-    axis.axhline(0.5, color="grey", linewidth=0.8)
-    axis.set_xlabel("layer (norm: after the final norm)")
-    axis.set_xticks(x, sites)
-    axis.set_ylim(top=1.02)
 
 
 def plot_thresholds(data: pd.DataFrame, title: str, caption: str = "") -> Figure:
