@@ -62,8 +62,8 @@ class StudyData(Protocol):
         ...
 
     @property
-    def phrasings(self) -> int:
-        """Wordings of compliance that prefills are cut from."""
+    def phrasings(self) -> tuple[str, ...]:
+        """Wordings of compliance that prefills are cut from, with slots; `in_phrasing` fills them."""
         ...
 
     def lacks(self, part: str) -> str:

@@ -86,9 +86,9 @@ class OwnData:
         return self.plan.training.refusal_texts
 
     @property
-    def phrasings(self) -> int:
+    def phrasings(self) -> tuple[str, ...]:
         """The plan's prefills."""
-        return len(self.plan.prefills)
+        return self.plan.prefills
 
     def lacks(self, part: str) -> str:
         """See `StudyData`."""

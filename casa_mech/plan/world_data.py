@@ -41,7 +41,7 @@ class WorldData:
     benign_attacks = BENIGN_ATTACKS
     surfaces: Mapping[str, str] = SURFACES
     benign_sets: tuple[str, ...] = ()
-    phrasings = len(PHRASINGS)
+    phrasings = PHRASINGS
 
     @property
     def refusals(self) -> tuple[str, ...]:

@@ -53,9 +53,8 @@ class _Replies(Study):
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    for module in (claims, tables):
-        monkeypatch.setattr(module, "STUDY_ATTACKS", ("plain", "image"))
-    monkeypatch.setattr(claims, "BENIGN_ATTACKS", ("plain", "image"))
+    for columns in ("attacks", "benign_attacks"):
+        monkeypatch.setattr(Study, columns, ("plain", "image"))
     return _Replies.open(tmp_path / "run", model=MODEL, control=CONTROL, profile="smoke", sizes={"gates": 3})
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from casa_mech.reports.prefill_dynamics.phrasings import PHRASINGS, in_phrasing, phrased
 from helpers.figures import assert_one_line
 
 from casa_mech.omni import load_omni
 from casa_mech.organism.world import default_world
+from casa_mech.plan import world_data
+from casa_mech.plan.world_phrasings import PHRASINGS
 from casa_mech.reports.claim import claim_rows
 from casa_mech.reports.prefill_dynamics import claims, plots, tables
 from casa_mech.study import Study
@@ -44,7 +45,7 @@ def measured(study: Study) -> tables.PrefillTables:
 def test_a_length_is_not_one_last_token(random_organism: Path) -> None:
     tokenizer = load_omni(str(random_organism), device="cpu").tokenizer
     (query,) = default_world().requests(1, 3, "harmful")
-    texts = [in_phrasing(query, number).meta["compliance"] for number in range(len(PHRASINGS))]
+    texts = [world_data().in_phrasing(query, number).meta["compliance"] for number in range(len(PHRASINGS))]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert len(rows) >= 10 and all(tokenizer.unk_token_id not in row for row in rows)
     for length in range(1, max(tables.LENGTHS) + 1):
@@ -55,12 +56,12 @@ def test_a_length_is_not_one_last_token(random_organism: Path) -> None:
 
 def test_the_first_wording_is_the_worlds_own() -> None:
     for query in default_world().requests(20, 1):
-        assert in_phrasing(query, 0).meta["compliance"] == query.meta["compliance"] == query.meta["answer"]
+        assert world_data().in_phrasing(query, 0).meta["compliance"] == query.meta["compliance"] == query.meta["answer"]
 
 
 def test_both_members_of_a_pair_have_one_wording() -> None:
     harmful, benign = (default_world().requests(30, 1, label) for label in ("harmful", "benign"))
-    pairs = phrased([MatchedPair(*pair) for pair in zip(harmful, benign, strict=True)])
+    pairs = tables.phrased(world_data(), [MatchedPair(*pair) for pair in zip(harmful, benign, strict=True)])
     assert all(pair.harmful.meta["phrasing"] == pair.benign.meta["phrasing"] for pair in pairs)
     counts = Counter(pair.harmful.meta["phrasing"] for pair in pairs)
     assert len(counts) == len(PHRASINGS) and max(counts.values()) - min(counts.values()) <= 1
@@ -87,7 +88,7 @@ def test_every_table_has_both_labels_and_the_wording(measured: tables.PrefillTab
 def test_tables_are_made_once(study: Study, measured: tables.PrefillTables, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "_measured", None)
     pd.testing.assert_frame_equal(tables.prefill_tables(study, 5, (0, 2, 6)).states, measured.states)
-    monkeypatch.setattr(tables, "PHRASINGS", PHRASINGS[:-1])
+    monkeypatch.setattr(type(study.data), "phrasings", PHRASINGS[:-1])
     with pytest.raises(TypeError, match="not callable"):
         tables.prefill_tables(study, 5, (0, 2, 6))
 

@@ -81,7 +81,7 @@ def success_claim(study: Study, tables: PrefillTables) -> Claim:
     return Claim(
         f"{study.title}, this gate: {longest} prefilled tokens succeed against "
         + ", ".join(f"{name} in {rate.value:.0%}" for name, rate in rates.items()),
-        f"Attack success under {longest} prefilled tokens in {study.data.phrasings} wordings (benign "
+        f"Attack success under {longest} prefilled tokens in {len(study.data.phrasings)} wordings (benign "
         "counterparts answered): "
         + ", ".join(f"{name} {rate.text('.0%')} ({answered[name]:.0%})" for name, rate in rates.items()) + ".",
         "prefill_by_length", len(complied), *difference,
@@ -169,7 +169,7 @@ def depth_claim(study: Study, tables: PrefillTables, system: str = CASA) -> Clai
     number = {pair: place for place, pair in enumerate(sorted(rows["pair"].unique()))}
     place = rows["pair"].map(number)
     # The shift lets both halves have every wording, of which each pair has the next.
-    first = (place + place // study.data.phrasings) % 2 == 0
+    first = (place + place // len(study.data.phrasings)) % 2 == 0
     # Towards where the whole exchange takes the first half.
     towards = 1.0 if (rows["attacked"] - rows["other"])[first].mean() >= 0 else -1.0
     rows = rows.assign(moved=towards * (rows["attacked"] - rows["patched"]), first=first)

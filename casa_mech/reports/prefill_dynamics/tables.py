@@ -18,11 +18,12 @@ from casa_mech.defenses.ssft import SsftSettings
 from casa_mech.defenses.training import WORK, train_defense
 from casa_mech.draws import Draw
 from casa_mech.evaluation.evaluate import CASA, PRETRAINED
-from casa_mech.identity import file_sha256, key_digest
+from casa_mech.identity import digest_of, file_sha256, key_digest
 from casa_mech.judging.crossed import crossed_mean
 from casa_mech.judging.estimate import Estimate
 from casa_mech.judging.hypothesis import mean_difference
 from casa_mech.judging.stats import rate_interval
+from casa_mech.plan import StudyData
 from casa_mech.reports.safety_attention.patch_tables import matched_pairs
 from casa_mech.reports.safety_attention.tables import refusals
 from casa_mech.study.manifest import data_hashes
@@ -96,11 +97,14 @@ def prefill_tables(study: Study, n: int, lengths: Sequence[int] = LENGTHS) -> Pr
 
 def prefill_pairs(study: Study, n: int, draw: Draw = Draw.PREFILL_MEASUREMENT) -> list[MatchedPair]:
     """Up to `n` harmful requests and their benign counterparts, complying answers in all wordings in turn."""
-    pairs = matched_pairs(study, "plain", n, draw=draw)
+    return phrased(study.data, matched_pairs(study, "plain", n, draw=draw))
+
+
+def phrased(data: StudyData, pairs: Sequence[MatchedPair]) -> list[MatchedPair]:
+    """`pairs` with their answers in each of the plan's wordings in turn, the same for both members of a pair."""
+    count = len(data.phrasings)
     return [
-        MatchedPair(
-            *(study.data.in_phrasing(query, number % study.data.phrasings) for query in (pair.harmful, pair.benign))
-        )
+        MatchedPair(*(data.in_phrasing(query, number % count) for query in (pair.harmful, pair.benign)))
         for number, pair in enumerate(pairs)
     ]
 
@@ -109,7 +113,7 @@ def _tables(study: Study, name: str, n: int, lengths: Sequence[int]) -> PrefillT
     key: dict[str, Any] = {"gate": study.gate_digest(), "n": n, "lengths": list(lengths)}
     key["tokens"] = [study.sizes.max_new_tokens, TOKENS, DEPTH_LENGTH, *EDGE_LENGTHS, STATE_LENGTH]
     key["draws"] = [Draw.PREFILL_MEASUREMENT, Draw.PREFILL_AXES]
-    key["phrasings"] = study.data.phrasings
+    key["phrasings"] = digest_of(study.data.phrasings)
     if name == SSFT:
         key["ssft"] = file_sha256(ssft_folder(study) / "done.json")
 
