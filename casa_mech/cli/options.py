@@ -164,7 +164,7 @@ class JudgeOptions:
     key_env: Annotated[str, typer.Option(help="Environment variable of the judge's key [the vendor's usual one].")] = ""
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to the judge at a time.")] = 4
     tries: Annotated[int, typer.Option(min=1, help="Requests for one reply before the judge counts as down.")] = 6
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds without an answer from the judge.")] = 60.0
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for the whole of an answer of the judge.")] = 60.0
     input_price: Annotated[float | None, typer.Option(help="Dollars for a million of the judge's input tokens.")] = None
     output_price: Annotated[float | None, typer.Option(help="Dollars for a million of its output tokens.")] = None
     positive: Annotated[list[str] | None, typer.Option(help="A classifier's label that means success; repeatable.")] = (

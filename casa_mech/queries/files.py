@@ -15,7 +15,7 @@ from casa_mech.queries.labels import label_named
 from casa_mech.queries.loaded import LoadedQueries
 from casa_mech.queries.minors import concerns_minors
 from casa_mech.queries.query import AudioPart, Example, ImagePart, Label, Part, Query, TextPart
-from casa_mech.queries.tables import TABLE_SUFFIXES, cell, read_lines, read_records, read_table
+from casa_mech.queries.tables import TABLE_SUFFIXES, cell, placed, read_lines, read_records, read_table
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff")
@@ -77,6 +77,8 @@ def read_source(source: QuerySource) -> LoadedQueries:
     path = source.path
     if not path.exists():
         raise InputError(f"no file or folder {path}; check the path")
+    if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise InputError(f"{path} is a pipe or device; save it as a file")
     queries: Iterable[Query]
     if source.is_table and path.is_file():
         rows, queries = _from_table(source)
@@ -192,6 +194,11 @@ def _columns(source: QuerySource, there: Sequence[str]) -> _Columns:
 
 
 def _from_row(source: QuerySource, columns: _Columns, number: int, record: Mapping[Any, object]) -> Query:
+    with placed(f"{source.path} row {number}"):
+        return _checked_row(source, columns, number, record)
+
+
+def _checked_row(source: QuerySource, columns: _Columns, number: int, record: Mapping[Any, object]) -> Query:
     where = f"{source.path} row {number}"
     parts: list[Part] = []
     if columns.image and (picture := _media_path(record[columns.image], source, where, IMAGE_SUFFIXES)):
@@ -258,7 +265,8 @@ def with_columns(queries: Sequence[Query], path: Path, meta: Mapping[str, str]) 
     extended = []
     for query in queries:
         record = records[int(query.id.rpartition(":")[2]) - 1]
-        cells = {key: text for key, column in meta.items() if (text := cell(record[column]))}
+        with placed(f"{path}, {query.id}"):
+            cells = {key: text for key, column in meta.items() if (text := cell(record[column]))}
         extended.append(query.model_copy(update={"meta": {**query.meta, **cells}}))
     return extended
 
@@ -310,7 +318,8 @@ def read_examples(
 
 
 def _needed(value: object, where: str, column: str) -> str:
-    text = cell(value)
+    with placed(f"{where}, column '{column}'"):
+        text = cell(value)
     if not text:
         raise InputError(f"{where}: empty cell in column '{column}'; fill it or drop the row")
     return text

@@ -186,7 +186,7 @@ def test_a_truncated_picture_names_the_query(photo: Path, tmp_path: Path) -> Non
         sd_typo(CAKE, broken)
     with pytest.raises(InputError, match=r"query q5: .*broken.png is not a readable image"):
         load_image(ImagePart(image=broken), "query q5")
-    with pytest.raises(InputError, match="query 'real-1': no picture at"):
+    with pytest.raises(InputError, match="query 'real-1': no image at"):
         sd_typo(CAKE, tmp_path / "gone.png")
     with pytest.raises(InputError, match="query 'real-1' has no picture for sd-typo"):
         apply_attack("sd-typo", [CAKE])

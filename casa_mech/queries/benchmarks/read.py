@@ -24,6 +24,7 @@ from casa_mech.queries.files import QuerySource, read_source
 from casa_mech.queries.loaded import LoadedQueries
 from casa_mech.queries.minors import concerns_minors
 from casa_mech.queries.query import AudioPart, ImagePart, Part, Query, TextPart
+from casa_mech.queries.tables import placed
 
 TABLE = "table"
 MissingMedia = Literal["error", "text"]
@@ -114,7 +115,8 @@ def _rows(
     in_split = benchmark.select.get(split) if split is not None else None
     for record, file in records:
         where = f"{file.path or benchmark.remote.get(file.split, benchmark.name)} row {file.number}"
-        row = benchmark.row(record, file)
+        with placed(where):
+            row = benchmark.row(record, file)
         if not row.text:
             raise InputError(f"{where}: empty prompt; fill it or drop the row")
         if in_split is not None and not in_split(row):
