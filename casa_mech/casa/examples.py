@@ -39,12 +39,21 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples: `share` of each class is held out, at least one of each if share > 0."""
+    """Training and validation examples: `share` of each class is held out, at least one of each if share > 0.
+
+    Raises:
+        InputError: nothing of a class is left to train on.
+    """
     held_out: set[int] = set()
     for number, label in enumerate(CLASSES):
         of_class = [index for index, example in enumerate(examples) if example.query.label == label]
         order = np.random.default_rng([seed, number]).permutation(of_class)
         count = max(1, round(share * len(of_class))) if share > 0 and len(of_class) > 1 else 0
+        if count and count == len(of_class):
+            raise InputError(
+                f"validation={share}: none of the {count} {label} examples would be left to train on; give a smaller share, "
+                "or more examples"
+            )
         held_out.update(int(index) for index in order[:count])
     train = [example for index, example in enumerate(examples) if index not in held_out]
     return train, [examples[index] for index in sorted(held_out)]

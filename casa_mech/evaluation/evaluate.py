@@ -87,7 +87,8 @@ def evaluate(
             settings. Without it they are not kept. Needless for a `Casa` or the bare model.
 
     Raises:
-        InputError: no queries, or media that cannot be read; nothing has been generated then.
+        InputError: no queries, media that cannot be read, or a prompt beyond the model's positions; nothing has been
+            generated then.
         RunError: the judge is down, or the store cannot be used; what was finished is kept in it.
     """
     if not queries:
@@ -95,6 +96,7 @@ def evaluate(
     check_media(queries)
     judge = judge or judge_for(queries)
     settings = settings or GenerationSettings()
+    omni.check_lengths(queries, settings.system)
     defense = defense or _default_name(casa)
     replies = _replies(omni, casa, queries, settings, order, progress, store, identity)
     verdicts = judge_all(judge, queries, replies, store and VerdictStore(store / VERDICTS), progress=progress)

@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from casa_mech.errors import InputError, RunError
+from casa_mech.errors import InputError, RunError, reason_of
 from casa_mech.files import TEMPORARY, check_folder, storage_error, writing
 from casa_mech.identity import SHORT, json_digest, queries_digest
 from casa_mech.queries.media_files import store_media
@@ -104,7 +102,7 @@ def read_index(folder: Path | str) -> list[Query]:
     try:
         table = parquet.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not a readable index ({str(error).splitlines()[0]}); write it again") from None
+        raise InputError(f"{path}: not a readable index ({reason_of(error)}); write it again") from None
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing:
         raise InputError(f"{path}: no column {missing[0]!r}; it was not written by casa-mech attack")
@@ -142,10 +140,10 @@ def _query(row: dict[str, Any], folder: Path) -> Query:
         )
         content = {"parts": _parts(json.loads(row["parts"]), folder, where), "meta": json.loads(row["meta"])}
         return Query(**{**row, **content, "history": turns})
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where}: not a query ({str(error).splitlines()[0]}); write the index again") from None
+        raise InputError(f"{where}: not a query ({reason_of(error)}); write the index again") from None
 
 
 def _parts(stored: list[dict[str, str]], folder: Path, where: str) -> tuple[Part, ...]:
@@ -156,7 +154,7 @@ def _parts(stored: list[dict[str, str]], folder: Path, where: str) -> tuple[Part
             continue
         path = folder / entry["path"]
         # An index from elsewhere must not make a model read files outside it.
-        if Path(entry["path"]).is_absolute() or ".." in Path(entry["path"]).parts:
+        if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{where}: its file {entry['path']} lies outside the folder; write the index again")
         if not path.is_file():
             raise InputError(f"{where}: no file {path}; copy the folder again, or write the index again")

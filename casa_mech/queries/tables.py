@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, reason_of
 from casa_mech.limits import check_text
 
 if TYPE_CHECKING:
@@ -93,10 +93,8 @@ def _parsed_line(path: Path, number: int, line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         reason = f"line {number} column {error.colno}: {error.msg}"
-    except RecursionError:
-        reason = f"line {number}: nested too deep"
-    except ValueError as error:
-        reason = f"line {number}: {str(error).splitlines()[0]}"
+    except (ValueError, RecursionError) as error:
+        reason = f"line {number}: {reason_of(error)}"
     raise InputError(f"{path}: not a readable jsonl table ({reason}); check the file") from None
 
 
@@ -134,8 +132,7 @@ def placed(where: str) -> Iterator[None]:
 
 def unreadable(path: Path, error: Exception) -> InputError:
     """The one line for a file that is not what its suffix says."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    reason = "nested too deep" if isinstance(error, RecursionError) else reason
+    reason = reason_of(error)
     hint = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "check the file"
     return InputError(f"{path}: not a readable {path.suffix.lower()[1:]} table ({reason}); {hint}")
 

@@ -69,8 +69,9 @@ class ReadingPlan:
             places: the place of each of `queries` in the caller's list, which names them in what is returned.
 
         Raises:
-            RunError: states that are not finite.
+            InputError: a prompt beyond the model's positions, before any is run. RunError: states that are not finite.
         """
+        omni.check_lengths(queries)
         for group in omni.batches(queries, batch_size):
             members = [queries[index] for index in group]
             own_places = [places[index] for index in group]
