@@ -118,9 +118,7 @@ def read_stored(directory: Path) -> Stored:
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise ModelError(
-            f"{directory} has no {CONFIG}: it holds no gate; give the folder that casa-mech train wrote"
-        )
+        raise ModelError(f"{directory} has no {CONFIG}: it holds no gate; give the folder that casa-mech train wrote")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw.get("schema_version")
@@ -208,8 +206,8 @@ def check_files(directory: Path, files: Mapping[str, str] | None) -> None:
     changed = next((name for name, digest in (files or {}).items() if digests.get(name) != digest), None)
     if changed is not None:
         raise ModelError(
-            f"{directory / changed} is not the file that was saved with this gate: copy the whole folder again, or train "
-            "it again"
+            f"{directory / changed} is not the file that was saved with this gate: copy the whole folder again, or "
+            "train it again"
         )
 
 

@@ -15,12 +15,13 @@ import typer
 from typer.core import TyperCommand
 
 from casa_mech.errors import InputError
+from casa_mech.limits import GREATEST_SEED
 
 if TYPE_CHECKING:
     from casa_mech.judging import Judge
     from casa_mech.queries import LoadedQueries
 
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+Seed = Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="Seed of every draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 Data = Annotated[Path | None, typer.Option(help="Folder with the benchmarks [the one CASA_MECH_DATA names].")]
 JudgeName = Annotated[
@@ -178,6 +179,8 @@ class JudgeOptions:
         Raises:
             InputError: as `check_judge`.
         """
+        if not name and (self.judge_model or self.base_url or self.backend != "local"):
+            raise InputError("--judge-model, --base-url and --backend are for a judge: name it with --judge")
         if name:
             from casa_mech.judging.registry import check_judge
 
@@ -294,6 +297,8 @@ def parse_values(pairs: list[str] | None, option: str = "--option") -> dict[str,
             raise InputError(f"{option} {pair}: write it as NAME=VALUE")
         try:
             values[name.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
+        except RecursionError:
+            raise InputError(f"{option} {name}: its value is nested too deep") from None
+        except ValueError:
             values[name.replace("-", "_")] = value
     return values

@@ -19,7 +19,7 @@ from casa_mech.compare.systems import DEFAULT_DEFENSES, SEEDS, ComparedSystem, c
 from casa_mech.compare.tables import compact
 from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import check_folder, write_text, writing
+from casa_mech.files import check_folder, reading_error, write_text, writing
 from casa_mech.judging import Judge, load_judge
 from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_rates
 from casa_mech.omni import GenerationSettings, Omni, load_omni
@@ -134,15 +134,24 @@ def open_folder(path: Path) -> RunFolder:
     root = path.absolute()
     marker = root / _MARKER
     check_folder(root, [".*"], _MARKER, create=True)
-    if not marker.exists():
+    version = _version(marker)
+    if version is None:  # new, or cut off: all else in the folder says itself what it was made from
         write_text(marker, json.dumps({"schema_version": _SCHEMA}) + "\n")
-    try:
-        version = json.loads(marker.read_text(encoding="utf-8"))["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{marker} is unreadable ({type(error).__name__}): delete it or choose another --out") from None
-    if version != _SCHEMA:
+    elif version != _SCHEMA:
         raise RunError(f"{marker} has schema version {version}, this release writes {_SCHEMA}: choose another --out")
     return RunFolder(root)
+
+
+def _version(marker: Path) -> Any:
+    """The schema version that a comparison's marker names; None where it is not there, or holds no such thing."""
+    try:
+        return json.loads(marker.read_text(encoding="utf-8"))["schema_version"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise reading_error(error, marker) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _default_folder(model: str) -> Path:

@@ -23,6 +23,7 @@ from casa_mech.judging.stats import auroc_difference, auroc_interval, clusters_o
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.media import check_media
 from casa_mech.queries import Query, Reply
+from casa_mech.queries.tables import defused
 
 if TYPE_CHECKING:
     from casa_mech.casa import Casa
@@ -237,11 +238,11 @@ def save_evaluation(evaluation: Evaluation, folder: Path | str) -> None:
 
 
 def write_both(table: pd.DataFrame, path: Path) -> None:
-    """Write `table` as `path` with the suffixes .parquet and .csv, each whole or not at all."""
+    """Write `table` as `path` with the suffixes .parquet and .csv (see `defused`), each whole or not at all."""
     with writing(path.with_suffix(".parquet")) as temporary:
         table.to_parquet(temporary)
     with writing(path.with_suffix(".csv")) as temporary:
-        table.to_csv(temporary, index=False)
+        defused(table).to_csv(temporary, index=False)
 
 
 def read_evaluation(folder: Path | str) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from casa_mech.evaluation.evaluate import (
     evaluate,
     save_evaluation,
 )
-from casa_mech.evaluation.sources import NO_ATTACK, under_attack
+from casa_mech.evaluation.sources import NO_ATTACK, both_labels, under_attack
 from casa_mech.files import check_folder
 from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
@@ -122,6 +122,12 @@ def _checked(
         if source.dropped:
             note(f"{source.name}: left out {len(source.dropped)} rows that mention minors in a harmful setting")
     queries = [under_attack(query, attack) for source in loaded for query in source.queries]
+    if pairs := both_labels(queries):
+        first, second = pairs[0]
+        note(
+            f"warning: {len(pairs)} prompts are there as harmful and as benign, first {first} and {second}: check the "
+            "labels"
+        )
     if out is not None:
         check_folder(out, _RESULTS)
     check_media(queries)

@@ -114,7 +114,7 @@ class VerdictStore:
                 raise RunError(f"{path} line {number} is no stored verdict: remove the line, or the file") from None
             if line.check and line.check != line.digest():
                 raise RunError(
-                    f"{path} line {number} was changed since the judge gave its verdict: remove the line, which is then "
+                    f"{path} line {number} was changed since the judge gave its verdict: remove the line, and it is "
                     "judged again"
                 )
             self._lines[line.key] = line

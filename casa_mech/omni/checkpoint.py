@@ -47,7 +47,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{directory}/{CONFIG} cannot be read ({reason_of(error)}); download the checkpoint again") from None
+        reason = reason_of(error)
+        raise ModelError(f"{directory}/{CONFIG} cannot be read ({reason}); download the checkpoint again") from None
     if not isinstance(config, dict):
         raise ModelError(f"{directory}/{CONFIG} is no JSON object; download the checkpoint again")
     return config

@@ -63,7 +63,8 @@ def load_omni(
             )
     except Exception as error:  # the library raises many kinds for sizes that do not go together
         raise ModelError(
-            f"{directory}: no model can be built from its {CONFIG} ({reason_of(error)}); check that file, or download it again"
+            f"{directory}: no model can be built from its {CONFIG} ({reason_of(error)}); check that file, or download "
+            "it again"
         ) from None
     unusable = sorted(info["missing_keys"]) or sorted(str(row) for row in info.get("mismatched_keys", ()))
     if unusable:
@@ -149,7 +150,7 @@ def _shards(directory: Path, prefix: str) -> dict[str, str]:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
         shards = {key: index[key] for key in _with_prefix(index, prefix)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{directory}/{INDEX} is corrupt ({reason_of(error)}); download the checkpoint again") from None
+        raise ModelError(f"{directory / INDEX} is corrupt ({reason_of(error)}); download it again") from None
     outside = next((name for name in shards.values() if not isinstance(name, str) or Path(name).name != name), None)
     if outside is not None:
         raise ModelError(f"{directory}/{INDEX} names {outside!r}, which is no file beside it; download it again")

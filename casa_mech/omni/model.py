@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 _TEMPLATE_TOKENS, _SAMPLES_A_TOKEN = 64, 160
-"""More tokens than any chat template has around a turn or media, and fewer samples than any encoder makes a token of."""
+"""More tokens than a chat template has around a turn, and fewer 16 kHz samples than any encoder makes a token of."""
 
 
 class GenerationSettings(BaseModel):
@@ -272,8 +272,8 @@ class Omni:
         for query, length in zip(queries, lengths, strict=True):
             if self.n_positions is not None and length > self.n_positions:
                 raise InputError(
-                    f"query {query.id}: its prompt has {length:,} tokens, and {self.source} reads {self.n_positions:,}: "
-                    "shorten it"
+                    f"query {query.id}: its prompt has {length:,} tokens, and {self.source} reads at most "
+                    f"{self.n_positions:,}: shorten it"
                 )
         return batch.to(self.device, self.dtype)
 

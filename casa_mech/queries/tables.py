@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _SEPARATORS: Mapping[str, str] = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_FORMULA = re.compile("'*[-=+@\t\r]")
+"""How a text begins that a spreadsheet takes for a formula, also behind an apostrophe that it had before."""
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -120,7 +123,6 @@ def cell(value: object) -> str:
         raise CellError(str(error)) from None
 
 
-
 @contextmanager
 def placed(where: str) -> Iterator[None]:
     """Errors of cells that are read in a block, with the file and row that they are in."""
@@ -128,6 +130,22 @@ def placed(where: str) -> Iterator[None]:
         yield
     except CellError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def defused(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` for a CSV file: an apostrophe before each text that a spreadsheet would run as a formula."""
+    import pandas as pd
+
+    def apart(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+    texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    return table.assign(**{name: table[name].astype(object).map(apart) for name in texts})
+
+
+def undefused(text: str) -> str:
+    """A text of a CSV file that `defused` wrote, as it was before."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
 
 
 def unreadable(path: Path, error: Exception) -> InputError:

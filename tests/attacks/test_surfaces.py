@@ -388,11 +388,11 @@ def test_a_bad_file_of_wrappers_is_one_line(tmp_path: Path, name: str, content: 
 
 def test_a_prefill_of_any_length_goes_by_its_name(tiny_omni: Omni) -> None:
     tokenizer, (query,) = tiny_omni.tokenizer, default_world().requests(1, 0)
-    for k in (0, 1, 3, 7):
+    for k in (1, 3, 7):
         (attacked,) = apply_attack(f"prefill-{k}", [query], tokenizer=tokenizer)
         assert attacked.meta["attack"] == f"prefill-{k}"
         assert len(tokenizer.encode(attacked.prefill, add_special_tokens=False)) == k
-    for name in ("prefill-", "prefill--1", "prefill-2.5", "prefill-04", "prefill-x"):
+    for name in ("prefill-", "prefill--1", "prefill-2.5", "prefill-04", "prefill-x", "prefill-0"):
         with pytest.raises(InputError, match=f"unknown attack '{name}'"):
             apply_attack(name, [query], tokenizer=tokenizer)
 

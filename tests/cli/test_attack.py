@@ -104,7 +104,7 @@ def test_twins_follow_their_partners_in_the_same_voice(capsys: pytest.CaptureFix
 def test_a_tables_columns_say_what_to_hide(capsys: pytest.CaptureFixture[str], tmp_path: Path, table: Path) -> None:
     shared = ["attack", "typo", "--queries", table, "--column", "goal", "--label", "benign"]
     code, _, err = run(capsys, *shared, "--out", tmp_path / "a")
-    assert code == 2 and "query 'prompts.csv:1' has no key word: set meta['topic'] or meta['key_phrase']" in err
+    assert code == 2 and "query 'prompts.csv:1' has no key word: give --meta topic=COLUMN or --meta key_phrase=" in err
     assert "--meta" in err
     code, _, err = run(capsys, *shared, "--meta", "key_phrase=word", "--out", tmp_path / "b")
     assert code == 2 and "query 'prompts.csv:3' does not say its key word 'clock'" in err
