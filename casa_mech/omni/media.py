@@ -24,6 +24,8 @@ MIN_SECONDS = 0.1
 SILENCE = 1e-5
 _LOSSLESS = ("WAV", "WAVEX", "FLAC", "AIFF")
 """Formats whose header says exactly how many samples follow."""
+_CHUNKS = {b"RIFF": ("<4sI", b"data"), b"FORM": (">4sI", b"SSND")}
+"""By a file's first bytes, how it writes the name and size of a chunk, and the name of the one with the samples."""
 _UNKNOWN_SIZES = (0, 0x7FFFFFFF, 0xFFFFFFFF)
 """What programs that write a WAV file to a pipe put in the place of its size; odd ones are a little smaller."""
 _SLACK, _BLOCK = 4096, 2**18
@@ -144,15 +146,16 @@ def _mono(file: SoundFile) -> np.ndarray:
 
 
 def _lacks_bytes(path: Path) -> bool:
-    """True for a WAV file that ends before the size that its data chunk states; libsndfile passes over that."""
+    """True for a WAV or AIFF file that ends before the size that its chunk of samples states; libsndfile takes it."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        riff, _, wave = struct.unpack("<4sI4s", file.read(12).ljust(12))
-        if (riff, wave) != (b"RIFF", b"WAVE"):
+        kind = file.read(12)[:4]
+        if kind not in _CHUNKS:
             return False
+        layout, samples = _CHUNKS[kind]
         while len(head := file.read(8)) == 8:
-            kind, length = struct.unpack("<4sI", head)
-            if kind == b"data":
+            name, length = struct.unpack(layout, head)
+            if name == samples:
                 known = all(not unknown - _SLACK <= length <= unknown for unknown in _UNKNOWN_SIZES)
                 return known and file.tell() + length > size
             file.seek(length + length % 2, 1)

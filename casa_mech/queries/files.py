@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from casa_mech.errors import InputError
+from casa_mech.limits import check_text
 from casa_mech.queries.index import is_index, read_index
 from casa_mech.queries.labels import label_named
 from casa_mech.queries.loaded import LoadedQueries
@@ -151,6 +152,7 @@ def _media_in(source: QuerySource) -> list[Path]:
 
 
 def _from_media(path: Path, source: QuerySource, query_id: str) -> Query:
+    check_text(query_id, str(source.path))
     part: Part = ImagePart(image=path) if path.suffix.lower() in IMAGE_SUFFIXES else AudioPart(audio=path)
     text = (TextPart(text=source.text),) if source.text else ()
     return Query(id=query_id, parts=(part, *text), label=source.label, source=source.path.name)
