@@ -74,7 +74,7 @@ def test_saving_leaves_what_was_there(tiny_omni: Omni, tmp_path: Path) -> None:
 
 
 def test_an_error_of_safetensors_is_told_from_the_systems_number(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no space left on the disk of .*free some"), writing(tmp_path / "a"):
+    with pytest.raises(RunError, match=r"no space left on the disk of .*free some"), writing(tmp_path / "a"):
         raise _SafetensorError("I/O error: No space left on device (os error 28)")
     with pytest.raises(_SafetensorError, match="header"), writing(tmp_path / "a"):
         raise _SafetensorError("invalid header")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """No file can grow beyond `n_bytes` for the length of a block; the system says so as it says that a disk is full."""
+    """No file can grow beyond `n_bytes` for the length of a block; the system refuses as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:

@@ -70,7 +70,7 @@ def test_a_picture_thinner_than_processors_read_is_refused_by_the_check(tmp_path
             if fits:
                 check_media([asked])
             else:
-                with pytest.raises(InputError, match="query q1: .* more than 200 times the other"):
+                with pytest.raises(InputError, match=r"query q1: .* more than 200 times the other"):
                     check_media([asked])
 
 

@@ -65,7 +65,7 @@ def test_cells_that_hold_no_text_are_refused_by_row(tmp_path: Path, value: objec
         meta = [{"prompt": "a", "topic": value, "reply": "no", "label": "harmful"}]
         (tmp_path / "m.json").write_text(json.dumps(meta))
         queries = read_files(QuerySource(path=tmp_path / "m.json"))
-        with pytest.raises(InputError, match="m.json:1: a cell holds"):
+        with pytest.raises(InputError, match=r"m\.json:1: a cell holds"):
             with_columns(queries, tmp_path / "m.json", {"topic": "topic"})
         with pytest.raises(InputError, match=r"m.json row 1, column 'topic': a cell holds"):
             read_examples(tmp_path / "m.json", "prompt", "topic", "label")
@@ -124,7 +124,7 @@ def test_an_index_does_not_follow_a_link_out_of_its_folder(tmp_path: Path) -> No
     (medium,) = (tmp_path / "index" / "media").iterdir()
     medium.unlink()
     medium.symlink_to(tmp_path / "secret.png")
-    with pytest.raises(InputError, match="query 'q1': its file .* lies outside the folder"):
+    with pytest.raises(InputError, match=r"query 'q1': its file .* lies outside the folder"):
         read_index(tmp_path / "index")
     medium.unlink()
     Image.new("RGB", (28, 28)).save(tmp_path / "index" / "other.png")
