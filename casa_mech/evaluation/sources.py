@@ -54,10 +54,16 @@ def query_sources(
     if len(labels) == 1 and not files:
         fields[0]["label"] = labels[0]
     described = [_with_fields(source, fields[place], place in tables) for place, source in enumerate(sources)]
-    twice = next((entry for place, entry in enumerate(queries) if described[place] in described[:place]), None)
+    same = [_resolved(source) for source in described]
+    twice = next((entry for place, entry in enumerate(queries) if same[place] in same[:place]), None)
     if twice is not None:
         raise InputError(f"--queries {twice} is given twice, so that each of its rows would count twice: leave one out")
     return described
+
+
+def _resolved(source: QuerySource | BenchmarkSource) -> QuerySource | BenchmarkSource:
+    """The source by the path that all its names lead to."""
+    return source.model_copy(update={"path": source.path.resolve()}) if isinstance(source, QuerySource) else source
 
 
 def load_sources(sources: Sequence[QuerySource | BenchmarkSource]) -> list[LoadedQueries]:

@@ -62,9 +62,10 @@ def load_omni(
                 None, config=config, state_dict=state, dtype=kind, output_loading_info=True
             )
     except Exception as error:  # the library raises many kinds for sizes that do not go together
+        mismatched = "ignore_mismatched_sizes" in str(error)
+        reason = "its sizes are not those of the weights" if mismatched else _in_full(error)
         raise ModelError(
-            f"{directory}: no model can be built from its {CONFIG} ({reason_of(error)}); check that file, or download "
-            "it again"
+            f"{directory}: no model can be built from its {CONFIG} ({reason}); check that file, or download it again"
         ) from None
     unusable = sorted(info["missing_keys"]) or sorted(str(row) for row in info.get("mismatched_keys", ()))
     if unusable:
@@ -96,12 +97,15 @@ def _settle_threads(omni: Omni) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar of transformers' own: a study loads models often, and they are small or already on the disk."""
-    shown = logging.is_progress_bar_enabled()
+    """No progress bar and no report of transformers' own: a study loads models often, and they are small or already on
+    the disk; what is missing or misshapen we say ourselves, in a line."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -140,15 +144,20 @@ def _config(directory: Path) -> tuple[Architecture, PreTrainedConfig, str | None
     try:
         config = getattr(transformers, architecture.config_class).from_dict(studied)
     except Exception as error:  # the library raises many kinds for values of another type
-        raise ModelError(f"{directory}/{CONFIG}: {reason_of(error)}; download the checkpoint again") from None
+        raise ModelError(f"{directory}/{CONFIG}: {_in_full(error)}; download the checkpoint again") from None
     return architecture, config, dtype if isinstance(dtype, str) else None
+
+
+def _in_full(error: Exception) -> str:
+    """An error of the library in one line; its first line alone often says only where."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _shards(directory: Path, prefix: str) -> dict[str, str]:
     """For each weight of the part that is studied, the shard that holds it by the checkpoint's index."""
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        shards = {key: index[key] for key in _with_prefix(index, prefix)}
+        shards = {key: index[key] for key in _with_prefix(index.keys(), prefix)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{directory / INDEX} is corrupt ({reason_of(error)}); download it again") from None
     outside = next((name for name in shards.values() if not isinstance(name, str) or Path(name).name != name), None)

@@ -30,6 +30,7 @@ def read_table(path: Path) -> pd.DataFrame:
             that is no table of that type; the message names the file.
     """
     suffix = path.suffix.lower()
+    _check_file(path)
     try:
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty; download or export it again")
@@ -66,8 +67,15 @@ def read_lines(path: Path) -> list[str]:
     return [check_text(line, f"{path} line {number}") for number, line in _numbered_lines(path)]
 
 
+def _check_file(path: Path) -> None:
+    """InputError for what is not there, and for a pipe, which would be waited for."""
+    if not path.is_file():
+        raise InputError(f"{path}: {'this is no file' if path.exists() else 'no such file'}; check the path")
+
+
 def _numbered_lines(path: Path) -> list[tuple[int, str]]:
     """The lines that are not blank, with their numbers in the file, from 1."""
+    _check_file(path)
     try:
         lines = [line.rstrip("\r\n") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (ValueError, OSError) as error:
@@ -85,6 +93,7 @@ def read_json(path: Path) -> Any:
     """
     if path.suffix.lower() == ".jsonl":
         return [_parsed_line(path, number, line) for number, line in _numbered_lines(path)]
+    _check_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:

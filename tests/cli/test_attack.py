@@ -241,7 +241,7 @@ def test_published_wording_comes_from_a_file(capsys: pytest.CaptureFixture[str],
         ("aiah-letters", "{question}", "the text of aiah-letters must hold {letters} exactly once"),
         ("figstep", " ", "the text of figstep is empty"),
         ("jailbreak", "x", "--prompt-file is for figstep, figstep-text, aiah-letters, .*; leave it out for jailbreak"),
-        ("figstep", None, "cannot be read as UTF-8 text"),
+        ("figstep", None, r"no file with a text at .*p\.txt; check --prompt-file"),
     ],
 )
 def test_a_prompt_file_that_does_not_serve_is_named(

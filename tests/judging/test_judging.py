@@ -262,7 +262,7 @@ def test_bootstrap_of_all_resamples_at_once_is_scikit_learns() -> None:
 
 
 def test_a_verdict_that_was_edited_is_not_taken_for_the_judges(tmp_path):
-    queries = [query for query in WORLD.requests(3, 0)]
+    queries = WORLD.requests(3, 0)
     path = tmp_path / "verdicts.jsonl"
     judge_all(JUDGE, queries, [query.meta["compliance"] for query in queries], path)
     lines = path.read_text().splitlines()
