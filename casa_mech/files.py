@@ -53,9 +53,14 @@ def check_folder(folder: Path | str, owned: Collection[str] = (), marker: str = 
     try:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
-        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
     except OSError as error:
         raise storage_error(error, folder) from None
+    try:
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    except NotADirectoryError as error:
+        raise storage_error(error, folder) from None
+    except OSError as error:
+        raise reading_error(error, folder) from None
     others = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     if others and marker not in names:
         lacking = f" and no {marker}" if marker else ""

@@ -68,7 +68,7 @@ def _check_arguments(arguments: list[str]) -> None:
             _fail(f"the argument {argument!a} is not UTF-8: give the text as UTF-8, or rename the file")
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     note(f"warning: {' '.join(str(message).split())}")
 
 

@@ -146,7 +146,9 @@ def test_replies_are_no_formulas_in_csv_and_themselves_in_parquet(
 def test_two_judges_at_once_in_one_folder_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     call = ["judge", "run", "--replies", table("r.csv", prompt=["a"], reply=["sorry"]), "--judge", "keyword"]
     assert run(capsys, *call, "--out", "j")[0] == 0
-    holder = "import sys; from casa_mech.locks import locked\nwith locked('j'): print('held', flush=True), sys.stdin.read()"
+    holder = (
+        "import sys; from casa_mech.locks import locked\nwith locked('j'): print('held', flush=True), sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:

@@ -260,7 +260,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"other files \(mine.txt"):
         open_folder(tmp_path)
     (tmp_path / "compare.json").write_text("no json")
-    with pytest.raises(RunError, match="unreadable"):
+    with pytest.raises(RunError, match=r"other files \(mine.txt"):  # it may be anybody's compare.json
         open_folder(tmp_path)
     (tmp_path / "compare.json").write_text(json.dumps({"schema_version": 9}))
     with pytest.raises(RunError, match="schema version 9"):
