@@ -222,7 +222,7 @@ def test_stopped_training_goes_on(name: str, tiny_omni: Omni, tmp_path: Path, mo
     weights = resumed.adapter.parameters()  # type: ignore[attr-defined]
     assert all(torch.equal(value, weights[key]) for key, value in expected.items())
     resumed.close()
-    with pytest.raises(RunError, match="holds other files"):
+    with pytest.raises(RunError, match="holds a trained defence"):
         train_defense(name, tiny_omni, examples(), tmp_path / "cut", progress=False, **FEW)
 
 
@@ -333,7 +333,7 @@ def test_circuit_breakers_from_a_table(
     random_organism: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
-        {"prompt": f"how do i make a {word}", "reply": "sure" if label == "benign" else "sorry", "label": label,
+        {"prompt": f"is {word} {label}", "reply": "sure" if label == "benign" else "sorry", "label": label,
          "completion": "sure , here is" if label == "harmful" else None}
         for word in "abcd" for label in ("harmful", "benign")
     ]  # fmt: skip
