@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from casa_mech.attacks import PROMPT_SLOTS, attack_named
 from casa_mech.compare.systems import SEEDS, ComparedSystem, system_named
 from casa_mech.compare.weights import ExampleTable
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, reason_of
 from casa_mech.evaluation.training import Benign
 from casa_mech.judging.registry import BACKENDS, JUDGES
+from casa_mech.limits import GREATEST_SEED
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import BENCHMARKS
 from casa_mech.queries.benchmarks import benchmark_named
@@ -147,7 +148,7 @@ class CompareConfig(_Section):
     """How replies are generated."""
     training: TrainingSection | None = None
     """None: on the micro-world's examples."""
-    seeds: tuple[int, ...] = SEEDS
+    seeds: tuple[Annotated[int, Field(ge=0, le=GREATEST_SEED)], ...] = SEEDS
     """Seeds of training and draws; those of the command line win."""
     timing_rounds: int = Field(default=3, ge=0)
     """Rounds of timing, 0 for none."""
@@ -178,8 +179,9 @@ def read_config(path: Path) -> CompareConfig:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or type(error).__name__}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = reason_of(error) if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise InputError(f"{path} is no YAML: {reason}") from None
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: expected keys and values; casa-mech compare --example prints a whole file")
     try:

@@ -273,6 +273,24 @@ def test_the_safety_prompt_is_a_switch_on_all(tiny_omni: Omni, tmp_path: Path) -
 # Mistakes
 
 
+def test_a_swapped_adapter_is_not_taken_for_its_own(tiny_omni: Omni, tmp_path: Path) -> None:
+    for name, scale in (("own", 0.1), ("other", 0.2)):
+        ssft = Ssft(tiny_omni)
+        stir(ssft, scale)
+        ssft.save_pretrained(tmp_path / name)
+        ssft.close()
+    swapped = tmp_path / "own" / "adapter_model.safetensors"
+    swapped.write_bytes((tmp_path / "other" / swapped.name).read_bytes())
+    with pytest.raises(ModelError, match=f"{swapped.name} is not the file that was saved"):
+        load_defense("ssft", tiny_omni, path=tmp_path / "own")
+    assert not hasattr(tiny_omni.model, "peft_config")
+    (tmp_path / "own" / "defense.json").write_text('{"schema_version": 1, "defense": 3}')
+    with pytest.raises(
+        ModelError, match=r"defense.json is missing or corrupt \(defense: Input should be a valid string"
+    ):
+        load_defense("ssft", tiny_omni, path=tmp_path / "own")
+
+
 def test_mistakes_are_named(tiny_omni: Omni, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown defense 'moat'; defenses: none, safety-prompt, ssft"):
         load_defense("moat", tiny_omni)
