@@ -64,9 +64,9 @@ def check_files(paths: Sequence[Path], option: str) -> None:
 
 
 def check_backend() -> None:
-    """Import matplotlib, before the work whose figures it is to draw. InputError for a MPLBACKEND that it lacks."""
+    """Import what draws, before the work that is to be drawn. InputError for a MPLBACKEND that matplotlib lacks."""
     try:
-        import matplotlib  # noqa: F401
+        import casa_mech.figures  # noqa: F401
     except ValueError:
         backend = os.environ.get("MPLBACKEND", "")
         raise InputError(f"MPLBACKEND={backend}: matplotlib has no such backend; unset it, or set it to agg") from None
