@@ -22,7 +22,13 @@ EXTRAS = MappingProxyType(
 
 
 class CasaMechError(Exception):
-    """Base of every error that a user can cause and mend. The message names what was wrong, where, and the way out."""
+    """Base of every error that a user can cause and mend. The message names what was wrong, where, and the way out.
+
+    It is one line, also where it repeats what a user's file says.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
 
 
 class InputError(CasaMechError, ValueError):

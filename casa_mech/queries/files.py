@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,7 +245,7 @@ def _media_path(value: object, source: QuerySource, where: str, suffixes: tuple[
     if not text:
         return None
     path = source.path.parent / text
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, also for a name that is too long for any file
         raise InputError(f"{where}: no file {path}; paths are read relative to the table's folder")
     if path.suffix.lower() not in suffixes:
         raise InputError(f"{where}: {path.name} is none of {', '.join(suffixes)}")

@@ -37,9 +37,7 @@ def read_table(path: Path) -> pd.DataFrame:
         if suffix in (".csv", ".tsv"):
             return _separated(path, "," if suffix == ".csv" else "\t")
         if suffix == ".parquet":
-            import pandas as pd
-
-            return pd.read_parquet(path)
+            return _from_parquet(path)
         return _records_table(read_json(path), path)
     except InputError:
         raise
@@ -162,6 +160,19 @@ def unreadable(path: Path, error: Exception) -> InputError:
     reason = reason_of(error)
     hint = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "check the file"
     return InputError(f"{path}: not a readable {path.suffix.lower()[1:]} table ({reason}); {hint}")
+
+
+def _from_parquet(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        table = pd.read_parquet(path)
+        for name in table:
+            if isinstance(table[name].dtype, pd.StringDtype):
+                table[name].astype(object)  # texts are decoded late, and broken ones would be met by whoever reads them
+    except Exception as error:  # of a broken file pyarrow raises what it likes
+        raise unreadable(path, error) from None
+    return table
 
 
 def _separated(path: Path, separator: str) -> pd.DataFrame:

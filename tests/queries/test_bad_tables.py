@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -151,3 +152,32 @@ def test_formulas_are_told_from_texts_and_come_back_as_they_were() -> None:
     assert not any(cell[:1] in "=+-@\t" for cell in cells if cell)
     assert [undefused(cell) for cell in cells] == texts[:-1] and pd.isna(table["reply"].iloc[-1])
     assert table["v_s"].tolist() == [-0.5] * len(texts)
+
+
+def test_parquet_files_changed_anywhere_are_read_or_refused_by_one_line(tmp_path: Path) -> None:
+    rows = {"prompt": ["bake a cake", "make a bomb"], "label": ["benign", "harmful"]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+    write_index(tmp_path / "index", [Query.from_text("a", id="q1"), Query.from_text("b", id="q2")])
+    rng = random.Random(0)
+    for path in (tmp_path / "t.parquet", tmp_path / "index" / INDEX):
+        whole = path.read_bytes()
+        for _ in range(400):
+            content = bytearray(whole)
+            for _ in range(rng.choice([1, 2, 8])):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+            path.write_bytes(bytes(content))
+            try:
+                read_files(QuerySource(path=path.parent if path.name == INDEX else path))
+            except InputError as error:
+                assert "\n" not in str(error) and path.name in str(error)
+
+
+def test_line_breaks_in_a_file_do_not_break_the_line(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('"a\nb",c\n1,2\n')
+    assert "it has a b, c" in refused(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("name", ["9" * 5_000 + ".png", "a\0.png", "../" * 3_000 + "a.png"])
+def test_names_that_no_file_can_have_are_files_that_are_not_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "t.json").write_text(json.dumps([{"picture": name}]))
+    assert "row 1: no file" in refused(tmp_path / "t.json", image_column="picture")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -180,7 +181,7 @@ def _query(benchmark: Benchmark, row: Row, file: File, query_id: str, missing_me
 def _media(benchmark: Benchmark, row: Row, file: File, query_id: str, missing: MissingMedia) -> Path | None:
     folders = [file.path.parent / folder for folder in benchmark.media] if file.path is not None else []
     places = [folder / row.media for folder in folders]
-    file_there = next((place for place in places if place.is_file()), None)
+    file_there = next((place for place in places if os.path.isfile(place)), None)
     if file_there is None and missing == "error":
         raise InputError(
             f"{benchmark.name}: {query_id} has no picture {row.media} (looked in {', '.join(benchmark.media)} beside "
