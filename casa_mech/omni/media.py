@@ -65,6 +65,11 @@ def load_audio(part: AudioPart, where: str) -> np.ndarray:
         InputError: no such file, not audio, cut off, empty, shorter than 0.1 s, longer or of another rate than
             `casa_mech.limits` allows, not finite, beyond full scale, or digitally silent.
     """
+    return _resample(*_samples(part, where))
+
+
+def _samples(part: AudioPart, where: str) -> tuple[np.ndarray, int]:
+    """The clip of `part` as mono float32 `[samples]`, and its rate in hertz. InputError: as `load_audio`."""
     if isinstance(part.audio, np.ndarray):
         name, rate = "the audio array", int(part.rate or 0)
         if part.audio.ndim not in (1, 2):
@@ -85,7 +90,7 @@ def load_audio(part: AudioPart, where: str) -> np.ndarray:
         )
     if loudest < SILENCE:
         raise InputError(f"{where}: {name} is silent; check the recording (add faint noise if silence is meant)")
-    return _resample(samples, rate)
+    return samples, rate
 
 
 def check_media(queries: Iterable[Query]) -> None:
@@ -99,7 +104,7 @@ def check_media(queries: Iterable[Query]) -> None:
             if isinstance(part, ImagePart):
                 load_image(part, f"query {query.id}")
             elif not isinstance(part, TextPart):
-                load_audio(part, f"query {query.id}")
+                _samples(part, f"query {query.id}")
 
 
 def _check_length(n: int, rate: int, where: str) -> None:
