@@ -114,7 +114,7 @@ class InferenceSettings(Settings):
     @model_validator(mode="after")
     def _centred_before_scaled(self) -> Self:
         if self.rescale and not self.recentre:
-            raise InputError("rescale=True stretches states about text's mean: set recentre=True, too")
+            raise InputError("rescale stretches states about text's mean: switch recentre on, too")
         return self
 
 

@@ -466,6 +466,6 @@ def test_a_gate_is_calibrated_when_an_option_needs_it(
     tiny_omni.model.config.micro_world = False
     with pytest.raises(InputError, match=r"fpr needs a calibration: .*, or set the option calibration to queries"):
         load_defense("casa", tiny_omni, path=tmp_path / "gate", fpr=0.1)
-    with pytest.raises(InputError, match="rescale=True stretches states about text's mean"):
+    with pytest.raises(InputError, match="rescale stretches states about text's mean"):
         load_defense("casa", tiny_omni, path=tmp_path / "gate", rescale=True)
     assert not hasattr(tiny_omni.model, "peft_config")
