@@ -22,7 +22,13 @@ EXTRAS = MappingProxyType(
 
 
 class CasaMechError(Exception):
-    """Base of every error that a user can cause and mend. The message names what was wrong, where, and the way out."""
+    """Base of every error that a user can cause and mend. The message names what was wrong, where, and the way out.
+
+    It is one line, also where it repeats what a user's file says.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
 
 
 class InputError(CasaMechError, ValueError):
@@ -43,3 +49,19 @@ def missing_extra(error: ImportError) -> str:
     if module not in EXTRAS:
         return ""
     return f"this needs {module}, which is not installed: pip install 'casa-mech[{EXTRAS[module]}]'"
+
+
+def reason_of(error: Exception) -> str:
+    """Why something failed, in one line: of a record's fault the field and what is wrong with it, else the first line.
+
+    For errors of others (decoders, parsers, pydantic) that go into a message of ours.
+    """
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    faults = getattr(error, "errors", None)
+    if callable(faults):  # a ValidationError of pydantic, whose text begins with the name of a class
+        first = faults()[0]
+        field, fault = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        return f"{field}: {fault}" if field else fault
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -11,10 +12,12 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from casa_mech.errors import RunError
+from casa_mech.errors import CasaMechError, RunError
 
 TEMPORARY = ".writing-"
 """Prefix of what is being written; a killed process may leave such names behind, and readers pass over them."""
+STRAY = (".DS_Store", "._*", "Thumbs.db", "desktop.ini", ".nfs*")
+"""Patterns of names that desktops and network disks put into any folder; they are nobody's work."""
 
 
 def storage_error(error: OSError, path: Path | str) -> RunError:
@@ -28,26 +31,36 @@ def storage_error(error: OSError, path: Path | str) -> RunError:
     return RunError(f"cannot write {path}: {error.strerror or error}")
 
 
+def reading_error(error: OSError, path: Path | str) -> RunError:
+    """`error` in reading, as one line that names the path and the way out."""
+    return RunError(f"cannot read {path} ({error.strerror or error}): check the path, and that you may read it")
+
+
 def check_folder(folder: Path | str, owned: Collection[str] = (), marker: str = "", create: bool = False) -> None:
     """Refuse a folder that holds somebody else's files; one that is not there, or empty, is right.
 
     Args:
         folder: where something is to be written.
         owned: names, or patterns of names (`fnmatch`), of what an earlier call may have left in it; what a killed one
-            left half-written need not be named.
+            left half-written need not be named, nor a desktop's own files (`STRAY`).
         marker: a file or folder by which all that lies beside it is known to be ours.
         create: make the folder, so that a place where that cannot be done is found before any work.
 
     Raises:
         RunError: it holds other files, is a file, or cannot be made or read.
     """
-    folder, patterns = Path(folder), (*owned, f"{TEMPORARY}*")
+    folder, patterns = Path(folder), (*owned, f"{TEMPORARY}*", *STRAY)
     try:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
-        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
     except OSError as error:
         raise storage_error(error, folder) from None
+    try:
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    except NotADirectoryError as error:
+        raise storage_error(error, folder) from None
+    except OSError as error:
+        raise reading_error(error, folder) from None
     others = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
     if others and marker not in names:
         lacking = f" and no {marker}" if marker else ""
@@ -137,6 +150,12 @@ def _translated(path: Path) -> Iterator[None]:
         if error.errno is None or (error.filename and not _near(Path(error.filename), path)):
             raise
         raise storage_error(error, path) from error
+    except Exception as error:
+        # safetensors raises an error of its own, with the system's number in its words.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, CasaMechError) or number is None:
+            raise
+        raise storage_error(OSError(int(number[1]), os.strerror(int(number[1]))), path) from error
 
 
 def _near(other: Path, path: Path) -> bool:

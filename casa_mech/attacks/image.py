@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from casa_mech.attacks.fonts import Use, find_font
 from casa_mech.attacks.prompt_file import wording_mark
@@ -22,6 +22,7 @@ from casa_mech.attacks.typography import figstep_picture, figstep_text, page_pic
 from casa_mech.attacks.wording import ENGLISH, Wording
 from casa_mech.errors import InputError
 from casa_mech.queries import ImagePart, Part, Query, TextPart
+from casa_mech.queries.media_files import open_picture
 
 IMAGE_PHRASE = "the word in the image"
 """Stands for a key word that is drawn in letter cells."""
@@ -131,15 +132,7 @@ def _shown(query: Query, picture: Image.Image, parts: tuple[Part, ...], attack: 
 
 
 def _opened(picture: Image.Image | Path | str) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    try:
-        with Image.open(picture) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"no picture at {picture}; check the path") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{picture} is not a readable image ({error}); give a PNG or JPEG file") from None
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_picture(picture)
 
 
 @contextmanager

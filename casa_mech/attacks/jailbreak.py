@@ -51,7 +51,7 @@ def read_wrappers(path: Path | str, column: str = "wrapper") -> tuple[str, ...]:
         placed_texts = _read_file(path, column)
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    except (json.JSONDecodeError, csv.Error) as error:
+    except (json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise InputError(f"{path}: not readable as {path.suffix[1:]} ({error}); check the file") from None
     if not placed_texts:
         raise InputError(f"{path}: holds no wrapper; give at least one text with {SLOT}")
@@ -81,8 +81,8 @@ def _read_file(path: Path, column: str) -> list[tuple[str, object]]:
         return [(f"entry {number}", text) for number, text in enumerate(texts, start=1)]
     if suffix not in (".txt", ""):
         raise InputError(f"{path}: wrappers are read from .txt, .json and .csv files, not {suffix}")
-    lines = enumerate(content.splitlines(), start=1)
-    return [(f"line {number}", line) for number, line in lines if line.strip()]
+    lines = enumerate(content.split("\n"), start=1)
+    return [(f"line {number}", line.rstrip("\r")) for number, line in lines if line.strip()]
 
 
 def jailbreak(query: Query, wrapper: str) -> Query:

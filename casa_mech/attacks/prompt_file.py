@@ -29,6 +29,8 @@ def read_prompt(path: Path | str, attack: str) -> str:
     """
     if attack not in PROMPT_SLOTS:
         raise InputError(f"--prompt-file is for {', '.join(PROMPT_SLOTS)}; leave it out for {attack}")
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise InputError(f"no file with a text at {path}; check --prompt-file")
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:

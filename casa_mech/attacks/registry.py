@@ -176,12 +176,12 @@ complying answer `meta["compliance"]`."""
 
 
 def attack_named(name: str) -> Attack:
-    """The attack of that name; `prefill-K` for any whole number K too, listed or not. InputError for an unknown one."""
+    """The attack of that name; `prefill-K` for any K from 1 on, listed or not. InputError for an unknown one."""
     if name in ATTACKS:
         return ATTACKS[name]
-    length = re.fullmatch(r"prefill-(0|[1-9]\d*)", name, re.ASCII)
+    length = re.fullmatch(r"prefill-([1-9]\d{0,5})", name, re.ASCII)
     if not length:
-        raise InputError(f"unknown attack {name!r}; attacks: {', '.join(ATTACKS)}, or prefill-K for any number K")
+        raise InputError(f"unknown attack {name!r}; attacks: {', '.join(ATTACKS)}, or prefill-K from K = 1")
     return partial(_prefill, k=int(length[1]))
 
 

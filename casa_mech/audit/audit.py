@@ -27,8 +27,8 @@ from casa_mech.evaluation.sources import check_labels
 from casa_mech.judging import Judge, judge_all
 from casa_mech.judging.verdict import UNDECIDED
 from casa_mech.omni import GenerationSettings, Omni
-from casa_mech.omni.media import check_media
 from casa_mech.queries import Query, Reply, SafetyToken
+from casa_mech.queries.media import check_media
 
 
 def audit(

@@ -47,11 +47,11 @@ class Calibration:
     def lacks(self, settings: InferenceSettings) -> str:
         """What the options need that these numbers do not hold, with the way out; empty where nothing is missing."""
         if settings.recentre and "text" not in self.means:
-            return "recentre needs a calibration: call calibrate(queries) with unlabelled text and media"
+            return "recentre needs a calibration: run casa-mech calibrate (Casa.calibrate) on unlabelled text and media"
         if settings.rescale and self.directions is None:
-            return "rescale needs a direction: call calibrate(queries, labelled=...) with labelled text"
+            return "rescale needs a direction: run casa-mech calibrate (Casa.calibrate) with labelled text, too"
         if settings.fpr and "text" not in self.odds.get(settings.reading, {}):
-            return "fpr needs a calibration: call calibrate(queries, benign=...) with benign text prompts"
+            return "fpr needs a calibration: run casa-mech calibrate (Casa.calibrate) with benign text prompts"
         return ""
 
     def edits(self, batch: OmniBatch, settings: InferenceSettings) -> ReadEdits | None:

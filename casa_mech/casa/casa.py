@@ -28,12 +28,14 @@ from casa_mech.casa.storage import (
     Stored,
     TrainingRecord,
     check_base,
+    check_files,
     dump,
     fill,
     model_card,
     read_stored,
     read_tensors,
     share_files,
+    weight_digests,
     write_tensors,
 )
 from casa_mech.casa.supervised import Parts, Supervised
@@ -332,6 +334,7 @@ class Casa:
             dump(self._parts.tokens.rows, folder / ROWS)
             if calibration:
                 write_tensors(calibration, folder / CALIBRATION)
+            stored = stored.model_copy(update={"files": weight_digests(folder)})
             (folder / CONFIG).write_text(stored.model_dump_json(indent=2) + "\n", encoding="utf-8")
             (folder / CARD).write_text(model_card(stored), encoding="utf-8")
             share_files(folder)
@@ -355,6 +358,7 @@ class Casa:
             fill(casa._parts.tokens.rows, directory / ROWS)
             if stored.calibration is not None:
                 casa._calibration = Calibration.of_tensors(read_tensors(directory / CALIBRATION))
+            check_files(directory, stored.files)
         except ModelError:
             casa.detach()
             raise

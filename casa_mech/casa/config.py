@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from casa_mech.errors import InputError
+from casa_mech.limits import GREATEST_SEED
 from casa_mech.omni.architecture import known_lora_targets
 
 Form = Literal["mean", "top_k", "pooled", "compete", "none"]
@@ -113,7 +114,7 @@ class InferenceSettings(Settings):
     @model_validator(mode="after")
     def _centred_before_scaled(self) -> Self:
         if self.rescale and not self.recentre:
-            raise InputError("rescale=True stretches states about text's mean: set recentre=True, too")
+            raise InputError("rescale stretches states about text's mean: switch recentre on, too")
         return self
 
 
@@ -243,7 +244,7 @@ class TrainSettings(Settings):
     float32 (`omni.precision`). "auto": bfloat16 for a model in float32 on a CPU that multiplies it faster."""
     max_reply_tokens: int = Field(default=256, ge=1)
     """Replies are cut to this many tokens."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=GREATEST_SEED)
     """Of the batches, the validation split and LoRA's dropout."""
     validation: float = Field(default=0.1, ge=0, lt=1)
     """Share of the examples of each class held out for validation; 0 turns validation off."""

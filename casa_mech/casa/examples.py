@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ def check_examples(examples: Sequence[Example]) -> None:
     """Refuse examples that CASA is not trained on.
 
     Raises:
-        InputError: media in a query (CASA learns from text only), a missing label, or a class without examples.
+        InputError: media in a query (CASA learns from text only), a missing label, one prompt under both labels, or a
+            class without examples.
     """
     for example in examples:
         query = example.query
@@ -33,18 +35,36 @@ def check_examples(examples: Sequence[Example]) -> None:
             )
         if query.label is None:
             raise InputError(f"query {query.id}: a training example needs a label, harmful or benign")
+    first: dict[Any, Example] = {}
+    for example in examples:
+        query = example.query
+        other = first.setdefault((query.system, query.history, query.text), example)
+        if other.query.label != query.label:
+            raise InputError(
+                f"queries {other.query.id} ({other.query.label}) and {query.id} ({query.label}) have the same prompt: "
+                "correct a label, or leave one out"
+            )
     for label in CLASSES:
         if not any(example.query.label == label for example in examples):
             raise InputError(f"no {label} example among {len(examples)}; training needs both classes")
 
 
 def split_examples(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples: `share` of each class is held out, at least one of each if share > 0."""
+    """Training and validation examples: `share` of each class is held out, at least one of each if share > 0.
+
+    Raises:
+        InputError: nothing of a class is left to train on.
+    """
     held_out: set[int] = set()
     for number, label in enumerate(CLASSES):
         of_class = [index for index, example in enumerate(examples) if example.query.label == label]
         order = np.random.default_rng([seed, number]).permutation(of_class)
         count = max(1, round(share * len(of_class))) if share > 0 and len(of_class) > 1 else 0
+        if count and count == len(of_class):
+            raise InputError(
+                f"validation={share}: none of the {count} {label} examples would be left to train on; give a smaller "
+                "share, or more examples"
+            )
         held_out.update(int(index) for index in order[:count])
     train = [example for index, example in enumerate(examples) if index not in held_out]
     return train, [examples[index] for index in sorted(held_out)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from casa_mech.casa.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from casa_mech.casa.config import OLD_NAMES, CasaConfig, InferenceSettings, LoraSettings, TrainSettings
 from casa_mech.casa.trainer import Row
-from casa_mech.errors import ModelError
+from casa_mech.errors import ModelError, reason_of
+from casa_mech.identity import file_sha256
 from casa_mech.omni import Omni
 from casa_mech.omni.finite import check_weights
 from casa_mech.queries import Example
@@ -105,6 +106,8 @@ class Stored(BaseModel):
     """How it was trained; None for a gate that was not."""
     calibration: dict[str, dict[str, int]] | None = None
     """Number of its calibration prompts by purpose and surface; None for a gate without a calibration."""
+    files: dict[str, str] | None = None
+    """SHA-256 of its files of weights by name; None for a gate of an earlier release."""
 
 
 def read_stored(directory: Path) -> Stored:
@@ -115,17 +118,15 @@ def read_stored(directory: Path) -> Stored:
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise ModelError(
-            f"{directory} has no {CONFIG}: it holds no gate; give a folder that Casa.save_pretrained wrote"
-        )
+        raise ModelError(f"{directory} has no {CONFIG}: it holds no gate; give the folder that casa-mech train wrote")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw.get("schema_version")
         if version != SCHEMA:
             raise ModelError(f"{path} has schema version {version}; this release of casa-mech reads {SCHEMA}")
         return Stored.model_validate({**raw, "config": _renamed(raw["config"])})
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, ValidationError) as error:
-        raise ModelError(f"{path} is corrupt ({str(error).splitlines()[0]}); save the gate again") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path} is corrupt ({reason_of(error)}); train the gate again") from None
 
 
 def _renamed(config: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +189,26 @@ def dump(module: nn.Module, path: Path) -> None:
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors by name as safetensors."""
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each safetensors file in `folder`, by its name."""
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def check_files(directory: Path, files: Mapping[str, str] | None) -> None:
+    """Refuse weights that are not those which were saved with the description beside them.
+
+    Raises:
+        ModelError: a file has another digest than `files` says; it is named.
+    """
+    digests = weight_digests(directory) if files else {}
+    changed = next((name for name, digest in (files or {}).items() if digests.get(name) != digest), None)
+    if changed is not None:
+        raise ModelError(
+            f"{directory / changed} is not the file that was saved with this gate: copy the whole folder again, or "
+            "train it again"
+        )
 
 
 def share_files(folder: Path) -> None:

@@ -123,11 +123,13 @@ class Supervised:
     """A `Learner` of labelled examples: class-balanced batches, a validation set, a cosine schedule.
 
     Raises:
-        InputError: examples with media or without a label, or a class without examples.
+        InputError: examples with media or without a label, a prompt beyond the model's positions, or a class without
+            examples.
     """
 
     def __init__(self, parts: Trainable, examples: Sequence[Example], settings: TrainSettings) -> None:
         check_examples(examples)
+        parts.omni.check_lengths(example.query for example in examples)
         self._parts, self._settings = parts, settings
         train, held_out = split_examples(examples, settings.validation, settings.seed)
         refusals = [example.reply for example in train if example.query.label == "harmful"]

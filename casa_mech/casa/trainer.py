@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -26,7 +26,7 @@ from casa_mech.casa.checkpoint import (
 )
 from casa_mech.casa.config import TrainSettings
 from casa_mech.errors import RunError
-from casa_mech.files import write_text
+from casa_mech.files import storage_error, write_text
 from casa_mech.identity import digest_of
 from casa_mech.locks import locked
 from casa_mech.omni import Omni
@@ -177,7 +177,8 @@ class Trainer:
         finally:
             bar.close()
             if metrics:
-                metrics.close()
+                with suppress(OSError):  # of a full disk, whose error is on its way already
+                    metrics.close()
 
     def _gradients(self) -> list[Row]:
         """Gradients of one step, in parts that fit in memory."""
@@ -255,8 +256,11 @@ class Trainer:
         self.log.append(row)
         self._progress.done |= self._learner.finished(self.log)
         if metrics:
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
+            try:
+                metrics.write(json.dumps(row) + "\n")
+                metrics.flush()
+            except OSError as error:
+                raise storage_error(error, str(metrics.name)) from None
 
     def _validate(self) -> Row:
         model = self._learner.omni.model

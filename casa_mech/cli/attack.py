@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, cast
 import typer
 
 from casa_mech.cli.app import app, note
-from casa_mech.cli.checks import check_choice
+from casa_mech.cli.checks import check_backend, check_choice
 from casa_mech.cli.options import Data, Json, ModelName, Seed, command
 from casa_mech.cli.printing import show
 from casa_mech.errors import InputError
@@ -122,6 +122,7 @@ def figstep(
     as_json: Json = False,
 ) -> None:
     """Hold our FigStep pictures against the published ones: size, lines, shared ink."""
+    check_backend()
     from casa_mech.reports.figstep import figstep_comparison, figstep_figure, figstep_summary
 
     table = figstep_comparison(folder)

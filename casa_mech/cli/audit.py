@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from casa_mech.cli.app import app
-from casa_mech.cli.checks import check_choice, check_trained
+from casa_mech.cli.checks import check_backend, check_choice, check_trained
 from casa_mech.cli.options import (
     DefenseOptions,
     EvaluatedOptions,
@@ -76,7 +76,7 @@ def audit(
     if queries.queries:
         check_labels(own)
     if out is not None:
-        import casa_mech.figures  # noqa: F401  (a missing extra is found before the work)
+        check_backend()  # a missing extra, too, is found before the work
         from casa_mech.files import check_folder
 
         check_folder(out, create=True)
@@ -96,6 +96,7 @@ def audit(
         sets = WorldSets(named, n)
         own = [query for cell in sets.cells() for query in sets.queries(cell, seed, omni)]
     settings = GenerationSettings(max_new_tokens=replies.max_new_tokens, system=replies.system)
+    omni.check_lengths(own, settings.system)
     chosen_judge = judging.load(judge, model.device, model.dtype, settings.batch_size) if judge else None
     with load_defense(name, omni, path=defense.gate, **options) as system:
         result = audit_system(system, own, chosen_judge, settings=settings, seed=seed, progress=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from casa_mech.errors import InputError, ModelError
+from casa_mech.errors import InputError, ModelError, reason_of
 
 GATE_FILE, DEFENSE_FILE = "casa_config.json", "defense.json"
 """The file by which the folder of a trained gate is known, and that of another trained defence."""
@@ -51,8 +52,8 @@ def check_trained(folder: Path, gate_only: bool = False) -> None:
         )
     try:
         json.loads((folder / names[0]).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / names[0]} is corrupt ({str(error).splitlines()[0]}); train it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder / names[0]} is corrupt ({reason_of(error)}); train it again") from None
 
 
 def check_files(paths: Sequence[Path], option: str) -> None:
@@ -60,3 +61,12 @@ def check_files(paths: Sequence[Path], option: str) -> None:
     for path in paths:
         if not path.is_file():
             raise InputError(f"{option} {path}: no such file; check the path")
+
+
+def check_backend() -> None:
+    """Import what draws, before the work that is to be drawn. InputError for a MPLBACKEND that matplotlib lacks."""
+    try:
+        import casa_mech.figures  # noqa: F401
+    except ValueError:
+        backend = os.environ.get("MPLBACKEND", "")
+        raise InputError(f"MPLBACKEND={backend}: matplotlib has no such backend; unset it, or set it to agg") from None

@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from casa_mech.cli.app import app, note
-from casa_mech.cli.checks import check_files
+from casa_mech.cli.checks import check_backend, check_files
 from casa_mech.cli.options import BenignData, Json, ModelOptions, command, parse_values
 from casa_mech.cli.printing import show
 from casa_mech.errors import InputError
+from casa_mech.limits import GREATEST_SEED
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class GridOptions:
     title: ClassVar[str] = "Grid"
 
     defenses: Annotated[
-        str, typer.Option(help="Names with commas between; NAME+safety-prompt adds the prompt [all of them].")
-    ] = ""
-    attacks: Annotated[str, typer.Option(help="Names with commas between [the study's, multi-turn and split].")] = ""
-    seeds: Annotated[str, typer.Option(help="Seeds of training and draws, as in 0,1,2 [0 to 4; ablations 0 to 2].")] = (
-        ""
-    )
+        str | None, typer.Option(help="Names with commas between; NAME+safety-prompt adds the prompt [all of them].")
+    ] = None
+    attacks: Annotated[
+        str | None, typer.Option(help="Names with commas between [the study's, multi-turn and split].")
+    ] = None
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds of training and draws, as in 0,1,2 [0 to 4; ablations 0 to 2].")
+    ] = None
     n: Annotated[int | None, typer.Option(min=1, help="Requests in each cell [200].")] = None
     queries_config: Annotated[
         Path | None,
@@ -38,9 +41,9 @@ class GridOptions:
         False
     )
     axes: Annotated[
-        str,
+        str | None,
         typer.Option(help="Of the second grid: prompt, form, rule, query, layer, positions, beta, size [all]."),
-    ] = ""
+    ] = None
     timing_rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of timing, 0 for none [3].")] = None
 
 
@@ -105,17 +108,21 @@ def compare(
         typer.echo(shipped(), nl=False)
         return
     model.check()
+    if grid.axes is not None and not grid.ablations:
+        raise InputError("--axes is of the second grid: give --ablations too, or leave it out")
     seeds, trained = _seeds(grid.seeds), training.given()
     if grid.queries_config is not None:
         check_files([grid.queries_config], "--queries-config")
+    check_backend()
     from casa_mech.compare.command import Request
     from casa_mech.compare.command import compare as run
     from casa_mech.reports.comparison import draw
 
     generation = _given({"batch_size": cells.batch_size, "max_new_tokens": cells.max_new_tokens})
     request = Request(
-        model=model.model, defenses=_names(grid.defenses), attacks=_names(grid.attacks), seeds=seeds, n=grid.n,
-        config=grid.queries_config, ablations=grid.ablations, axes=_names(grid.axes), training=trained,
+        model=model.model, defenses=_names("--defenses", grid.defenses), attacks=_names("--attacks", grid.attacks),
+        seeds=seeds, n=grid.n, config=grid.queries_config, ablations=grid.ablations,
+        axes=_names("--axes", grid.axes), training=trained,
         generation=generation, rounds=grid.timing_rounds, device=model.device, dtype=model.dtype,
     )  # fmt: skip
     result = run(request, out, note=note, draw=draw)
@@ -159,15 +166,24 @@ def _readable(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _names(option: str, text: str | None) -> list[str]:
+    """The names in an option's value; none where it was not given. InputError for a value without any name."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if text is not None and not names:
+        raise InputError(f"{option} is empty: give names with commas between, or leave it out for the default")
+    return names
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str | None) -> list[int]:
     try:
-        return [int(name) for name in _names(text)]
+        seeds = [int(name) for name in _names("--seeds", text)]
+    except InputError:
+        raise
     except ValueError:
         raise InputError(f"--seeds {text}: write whole numbers with commas between, as in 0,1,2") from None
+    if any(not 0 <= seed <= GREATEST_SEED for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {text}: give each seed once, from 0 to {GREATEST_SEED}")
+    return seeds
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

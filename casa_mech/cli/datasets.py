@@ -12,10 +12,12 @@ import typer
 from casa_mech.cli.app import app, note
 from casa_mech.cli.options import Data, Json, command
 from casa_mech.cli.printing import show
-from casa_mech.errors import InputError
+from casa_mech.errors import CasaMechError, InputError
 
 if TYPE_CHECKING:
     from casa_mech.queries import LoadedQueries, Query
+
+_NOT_COUNTED = dict.fromkeys(("read", "dropped", "no_picture"), "-")
 
 datasets_app = typer.Typer(help="The public benchmarks: list them, and compare them.", invoke_without_command=True)
 app.add_typer(
@@ -98,14 +100,18 @@ def _row(name: str, folder: Path | None, files: tuple[Path, ...], count: bool) -
         "found": str(places[0]) if places else "-",
     }
     if count:
-        row |= _counts(name, folder) if places else dict.fromkeys(("read", "dropped", "no_picture"), "-")
+        row |= _counts(name, folder) if places else _NOT_COUNTED
     return row | {"licence": benchmark.licence, "origin": benchmark.origin, "splits": " ".join(benchmark.splits) or "-"}
 
 
-def _counts(name: str, folder: Path | None) -> dict[str, int]:
+def _counts(name: str, folder: Path | None) -> Mapping[str, int | str]:
     from casa_mech.queries.benchmarks import BenchmarkSource
 
-    loaded = BenchmarkSource(name, data=folder).read(missing_media="text")
+    try:
+        loaded = BenchmarkSource(name, data=folder).read(missing_media="text")
+    except CasaMechError as error:  # one damaged set is no reason not to count the others
+        note(f"{name} cannot be read: {error}")
+        return {**_NOT_COUNTED, "read": "damaged"}
     return {"read": len(loaded.queries), "dropped": len(loaded.dropped), "no_picture": loaded.without_media}
 
 

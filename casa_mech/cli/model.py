@@ -27,6 +27,7 @@ from casa_mech.cli.options import (
 )
 from casa_mech.cli.printing import show
 from casa_mech.errors import InputError
+from casa_mech.limits import check_text
 
 if TYPE_CHECKING:
     from casa_mech.queries import Query
@@ -57,6 +58,11 @@ def generate(
     model.check()
     if gate is not None:
         check_trained(gate, gate_only=True)
+    elif hard or order != "gate_first":
+        option = "--hard" if hard else f"--order {order}"
+        raise InputError(f"{option} is about a gate, and there is none: give --gate, or leave it out")
+    if order != "gate_first" and not prefill:
+        raise InputError(f"--order {order} is about a prefill, and there is none: give --prefill, or leave it out")
     from casa_mech.omni import GenerationSettings, load_omni
 
     omni = load_omni(model.model, device=model.device, dtype=model.dtype)
@@ -74,9 +80,11 @@ def generate(
 
 def _prompt(prompt: str, images: list[Path], clips: list[Path], prefill: str, system: str | None) -> Query:
     """The request as a query. InputError when there is nothing to answer, or a file that cannot be read."""
-    from casa_mech.omni.media import load_audio, load_image
     from casa_mech.queries import AudioPart, ImagePart, Part, Query, TextPart
+    from casa_mech.queries.media import load_audio, load_image
 
+    for option, text in (("PROMPT", prompt), ("--prefill", prefill), ("--system", system or "")):
+        check_text(text, option)
     check_files(images, "--image")
     check_files(clips, "--audio")
     pictures, sounds = [ImagePart(image=path) for path in images], [AudioPart(audio=path) for path in clips]

@@ -15,12 +15,13 @@ import typer
 from typer.core import TyperCommand
 
 from casa_mech.errors import InputError
+from casa_mech.limits import GREATEST_SEED
 
 if TYPE_CHECKING:
     from casa_mech.judging import Judge
     from casa_mech.queries import LoadedQueries
 
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every draw.")]
+Seed = Annotated[int, typer.Option(min=0, max=GREATEST_SEED, help="Seed of every draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on standard output.")]
 Data = Annotated[Path | None, typer.Option(help="Folder with the benchmarks [the one CASA_MECH_DATA names].")]
 JudgeName = Annotated[
@@ -164,7 +165,7 @@ class JudgeOptions:
     key_env: Annotated[str, typer.Option(help="Environment variable of the judge's key [the vendor's usual one].")] = ""
     concurrency: Annotated[int, typer.Option(min=1, help="Requests to the judge at a time.")] = 4
     tries: Annotated[int, typer.Option(min=1, help="Requests for one reply before the judge counts as down.")] = 6
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds without an answer from the judge.")] = 60.0
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for the whole of an answer of the judge.")] = 60.0
     input_price: Annotated[float | None, typer.Option(help="Dollars for a million of the judge's input tokens.")] = None
     output_price: Annotated[float | None, typer.Option(help="Dollars for a million of its output tokens.")] = None
     positive: Annotated[list[str] | None, typer.Option(help="A classifier's label that means success; repeatable.")] = (
@@ -178,6 +179,8 @@ class JudgeOptions:
         Raises:
             InputError: as `check_judge`.
         """
+        if not name and (self.judge_model or self.base_url or self.backend != "local"):
+            raise InputError("--judge-model, --base-url and --backend are for a judge: name it with --judge")
         if name:
             from casa_mech.judging.registry import check_judge
 
@@ -294,6 +297,8 @@ def parse_values(pairs: list[str] | None, option: str = "--option") -> dict[str,
             raise InputError(f"{option} {pair}: write it as NAME=VALUE")
         try:
             values[name.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
+        except RecursionError:
+            raise InputError(f"{option} {name}: its value is nested too deep") from None
+        except ValueError:
             values[name.replace("-", "_")] = value
     return values

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 GAP = "  "
 MISSING = "-"
+_ROUNDING = 1e-12
 DEFAULT_WIDTH = 120
 """Columns of a table where there is no terminal, and none in the environment's COLUMNS."""
 
@@ -16,7 +19,7 @@ DEFAULT_WIDTH = 120
 def show(result: Mapping[str, Any], as_json: bool) -> None:
     """Print a result on standard output: as JSON, or as text (see `as_text`) no wider than the terminal."""
     if as_json:
-        print(json.dumps(_without_nan(result), indent=2, default=str))
+        print(json.dumps(_finite(result), indent=2, default=str, allow_nan=False))
     else:
         print(as_text(result, shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns))
 
@@ -37,7 +40,8 @@ def as_text(result: Mapping[str, Any], width: int | None = None, indent: str = "
             if within := as_text(value, width, indent + GAP):
                 lines.append(f"{indent}{name}:\n{within}")
         else:
-            lines.append(f"{indent}{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            text = ", ".join(map(str, value)) if isinstance(value, list) else _rounded(value)
+            lines.append(f"{indent}{name}: {text}")
     return "\n".join(lines)
 
 
@@ -72,7 +76,12 @@ def _blocks(widths: Sequence[int], width: int | None, margin: int) -> list[list[
 def _cell(value: Any) -> str:
     if _is_missing(value):
         return MISSING
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{_rounded(value):.4g}" if isinstance(value, float) else str(value)
+
+
+def _rounded(value: Any) -> Any:
+    """A number without what is left of rounding: 0 for 2.776e-17, which is the bound of an interval that ends there."""
+    return 0.0 if isinstance(value, float) and abs(value) < _ROUNDING else value
 
 
 def _is_table(value: Any) -> bool:
@@ -80,15 +89,19 @@ def _is_table(value: Any) -> bool:
 
 
 def _is_missing(value: Any) -> bool:
-    if value is None or value != value:  # NaN is the one value unequal to itself
+    if value is None or type(value).__name__ == "NAType" or value != value:  # NaN is the one value unequal to itself
         return True
     return isinstance(value, str | list | dict) and not value
 
 
-def _without_nan(value: Any) -> Any:
-    """`value` with null for NaN, which JSON does not have."""
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN, NA and infinite numbers, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {name: _without_nan(entry) for name, entry in value.items()}
+        return {name: _finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and value != value else value
+        return [_finite(entry) for entry in value]
+    if isinstance(value, numbers.Integral):  # numpy's, too
+        return value if isinstance(value, int) else int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return None if type(value).__name__ in ("NAType", "NaTType") else value

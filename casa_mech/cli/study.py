@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from casa_mech.cli.app import app
+from casa_mech.cli.app import app, note
+from casa_mech.cli.checks import check_backend
 from casa_mech.cli.options import Json, ModelOptions, Seed, command
 from casa_mech.cli.printing import show
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, ModelError
 
 
 @command(app, example="casa-mech run --profile smoke --out runs/first --only 02")
@@ -48,6 +49,10 @@ def run(
         dtype=model.dtype,
     )
     parameters = dict(_pair(text) for text in param or ())
+    check_backend()
+    model.check()
+    if control:
+        _check_control(control)
     root = run_study(settings, out, only or (), parameters, arguments=sys.argv[1:], jobs=jobs)
     manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
     result = {"out": str(root), "figures": _names(root, "figures/*.png"), "tables": _names(root, "tables/*.parquet")}
@@ -56,10 +61,14 @@ def run(
 
 @command(app, example="casa-mech doctor --model Qwen/Qwen2.5-Omni-3B")
 def doctor(as_json: Json = False, model: ModelOptions = ModelOptions()) -> None:
-    """Say what is installed, what the machine has, and what would be loaded."""
+    """Say what is installed, what the machine has, and what would be loaded; exit status 2 if the model cannot be."""
     from casa_mech.study.doctor import examine
 
-    show(examine(model.model, model.device, model.dtype), as_json)
+    report = examine(model.model, model.device, model.dtype)
+    show(report, as_json)
+    if (status := report["model"]["status"]).startswith("cannot be loaded"):
+        note(f"the model {status}")
+        raise typer.Exit(2)
 
 
 @command(app, example="casa-mech bench --part gate --part lens --repeats 5")
@@ -115,6 +124,19 @@ def _ratio_row(measured: Mapping[str, Any], name: str) -> tuple[dict[str, Any], 
     row = {"measured": name, "side": first, **seconds, "ratio": measured["ratio"], "allowed": measured.get("allowed")}
     rest = {key: value for key, value in measured.items() if key not in (*sides, "ratio", "allowed")}
     return row, rest
+
+
+def _check_control(name: str) -> None:
+    """Refuse a second model that is not there before the first one is trained; a hub id is downloaded now."""
+    from casa_mech.omni.checkpoint import local_checkpoint
+
+    try:
+        if local_checkpoint(name) is None:
+            from casa_mech.omni.load import find_checkpoint
+
+            find_checkpoint(name)
+    except ModelError as error:
+        raise ModelError(f"--control: {error}") from None
 
 
 def _pair(text: str) -> tuple[str, str]:

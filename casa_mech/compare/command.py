@@ -19,7 +19,7 @@ from casa_mech.compare.systems import DEFAULT_DEFENSES, SEEDS, ComparedSystem, c
 from casa_mech.compare.tables import compact
 from casa_mech.compare.weights import TrainingPlan, Weights
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import check_folder, write_text, writing
+from casa_mech.files import check_folder, reading_error, write_text, writing
 from casa_mech.judging import Judge, load_judge
 from casa_mech.judging.published import NOT_MEASURED, published_checks, published_means, published_rates
 from casa_mech.omni import GenerationSettings, Omni, load_omni
@@ -27,6 +27,8 @@ from casa_mech.study.folder import RunFolder
 from casa_mech.study.settings import CLONE, slug
 
 _MARKER, _SCHEMA = "compare.json", 1
+_PARTS = ("alpha", "systems", "training", "trained", "cells", "timings", "work", "summary", "figures")
+"""What a comparison keeps in its folder."""
 
 Draw = Callable[[Comparison, RunFolder, str], Sequence[Path]]
 """Draws a comparison into a folder under a name and returns the pictures' paths."""
@@ -109,6 +111,7 @@ def compare(
             generation=_generation(request, config), judge=_judge(request, config),
             rounds=0 if request.ablations else rounds, progress=progress,
         )  # fmt: skip
+        note(_amount(grid))
         result = grid.fill()
         comparison = Comparison.of(request.model, omni.fingerprint(), result, levels)
         name = f"{'ablations' if request.ablations else 'compare'}-{slug(request.model)}"
@@ -125,24 +128,46 @@ def compare(
     }
 
 
+def _amount(grid: Grid) -> str:
+    """How much there is to do, said before hours of work; the bar then says how long it takes."""
+    cells = len(grid.sets.cells()) * len(grid.systems) * len(grid.seeds)
+    trainings = sum(system.trains for system in grid.systems) * len(grid.seeds)
+    return (
+        f"{cells} cells and {trainings} trainings, less what {grid.folder.root} holds already: the bar says how long "
+        "they take, and a stopped call goes on"
+    )
+
+
 def open_folder(path: Path) -> RunFolder:
     """The folder of a comparison: new, empty, or with an earlier comparison, of whatever defences, models and sizes.
 
     Raises:
-        RunError: it holds something else, or was written by another release, or cannot be written to.
+        RunError: it holds something else (also beside a marker that is cut off), was written by another release, or
+            cannot be written to.
     """
     root = path.absolute()
     marker = root / _MARKER
     check_folder(root, [".*"], _MARKER, create=True)
-    if not marker.exists():
+    version = _version(marker)
+    if version is None:  # new, or cut off: what lies beside it says itself what it was made from
+        if marker.exists():
+            check_folder(root, [".*", _MARKER, *_PARTS])
         write_text(marker, json.dumps({"schema_version": _SCHEMA}) + "\n")
-    try:
-        version = json.loads(marker.read_text(encoding="utf-8"))["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{marker} is unreadable ({type(error).__name__}): delete it or choose another --out") from None
-    if version != _SCHEMA:
+    elif version != _SCHEMA:
         raise RunError(f"{marker} has schema version {version}, this release writes {_SCHEMA}: choose another --out")
     return RunFolder(root)
+
+
+def _version(marker: Path) -> Any:
+    """The schema version that a comparison's marker names; None where it is not there, or holds no such thing."""
+    try:
+        return json.loads(marker.read_text(encoding="utf-8"))["schema_version"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise reading_error(error, marker) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _default_folder(model: str) -> Path:

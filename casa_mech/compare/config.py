@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,6 +14,7 @@ from casa_mech.compare.systems import SEEDS, ComparedSystem, system_named
 from casa_mech.compare.weights import ExampleTable
 from casa_mech.errors import InputError
 from casa_mech.evaluation.training import Benign
+from casa_mech.limits import GREATEST_SEED
 from casa_mech.omni import GenerationSettings
 from casa_mech.plan.records import AS_IT_IS, AttackSection, JudgeSection, QuerySection, Section, read_yaml
 
@@ -74,7 +75,7 @@ class CompareConfig(Section):
     """How replies are generated."""
     training: TrainingSection | None = None
     """None: on the micro-world's examples."""
-    seeds: tuple[int, ...] = SEEDS
+    seeds: tuple[Annotated[int, Field(ge=0, le=GREATEST_SEED)], ...] = SEEDS
     """Seeds of training and draws; those of the command line win."""
     timing_rounds: int = Field(default=3, ge=0)
     """Rounds of timing, 0 for none."""

@@ -137,7 +137,9 @@ class Grid:
         with tqdm(total=total, desc="grid", unit="cell", disable=not self.progress) as bar:
             for seed in self.seeds:
                 for cell in self.sets.cells():
-                    self.digest(cell, seed)  # a set that cannot be read stops the grid before anything is generated
+                    # A set that cannot be read, or a prompt too long, stops the grid before anything is generated.
+                    self.digest(cell, seed)
+                    self.omni.check_lengths(self.queries(cell, seed), self.generation.system)
                 for system in self.systems:
                     bar.set_postfix_str(f"{system.label}, seed {seed}")
                     row = _Row(self, _with_alpha(system, curves), seed)

@@ -15,6 +15,7 @@ from casa_mech.casa.trainer import Row
 from casa_mech.defenses.safety_token import SafetyTokenDefense, SafetyTokenSettings
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
+from casa_mech.limits import GREATEST_SEED
 from casa_mech.omni import Omni
 from casa_mech.queries import Example, Query
 from casa_mech.queries.files import QuerySource, read_files
@@ -52,7 +53,7 @@ class CasaSettings(SafetyTokenSettings):
     the threshold, text of both labels the direction. Empty: the gate's own calibration, else the micro-world's."""
     n_calibration: int = Field(default=50, ge=2)
     """Requests of each label and surface to take from the micro-world."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=GREATEST_SEED)
     """Of the micro-world's requests."""
 
     @property

@@ -9,8 +9,8 @@ from PIL import Image
 
 from casa_mech.attacks.seeding import query_rng
 from casa_mech.errors import InputError
-from casa_mech.omni.media import SAMPLE_RATE, load_audio, load_image
 from casa_mech.queries import AudioPart, ImagePart, Part, Query
+from casa_mech.queries.media import SAMPLE_RATE, load_audio, load_image
 
 
 def need_image(queries: Iterable[Query], defense: str, extend: bool) -> None:

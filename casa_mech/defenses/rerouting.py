@@ -18,6 +18,7 @@ from casa_mech.casa.examples import Passes, check_examples
 from casa_mech.casa.trainer import Row
 from casa_mech.errors import InputError
 from casa_mech.identity import examples_digest
+from casa_mech.limits import GREATEST_SEED
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.queries import Example
 from casa_mech.trace.layers import layer_states
@@ -71,7 +72,7 @@ class CircuitBreakerSettings(LoraSettings):
     """Replies are cut to this many tokens."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints (only with an output folder)."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=GREATEST_SEED)
     """Of LoRA's start, the batches, the blanked requests and LoRA's dropout."""
 
     @property
@@ -263,6 +264,6 @@ def _completed(example: Example) -> Example:
     if not completion:
         raise InputError(
             f"query {example.query.id}: circuit breakers reroute a harmful completion, and it has none; "
-            'give each harmful example one in meta["compliance"]'
+            "name the table's column of them with --completion-column (in Python: meta['compliance'])"
         )
     return Example(query=example.query, reply=completion)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from casa_mech.casa.adapter import WEIGHTS, Adapter
 from casa_mech.casa.config import LoraSettings, TrainSettings
@@ -22,16 +22,18 @@ from casa_mech.casa.storage import (
     TrainingRecord,
     base_lines,
     check_base,
+    check_files,
     lora_line,
     read_stored,
     read_tensors,
     share_files,
     training_lines,
+    weight_digests,
 )
 from casa_mech.casa.storage import CONFIG as GATE
 from casa_mech.casa.trainer import Learner, Row, Trainer, settled
 from casa_mech.defenses.base import Defense
-from casa_mech.errors import ModelError
+from casa_mech.errors import ModelError, reason_of
 from casa_mech.files import writing_folder
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.queries import Example, Query, Reply
@@ -70,6 +72,8 @@ class Saved(BaseModel):
     """How it was trained; None for one that was not."""
     failed: str = ""
     """In what its training missed its own criterion; empty where it met it or has none."""
+    files: dict[str, str] | None = None
+    """SHA-256 of its files of weights by name; None for one of an earlier release."""
 
 
 class Tuned(TrainedDefense):
@@ -121,6 +125,7 @@ class Tuned(TrainedDefense):
         )
         with writing_folder(directory) as folder:
             self._attached.save(folder)
+            saved = saved.model_copy(update={"files": weight_digests(folder)})
             (folder / FILE).write_text(saved.model_dump_json(indent=2) + "\n", encoding="utf-8")
             (folder / CARD).write_text(self._card(saved), encoding="utf-8")
             share_files(folder)
@@ -139,6 +144,7 @@ class Tuned(TrainedDefense):
         defense = cls(omni, cls.config_type(**saved.config))
         try:
             defense._attached.load(lora, directory / WEIGHTS)
+            check_files(directory, saved.files)
         except ModelError:
             defense.close()
             raise
@@ -223,8 +229,8 @@ def read_saved(directory: Path) -> Saved:
             version = raw.get("schema_version")
             raise ModelError(f"{path} has schema version {version}; this release of casa-mech reads {SCHEMA}")
         return Saved.model_validate(raw)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, ValidationError) as error:
-        raise ModelError(f"{path} is missing or corrupt ({str(error).splitlines()[0]}); train it again") from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} is missing or corrupt ({reason_of(error)}); train it again") from None
 
 
 def saved_as(directory: Path | str) -> str:

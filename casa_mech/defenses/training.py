@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from casa_mech.casa.checkpoint import METRICS
+from casa_mech.casa.storage import CONFIG
 from casa_mech.defenses.registry import DEFENSES, training_options
-from casa_mech.defenses.trained import TrainedDefense
+from casa_mech.defenses.trained import FILE, TrainedDefense
+from casa_mech.errors import RunError
 from casa_mech.files import check_folder, writing_folder
 from casa_mech.locks import locked
 from casa_mech.omni import Omni
@@ -16,6 +18,17 @@ from casa_mech.queries import Example
 
 WORK = "training"
 """Sub-folder of checkpoints; gone once the defence is saved."""
+
+
+def check_training_folder(out: Path) -> None:
+    """Refuse a folder in which a training can neither begin nor go on.
+
+    Raises:
+        RunError: it holds a defence whose training is finished, or somebody else's files.
+    """
+    if any((out / name).is_file() for name in (CONFIG, FILE)):
+        raise RunError(f"{out} holds a trained defence: use it with --gate {out}, or give another --out")
+    check_folder(out, owned=[WORK])
 
 
 def train_defense(
@@ -51,10 +64,10 @@ def train_defense(
     recipe = DEFENSES[name].recipe
     assert recipe is not None
     out = Path(out)
-    check_folder(out, owned=[WORK])
+    check_training_folder(out)
     work = out / WORK
     with locked(work):
-        check_folder(out, owned=[WORK])  # again: another process may have come to its end since
+        check_training_folder(out)  # again: another process may have come to its end since
         defense = recipe.attach(omni, *records, seed=seed)
         try:
             defense.train(examples, work, resume=True, progress=progress)

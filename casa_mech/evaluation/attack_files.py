@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,10 +25,10 @@ from casa_mech.attacks.fonts import Use
 from casa_mech.draws import BENIGN
 from casa_mech.errors import InputError
 from casa_mech.identity import file_sha256, folder_sha256
-from casa_mech.omni.media import check_media
 from casa_mech.queries import Label, Query
 from casa_mech.queries.files import with_columns
 from casa_mech.queries.index import read_index, write_index
+from casa_mech.queries.media import check_media
 
 WORLD = "world"
 _WORLD_N = 100
@@ -156,8 +157,7 @@ class _Maker:
             return self._attacked(query)
         except InputError as error:
             if not self.attack.skip_unfit:
-                hint = " (a table's column: --meta KEY=COLUMN)" if "set meta[" in str(error) else ""
-                raise InputError(f"{error}{hint}") from None
+                raise InputError(_with_options(str(error))) from None
             self.unfit[str(error).replace(repr(query.id), "…")] += 1
             return None
 
@@ -178,6 +178,11 @@ class _Maker:
         return apply_attack(
             attack.name, [query], attack.seed, wrappers=self.wrappers, wording=wording_of(query), **shared
         )[0]
+
+
+def _with_options(message: str) -> str:
+    """A message about `Query.meta` as one about the option that fills it from a table's column."""
+    return re.sub(r"meta\['(\w+)'\]", r"--meta \1=COLUMN", message.replace("set meta[", "give meta["))
 
 
 def _picture_digests(picture: Path | None, queries: Sequence[Query]) -> list[Any]:

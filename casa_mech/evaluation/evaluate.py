@@ -23,8 +23,9 @@ from casa_mech.judging.merit import fpr_row, outcome_rows
 from casa_mech.judging.results import Row, value_row
 from casa_mech.judging.stats import auroc_difference, auroc_interval, clusters_of, runs_of
 from casa_mech.omni import GenerationSettings, Omni
-from casa_mech.omni.media import check_media
 from casa_mech.queries import Query, Reply
+from casa_mech.queries.media import check_media
+from casa_mech.queries.tables import defused
 
 if TYPE_CHECKING:
     from casa_mech.casa import Casa
@@ -107,7 +108,8 @@ def evaluate(
             settings. Without it they are not kept. Needless for a `Casa` or the bare model.
 
     Raises:
-        InputError: no queries, or media that cannot be read; nothing has been generated then.
+        InputError: no queries, media that cannot be read, or a prompt beyond the model's positions; nothing has been
+            generated then.
         RunError: the judge is down, or the store cannot be used; what was finished is kept in it.
     """
     if not queries:
@@ -115,6 +117,7 @@ def evaluate(
     check_media(queries)
     judge = judge or judge_for(queries)
     settings = settings or GenerationSettings()
+    omni.check_lengths(queries, settings.system)
     defense = defense or _default_name(casa)
     replies = _replies(omni, casa, queries, settings, order, progress, store, identity)
     verdicts = judge_all(judge, queries, replies, store and VerdictStore(store / VERDICTS), progress=progress)
@@ -255,11 +258,11 @@ def save_evaluation(evaluation: Evaluation, folder: Path | str) -> None:
 
 
 def write_both(table: pd.DataFrame, path: Path) -> None:
-    """Write `table` as `path` with the suffixes .parquet and .csv, each whole or not at all."""
+    """Write `table` as `path` with the suffixes .parquet and .csv (see `defused`), each whole or not at all."""
     with writing(path.with_suffix(".parquet")) as temporary:
         table.to_parquet(temporary)
     with writing(path.with_suffix(".csv")) as temporary:
-        table.to_csv(temporary, index=False)
+        defused(table).to_csv(temporary, index=False)
 
 
 def read_evaluation(folder: Path | str) -> pd.DataFrame:

@@ -20,14 +20,14 @@ from casa_mech.evaluation.evaluate import (
     evaluate,
     save_evaluation,
 )
-from casa_mech.evaluation.sources import NO_ATTACK, under_attack
+from casa_mech.evaluation.sources import NO_ATTACK, both_labels, under_attack
 from casa_mech.files import check_folder
 from casa_mech.identity import file_sha256
 from casa_mech.judging import MicroWorldJudge
 from casa_mech.judging.http_api import requests_of
 from casa_mech.omni import GenerationSettings, load_omni
-from casa_mech.omni.media import check_media
 from casa_mech.queries import LoadedQueries, Query
+from casa_mech.queries.media import check_media
 
 if TYPE_CHECKING:
     from casa_mech.judging import Judge
@@ -122,6 +122,12 @@ def _checked(
         if source.dropped:
             note(f"{source.name}: left out {len(source.dropped)} rows that mention minors in a harmful setting")
     queries = [under_attack(query, attack) for source in loaded for query in source.queries]
+    if pairs := both_labels(queries):
+        first, second = pairs[0]
+        note(
+            f"warning: {len(pairs)} prompts are there as harmful and as benign, first {first} and {second}: check the "
+            "labels"
+        )
     if out is not None:
         check_folder(out, _RESULTS)
     check_media(queries)

@@ -18,9 +18,10 @@ from casa_mech.judging.http_api import requests_of
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.judging.store import stored_tokens
 from casa_mech.judging.verdict import request_text
+from casa_mech.locks import HOLDER, LOCK, locked
 from casa_mech.queries import Query
 from casa_mech.queries.labels import label_named
-from casa_mech.queries.tables import read_table
+from casa_mech.queries.tables import cell, placed, read_table, undefused
 
 _FILES = {VERDICTS, *(f"{name}.{suffix}" for name in ("verdicts", "results") for suffix in ("parquet", "csv"))}
 _DEFAULTS = {"model": "unknown", "defense": "unknown", "attack": "none", "surface": "text", "label": UNLABELLED}
@@ -56,13 +57,30 @@ def judge_replies(
         What was judged, how many verdicts were there already, outcomes, tokens and cost, and the rates.
 
     Raises:
-        InputError: a table that cannot be read, or that lacks a column. RunError: `out` holds other files, or the judge
-            is down; verdicts that were given are kept.
+        InputError: a table that cannot be read, or that lacks a column. RunError: `out` holds other files or is
+            in use, or the judge is down; verdicts that were given are kept.
     """
-    check_folder(out, _FILES)
-    table = read_table(path / "replies.parquet" if path.is_dir() else path).head(limit)
+    check_folder(out, [*_FILES, LOCK, HOLDER])
+    file = path / "replies.parquet" if path.is_dir() else path
+    table = read_table(file).head(limit)
+    if file.suffix.lower() in (".csv", ".tsv"):
+        table = table.map(undefused)
     queries = _queries(table, path, prompt_column, reply_column)
-    replies = [_text(value) for value in table[reply_column]]
+    replies = [_cell(value, f"{path} row {number}") for number, value in enumerate(table[reply_column], 1)]
+    with locked(out):  # two at once would ask, and pay, for every verdict twice
+        return _judge(table, queries, replies, judge, out, retry_undecided, seed, progress)
+
+
+def _judge(
+    table: pd.DataFrame,
+    queries: Sequence[Query],
+    replies: Sequence[str],
+    judge: Judge,
+    out: Path,
+    retry_undecided: bool,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
     store = VerdictStore(out / VERDICTS)
     n_stored = len(store)
     verdicts = judge_all(judge, queries, replies, store, retry_undecided=retry_undecided, progress=progress)
@@ -134,14 +152,14 @@ def _query(record: Mapping[str, Any], number: int, path: Path, prompt_column: st
     try:
         meta = json.loads(_text(record.get("meta")) or "{}")
         meta = {str(key): str(value) for key, value in meta.items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path} row {number}: the column 'meta' holds no JSON object") from None
     if topic := _text(record.get("topic")):
         meta.setdefault("topic", topic)
     if surface := _text(record.get("surface")):
         meta.setdefault("surface", surface)
     query = Query.from_text(
-        _text(record[prompt_column]),
+        _cell(record[prompt_column], f"{path} row {number}"),
         id=_text(record.get("query_id")) or f"{path.name}:{number}",
         label=label_named(_text(record.get("label"))),
         prefill=_text(record.get("prefill")),
@@ -169,6 +187,13 @@ def _judged(table: pd.DataFrame, queries: Sequence[Query], verdicts: Sequence[Ve
         judged[name] = [_text(text) or value for text in judged[name]] if name in judged else value
     judged["label"] = [label_named(text) or text for text in judged["label"]]
     return judged
+
+
+def _cell(value: object, where: str) -> str:
+    """A cell of prompts or replies. InputError for what is no text, or too much."""
+    with placed(where):
+        cell(value)
+    return _text(value)
 
 
 def _text(value: object) -> str:

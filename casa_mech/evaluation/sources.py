@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from casa_mech.errors import InputError
 from casa_mech.queries.benchmarks import BENCHMARKS, BenchmarkSource, chosen_source, read_chosen
 from casa_mech.queries.files import QuerySource
 from casa_mech.queries.loaded import LoadedQueries
-from casa_mech.queries.query import Query
+from casa_mech.queries.query import ImagePart, Part, Query, TextPart
 
 NONE = "-"
 NO_ATTACK = "none"
@@ -39,8 +39,8 @@ def query_sources(
         data, seed: as for `BenchmarkSource`.
 
     Raises:
-        InputError: another number of values, what is neither a path nor a set, a label that is neither harmful nor
-            benign, or one for a set that is labelled otherwise.
+        InputError: another number of values, what is neither a path nor a set, one source twice, a label that is
+            neither harmful nor benign, or one for a set that is labelled otherwise.
     """
     sources = [chosen_source(str(entry), data, limit, seed, text=text) for entry in queries]
     files = [place for place, source in enumerate(sources) if isinstance(source, QuerySource)]
@@ -53,7 +53,17 @@ def query_sources(
             fields[place][name] = "" if column == NONE else column
     if len(labels) == 1 and not files:
         fields[0]["label"] = labels[0]
-    return [_with_fields(source, fields[place], place in tables) for place, source in enumerate(sources)]
+    described = [_with_fields(source, fields[place], place in tables) for place, source in enumerate(sources)]
+    same = [_resolved(source) for source in described]
+    twice = next((entry for place, entry in enumerate(queries) if same[place] in same[:place]), None)
+    if twice is not None:
+        raise InputError(f"--queries {twice} is given twice, so that each of its rows would count twice: leave one out")
+    return described
+
+
+def _resolved(source: QuerySource | BenchmarkSource) -> QuerySource | BenchmarkSource:
+    """The source by the path that all its names lead to."""
+    return source.model_copy(update={"path": source.path.resolve()}) if isinstance(source, QuerySource) else source
 
 
 def load_sources(sources: Sequence[QuerySource | BenchmarkSource]) -> list[LoadedQueries]:
@@ -66,6 +76,28 @@ def under_attack(query: Query, attack: str) -> Query:
     if attack == NO_ATTACK and "attack" in query.meta:
         return query
     return query.model_copy(update={"meta": {**query.meta, "attack": attack}})
+
+
+def both_labels(queries: Sequence[Query]) -> list[tuple[str, str]]:
+    """The ids of each harmful query with those of a benign one of the very same prompt; media count by their path."""
+    benign: dict[Any, str] = {}
+    for query in queries:
+        if query.label == "benign":
+            benign.setdefault(_prompt(query), query.id)
+    harmful = [query for query in queries if query.label == "harmful"]
+    return [(query.id, benign[_prompt(query)]) for query in harmful if _prompt(query) in benign]
+
+
+def _prompt(query: Query) -> Any:
+    parts = [part for turns in (*(turn.parts for turn in query.history), query.parts) for part in turns]
+    return query.system, query.prefill, tuple(_content(part) for part in parts)
+
+
+def _content(part: Part) -> Any:
+    if isinstance(part, TextPart):
+        return part.text.casefold()
+    medium = part.image if isinstance(part, ImagePart) else part.audio
+    return medium if isinstance(medium, Path) else id(medium)  # in memory each is another, whatever it holds
 
 
 def check_labels(queries: Sequence[Query]) -> None:

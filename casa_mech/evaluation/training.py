@@ -11,9 +11,8 @@ from casa_mech.casa import TrainSettings
 from casa_mech.casa.checkpoint import METRICS
 from casa_mech.defenses import DEFENSES, train_defense
 from casa_mech.defenses.registry import defense_entry, training_options
-from casa_mech.defenses.training import WORK
+from casa_mech.defenses.training import check_training_folder
 from casa_mech.errors import InputError
-from casa_mech.files import check_folder
 from casa_mech.omni import load_omni
 from casa_mech.omni.checkpoint import speaks_micro_world
 from casa_mech.organism.premises import varied_training_examples
@@ -95,7 +94,7 @@ def train_gate(
         settings = {"max_steps": STEPS, **settings}
     kind = check_benign(benign, "--benign", own_table=data is not None)
     training_options(defense, settings)  # before the model is loaded
-    check_folder(out, owned=[WORK])
+    check_training_folder(out)
     if data is None and not speaks_micro_world(model):
         raise InputError(
             f"{model} is no organism, and the micro-world's examples are not for it: give --data, a table of prompts, "

@@ -22,6 +22,7 @@ from casa_mech.errors import InputError
 from casa_mech.judging.dialects import DIALECTS, Dialect, WrongShape
 from casa_mech.judging.rubric_judge import Completion
 from casa_mech.judging.verdict import Judge, JudgeDown
+from casa_mech.limits import ANSWER_BYTES
 
 if TYPE_CHECKING:
     import httpx
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _RETRIED = {408, 409, 425, 429}
 _REJECTED = {400, 413, 422}
+_POLL = 0.1
+"""Seconds after which a request that is under way looks whether it is still wanted."""
 _FEW = 3
 """So many rejected requests before the first answer mean that all will be rejected."""
 
@@ -46,8 +49,8 @@ class HttpSettings(BaseModel):
     """Address up to the version, https://host/v1; empty: the vendor's own."""
     key_env: str = ""
     """Environment variable that holds the key; empty: the dialect's usual one."""
-    timeout: float = Field(60.0, gt=0)
-    """Seconds without a byte before a request is given up."""
+    timeout: float = Field(60.0, gt=0, allow_inf_nan=False)
+    """Seconds in which the whole answer has to be there; a request that takes longer is given up."""
     tries: int = Field(6, ge=1)
     """Requests for one reply before the judge counts as down."""
     first_wait: float = Field(1.0, ge=0)
@@ -122,15 +125,16 @@ class HttpBackend:
         """(place in `prompts`, answer) as they are finished; `JudgeDown` after those under way have ended."""
         import httpx
 
-        key, stop = self._key(), threading.Event()
-        limits = httpx.Limits(max_connections=self.settings.concurrency)
-        timeout = httpx.Timeout(self.settings.timeout, pool=None)
+        key, stop, leave = self._key(), threading.Event(), threading.Event()
+        # No bound on connections: one that was given up may stay open for a while, and new ones must not wait for it.
+        limits = httpx.Limits(max_connections=None)
+        timeout = httpx.Timeout(self.settings.timeout)
         down: JudgeDown | None = None
         with (
             httpx.Client(headers=self._dialect.headers(key), timeout=timeout, limits=limits) as client,
             ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="judge") as pool,
         ):
-            call = _Call(self, client, key, stop, max_tokens)
+            call = _Call(self, client, key, stop, leave, max_tokens)
             running: dict[Future[Completion], int] = {}
             waiting = iter(enumerate(prompts))
             try:
@@ -151,6 +155,7 @@ class HttpBackend:
                             yield place, future.result()
             finally:
                 stop.set()
+                leave.set()
         if down:
             raise down
 
@@ -187,14 +192,27 @@ class _Retry(Exception):
         self.seconds = seconds
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What came back from the server."""
+
+    status: int = 0
+    retry_after: str = ""
+    content: bytes = b""
+    problem: str = ""
+    """Why nothing that can be used came back; "" where something did."""
+
+
 @dataclass(frozen=True, repr=False)
 class _Call:
-    """One run over a list of prompts: the client, the key for redaction, and the sign to stop."""
+    """One run over a list of prompts: the client, the key for redaction, the sign to try no more, and the sign to leave
+    also what is under way."""
 
     backend: HttpBackend
     client: httpx.Client
     key: str
     stop: threading.Event
+    leave: threading.Event
     max_tokens: int
 
     def answer(self, prompt: str) -> Completion:
@@ -235,11 +253,11 @@ class _Call:
     def _ask(self, prompt: str) -> Completion:
         # A server that puts one request off means all of them.
         self.stop.wait(max(0.0, self.backend._rest_until - time.monotonic()))
-        response, problem = self._send(prompt)
-        if response is None:
+        response = self._send(prompt)
+        if response.problem:
             self.backend._count(retries=1)
-            raise _Retry(problem)
-        status = response.status_code
+            raise _Retry(response.problem)
+        status = response.status
         if status in _RETRIED or status >= 500:
             self.backend._count(retries=1)
             raise self._come_back(response)
@@ -253,16 +271,50 @@ class _Call:
         self.backend._count(answer=answer)
         return answer
 
-    def _send(self, prompt: str) -> tuple[httpx.Response | None, str]:
+    def _send(self, prompt: str) -> _Answer:
+        """The server's answer, or why there is none; never later than the time limit and hardly after `leave`.
+
+        A thread of its own reads it, as a read cannot be interrupted: one that drips bytes, or never comes, is left
+        behind (and ends with its next byte).
+        """
+        timeout = self.backend.settings.timeout
+        answer: Future[_Answer] = Future()
+        given_up = threading.Event()
+
+        def read() -> None:
+            try:
+                answer.set_result(self._exchange(prompt, given_up))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=read, name="judge-answer", daemon=True).start()
+        until = time.monotonic() + timeout
+        while not wait([answer], min(_POLL, max(0.0, until - time.monotonic()))).done:
+            if self.leave.is_set() or time.monotonic() >= until:
+                given_up.set()
+                return _Answer(problem=f"does not answer in full within {timeout:g} s")
+        return answer.result()
+
+    def _exchange(self, prompt: str, given_up: threading.Event) -> _Answer:
         import httpx
 
+        content, most = bytearray(), ANSWER_BYTES.value
         try:
-            return self.client.post(self.backend._url, json=self._body(prompt)), ""
+            with self.client.stream("POST", self.backend._url, json=self._body(prompt)) as response:
+                for piece in response.iter_bytes():
+                    content += piece
+                    if given_up.is_set():
+                        break
+                    if len(content) > most:
+                        problem = f"answers more than {most:,.0f} bytes ({ANSWER_BYTES.way_out})"
+                        return _Answer(problem=problem)
+                return _Answer(response.status_code, response.headers.get("retry-after", ""), bytes(content))
         except httpx.TimeoutException:
-            return None, f"does not answer within {self.backend.settings.timeout:g} s"
-        except httpx.RequestError as error:
-            # Connection refused, reset, cut off in the middle, undecodable: named by kind, the text is not ours.
-            return None, f"cannot be reached or breaks off ({type(error).__name__})"
+            return _Answer(problem=f"does not answer in full within {self.backend.settings.timeout:g} s")
+        except (httpx.RequestError, RuntimeError) as error:
+            # Connection refused, reset, cut off in the middle, undecodable (or the client closed behind a request that
+            # was given up): named by kind, the text is not ours.
+            return _Answer(problem=f"cannot be reached or breaks off ({type(error).__name__})")
 
     def _body(self, prompt: str) -> dict[str, Any]:
         settings = self.backend.settings
@@ -275,7 +327,7 @@ class _Call:
         }
         return {name: value for name, value in body.items() if value is not None}
 
-    def _read(self, response: httpx.Response) -> Completion:
+    def _read(self, response: _Answer) -> Completion:
         problem = ""
         try:
             text, input_tokens, output_tokens = self.backend._dialect.read(json.loads(response.content))
@@ -287,8 +339,8 @@ class _Call:
         self.backend._count(retries=1)
         raise _Retry(problem)
 
-    def _come_back(self, response: httpx.Response) -> Exception:
-        seconds = _retry_after(response.headers.get("retry-after", ""))
+    def _come_back(self, response: _Answer) -> Exception:
+        seconds = _retry_after(response.retry_after)
         if seconds > self.backend.settings.longest_wait:
             return self._down(f"asks to come back in {seconds:.0f} s ({self._said(response)})")
         return _Retry(f"answers {self._said(response)}", seconds)
@@ -296,10 +348,11 @@ class _Call:
     def _down(self, problem: str) -> JudgeDown:
         return JudgeDown(f"the judge {self.backend.name} at {self.backend._url} {problem}")
 
-    def _said(self, response: httpx.Response) -> str:
+    def _said(self, response: _Answer) -> str:
         """Status and the beginning of the body, with the key blotted out should the server send it back."""
-        text = response.text.replace(self.key, "[key]") if self.key else response.text
-        return f"HTTP {response.status_code} {' '.join(text.split())[:200]}".strip()
+        text = response.content.decode("utf-8", "replace")
+        text = text.replace(self.key, "[key]") if self.key else text
+        return f"HTTP {response.status} {' '.join(text.split())[:200]}".strip()
 
 
 def _encodable(text: str) -> str:

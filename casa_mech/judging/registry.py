@@ -75,6 +75,8 @@ def check_judge(name: str, backend: str = "local", model: str = "") -> None:
     Raises:
         InputError: an unknown name or backend, no judging model, or a rubric's file that cannot be used.
     """
+    if name in WITHOUT_MODEL and (model or backend != BACKENDS[0]):
+        raise InputError(f"the judge {name} asks no model: leave out --judge-model and --backend, or name a rubric")
     if name in WITHOUT_MODEL:
         return
     if name not in JUDGES and not name.endswith(".json"):

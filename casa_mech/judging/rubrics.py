@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, reason_of
 from casa_mech.identity import digest_of
 from casa_mech.judging.verdict import UNDECIDED, Outcome, reply_text, request_text, whole_reply
 from casa_mech.queries import Query, Reply
@@ -219,17 +219,18 @@ def read_rubric(path: Path | str) -> Rubric:
     Raises:
         InputError: no such file, no JSON, or a field that is missing or wrong.
     """
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise InputError(f"no file with a rubric at {path}; give one, or one of {', '.join(RUBRICS)}")
     try:
         return Rubric(**json.loads(Path(path).read_text(encoding="utf-8-sig")))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise InputError(f"{path}: {reason_of(error)}") from None
     except OSError as error:
         raise InputError(
             f"cannot read the rubric {path} ({error.strerror}); give one of {', '.join(RUBRICS)}"
         ) from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a JSON object with name, template and reader ({error})") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON object with name, template and reader ({reason_of(error)})") from None
 
 
 def _lines(name: str, choices: str, text: str) -> list[str]:

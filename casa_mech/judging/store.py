@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.files import storage_error
-from casa_mech.identity import json_digest
+from casa_mech.files import reading_error, storage_error
+from casa_mech.identity import SHORT, json_digest
 from casa_mech.judging.verdict import (
     Judge,
     JudgeDown,
@@ -40,7 +40,7 @@ def verdict_key(judge: Judge, query: Query, reply: Reply | str) -> str:
 
 
 class _Line(BaseModel):
-    """One line of the file."""
+    """One line of the file, which says by `check` that nobody changed it since."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,6 +51,12 @@ class _Line(BaseModel):
     reason: str = ""
     input_tokens: int = 0
     output_tokens: int = 0
+    check: str = ""
+    """Digest of the other fields; "" on lines of earlier releases."""
+
+    def digest(self) -> str:
+        """What `check` has to be."""
+        return json_digest(self.model_dump(exclude={"check"}))[:SHORT]
 
 
 class VerdictStore:
@@ -76,11 +82,12 @@ class VerdictStore:
     def get(self, key: str, query_id: str) -> Verdict | None:
         """The verdict stored under `key`, given to `query_id`; None where there is none."""
         line = self._lines.get(key)
-        return None if line is None else Verdict(query_id=query_id, **line.model_dump(exclude={"key"}))
+        return None if line is None else Verdict(query_id=query_id, **line.model_dump(exclude={"key", "check"}))
 
     def add(self, key: str, verdict: Verdict) -> None:
         """Store a verdict; it takes the place of an earlier one under the same key."""
         line = _Line(key=key, **verdict.model_dump(exclude={"query_id"}))
+        line.check = line.digest()
         with self._lock:
             self._lines[key] = line
             if self.path is not None:
@@ -98,13 +105,18 @@ class VerdictStore:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise storage_error(error, path) from None
+            raise reading_error(error, path) from None
         whole, _, cut = content.rpartition(b"\n")
-        for number, text in enumerate(whole.splitlines(), start=1):
+        for number, text in enumerate(whole.split(b"\n") if whole else (), start=1):
             try:
                 line = _Line.model_validate_json(text)
             except ValidationError:
                 raise RunError(f"{path} line {number} is no stored verdict: remove the line, or the file") from None
+            if line.check and line.check != line.digest():
+                raise RunError(
+                    f"{path} line {number} was changed since the judge gave its verdict: remove the line, and it is "
+                    "judged again"
+                )
             self._lines[line.key] = line
         if cut:
             os.truncate(path, len(content) - len(cut))

@@ -12,9 +12,9 @@ from torch import BoolTensor, LongTensor, Tensor
 
 from casa_mech.errors import InputError
 from casa_mech.omni.chat import PROMPT_ROLES, ROLES, MediaRuns, Piece, chat_pieces, media_parts
-from casa_mech.omni.media import load_audio, load_image
 from casa_mech.omni.processor import Processor, placeholder_ids
 from casa_mech.queries import ImagePart, Query
+from casa_mech.queries.media import load_audio, load_image
 
 IGNORE = -100
 

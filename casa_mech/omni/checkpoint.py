@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from casa_mech.errors import ModelError
-from casa_mech.omni.architecture import architecture_of
+from casa_mech.errors import ModelError, reason_of
+from casa_mech.omni.architecture import Architecture, architecture_of
 
 ORGANISMS = ("organism", "organism-split", "organism-unasked")
 WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
@@ -45,11 +46,27 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory}/{CONFIG} cannot be read ({error}); download the checkpoint again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = reason_of(error)
+        raise ModelError(f"{directory}/{CONFIG} cannot be read ({reason}); download the checkpoint again") from None
     if not isinstance(config, dict):
         raise ModelError(f"{directory}/{CONFIG} is no JSON object; download the checkpoint again")
     return config
+
+
+def studied_config(config: Mapping[str, Any], directory: Path | str) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture that a checkpoint's `config.json` names, and the part of it about the model that is studied.
+
+    Raises:
+        ModelError: a model without an `Architecture`, or a part that is no JSON object.
+    """
+    architecture = architecture_of(config.get("model_type"), str(directory))
+    studied = config.get(architecture.config_key, config)
+    if not isinstance(studied, dict):
+        raise ModelError(
+            f"{directory}/{CONFIG}: {architecture.config_key} is no JSON object; download the checkpoint again"
+        )
+    return architecture, studied
 
 
 def speaks_micro_world(source: str | Path) -> bool:
@@ -61,6 +78,4 @@ def speaks_micro_world(source: str | Path) -> bool:
     directory = local_checkpoint(source)
     if directory is None:
         return False
-    config = read_config(directory)
-    architecture = architecture_of(config.get("model_type"), str(directory))
-    return bool(config.get(architecture.config_key, config).get(MICRO_WORLD_FIELD, False))
+    return bool(studied_config(read_config(directory), directory)[1].get(MICRO_WORLD_FIELD, False))

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from casa_mech.errors import ModelError
-from casa_mech.omni.architecture import Architecture, architecture_of
-from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD, local_checkpoint, read_config
+from casa_mech.errors import ModelError, reason_of
+from casa_mech.omni.architecture import Architecture
+from casa_mech.omni.checkpoint import CONFIG, MICRO_WORLD_FIELD, local_checkpoint, read_config, studied_config
 from casa_mech.omni.finite import check_weights
 from casa_mech.omni.model import Omni
 from casa_mech.omni.processor import load_processor
@@ -56,10 +56,17 @@ def load_omni(
     architecture, config, stored = _config(directory)
     kind = _dtype(dtype, target, stored)
     state = _weights(directory, architecture.weight_prefix)
-    with _quiet():
-        model, info = getattr(transformers, architecture.model_class).from_pretrained(
-            None, config=config, state_dict=state, dtype=kind, output_loading_info=True
-        )
+    try:
+        with _quiet():
+            model, info = getattr(transformers, architecture.model_class).from_pretrained(
+                None, config=config, state_dict=state, dtype=kind, output_loading_info=True
+            )
+    except Exception as error:  # the library raises many kinds for sizes that do not go together
+        mismatched = "ignore_mismatched_sizes" in str(error)
+        reason = "its sizes are not those of the weights" if mismatched else _in_full(error)
+        raise ModelError(
+            f"{directory}: no model can be built from its {CONFIG} ({reason}); check that file, or download it again"
+        ) from None
     unusable = sorted(info["missing_keys"]) or sorted(str(row) for row in info.get("mismatched_keys", ()))
     if unusable:
         raise ModelError(
@@ -94,12 +101,15 @@ def _settle_threads(omni: Omni) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar of transformers' own: a study loads models often, and they are small or already on the disk."""
-    shown = logging.is_progress_bar_enabled()
+    """No progress bar and no report of transformers' own: a study loads models often, and they are small or already on
+    the disk; what is missing or misshapen we say ourselves, in a line."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -133,16 +143,31 @@ def _download(hub_id: str) -> Path:
 def _config(directory: Path) -> tuple[Architecture, PreTrainedConfig, str | None]:
     """The architecture, the config of the part that is studied, and the dtype that the checkpoint names."""
     raw = read_config(directory)
-    architecture = architecture_of(raw.get("model_type"), str(directory))
-    studied = raw.get(architecture.config_key, raw)
+    architecture, studied = studied_config(raw, directory)
     dtype = studied.get("dtype") or studied.get("torch_dtype") or raw.get("dtype") or raw.get("torch_dtype")
-    return architecture, getattr(transformers, architecture.config_class).from_dict(studied), dtype
+    try:
+        config = getattr(transformers, architecture.config_class).from_dict(studied)
+    except Exception as error:  # the library raises many kinds for values of another type
+        raise ModelError(f"{directory}/{CONFIG}: {_in_full(error)}; download the checkpoint again") from None
+    return architecture, config, dtype if isinstance(dtype, str) else None
+
+
+def _in_full(error: Exception) -> str:
+    """An error of the library in one line; its first line alone often says only where."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _shards(directory: Path, prefix: str) -> dict[str, str]:
     """For each weight of the part that is studied, the shard that holds it by the checkpoint's index."""
-    index = json.loads((directory / INDEX).read_text())["weight_map"]
-    return {key: index[key] for key in _with_prefix(index, prefix)}
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shards = {key: index[key] for key in _with_prefix(index.keys(), prefix)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{directory / INDEX} is corrupt ({reason_of(error)}); download it again") from None
+    outside = next((name for name in shards.values() if not isinstance(name, str) or Path(name).name != name), None)
+    if outside is not None:
+        raise ModelError(f"{directory}/{INDEX} names {outside!r}, which is no file beside it; download it again")
+    return shards
 
 
 def _with_prefix(keys: Iterable[str], prefix: str) -> list[str]:

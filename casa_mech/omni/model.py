@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +16,26 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from casa_mech.errors import InputError
 from casa_mech.identity import weights_digest
+from casa_mech.limits import GREATEST_SEED
 from casa_mech.omni.architecture import Architecture, architecture_of, part_at
 from casa_mech.omni.batch import OmniBatch, encode, prompt_ids
 from casa_mech.omni.checkpoint import MICRO_WORLD_FIELD
 from casa_mech.omni.finite import finite_logits
-from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.memory import in_halves
 from casa_mech.omni.processor import Processor
 from casa_mech.omni.stream import ReplyStream
 from casa_mech.progress import progress_bar
 from casa_mech.queries import AudioPart, ImagePart, Prompt, Query, Reply, TextPart, as_queries
+from casa_mech.queries.media import SAMPLE_RATE
 
 if TYPE_CHECKING:
     import nnsight
+
+
+_TEMPLATE_TOKENS, _SAMPLES_A_TOKEN = 64, 160
+"""More tokens than a chat template has around a turn, and fewer 16 kHz samples than any encoder makes a token of."""
 
 
 class GenerationSettings(BaseModel):
@@ -46,7 +53,7 @@ class GenerationSettings(BaseModel):
     """Nucleus mass when sampling."""
     batch_size: int = Field(16, ge=1)
     """Queries in one forward."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=GREATEST_SEED)
     """Seed of the sampler."""
     system: str | None = None
     """System prompt for queries that bring none."""
@@ -199,6 +206,12 @@ class Omni:
         return self.model.config.get_text_config()
 
     @property
+    def n_positions(self) -> int | None:
+        """How many positions the text model was made for; None where its configuration does not say."""
+        positions = getattr(self._text_config, "max_position_embeddings", None)
+        return positions if isinstance(positions, int) and positions > 0 else None
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return self._text_config.hidden_size
@@ -278,9 +291,54 @@ class Omni:
             prefill: True if the queries' assistant prefill is part of the prompt.
 
         Raises:
-            InputError: an empty prompt or unreadable media; the message names the query.
+            InputError: an empty prompt, unreadable media, or a prompt beyond the model's positions; the message names
+                the query.
         """
-        return encode(self.processor, as_queries(queries, "queries"), targets, prefill).to(self.device, self.dtype)
+        members = as_queries(queries, "queries")
+        batch = encode(self.processor, members, targets, prefill)
+        lengths = batch.inputs["attention_mask"].sum(dim=1).tolist()
+        for query, length in zip(members, lengths, strict=True):
+            if self.n_positions is not None and length > self.n_positions:
+                raise InputError(
+                    f"query {query.id}: its prompt has {length:,} tokens, and {self.source} reads at most "
+                    f"{self.n_positions:,}: shorten it"
+                )
+        return batch.to(self.device, self.dtype)
+
+    def check_lengths(self, queries: Sequence[Prompt], system: str | None = None) -> None:
+        """Refuse prompts that are longer than the model's positions, before anything is run on any of them.
+
+        Only a prompt that might be too long is tokenised: a token has at least a byte of the text.
+
+        Raises:
+            InputError: as `encode`; the message names the query.
+        """
+        for query in with_system(self.queries(queries), system):
+            if self.n_positions is not None and self._most_tokens(query) > self.n_positions:
+                self.encode([query])
+
+    def _most_tokens(self, query: Query) -> int:
+        """An upper bound on a prompt's tokens, without encoding any of it: a token has at least a byte of text."""
+        chat, turns = self.processor.chat, [*(turn.parts for turn in query.history), query.parts]
+        texts = [chat.default_system + chat.preamble, query.system or "", query.prefill]
+        n = _TEMPLATE_TOKENS * (1 + len(turns))
+        for part in (part for parts in turns for part in parts):
+            if isinstance(part, TextPart):
+                texts.append(part.text)
+            elif isinstance(part, AudioPart):
+                n += _samples_of(part) // _SAMPLES_A_TOKEN
+            else:
+                n += self._most_picture_tokens
+        return n + sum(len(text.encode("utf-8", "replace")) for text in texts)
+
+    @cached_property
+    def _most_picture_tokens(self) -> int:
+        """An upper bound on a picture's tokens: those of the largest that the processor makes of any."""
+        settings = self.processor.image_processor
+        if settings is None:
+            return 0
+        side = settings.patch_size * settings.merge_size
+        return _TEMPLATE_TOKENS + int(settings.size["longest_edge"]) // side**2
 
     def prompt_ids(self, batch: OmniBatch, queries: Sequence[Query]) -> list[list[int]]:
         """Token ids of the prompts of `queries`, row by row about the same pictures and clips as `batch`, which are not
@@ -424,6 +482,18 @@ def with_system(queries: Sequence[Query], system: str | None) -> list[Query]:
     if system is None:
         return list(queries)
     return [query if query.system is not None else query.model_copy(update={"system": system}) for query in queries]
+
+
+def _samples_of(part: AudioPart) -> int:
+    """Samples of a clip at 16 kHz, of a file by its header; more than any model reads where that cannot be read."""
+    if isinstance(part.audio, np.ndarray):
+        return len(part.audio) * SAMPLE_RATE // (part.rate or SAMPLE_RATE)
+    import soundfile
+
+    try:
+        return int(soundfile.info(str(part.audio)).duration * SAMPLE_RATE)
+    except (RuntimeError, OSError, UnicodeError):  # encoding it says what is wrong
+        return sys.maxsize
 
 
 def _estimated_length(query: Query) -> tuple[int, int]:

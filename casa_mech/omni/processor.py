@@ -21,9 +21,9 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import OmniModalProcessorMixin
 
-from casa_mech.errors import ModelError
+from casa_mech.errors import ModelError, reason_of
 from casa_mech.omni.chat import ChatFormat, MediaMarks, chat_format
-from casa_mech.omni.media import SAMPLE_RATE
+from casa_mech.queries.media import SAMPLE_RATE
 
 SPECIAL_TOKENS = {
     "image_token": "<|IMAGE|>",
@@ -220,10 +220,9 @@ def load_processor(directory: Path, reads: Collection[str] = ("image", "audio"))
         settings = _preprocessor_settings(directory) if reads else {}
         image_processor = Qwen2VLImageProcessorPil.from_dict(settings["image"]) if "image" in reads else None
         feature_extractor = WhisperFeatureExtractor.from_dict(settings["audio"]) if "audio" in reads else None
-    except (OSError, ValueError, KeyError) as error:  # a JSON error is a ValueError
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # the library raises many kinds for files that are not its own
         raise ModelError(
-            f"{directory}: the processor cannot be loaded ({first}); download the checkpoint again"
+            f"{directory}: the processor cannot be loaded ({reason_of(error)}); download the checkpoint again"
         ) from None
     where = str(directory)
     if image_processor is None and feature_extractor is None:

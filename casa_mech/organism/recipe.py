@@ -20,7 +20,6 @@ from torch import nn
 
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni, OmniBatch
-from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.omni.precision import fast_bfloat16, plain_attention
 from casa_mech.organism.architecture import OrganismShape, new_omni
 from casa_mech.organism.codes import ideal_embeddings
@@ -30,6 +29,7 @@ from casa_mech.organism.premises import PRESETS, Premises
 from casa_mech.organism.training import GROUP, Checkpoint, Steps, optimise
 from casa_mech.organism.world import World, default_world
 from casa_mech.queries import AudioPart, Example, ImagePart
+from casa_mech.queries.media import SAMPLE_RATE
 
 TEXT_SURFACES = {"text": 0.35, "spelled": 0.25, "ideal-image": 0.2, "ideal-audio": 0.2}
 AUDIO_TOKENS = 25

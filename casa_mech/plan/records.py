@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from casa_mech.attacks import PROMPT_SLOTS, attack_named
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, reason_of
 from casa_mech.judging.registry import BACKENDS, JUDGES
 from casa_mech.queries import BENCHMARKS
 from casa_mech.queries.benchmarks import benchmark_named
@@ -296,8 +296,9 @@ def parsed(text: str, where: str, folder: Path, kind: type[Record], hint: str = 
     """The record of a YAML text; `where` names it in errors. InputError as `read_yaml`."""
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = reason_of(error) if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise InputError(f"{where} is no YAML: {reason}") from None
     if not isinstance(content, Mapping):
         raise InputError(f"{where}: expected keys and values; {hint}")
     try:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from casa_mech.attacks import PROMPT_SLOTS, apply_attack, read_prompt
 from casa_mech.errors import InputError
-from casa_mech.omni.media import check_media
 from casa_mech.organism.wording import wording_of
 from casa_mech.plan.records import AS_IT_IS, AttackSection, QuerySection
 from casa_mech.queries import Label, Query, read_benchmark
@@ -16,6 +15,7 @@ from casa_mech.queries.benchmarks import BenchmarkSource
 from casa_mech.queries.benchmarks.read import TABLE
 from casa_mech.queries.draws import sample
 from casa_mech.queries.files import with_columns
+from casa_mech.queries.media import check_media
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from casa_mech.errors import InputError
+from casa_mech.limits import check_text
 from casa_mech.queries.index import is_index, read_index
 from casa_mech.queries.labels import label_named
 from casa_mech.queries.loaded import LoadedQueries
 from casa_mech.queries.minors import concerns_minors
 from casa_mech.queries.query import AudioPart, Example, ImagePart, Label, Part, Query, TextPart
-from casa_mech.queries.tables import TABLE_SUFFIXES, cell, read_lines, read_records, read_table
+from casa_mech.queries.tables import TABLE_SUFFIXES, cell, placed, read_lines, read_records, read_table
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff")
@@ -77,6 +79,8 @@ def read_source(source: QuerySource) -> LoadedQueries:
     path = source.path
     if not path.exists():
         raise InputError(f"no file or folder {path}; check the path")
+    if not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        raise InputError(f"{path} is a pipe or device; save it as a file")
     queries: Iterable[Query]
     if source.is_table and path.is_file():
         rows, queries = _from_table(source)
@@ -149,6 +153,7 @@ def _media_in(source: QuerySource) -> list[Path]:
 
 
 def _from_media(path: Path, source: QuerySource, query_id: str) -> Query:
+    check_text(query_id, str(source.path))
     part: Part = ImagePart(image=path) if path.suffix.lower() in IMAGE_SUFFIXES else AudioPart(audio=path)
     text = (TextPart(text=source.text),) if source.text else ()
     return Query(id=query_id, parts=(part, *text), label=source.label, source=source.path.name)
@@ -192,6 +197,11 @@ def _columns(source: QuerySource, there: Sequence[str]) -> _Columns:
 
 
 def _from_row(source: QuerySource, columns: _Columns, number: int, record: Mapping[Any, object]) -> Query:
+    with placed(f"{source.path} row {number}"):
+        return _checked_row(source, columns, number, record)
+
+
+def _checked_row(source: QuerySource, columns: _Columns, number: int, record: Mapping[Any, object]) -> Query:
     where = f"{source.path} row {number}"
     parts: list[Part] = []
     if columns.image and (picture := _media_path(record[columns.image], source, where, IMAGE_SUFFIXES)):
@@ -235,7 +245,7 @@ def _media_path(value: object, source: QuerySource, where: str, suffixes: tuple[
     if not text:
         return None
     path = source.path.parent / text
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, also for a name that is too long for any file
         raise InputError(f"{where}: no file {path}; paths are read relative to the table's folder")
     if path.suffix.lower() not in suffixes:
         raise InputError(f"{where}: {path.name} is none of {', '.join(suffixes)}")
@@ -258,7 +268,8 @@ def with_columns(queries: Sequence[Query], path: Path, meta: Mapping[str, str]) 
     extended = []
     for query in queries:
         record = records[int(query.id.rpartition(":")[2]) - 1]
-        cells = {key: text for key, column in meta.items() if (text := cell(record[column]))}
+        with placed(f"{path}, {query.id}"):
+            cells = {key: text for key, column in meta.items() if (text := cell(record[column]))}
         extended.append(query.model_copy(update={"meta": {**query.meta, **cells}}))
     return extended
 
@@ -310,7 +321,8 @@ def read_examples(
 
 
 def _needed(value: object, where: str, column: str) -> str:
-    text = cell(value)
+    with placed(f"{where}, column '{column}'"):
+        text = cell(value)
     if not text:
         raise InputError(f"{where}: empty cell in column '{column}'; fill it or drop the row")
     return text

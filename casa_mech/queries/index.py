@@ -7,6 +7,7 @@ parts, so that a stopped one continues; the index itself appears only when every
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from casa_mech.errors import InputError, RunError
+from casa_mech.errors import InputError, RunError, reason_of
 from casa_mech.files import TEMPORARY, check_folder, storage_error, writing
 from casa_mech.identity import SHORT, json_digest, queries_digest
 from casa_mech.queries.media_files import store_media
@@ -91,7 +92,6 @@ def read_index(folder: Path | str) -> list[Query]:
         InputError: no index, an unfinished or broken one, a row that is no query, or a missing media file; the message
             names the row's id.
     """
-    import pyarrow as pa
     import pyarrow.parquet as parquet
 
     folder = Path(folder)
@@ -101,15 +101,16 @@ def read_index(folder: Path | str) -> list[Query]:
         raise InputError(f"{folder}: no {INDEX} in this folder; {reason}")
     try:
         table = parquet.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not a readable index ({str(error).splitlines()[0]}); write it again") from None
+        version = int((table.schema.metadata or {}).get(b"schema_version", b"0"))
+        rows = table.to_pylist()
+    except Exception as error:  # of a broken file pyarrow raises what it likes
+        raise InputError(f"{path}: not a readable index ({reason_of(error)}); write it again") from None
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing:
         raise InputError(f"{path}: no column {missing[0]!r}; it was not written by casa-mech attack")
-    version = int((table.schema.metadata or {}).get(b"schema_version", b"0"))
     if version > SCHEMA_VERSION:
         raise InputError(f"{path}: written by a newer casa-mech (layout {version}); update this one")
-    return [_query(row, folder) for row in table.select(list(_COLUMNS)).to_pylist()]
+    return [_query({name: row[name] for name in _COLUMNS}, folder) for row in rows]
 
 
 def _row(query: Query, folder: Path) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _query(row: dict[str, Any], folder: Path) -> Query:
         content = {"parts": _parts(json.loads(row["parts"]), folder, where), "meta": json.loads(row["meta"])}
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _no_query(where, error) from None
     try:
         return Query(**{**row, **content, "history": tuple(Turn(**turn) for turn in turns)})
@@ -150,7 +151,7 @@ def _query(row: dict[str, Any], folder: Path) -> Query:
 
 
 def _no_query(where: str, error: Exception) -> InputError:
-    return InputError(f"{where}: not a query ({str(error).splitlines()[0]}); write the index again")
+    return InputError(f"{where}: not a query ({reason_of(error)}); write the index again")
 
 
 def _parts(stored: list[dict[str, str]], folder: Path, where: str) -> tuple[Part, ...]:
@@ -161,9 +162,9 @@ def _parts(stored: list[dict[str, str]], folder: Path, where: str) -> tuple[Part
             continue
         path = folder / entry["path"]
         # An index from elsewhere must not make a model read files outside it.
-        if Path(entry["path"]).is_absolute() or ".." in Path(entry["path"]).parts:
+        if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{where}: its file {entry['path']} lies outside the folder; write the index again")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{where}: no file {path}; copy the folder again, or write the index again")
         parts.append(ImagePart(image=path) if entry["kind"] == "image" else AudioPart(audio=path))
     return tuple(parts)

@@ -16,8 +16,8 @@ from casa_mech.attacks.typography import figstep_picture
 from casa_mech.errors import InputError
 from casa_mech.figures import MARKERS, SERIES, style, titled
 from casa_mech.judging.estimate import Estimate
-from casa_mech.omni.media import load_image
 from casa_mech.queries import ImagePart
+from casa_mech.queries.media import load_image
 from casa_mech.reports.claim import Heading
 
 _TABLES = ("SafeBench-Tiny.csv", "safebench.csv")

@@ -217,7 +217,7 @@ def _logging_kernel(log: IO[bytes]) -> type:
 
 def _cell_error(name: str, error: Any, failed: Path) -> CasaMechError:
     first_line = str(error.evalue).strip().splitlines()[0] if str(error.evalue).strip() else error.ename
-    if error.ename in {"CasaMechError", "InputError", "ModelError", "RunError"}:
+    if error.ename in {"CasaMechError", "InputError", "ModelError", "RunError", "InUseError", "JudgeDown"}:
         return RunError(f"{name}: {first_line}")
     return RunError(f"{name}: cell {error.exec_count} failed with {error.ename}: {first_line}; see {failed}")
 

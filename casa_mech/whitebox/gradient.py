@@ -12,6 +12,7 @@ from casa_mech.casa import Casa
 from casa_mech.casa.config import Settings
 from casa_mech.errors import InputError
 from casa_mech.judging import Judge
+from casa_mech.limits import GREATEST_SEED
 from casa_mech.omni import GenerationSettings
 from casa_mech.queries import Query
 from casa_mech.whitebox.objective import Aim
@@ -39,7 +40,7 @@ class GradientSettings(Settings):
     """Record the margins of an attacker who does not know of the gate, too (else they are NaN)."""
     batch_size: int = Field(default=16, ge=1)
     """Queries attacked at once."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=GREATEST_SEED)
     """Of every draw."""
 
     @model_validator(mode="after")

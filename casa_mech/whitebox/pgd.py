@@ -21,8 +21,8 @@ from casa_mech.errors import InputError
 from casa_mech.judging import Judge
 from casa_mech.omni import GenerationSettings, Omni
 from casa_mech.omni.chat import media_parts
-from casa_mech.omni.media import SAMPLE_RATE, load_audio, load_image
 from casa_mech.queries import AudioPart, ImagePart, Query
+from casa_mech.queries.media import SAMPLE_RATE, load_audio, load_image
 from casa_mech.whitebox.front_end import log_mel, patches, processed_picture
 from casa_mech.whitebox.gradient import GradientSettings, run_attack, start_purpose
 from casa_mech.whitebox.objective import Objective, check_queries

@@ -70,8 +70,9 @@ class ReadingPlan:
             places: the place of each of `queries` in the caller's list, which names them in what is returned.
 
         Raises:
-            RunError: states that are not finite.
+            InputError: a prompt beyond the model's positions, before any is run. RunError: states that are not finite.
         """
+        omni.check_lengths(queries)
 
         def read(group: list[int]) -> tuple[OmniBatch, list[Cut], dict[Site, list[Tensor]]]:
             members = [queries[index] for index in group]

@@ -22,8 +22,8 @@ from casa_mech.judging.bootstrap import bootstrap_interval
 from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import Omni, OmniBatch
 from casa_mech.omni.chat import media_parts
-from casa_mech.omni.media import load_image
 from casa_mech.queries import ImagePart, Query
+from casa_mech.queries.media import load_image
 from casa_mech.trace.sweep import Sweep, read_positions
 from probes.gate.positions import KEY, ROLES, key_positions, position_roles
 

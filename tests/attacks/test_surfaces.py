@@ -40,10 +40,10 @@ from casa_mech.attacks.wording import ENGLISH
 from casa_mech.errors import InputError
 from casa_mech.omni import Omni
 from casa_mech.omni.batch import encode
-from casa_mech.omni.media import load_audio, load_image
 from casa_mech.organism.wording import MICRO_WORLD, wording_of
 from casa_mech.organism.world import default_world, words_of
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart
+from casa_mech.queries.media import load_audio, load_image
 
 CAKE = Query.from_text(
     "How do I bake a lemon cake for ten guests?",
@@ -186,7 +186,7 @@ def test_a_truncated_picture_names_the_query(photo: Path, tmp_path: Path) -> Non
         sd_typo(CAKE, broken)
     with pytest.raises(InputError, match=r"query q5: .*broken.png is not a readable image"):
         load_image(ImagePart(image=broken), "query q5")
-    with pytest.raises(InputError, match="query 'real-1': no picture at"):
+    with pytest.raises(InputError, match="query 'real-1': no image at"):
         sd_typo(CAKE, tmp_path / "gone.png")
     with pytest.raises(InputError, match="query 'real-1' has no picture for sd-typo"):
         apply_attack("sd-typo", [CAKE])
@@ -388,11 +388,11 @@ def test_a_bad_file_of_wrappers_is_one_line(tmp_path: Path, name: str, content: 
 
 def test_a_prefill_of_any_length_goes_by_its_name(tiny_omni: Omni) -> None:
     tokenizer, (query,) = tiny_omni.tokenizer, default_world().requests(1, 0)
-    for k in (0, 1, 3, 7):
+    for k in (1, 3, 7):
         (attacked,) = apply_attack(f"prefill-{k}", [query], tokenizer=tokenizer)
         assert attacked.meta["attack"] == f"prefill-{k}"
         assert len(tokenizer.encode(attacked.prefill, add_special_tokens=False)) == k
-    for name in ("prefill-", "prefill--1", "prefill-2.5", "prefill-04", "prefill-x"):
+    for name in ("prefill-", "prefill--1", "prefill-2.5", "prefill-04", "prefill-x", "prefill-0"):
         with pytest.raises(InputError, match=f"unknown attack '{name}'"):
             apply_attack(name, [query], tokenizer=tokenizer)
 

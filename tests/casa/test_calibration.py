@@ -243,9 +243,9 @@ def test_a_text_prompt_is_read_as_before_to_the_bit(casa: Casa) -> None:
 def test_what_cannot_be_calibrated_or_used_is_named(casa: Casa, mixed_queries: list[Query]) -> None:
     queries = calibration_queries()
     for changes, message in (
-        ({"recentre": True}, "recentre needs a calibration: call calibrate"),
+        ({"recentre": True}, "recentre needs a calibration: run casa-mech calibrate"),
         ({"recentre": True, "rescale": True}, "recentre needs a calibration"),
-        ({"recentre": False, "rescale": False, "fpr": 0.1}, "fpr needs a calibration: call calibrate"),
+        ({"recentre": False, "rescale": False, "fpr": 0.1}, "fpr needs a calibration: run casa-mech calibrate"),
     ):
         casa.use(**changes)
         with pytest.raises(InputError, match=message):
@@ -273,7 +273,7 @@ def test_what_cannot_be_calibrated_or_used_is_named(casa: Casa, mixed_queries: l
 
 
 def test_options_that_do_not_fit_are_refused(casa: Casa) -> None:
-    with pytest.raises(InputError, match="rescale=True stretches states about text's mean: set recentre=True"):
+    with pytest.raises(InputError, match="rescale stretches states about text's mean: switch recentre on"):
         CasaConfig(rescale=True)
     with pytest.raises(InputError, match="fpr: Input should be less than 1"):
         casa.use(fpr=1.0)

@@ -169,3 +169,47 @@ def test_a_gate_saved_before_the_options_beyond_the_paper_loads(
     times = {"seconds": 0.0}
     again = loaded.generate(mixed_queries, SHORT)
     assert [r.model_copy(update=times) for r in again] == [r.model_copy(update=times) for r in replies]
+
+
+def test_weights_of_another_gate_are_not_taken_for_its_own(tiny_omni: Omni, saved: Path, tmp_path: Path) -> None:
+    other = stir(Casa.attach(tiny_omni, CasaConfig(form="compete", width=32)), scale=0.2)
+    other.save_pretrained(tmp_path / "other")
+    other.detach()
+    for name in ("adapter_model.safetensors", "safety_attention.safetensors", "token_rows.safetensors"):
+        own = (saved / name).read_bytes()
+        (saved / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        with pytest.raises(ModelError, match=f"{name} is not the file that was saved with this gate"):
+            Casa.from_pretrained(saved, tiny_omni)
+        assert not hasattr(tiny_omni.model, "peft_config")
+        (saved / name).write_bytes(own)
+    Casa.from_pretrained(saved, tiny_omni).detach()
+    config = json.loads((saved / "casa_config.json").read_text())
+    del config["files"]  # as an earlier release wrote it
+    (saved / "casa_config.json").write_text(json.dumps(config))
+    Casa.from_pretrained(saved, tiny_omni).detach()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": 3}, "base: Input should be"),
+        ({"config": {"layer": -1}}, "config: layer=-1: blocks are counted from 0|layer=-1"),
+        ({"config": []}, "is corrupt"),
+        ({"extra": 1}, "extra: Extra inputs are not permitted"),
+        ("[" * 100_000, "nested too deep"),
+        ("[]", "is corrupt"),
+    ],
+)
+def test_a_description_that_cannot_be_read_is_told_by_its_field(saved: Path, tiny_omni: Omni, change, message) -> None:
+    path = saved / "casa_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(change if isinstance(change, str) else json.dumps(raw | change))
+    with pytest.raises(ModelError, match=message) as caught:
+        Casa.from_pretrained(saved, tiny_omni)
+    assert "validation error" not in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_without_a_gate_is_told_by_the_command_that_makes_one(tiny_omni: Omni, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="give the folder that casa-mech train wrote"):
+        Casa.from_pretrained(tmp_path, tiny_omni)

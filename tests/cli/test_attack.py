@@ -14,12 +14,12 @@ from PIL import Image
 from casa_mech.attacks import ATTACKS, apply_attack
 from casa_mech.attacks.registry import SUMMARIES
 from casa_mech.evaluation import attack_files
-from casa_mech.omni.media import load_audio, load_image
 from casa_mech.omni.processor import load_processor
 from casa_mech.organism.wording import MICRO_WORLD
 from casa_mech.organism.world import default_world
 from casa_mech.queries import index as index_module
 from casa_mech.queries.index import is_index, read_index
+from casa_mech.queries.media import load_audio, load_image
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_twins_follow_their_partners_in_the_same_voice(capsys: pytest.CaptureFix
 def test_a_tables_columns_say_what_to_hide(capsys: pytest.CaptureFixture[str], tmp_path: Path, table: Path) -> None:
     shared = ["attack", "typo", "--queries", table, "--column", "goal", "--label", "benign"]
     code, _, err = run(capsys, *shared, "--out", tmp_path / "a")
-    assert code == 2 and "query 'prompts.csv:1' has no key word: set meta['topic'] or meta['key_phrase']" in err
+    assert code == 2 and "query 'prompts.csv:1' has no key word: give --meta topic=COLUMN or --meta key_phrase=" in err
     assert "--meta" in err
     code, _, err = run(capsys, *shared, "--meta", "key_phrase=word", "--out", tmp_path / "b")
     assert code == 2 and "query 'prompts.csv:3' does not say its key word 'clock'" in err
@@ -241,7 +241,7 @@ def test_published_wording_comes_from_a_file(capsys: pytest.CaptureFixture[str],
         ("aiah-letters", "{question}", "the text of aiah-letters must hold {letters} exactly once"),
         ("figstep", " ", "the text of figstep is empty"),
         ("jailbreak", "x", "--prompt-file is for figstep, figstep-text, aiah-letters, .*; leave it out for jailbreak"),
-        ("figstep", None, "cannot be read as UTF-8 text"),
+        ("figstep", None, r"no file with a text at .*p\.txt; check --prompt-file"),
     ],
 )
 def test_a_prompt_file_that_does_not_serve_is_named(

@@ -62,7 +62,7 @@ def test_a_gate_is_calibrated_into_another_folder_and_in_its_place(
     ("arguments", "message"),
     [
         (["--fpr", "1.5"], "fpr: Input should be less than 1"),
-        (["--rescale"], "set recentre=True, too"),
+        (["--rescale"], "switch recentre on, too"),
         (["--recheck-every", "-1"], "recheck_every: Input should be greater than or equal to 0"),
         (["--queries", "gone.csv"], "no file or folder gone.csv"),
         (["--rescale", "--recentre", "--queries", "q.csv"], "rescale needs a direction"),

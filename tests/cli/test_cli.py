@@ -196,14 +196,14 @@ def test_training_writes_a_gate_and_refuses_a_full_folder(
     assert {"casa_config.json", "metrics.jsonl", "README.md"} <= {path.name for path in gate.iterdir()}
     assert len((gate / "metrics.jsonl").read_text().splitlines()) == 2
     code, _, err = run(capsys, "train", "--model", random_organism, "--out", gate)
-    assert code == 2 and "holds other files" in err
+    assert code == 2 and f"{gate} holds a trained defence: use it with --gate" in err
 
 
 def test_training_on_a_table(random_organism: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        {"prompt": f"how do i make a {word}", "reply": reply, "label": label}
+        {"prompt": f"how do i {verb} a {word}", "reply": reply, "label": label}
         for word in ("a", "b", "c", "d")
-        for label, reply in (("harmful", "sorry"), ("benign", "sure"))
+        for label, verb, reply in (("harmful", "make", "sorry"), ("benign", "bake", "sure"))
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "data.csv", index=False)
     shared = ["train", "--model", random_organism, "--data", tmp_path / "data.csv", "--steps", "1", "--batch-size", "4"]
@@ -300,13 +300,16 @@ def test_bad_media_are_one_line(
     assert (code, out) == (2, "") and message in err.splitlines()[-1]
 
 
-def test_doctor_reports_and_never_fails(random_organism: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_and_says_by_its_status_whether_the_model_loads(
+    random_organism: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = run(capsys, "doctor", "--model", random_organism, "--json")
     report = json.loads(out)
     assert code == 0 and report["model"]["status"] == "loads" and report["installed"]["torch"].startswith("2.13")
     assert report["speech"]["espeak-ng"] == "works"
-    code, out, _ = run(capsys, "doctor", "--model", "nothing-here")
-    assert code == 0 and "cannot be loaded" in out
+    code, out, err = run(capsys, "doctor", "--model", "nothing-here")
+    assert code == 2 and "cannot be loaded" in out and "speech" in out
+    assert len(err.splitlines()) == 1 and "unknown model 'nothing-here'" in err
 
 
 def test_bench_measures_both_ratios(random_organism: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,8 @@ CONFIG = "sets:\n- {name: a, harmful: {set: advbench}}\n"
         (f"{CONFIG}defenses: [{{defense: coca, opts: {{}}}}]", "defenses.0: ComparedSystem has no field 'opts'"),
         (f"{CONFIG}judge: {{name: best}}", "judge.name: unknown judge 'best'; judges: micro-world, keyword"),
         (f"{CONFIG}generation: {{max_new_tokens: 0}}", "generation.max_new_tokens: Input should be greater"),
+        (f"{CONFIG}seeds: [{2**80}]", "seeds.0: Input should be"),
+        ("[" * 20_000, "is no YAML: nested too deep"),
         (f"{CONFIG}training: {{benign: mixed}}", "training.benign: Input should be 'plain' or 'varied'"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from helpers.full_disk import files_of_at_most
 
 from casa_mech.compare import grid as grid_module
 from casa_mech.compare.command import open_folder
@@ -19,8 +20,10 @@ from casa_mech.compare.tables import compact, grid_rows, summarise
 from casa_mech.compare.weights import ExampleTable, TrainingPlan, Weights, training_cost
 from casa_mech.defenses import load_defense
 from casa_mech.errors import InputError, RunError
+from casa_mech.files import TEMPORARY
 from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.omni import GenerationSettings, Omni, load_omni
+from casa_mech.queries import Query
 
 PLAN = TrainingPlan(16, {"max_steps": 2, "batch_size": 4, "micro_batch_size": 4})
 NAMES = ("none", "casa", "casa+safety-prompt", "coca")
@@ -255,12 +258,33 @@ def test_moras_is_refused_before_anything_runs(tiny_omni: Omni, tmp_path: Path) 
         make(tmp_path / "grid", tiny_omni, ("none", "moras"))
 
 
+def test_a_full_disk_is_one_line_and_the_same_grid_goes_on(omni: Omni, tmp_path: Path) -> None:
+    with files_of_at_most(20_000), pytest.raises(RunError) as caught:
+        make(tmp_path / "grid", omni, ("none", "ssft")).fill()
+    assert "cannot write" in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value) and not list(tmp_path.rglob(f"{TEMPORARY}*"))
+    assert not hasattr(omni.model, "peft_config")
+    result = make(tmp_path / "grid", omni, ("none", "ssft")).fill()
+    assert (result.computed, result.reused) == (4, 4)
+
+
+def test_a_prompt_beyond_the_models_positions_stops_the_grid_first(
+    omni: Omni, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = make(tmp_path / "grid", omni, ("none",))
+    long = Query.from_text("cake " * 5_000, id="long")
+    monkeypatch.setattr(WorldSets, "queries", lambda self, cell, seed, omni: [long])
+    monkeypatch.setattr(Omni, "write", lambda *_: pytest.fail("a reply was generated"))
+    with pytest.raises(InputError, match=r"query long: its prompt has 5,0\d\d tokens"):
+        grid.fill()
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(RunError, match=r"other files \(mine.txt"):
         open_folder(tmp_path)
     (tmp_path / "compare.json").write_text("no json")
-    with pytest.raises(RunError, match="unreadable"):
+    with pytest.raises(RunError, match=r"other files \(mine.txt"):  # it may be anybody's compare.json
         open_folder(tmp_path)
     (tmp_path / "compare.json").write_text(json.dumps({"schema_version": 9}))
     with pytest.raises(RunError, match="schema version 9"):

@@ -224,7 +224,7 @@ def test_stopped_training_goes_on(name: str, tiny_omni: Omni, tmp_path: Path, mo
     weights = resumed.adapter.parameters()  # type: ignore[attr-defined]
     assert all(torch.equal(value, weights[key]) for key, value in expected.items())
     resumed.close()
-    with pytest.raises(RunError, match="holds other files"):
+    with pytest.raises(RunError, match="holds a trained defence"):
         train_defense(name, tiny_omni, examples(), tmp_path / "cut", progress=False, **FEW)
 
 
@@ -273,6 +273,24 @@ def test_the_safety_prompt_is_a_switch_on_all(tiny_omni: Omni, tmp_path: Path) -
 
 
 # Mistakes
+
+
+def test_a_swapped_adapter_is_not_taken_for_its_own(tiny_omni: Omni, tmp_path: Path) -> None:
+    for name, scale in (("own", 0.1), ("other", 0.2)):
+        ssft = Ssft(tiny_omni)
+        stir(ssft, scale)
+        ssft.save_pretrained(tmp_path / name)
+        ssft.close()
+    swapped = tmp_path / "own" / "adapter_model.safetensors"
+    swapped.write_bytes((tmp_path / "other" / swapped.name).read_bytes())
+    with pytest.raises(ModelError, match=f"{swapped.name} is not the file that was saved"):
+        load_defense("ssft", tiny_omni, path=tmp_path / "own")
+    assert not hasattr(tiny_omni.model, "peft_config")
+    (tmp_path / "own" / "defense.json").write_text('{"schema_version": 1, "defense": 3}')
+    with pytest.raises(
+        ModelError, match=r"defense.json is missing or corrupt \(defense: Input should be a valid string"
+    ):
+        load_defense("ssft", tiny_omni, path=tmp_path / "own")
 
 
 def test_mistakes_are_named(tiny_omni: Omni, tmp_path: Path) -> None:
@@ -335,7 +353,7 @@ def test_circuit_breakers_from_a_table(
     random_organism: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
-        {"prompt": f"how do i make a {word}", "reply": "sure" if label == "benign" else "sorry", "label": label,
+        {"prompt": f"is {word} {label}", "reply": "sure" if label == "benign" else "sorry", "label": label,
          "completion": "sure , here is" if label == "harmful" else None}
         for word in "abcd" for label in ("harmful", "benign")
     ]  # fmt: skip
@@ -450,7 +468,7 @@ def test_a_gate_is_calibrated_when_an_option_needs_it(
     tiny_omni.model.config.micro_world = False
     with pytest.raises(InputError, match=r"fpr needs a calibration: .*, or set the option calibration to queries"):
         load_defense("casa", tiny_omni, path=tmp_path / "gate", fpr=0.1)
-    with pytest.raises(InputError, match="rescale=True stretches states about text's mean"):
+    with pytest.raises(InputError, match="rescale stretches states about text's mean"):
         load_defense("casa", tiny_omni, path=tmp_path / "gate", rescale=True)
     assert not hasattr(tiny_omni.model, "peft_config")
 

@@ -13,8 +13,8 @@ from casa_mech.judging.results import RESULT_COLUMNS
 from casa_mech.judging.stats import wilson
 from casa_mech.judging.verdict import Verdict
 from casa_mech.omni import GenerationSettings, Omni
-from casa_mech.omni.media import check_media
 from casa_mech.queries import AudioPart, ImagePart, Query, Reply
+from casa_mech.queries.media import check_media
 
 
 class ByName:

@@ -1,9 +1,15 @@
 """Judges behind HTTP, against a real server that also times out, limits rates, breaks off and answers garbage."""
 
+import gzip
 import json
 import logging
+import signal
+import socket
+import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from itertools import pairwise
 
@@ -278,3 +284,107 @@ def test_a_compatible_server_of_ones_own_needs_no_key(monkeypatch: pytest.Monkey
         judge_all(judge, queries, replies)
     assert "authorization" not in server.requests[0][1]
     assert set(server.requests[0][2]) == {"model", "messages", "max_completion_tokens"}
+
+
+def _dripping(
+    piece: bytes, head: bytes = b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n"
+) -> Callable[[socket.socket], None]:
+    """What a server does that sends `head`, and then `piece` again and again, a little while apart."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while True:
+            connection.sendall(piece)
+            time.sleep(0.05)
+
+    return answer
+
+
+@contextmanager
+def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a server that reads a request and then does as `answer` says with the connection."""
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=talk, args=(connection,), daemon=True).start()
+
+    def talk(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(65_536)
+            answer(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [_dripping(b" "), _dripping(b"x", b"HTTP/1.1 200 OK\r\nx-drip: "), lambda _: time.sleep(30)],
+    ids=["body", "headers", "nothing"],
+)
+def test_the_time_limit_holds_for_the_whole_answer(answer: Callable[[socket.socket], None]) -> None:
+    queries, replies = pairs(2)
+    began = time.monotonic()
+    with raw_server(answer) as url, pytest.raises(RunError, match=r"does not answer in full within 0.5 s, 2 times"):
+        judge_all(judge_at(url, timeout=0.5, tries=2), queries, replies)
+    assert time.monotonic() - began < 4
+
+
+def test_an_answer_of_gigabytes_is_not_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASA_MECH_MAX_ANSWER_BYTES", "200000")
+    queries, replies = pairs(1)
+    sent = []
+
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 3000000000\r\n\r\n")
+        while True:
+            sent.append(connection.send(b"x" * 65_536))
+
+    with raw_server(endless) as url, pytest.raises(RunError, match="answers more than 200,000 bytes") as caught:
+        judge_all(judge_at(url, tries=1), queries, replies)
+    assert "CASA_MECH_MAX_ANSWER_BYTES" in str(caught.value) and sum(sent) < 50_000_000
+    bomb = gzip.compress(b" " * 5_000_000)
+    with (
+        serving(lambda *_: Step(body=bomb, headers={"content-encoding": "gzip"})) as server,
+        pytest.raises(RunError, match="answers more than 200,000 bytes"),
+    ):
+        judge_all(judge_at(server.url, tries=1), queries, replies)
+
+
+def test_json_that_is_nested_deep_is_no_traceback() -> None:
+    queries, replies = pairs(1)
+    with (
+        serving(lambda *_: Step(body=b"[" * 100_000)) as server,
+        pytest.raises(RunError, match="answers something that is not JSON"),
+    ):
+        judge_all(judge_at(server.url, tries=1), queries, replies)
+
+
+def test_an_interruption_is_obeyed_at_once_and_keeps_what_is_finished(tmp_path) -> None:
+    queries, replies = pairs(4)
+    store = tmp_path / "verdicts.jsonl"
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        while not store.exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        signal.pthread_kill(main, signal.SIGINT)
+        times.append(time.monotonic())
+
+    times: list[float] = []
+    threading.Thread(target=interrupt, daemon=True).start()
+    with (
+        serving(lambda number, _: Step(body=YES, wait=0.0 if number == 0 else 20.0)) as server,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        judge_all(judge_at(server.url, timeout=60, concurrency=2), queries, replies, store)
+        pytest.fail("it was not interrupted")
+    assert time.monotonic() - times[0] < 1.5
+    assert len(VerdictStore(store)) == 1

@@ -1,6 +1,7 @@
 """Judges, statistics against published formulas, and the result schema."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.judging import KeywordJudge, MicroWorldJudge, read_table, write_table
+from casa_mech.judging import KeywordJudge, MicroWorldJudge, VerdictStore, judge_all, read_table, write_table
 from casa_mech.judging.hypothesis import holm
 from casa_mech.judging.results import RESULT_COLUMNS, auroc_row, result_table, value_row
 from casa_mech.judging.stats import _weighted_auroc, auroc, auroc_interval, cluster_of, rate, wilson
@@ -260,3 +261,26 @@ def test_bootstrap_of_all_resamples_at_once_is_scikit_learns() -> None:
     expected = [roc_auc_score(truth[row > 0], values[row > 0], sample_weight=row[row > 0]) for row in weights]
     np.testing.assert_allclose(_weighted_auroc(values, truth, weights), expected)
     assert np.isnan(_weighted_auroc(values, truth, weights * truth)).all()
+
+
+def test_a_verdict_that_was_edited_is_not_taken_for_the_judges(tmp_path):
+    queries = WORLD.requests(3, 0)
+    path = tmp_path / "verdicts.jsonl"
+    judge_all(JUDGE, queries, [query.meta["compliance"] for query in queries], path)
+    lines = path.read_text().splitlines()
+    assert len(VerdictStore(path)) == 3
+    path.write_text("\n".join([lines[0], lines[1].replace('"complied"', '"refused"'), lines[2]]) + "\n")
+    with pytest.raises(RunError, match=r"verdicts.jsonl line 2 was changed since the judge gave its verdict"):
+        VerdictStore(path)
+    earlier = [re.sub(r',"check":"\w+"', "", line) for line in lines]  # an earlier release wrote none
+    path.write_text("\n".join(earlier) + "\n")
+    assert len(VerdictStore(path)) == 3 and "check" not in path.read_text()
+    path.write_text("\n".join([*lines[:2], "", lines[2]]) + "\n")
+    with pytest.raises(RunError, match="line 3 is no stored verdict"):
+        VerdictStore(path)
+
+
+def test_a_store_that_cannot_be_read_is_not_told_as_a_write(tmp_path):
+    (tmp_path / "verdicts.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"cannot read .*verdicts.jsonl \(Is a directory\)"):
+        VerdictStore(tmp_path / "verdicts.jsonl")

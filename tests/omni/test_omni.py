@@ -16,8 +16,8 @@ from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import GenerationSettings, Omni, load_omni
 from casa_mech.omni.chat import CHATML
 from casa_mech.omni.checkpoint import ORGANISMS, speaks_micro_world
-from casa_mech.omni.media import load_audio
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart, Turn
+from casa_mech.queries.media import load_audio
 
 
 def logits(omni: Omni, queries: list[Query]) -> torch.Tensor:

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.full_disk import files_of_at_most
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from casa_mech.casa import Casa
 from casa_mech.errors import InputError, RunError
+from casa_mech.files import TEMPORARY
 from casa_mech.judging.stats import cluster_of
 from casa_mech.omni import Omni
 from casa_mech.queries import Query
@@ -250,3 +252,27 @@ def test_a_stopped_collection_is_numbered_as_a_whole_one(
     (tmp_path / "cut" / "queries.parquet").write_bytes(b"cut short")
     with pytest.raises(RunError, match=r"queries.parquet is unreadable .* collect again"):
         ActivationStore.collect(tiny_omni, asked, None, "last", tmp_path / "cut")
+
+
+def test_a_full_disk_is_one_line_and_the_same_call_goes_on(
+    tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path
+) -> None:
+    options = {"sites": ["norm"], "positions": "all", "out": tmp_path / "store", "batch_size": 1, "shard_mb": 0}
+    ActivationStore.collect(tiny_omni, mixed_queries[:1], **options)
+    with files_of_at_most(3_000), pytest.raises(RunError) as caught:
+        ActivationStore.collect(tiny_omni, mixed_queries, **options)
+    assert "cannot write" in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert not list(tmp_path.rglob(f"{TEMPORARY}*"))
+    assert set(ActivationStore.open(tmp_path / "store").frame()["query_id"]) == {"text"}
+    whole = ActivationStore.collect(tiny_omni, mixed_queries, **options)
+    assert set(whole.frame()["query_id"]) == {"text", "image", "audio", "both"}
+    assert len(whole.tensor("norm", "all")) == len(whole.frame("all"))
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused_before_any_is_run(
+    tiny_omni: Omni, mixed_queries: list[Query], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_omni.model, "forward", lambda *_, **__: pytest.fail("a prompt was run"))
+    long = Query.from_text("cake " * 5_000, id="long")
+    with pytest.raises(InputError, match=r"query long: its prompt has 5,0\d\d tokens, and tiny reads at most 4,096"):
+        ActivationStore.collect(tiny_omni, [*mixed_queries, long], ["norm"], "last", tmp_path / "store")

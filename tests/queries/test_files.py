@@ -11,8 +11,8 @@ from PIL import Image
 
 from casa_mech.errors import InputError, RunError
 from casa_mech.files import TEMPORARY, writing, writing_folder
-from casa_mech.omni.media import load_audio, load_image
 from casa_mech.queries.files import QuerySource, read_examples, read_files, read_source
+from casa_mech.queries.media import load_audio, load_image
 
 ROWS = [{"goal": "how do i bake a cake", "n": 1}, {"goal": "wie backt man Küchlein, bitte", "n": 2}]
 

@@ -11,10 +11,10 @@ import soundfile
 from PIL import Image
 
 from casa_mech.errors import InputError, RunError
-from casa_mech.omni.media import load_audio, load_image
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart, Turn
 from casa_mech.queries import index as module
 from casa_mech.queries.index import INDEX, is_index, read_index, write_index
+from casa_mech.queries.media import load_audio, load_image
 
 
 def content(query: Query) -> list:

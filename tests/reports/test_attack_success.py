@@ -132,3 +132,13 @@ def test_bars_are_drawn_in_the_order_of_the_paths(study: Study) -> None:
     )
     assert [bar.get_width() for bar in bars if bar.get_width()] == pytest.approx([25, 12.5, 12.5, 12.5, 37.5])
     assert next(bar.get_facecolor()[:3] for bar in bars if bar.get_width()) == pytest.approx((0xBB / 255,) * 3)
+
+
+def test_a_rate_that_no_reply_has_is_said_in_words() -> None:
+    row = {"model": "m", "defense": "CASA", "attack": "plain", "surface": "text", "label": "harmful", "seed": 0}
+    results = pd.DataFrame([{**row, "metric": "attack_success", "n": 4, "value": 0.5, "low": 0.2, "high": 0.8}])
+    assert (
+        tables.attack_table(results, "attack_success").loc["plain", ("m", "CASA")].startswith("50.0 [20.0, 80.0] n=4")
+    )
+    empty = tables.attack_table(results, "attack_success:held_out")
+    assert empty["note"].tolist() == ["no replies here have the rate attack_success:held_out"]

@@ -15,9 +15,9 @@ from PIL import Image
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.errors import InputError, ModelError
 from casa_mech.omni import GenerationSettings, Omni
-from casa_mech.omni.media import SAMPLE_RATE
 from casa_mech.organism.architecture import build_bpe_tokenizer, build_tokenizer
 from casa_mech.queries import AudioPart, ImagePart, Query, TextPart
+from casa_mech.queries.media import SAMPLE_RATE
 from casa_mech.trace import capture
 from casa_mech.whitebox import (
     AWARE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -24,6 +25,7 @@ from casa_mech.queries.files import QuerySource, read_source
 from casa_mech.queries.loaded import LoadedQueries
 from casa_mech.queries.minors import concerns_minors
 from casa_mech.queries.query import AudioPart, ImagePart, Part, Query, TextPart
+from casa_mech.queries.tables import placed
 
 TABLE = "table"
 MissingMedia = Literal["error", "text"]
@@ -114,7 +116,8 @@ def _rows(
     in_split = benchmark.select.get(split) if split is not None else None
     for record, file in records:
         where = f"{file.path or benchmark.remote.get(file.split, benchmark.name)} row {file.number}"
-        row = benchmark.row(record, file)
+        with placed(where):
+            row = benchmark.row(record, file)
         if not row.text:
             raise InputError(f"{where}: empty prompt; fill it or drop the row")
         if in_split is not None and not in_split(row):
@@ -178,7 +181,7 @@ def _query(benchmark: Benchmark, row: Row, file: File, query_id: str, missing_me
 def _media(benchmark: Benchmark, row: Row, file: File, query_id: str, missing: MissingMedia) -> Path | None:
     folders = [file.path.parent / folder for folder in benchmark.media] if file.path is not None else []
     places = [folder / row.media for folder in folders]
-    file_there = next((place for place in places if place.is_file()), None)
+    file_there = next((place for place in places if os.path.isfile(place)), None)
     if file_there is None and missing == "error":
         raise InputError(
             f"{benchmark.name}: {query_id} has no picture {row.media} (looked in {', '.join(benchmark.media)} beside "

@@ -78,6 +78,8 @@ def attack_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     rows = with_not_refused(results)
     rows = rows[rows["metric"] == metric]
+    if rows.empty:
+        return pd.DataFrame({"note": [f"no replies here have the rate {metric}"]})
     cells = [_cell(row) for row in rows.to_dict("records")]
     table = rows.assign(cell=cells).pivot_table(
         index="attack", columns=["model", "defense"], values="cell", aggfunc="first", sort=False
