@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -305,7 +305,7 @@ class Omni:
                 )
         return batch.to(self.device, self.dtype)
 
-    def check_lengths(self, queries: Sequence[Prompt], system: str | None = None) -> None:
+    def check_lengths(self, queries: Iterable[Prompt], system: str | None = None) -> None:
         """Refuse prompts that are longer than the model's positions, before anything is run on any of them.
 
         Only a prompt that might be too long is tokenised: a token has at least a byte of the text.
@@ -313,7 +313,7 @@ class Omni:
         Raises:
             InputError: as `encode`; the message names the query.
         """
-        for query in with_system(self.queries(queries), system):
+        for query in with_system(self.queries(list(queries)), system):
             if self.n_positions is not None and self._most_tokens(query) > self.n_positions:
                 self.encode([query])
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from casa_mech.errors import InputError
+from casa_mech.errors import InputError, ModelError
 from casa_mech.omni.checkpoint import speaks_micro_world
 from casa_mech.plan.records import WORLD, read_plan
 
@@ -121,8 +122,12 @@ class StudySettings(BaseModel):
 
     @property
     def plan_name(self) -> str:
-        """The plan, chosen by the model where none is given."""
-        return self.plan or (WORLD if speaks_micro_world(self.model) else ENGLISH)
+        """The plan, chosen by the model where none is given; a model that is not there says so when it is loaded."""
+        if self.plan:
+            return self.plan
+        with suppress(ModelError):
+            return WORLD if speaks_micro_world(self.model) else ENGLISH
+        return ENGLISH
 
     @property
     def sizes(self) -> Profile:

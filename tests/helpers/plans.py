@@ -84,5 +84,5 @@ def write_plan(folder: Path, **changes: object) -> Path:
     }  # fmt: skip
     content = {name: value for name, value in {**content, **changes}.items() if value is not None}
     path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path

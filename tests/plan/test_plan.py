@@ -165,7 +165,7 @@ def test_sets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     content = yaml.safe_load(write_plan(tmp_path).read_text())
     for label, column in (("harmful", "prompt"), ("benign", "pair")):
         content["pairs"][label]["meta"] = {"pair": column}
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(InputError, match="no two prompts share a value of 'pair'"):
         OwnData(read_plan(path)).check()
 

@@ -55,7 +55,9 @@ class _Replies(Study):
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     for columns in ("attacks", "benign_attacks"):
         monkeypatch.setattr(Study, columns, ("plain", "image"))
-    return _Replies.open(tmp_path / "run", model=MODEL, control=CONTROL, profile="smoke", sizes={"gates": 3})
+    return _Replies.open(
+        tmp_path / "run", model=MODEL, plan="world", control=CONTROL, profile="smoke", sizes={"gates": 3}
+    )
 
 
 def _rates(study: Study) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from probes.gate.patching import INSERT, REMOVE
 from probes.gate.paths import DIRECT, INDIRECT
 from probes.gate.removal import PERMUTED, SCORES
 
-STUDY = SimpleNamespace(name="m", settings=SimpleNamespace(seed=0))
+STUDY = SimpleNamespace(name="m", title="m", settings=SimpleNamespace(seed=0))
 
 
 def effect(surface: str, span: str, change: float, gap: float = 10.0, **fields: object) -> list[dict[str, object]]:

@@ -25,7 +25,7 @@ from probes.prefill.depth import ALL, EARLIER, LAST
 from probes.prefill.edges import CUT, EDGES, OVERRIDDEN, PREFILL, REQUEST, RESTORED, SWAPPED, TOKEN
 
 SIZES = {"n_probe": 6, "train_examples": 16, "train_steps": 2, "train_batch": 8, "max_new_tokens": 3}
-STUDY: Any = SimpleNamespace(name="organism", settings=SimpleNamespace(seed=0))
+STUDY: Any = SimpleNamespace(name="organism", title="organism", settings=SimpleNamespace(seed=0), data=world_data())
 
 
 @pytest.fixture(scope="module")

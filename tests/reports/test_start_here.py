@@ -72,7 +72,10 @@ def test_what_a_model_cannot_read_is_one_line(tmp_path: Path) -> None:
 def test_the_notebook_goes_on_with_a_model_of_text_alone(tmp_path: Path) -> None:
     model = save_family("llama", tmp_path / "llama")
     run = run_study(
-        settings_of(model=str(model), profile="smoke"), tmp_path / "run", only=["00"], parameters={"train_steps": 2}
+        settings_of(model=str(model), plan="world", profile="smoke"),
+        tmp_path / "run",
+        only=["00"],
+        parameters={"train_steps": 2},
     )
     data = pd.read_csv(run / "figures" / "start_here.csv")
     assert list(dict.fromkeys(data["prompt"])) == ["sentence", "harmless"]

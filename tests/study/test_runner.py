@@ -70,7 +70,7 @@ def test_a_model_in_a_relative_folder_is_found_by_the_notebooks(
     settings = settings_of(model="my-model", profile="smoke")
     run_study(settings, "run", notebooks_folder=_notebooks(tmp_path / "books", n01_looks=source))
     assert settings.model == str(tmp_path / "my-model")
-    assert settings.default_folder.name == "my-model-smoke-seed0"
+    assert settings.default_folder.name == "my-model-english-smoke-seed0"
     assert settings_of(model=str(tmp_path / "my-model"), profile="smoke").identity == settings.identity
 
 
