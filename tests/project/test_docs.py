@@ -16,6 +16,7 @@ from helpers.paths import ROOT
 
 from casa_mech.cli import main
 from casa_mech.cli.app import app
+from casa_mech.plan.records import StudyPlan, parsed
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(
@@ -42,7 +43,10 @@ def blocks(page: Path) -> list[Block]:
         Block(match["language"], match["code"], match["mark"] or "", text.count("\n", 0, match.start("code")) + 1)
         for match in _BLOCK.finditer(text)
     ]
-    unknown = [block for block in found if block.language not in ("python", "sh", "text")]
+    for block in found:
+        if block.language == "yaml":  # study plans alone
+            parsed(block.code, f"{page}:{block.line}", page.parent, StudyPlan)
+    unknown = [block for block in found if block.language not in ("python", "sh", "text", "yaml")]
     assert not unknown, f"{page}:{unknown[0].line}: a block of {unknown[0].language}, which no test runs"
     return [block for block in found if block.language != "text"]
 
