@@ -48,7 +48,7 @@ def blocks(page: Path) -> list[Block]:
             parsed(block.code, f"{page}:{block.line}", page.parent, StudyPlan)
     unknown = [block for block in found if block.language not in ("python", "sh", "text", "yaml")]
     assert not unknown, f"{page}:{unknown[0].line}: a block of {unknown[0].language}, which no test runs"
-    return [block for block in found if block.language != "text"]
+    return [block for block in found if block.language not in ("text", "yaml")]
 
 
 def commands(code: str) -> list[list[str]]:
