@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from casa_mech.errors import CasaMechError
+from casa_mech.plan import WORLD, OwnData, read_plan
 from casa_mech.study import manifest as records
 from casa_mech.study.execution import NotebookProcess, stop_all
 from casa_mech.study.folder import RunFolder
@@ -46,12 +47,15 @@ def run_study(
         jobs: notebooks at a time; 0: `default_jobs`.
 
     Raises:
-        InputError: an unknown notebook or parameter; nothing has been started then.
+        InputError: an unknown notebook or parameter, or a set of the plan that cannot be used; nothing has been started
+            then.
         RunError: an unusable run folder, or a notebook that failed; the message names the cell's error.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, when every process of the run has ended. What was finished is kept.
     """
     notebooks = find_notebooks(only, notebooks_folder)
     overrides = check_parameters(notebooks, parameters or {})
+    if settings.plan_name != WORLD:
+        OwnData(read_plan(settings.plan_name)).check()
     folder = RunFolder.open(out or settings.default_folder, settings)
     started, began = records.now(), time.perf_counter()
     with _terminated_as_interrupted(), folder.locked():

@@ -177,6 +177,16 @@ def test_an_unknown_plan_is_refused_before_a_model_is_loaded(given: str, capsys:
     assert ended.value.code == 2 and "nosuch" in capsys.readouterr().err
 
 
+def test_a_missing_set_stops_a_run_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_plan(tmp_path)
+    (tmp_path / "questions.csv").unlink()
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--plan", str(path), "--profile", "smoke", "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "questions.csv" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_check_and_show(path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "check", str(path), "--json"])
     assert result.exit_code == 0 and '"Own, prefill-4"' in result.output

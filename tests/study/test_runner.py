@@ -67,11 +67,11 @@ def test_a_model_in_a_relative_folder_is_found_by_the_notebooks(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").mkdir()
     source = "import os\nassert os.path.isdir(model) and os.getcwd() == out, (model, os.getcwd())"
-    settings = settings_of(model="my-model", profile="smoke")
+    settings = settings_of(model="my-model", plan="world", profile="smoke")
     run_study(settings, "run", notebooks_folder=_notebooks(tmp_path / "books", n01_looks=source))
     assert settings.model == str(tmp_path / "my-model")
-    assert settings.default_folder.name == "my-model-english-smoke-seed0"
-    assert settings_of(model=str(tmp_path / "my-model"), profile="smoke").identity == settings.identity
+    assert settings.default_folder.name == "my-model-smoke-seed0"
+    assert settings_of(model=str(tmp_path / "my-model"), plan="world", profile="smoke").identity == settings.identity
 
 
 def test_shipped_models_and_hub_ids_keep_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
