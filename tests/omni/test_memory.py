@@ -70,7 +70,8 @@ def test_groups_are_halved_once_and_for_all() -> None:
     with pytest.warns(UserWarning, match="out of memory: going on with [42] queries a forward") as said:
         found = list(in_halves(groups, work))
     assert found == [([0, 1], 1), ([2, 3], 5), ([4, 5], 9), ([6, 7], 13), ([8, 9], 17), ([10, 11], 21), ([12], 12)]
-    assert len(said) == 2 and sum(len(group) > 2 for group in tried) == 2
+    halved = [warning for warning in said if "out of memory" in str(warning.message)]  # others may come beside
+    assert len(halved) == 2 and sum(len(group) > 2 for group in tried) == 2
     with pytest.raises(MemoryError):
         list(in_halves([[4]], lambda group: work(group * 4)))
     with pytest.raises(ZeroDivisionError):

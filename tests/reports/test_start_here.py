@@ -16,6 +16,7 @@ from casa_mech.attacks import apply_attack
 from casa_mech.casa import Casa, CasaConfig
 from casa_mech.omni import Omni, load_omni
 from casa_mech.queries import Query
+from casa_mech.reports.claim import span
 from casa_mech.reports.start_here import claims, tables
 from casa_mech.study import Study
 from casa_mech.study.runner import run_study
@@ -38,7 +39,8 @@ def test_the_heading_names_v_s_of_each_example_and_their_number(looks: list[Look
     heading = claims.look_heading(Study.open(tmp_path, model="organism", progress=False), looks)
     assert_one_line(heading.title)
     values = [f"harmful {name} {seen.v_s:.2f}" for name, seen in zip(("text", "picture", "clip"), looks, strict=True)]
-    assert heading.title == f"organism: v_s that this gate reads in 3 examples: {', '.join(values)}"
+    assert heading.title == f"organism: v_s of this gate in 3 examples, harmful {span([seen.v_s for seen in looks])}"
+    assert ", ".join(values) in heading.caption
     assert "n = 1 each" in heading.caption and f"harmful text: {looks[0].most_read(2)}" in heading.caption
 
 
