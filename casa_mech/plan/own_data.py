@@ -11,7 +11,7 @@ import numpy as np
 from casa_mech.attacks import media_of
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
-from casa_mech.identity import json_digest
+from casa_mech.identity import json_digest, query_digest
 from casa_mech.judging import KeywordJudge, load_judge
 from casa_mech.plan.data import Answers, Pair
 from casa_mech.plan.records import AttackSection, QuerySection, StudyPlan
@@ -113,7 +113,8 @@ class OwnData:
         if attack not in self._columns:
             return media_of(attack)
         entry, name = self._columns[attack]
-        return media_of(name) | (self._set(entry.harmful, "harmful")[0].modalities - {"text"})
+        queries = [*self._set(entry.harmful, "harmful"), *self._set(entry.benign, "benign")]
+        return media_of(name).union(*(query.modalities - {"text"} for query in queries))
 
     def queries(
         self, attack: str, label: Label, n: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
@@ -231,10 +232,13 @@ class OwnData:
 
     @cached_property
     def _digest(self) -> str:
-        texts = [
-            [query.id, query.text] for _, section, label in self._sections() for query in self._set(section, label)
+        # What a query holds beside its prompt (a reply, a pair's name, a complying answer) is used, too.
+        queries = [
+            [query_digest(query), query.label, dict(query.meta)]
+            for _, section, label in self._sections()
+            for query in self._set(section, label)
         ]
-        return json_digest([self.plan.model_dump(mode="json", exclude={"sizes", "data"}), texts])
+        return json_digest([self.plan.model_dump(mode="json", exclude={"sizes", "data"}), queries])
 
     def _sections(self) -> list[tuple[str, QuerySection, Label]]:
         plan = self.plan

@@ -162,11 +162,9 @@ class Study:
         """Why a notebook leaves `part` out, in one line, which the run folder keeps, too; empty if it does not.
 
         Args:
-            part: "pairs", "exact judge", "kinds", "benign sets", "other surfaces" than text, or "image" or "audio".
+            part: "pairs", "exact judge", "kinds", "benign sets", or "other surfaces" than text.
         """
-        if part in ("image", "audio"):
-            reason = "" if part in self.surfaces else f"plan {self.data.name} shows {self.name} no {part}"
-        elif part == "other surfaces":
+        if part == "other surfaces":
             reason = "" if len(self.surfaces) > 1 else f"plan {self.data.name} shows {self.name} text alone"
         else:
             reason = self.data.lacks(part)
@@ -277,7 +275,7 @@ class Study:
         work.mkdir(parents=True, exist_ok=True)
         casa = Casa.attach(self._gate_omni(model, gate), CasaConfig(), seed=gate)
         settings = self.gate_settings(gate)
-        casa.train(self.training_examples(gate), settings, out=work, resume=True, progress=self.progress)
+        casa.train(self.training_examples(gate, model), settings, out=work, resume=True, progress=self.progress)
         casa.save_pretrained(new)
         shutil.copy(work / "metrics.jsonl", new / "metrics.jsonl")
         remove_folder(work)
@@ -293,26 +291,26 @@ class Study:
         yield casa
         casa.detach()
 
-    def training_examples(self, gate: int = 0) -> list[Example]:
-        """The plain-text requests and replies that a gate is trained on; each gate has a draw of its own."""
+    def training_examples(self, gate: int = 0, model: str = "") -> list[Example]:
+        """The plain-text requests and replies that a gate of the model is trained on; each gate has its own draw."""
         return self.data.training_examples(
-            self.sizes.train_examples, Draw.TRAINING + self.gate_seed(gate), self.own_replies
+            self.sizes.train_examples, Draw.TRAINING + self.gate_seed(gate), partial(self.own_replies, model=model)
         )
 
-    def own_replies(self, prompts: Sequence[Query]) -> list[str]:
-        """The model's replies to plain prompts before CASA, made once for each prompt and kept in the run folder."""
+    def own_replies(self, prompts: Sequence[Query], model: str = "") -> list[str]:
+        """The model's replies to plain prompts before CASA, made once for a list and kept in the run folder."""
         settings = GenerationSettings(max_new_tokens=self.sizes.max_new_tokens, batch_size=self.sizes.batch_size)
         ids = key_digest({"prompts": [query_digest(query) for query in prompts]})
-        key = {"model": self.omni().fingerprint(), "prompts": ids, "tokens": settings.max_new_tokens}
+        key = {"model": self.omni(model).fingerprint(), "prompts": ids, "tokens": settings.max_new_tokens}
 
         def build() -> pd.DataFrame:
-            with self.without_gate() as omni:
+            with self.without_gate(model) as omni:
                 replies = omni.generate(prompts, settings, progress=self.progress)
             return pd.DataFrame(
                 {"query_id": [query.id for query in prompts], "reply": [reply.text for reply in replies]}
             )
 
-        return self.table("own-replies", ids, key, build)["reply"].tolist()
+        return self.table("own-replies", f"{slug(model or self.settings.model)}/{ids}", key, build)["reply"].tolist()
 
     @cached_property
     def train_settings(self) -> TrainSettings:

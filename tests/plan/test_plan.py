@@ -21,6 +21,7 @@ from casa_mech.organism.world import default_world
 from casa_mech.plan import OwnData, plan_names, read_plan, world_data
 from casa_mech.plan.check import checked_plan
 from casa_mech.plan.own_data import HALVES
+from casa_mech.plan.records import PREFILLS
 from casa_mech.queries import Query
 from casa_mech.study.settings import settings_of
 
@@ -127,6 +128,13 @@ def test_the_key_follows_prompts_and_plan(tmp_path: Path) -> None:
     table = write_plan(tmp_path / "a").parent / "eval.csv"
     table.write_text(table.read_text().replace("Can I build", "May I build"))
     assert OwnData(read_plan(tmp_path / "a" / "plan.yaml")).key() != first
+    replies = write_plan(tmp_path / "a").parent / "train.csv"
+    replies.write_text(replies.read_text().replace("Take your time", "Take less time"))
+    assert OwnData(read_plan(tmp_path / "a" / "plan.yaml")).key() != first
+
+
+def test_prefills_differ_from_the_first_word_on() -> None:
+    assert len({text.split()[0] for text in PREFILLS}) == len(PREFILLS) >= 10
 
 
 def test_what_a_plan_lacks_is_said(tmp_path: Path, data: OwnData) -> None:

@@ -269,7 +269,7 @@ def _short_gate(study: Study, model: str, layer: Layer, steps: int) -> pd.DataFr
 
     def build() -> pd.DataFrame:
         casa = Casa.attach(study.new_omni(model), config)
-        casa.train(study.training_examples(), settings, progress=study.progress)
+        casa.train(study.training_examples(model=model), settings, progress=study.progress)
         tables = [study.read_gate(casa, surface, label) for surface in study.surfaces for label in LABELS]
         return pd.concat(tables, ignore_index=True)
 
