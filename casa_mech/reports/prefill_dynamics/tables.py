@@ -26,7 +26,6 @@ from casa_mech.judging.stats import rate_interval
 from casa_mech.plan import StudyData
 from casa_mech.reports.safety_attention.patch_tables import matched_pairs
 from casa_mech.reports.safety_attention.tables import refusals
-from casa_mech.study.manifest import data_hashes
 from casa_mech.study.settings import slug
 from casa_mech.study.study import LABELS, Study
 from casa_mech.trace.sites import Site
@@ -186,8 +185,7 @@ def ssft_folder(study: Study) -> Path:
     stopped."""
     training = study.train_settings.model_dump(mode="json")
     key = {
-        "model": study.omni().fingerprint(),
-        "data": key_digest(data_hashes()),
+        **study.model_key(),
         "examples": study.sizes.train_examples,
         "train": training,
         "ssft": SsftSettings().model_dump(mode="json"),

@@ -157,7 +157,7 @@ def refusal_direction(study: Study) -> RefusalDirection:
                 direction = RefusalDirection(_mean_difference(states, f"pre.{middle}"), middle, 0, rules_met=False)
         direction.save(folder / "direction.safetensors", {"fingerprint": study.omni().fingerprint()})
 
-    key = {"model": study.omni().fingerprint(), **sizes}
+    key = {**study.model_key(), **sizes}
     folder = study.folder.artifact("analysis", "refusal-direction", key, build)
     return RefusalDirection.load(folder / "direction.safetensors", study.omni().fingerprint())
 

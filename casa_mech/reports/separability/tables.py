@@ -260,11 +260,10 @@ def _short_gate(study: Study, model: str, layer: Layer, steps: int) -> pd.DataFr
     sizes = study.sizes
     settings = study.train_settings.model_copy(update={"max_steps": steps})
     key = {
-        "model": study.omni(model).fingerprint(),
+        **study.model_key(model),
         "gate": key_digest({"casa": config.model_dump(mode="json"), "train": settings.model_dump(mode="json")}),
         "examples": sizes.train_examples,
         "n": sizes.n_probe,
-        "seed": study.settings.seed,
     }
 
     def build() -> pd.DataFrame:
