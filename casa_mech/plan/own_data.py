@@ -11,7 +11,7 @@ import numpy as np
 from casa_mech.attacks import media_of
 from casa_mech.draws import Draw
 from casa_mech.errors import InputError
-from casa_mech.identity import json_digest, query_digest
+from casa_mech.identity import json_digest, queries_digest
 from casa_mech.judging import KeywordJudge, load_judge
 from casa_mech.plan.data import Answers, Pair
 from casa_mech.plan.records import AttackSection, QuerySection, StudyPlan
@@ -233,11 +233,7 @@ class OwnData:
     @cached_property
     def _digest(self) -> str:
         # What a query holds beside its prompt (a reply, a pair's name, a complying answer) is used, too.
-        queries = [
-            [query_digest(query), query.label, dict(query.meta)]
-            for _, section, label in self._sections()
-            for query in self._set(section, label)
-        ]
+        queries = [queries_digest(self._set(section, label)) for _, section, label in self._sections()]
         return json_digest([self.plan.model_dump(mode="json", exclude={"sizes", "data"}), queries])
 
     def _sections(self) -> list[tuple[str, QuerySection, Label]]:
